@@ -1,0 +1,227 @@
+"""Labelled or unlabelled images from where a settings file says they are, read in batches.
+
+Lives here: npz files, image folders, torchvision's data set classes and the embedded sample, behind one small
+class. Does not live here: the pool (common/pool) and what becomes of the pixels (common/preprocessing).
+"""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from consilience.common.errors import DataError, MissingExtraError
+from consilience.common.preprocessing import Images, resize
+from consilience.common.settings import DataSource, EmbeddedData, FolderData, NpzData, TorchvisionData
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images of one shape, with integer labels where there are any.
+
+    `shape` is (H, W, C); `labels` (n,) int64 or None; `class_names` name the labels (empty without labels);
+    `read(ids)` returns (len(ids), H, W, C) uint8 for any integer ids.
+    """
+
+    shape: tuple[int, int, int]
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...]
+    length: int
+    reader: Callable[[NDArray[np.int64]], Images]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, ids: Sequence[int] | NDArray[np.int64] | slice = slice(None)) -> Images:
+        """Return the images with these ids, (len(ids), H, W, C) uint8. Raises `DataError`."""
+        wanted = np.arange(self.length)[ids] if isinstance(ids, slice) else np.asarray(ids, np.int64)
+        return self.reader(wanted)
+
+    def need_labels(self, what: str) -> NDArray[np.int64]:
+        """Return the labels; raises `DataError` saying that `what` needs them when there are none."""
+        if self.labels is None:
+            raise DataError(f"{what} has images but no labels", hint="Name the array or the folders of classes")
+        return self.labels
+
+    def subset(self, ids: NDArray[np.int64]) -> ImageData:
+        """Return the images with these ids, read only when asked for."""
+        labels = None if self.labels is None else self.labels[ids]
+        return ImageData(self.shape, labels, self.class_names, len(ids), lambda wanted: self.reader(ids[wanted]))
+
+
+def open_data(source: DataSource) -> ImageData:
+    """Open what a settings file names. Raises `DataError` or `MissingExtraError`."""
+    if isinstance(source, NpzData):
+        return _open_npz(source)
+    if isinstance(source, FolderData):
+        return _open_folder(source)
+    if isinstance(source, TorchvisionData):
+        return _open_torchvision(source)
+    return _open_embedded(source)
+
+
+def from_arrays(
+    images: NDArray[Any], labels: NDArray[Any] | None, class_names: Sequence[str], *, where: str
+) -> ImageData:
+    """Check arrays and wrap them. `where` names their origin in errors. Raises `DataError`."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
+        raise DataError(
+            f"{where}: images have shape {images.shape} and type {images.dtype}; "
+            "allowed: (n, H, W), (n, H, W, 1) or (n, H, W, 3) uint8",
+            hint="Convert the images",
+        )
+    checked = None if labels is None else _check_labels(labels, len(images), class_names, where)
+    names = tuple(class_names) if checked is not None else ()
+    height, width, channels = images.shape[1:]
+    return ImageData((height, width, channels), checked, names, len(images), lambda ids: images[ids])
+
+
+def _check_labels(labels: NDArray[Any], n: int, names: Sequence[str], where: str) -> NDArray[np.int64]:
+    if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{where}: labels have shape {labels.shape} and type {labels.dtype}; allowed: ({n},) integers",
+            hint="Give one whole number an image",
+        )
+    checked = labels.astype(np.int64)
+    wrong = np.flatnonzero((checked < 0) | (checked >= len(names)))
+    if len(wrong):
+        raise DataError(
+            f"{where}: label {checked[wrong[0]]} of sample {wrong[0]} is out of range; "
+            f"allowed: 0 to {len(names) - 1} for {len(names)} class names",
+            hint="Correct the labels or the names",
+        )
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise DataError(f"{where}: class {twice!r} is named twice", hint="Give every class its own name")
+    return checked
+
+
+def _open_npz(source: NpzData) -> ImageData:
+    where = str(source.path)
+    try:
+        with np.load(source.path, allow_pickle=False) as file:
+            held = {key: file[key] for key in (source.images, source.labels, source.names) if key and key in file.files}
+            present = file.files
+    except FileNotFoundError:
+        raise DataError(f"{where}: no such file", hint="Correct the path") from None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(
+            f"{where}: not an npz file of plain arrays", hint="Save it with numpy.savez, without object arrays"
+        ) from error
+    if source.images not in held:
+        raise DataError(
+            f"{where}: has no array {source.images!r}; there are: {', '.join(present)}",
+            hint="Name the array in the field images",
+        )
+    labels = held.get(source.labels) if source.labels else None
+    if labels is None:
+        return from_arrays(held[source.images], None, (), where=where)
+    if source.names and source.names in held:
+        names = [str(name) for name in held[source.names]]
+    else:
+        names = [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+    return from_arrays(held[source.images], labels, names, where=where)
+
+
+def _open_folder(source: FolderData) -> ImageData:
+    root = source.path
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder", hint="Correct the path")
+    classes = sorted(child.name for child in root.iterdir() if child.is_dir())
+    if classes:
+        found = [(path, k) for k, name in enumerate(classes) for path in _image_files(root / name)]
+        labels = np.array([k for _, k in found], np.int64)
+        files = [path for path, _ in found]
+    else:
+        files, labels = _image_files(root), None
+    if not files:
+        raise DataError(
+            f"{root}: holds no images; allowed suffixes: {', '.join(IMAGE_SUFFIXES)}", hint="Correct the path"
+        )
+    size = source.size or _decode(files[0], source.channels).shape[:2]
+
+    def read(ids: NDArray[np.int64]) -> Images:
+        out = np.empty((len(ids), *size, source.channels), np.uint8)
+        for row, i in enumerate(ids):
+            image = _decode(files[i], source.channels)
+            if source.size:
+                image = resize(image[None], source.size)[0]
+            if image.shape != out.shape[1:]:
+                raise DataError(
+                    f"{files[i]}: image is {image.shape[1]}x{image.shape[0]}; the first one is {size[1]}x{size[0]}",
+                    hint="Set size: [height, width] to resize all images alike",
+                )
+            out[row] = image
+        return out
+
+    return ImageData((*size, source.channels), labels, tuple(classes), len(files), read)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _decode(path: Path, channels: int) -> Images:
+    try:
+        with Image.open(path) as picture:
+            image = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
+            return image.reshape(picture.height, picture.width, channels)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image", hint="Remove or replace the file") from error
+
+
+def load_image(path: Path, shape: tuple[int, int, int]) -> Images:
+    """Decode one image file and bring it to `shape` (H, W, C). Raises `DataError`."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file", hint="Correct the path")
+    return resize(_decode(path, shape[2])[None], shape[:2])[0]
+
+
+def _open_torchvision(source: TorchvisionData) -> ImageData:
+    try:
+        vision = importlib.import_module("consilience.common.nets.vision")
+        data = vision.open_dataset(source.dataset, source.root, dict(source.options))
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"torchvision data {source.dataset!r} needs the module {error.name}",
+            hint="pip install 'consilience[vision]'",
+        ) from error
+    first = _as_array(data[0][0], source.channels)
+    size = source.size or first.shape[:2]
+
+    def read(ids: NDArray[np.int64]) -> Images:
+        rows = [resize(_as_array(data[int(i)][0], source.channels)[None], size)[0] for i in ids]
+        return np.stack(rows) if rows else np.empty((0, *size, source.channels), np.uint8)
+
+    targets = getattr(data, "targets", getattr(data, "labels", None))
+    if targets is None:
+        targets = [data[i][1] for i in range(len(data))]
+    labels = np.asarray(targets)
+    names = list(getattr(data, "classes", ())) or [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+    checked = _check_labels(labels, len(data), names, f"torchvision {source.dataset}")
+    return ImageData((*size, source.channels), checked, tuple(map(str, names)), len(data), read)
+
+
+def _as_array(picture: Any, channels: int) -> Images:
+    image = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
+    return image.reshape(*image.shape[:2], channels)
+
+
+def _open_embedded(source: EmbeddedData) -> ImageData:
+    name = "consilience.deploy/example/fashion.npz"
+    file = resources.files("consilience") / "deploy" / "example" / "fashion.npz"
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
+        images, labels = held[f"{source.split}_x"], held[f"{source.split}_y"]
+        return from_arrays(images, labels, [str(n) for n in held["names"]], where=name)

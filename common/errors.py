@@ -1,0 +1,191 @@
+"""One class per kind of failure: one exit code, one paragraph of explanation.
+
+Lives here: the registry of failures a user can meet, and how they read. Does not live here: catching them
+(the command line does) or crossing the wire (`protocol` maps them to codes without text of ours).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ConsilienceError(Exception):
+    """A failure the user can act on. Exit code 1 is kept for failures we did not foresee.
+
+    The message says what is wrong, where, the value, what is allowed; `hint` says the next step.
+    """
+
+    exit_code: ClassVar[int] = 1
+    name: ClassVar[str] = "internal"
+    explanation: ClassVar[str] = (
+        "Something failed that the program did not foresee. Nothing that had arrived is lost: run the same "
+        "command again to continue. If it fails again, report the last lines of the run's events.jsonl."
+    )
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class SettingsError(ConsilienceError):
+    """A job.yaml, site.yaml or command-line value is not allowed."""
+
+    exit_code = 3
+    name = "settings"
+    explanation = (
+        "A settings file could not be used: a field is unknown, missing or has a value that is not allowed. "
+        "The message names the file, the field, the value and what is allowed. Correct the file and run the "
+        "same command again."
+    )
+
+
+class DataError(ConsilienceError):
+    """Images or labels cannot be read, have another shape, or labels are out of range."""
+
+    exit_code = 4
+    name = "data"
+    explanation = (
+        "Images or labels could not be used: a file is missing or damaged, an image has another shape than "
+        "the rest, or a label is not one of the declared classes. The message names the file and the first "
+        "offending sample."
+    )
+
+
+class PoolError(ConsilienceError):
+    """The public pool is not the one the job speaks of, or its bytes have changed."""
+
+    exit_code = 5
+    name = "pool"
+    explanation = (
+        "The public pool's bytes do not give the digest that was agreed on, or the pool is incomplete. Every "
+        "site and the server must hold the same bytes: build the pool again from the same source, or copy the "
+        "shards that `consilience pool verify` names."
+    )
+
+
+class LabelError(ConsilienceError):
+    """Class names do not form a label space."""
+
+    exit_code = 6
+    name = "labels"
+    explanation = (
+        "The class names of the sites do not fit together: a class is named twice, a synonym points to two "
+        "classes, or a class is asked for that no site knows. Correct the names in the site's or the job's "
+        "settings; `labels.synonyms` in the job joins different names of one class."
+    )
+
+
+class TeacherError(ConsilienceError):
+    """A site's private classifier cannot be loaded, or does not answer as declared."""
+
+    exit_code = 7
+    name = "teacher"
+    explanation = (
+        "The site's private classifier could not be loaded or gave something else than one finite row of "
+        "scores per image over its declared classes. The message names the file or the callable. Files that "
+        "would run code when loaded are refused on purpose."
+    )
+
+
+class ProtocolError(ConsilienceError):
+    """A question or an answer is not what the contract between site and server says."""
+
+    exit_code = 8
+    name = "protocol"
+    explanation = (
+        "A message between server and site did not keep the contract: wrong job, pool, sample ids, shape, "
+        "encoding, or values that are no log-probabilities. It was refused; what had arrived before is kept."
+    )
+
+
+class AskingError(ConsilienceError):
+    """Too few sites answered enough for the job to go on."""
+
+    exit_code = 9
+    name = "asking"
+    explanation = (
+        "Sites failed to answer, more often than the job's retries allow. The answers that arrived are in the "
+        "run folder and are not asked for again: mend the sites that the message names and run the same "
+        "command again."
+    )
+
+
+class StorageError(ConsilienceError):
+    """The disk is full, not writable, or what is on it is damaged."""
+
+    exit_code = 10
+    name = "storage"
+    explanation = (
+        "A file of the run could not be written or read back as it was written: the disk is full, the folder "
+        "is not writable, or a file was changed. Complete answers that were stored are still there: make "
+        "room and run the same command again."
+    )
+
+
+class UnifyError(ConsilienceError):
+    """The answers cannot be unified."""
+
+    exit_code = 11
+    name = "unify"
+    explanation = (
+        "Unification was asked for something it cannot do: a class set is empty or out of range, log-"
+        "probabilities hold NaN, weights are not positive, or the sums do not belong to the class sets."
+    )
+
+
+class StudentError(ConsilienceError):
+    """The student cannot be built, trained, loaded or used."""
+
+    exit_code = 12
+    name = "student"
+    explanation = (
+        "The student could not be built, trained or loaded: an unknown architecture, a training loss that is "
+        "not finite, or a student folder that lacks a file. The message says which."
+    )
+
+
+class MissingExtraError(ConsilienceError):
+    """An optional library is needed that is not installed."""
+
+    exit_code = 13
+    name = "extra"
+    explanation = (
+        "What was asked for needs a library that is optional. The message names the extra: for example "
+        "`pip install 'consilience[onnx]'`."
+    )
+
+
+class RunError(ConsilienceError):
+    """The run folder belongs to another job, or another process is using it."""
+
+    exit_code = 14
+    name = "run"
+    explanation = (
+        "A run is one doing of one job in one folder. The folder given already holds a run of another job, or "
+        "another process is working in it. Name another folder with --out, or wait for the other process."
+    )
+
+
+REGISTRY: dict[int, type[ConsilienceError]] = {
+    cls.exit_code: cls
+    for cls in (
+        ConsilienceError,
+        SettingsError,
+        DataError,
+        PoolError,
+        LabelError,
+        TeacherError,
+        ProtocolError,
+        AskingError,
+        StorageError,
+        UnifyError,
+        StudentError,
+        MissingExtraError,
+        RunError,
+    )
+}
+"""Every exit code in use. 0 is success, 2 a wrong command line, 130 an interruption. Codes are never reused."""

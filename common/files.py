@@ -1,0 +1,123 @@
+"""Files that survive a crash: atomic writes, digests and a lock per folder.
+
+Does not live here: the answer store (server/answers.py), which appends instead of replacing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from consilience.common.errors import RunError, StorageError
+
+
+def storage_error(error: OSError, path: Path, doing: str) -> StorageError:
+    """Return the `StorageError` that says which path could not be written or read, and why."""
+    return StorageError(
+        f"Cannot {doing} {path}: {error.strerror or type(error).__name__}",
+        hint="Make room on the disk or mend the folder's rights, then run the same command again",
+    )
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path`; when the block ends well, fsync it and rename it to `path`.
+
+    Raises `StorageError` when the disk refuses; the file at `path` is then what it was before.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(error, path, "write") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new file in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically. Raises `StorageError`."""
+    with atomic(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON with sorted keys, atomically. Raises `StorageError`."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote. Raises `StorageError` when the file is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise storage_error(error, path, "read") from error
+    except ValueError as error:
+        raise StorageError(
+            f"{path} is not JSON", hint="Remove it and run the same command again to write it anew"
+        ) from error
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one byte string that stands for `value` in digests: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Return the SHA-256 of `data` in lower-case hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read in pieces. Raises `StorageError`."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise storage_error(error, path, "read") from error
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; the lock goes with the process, however it ends.
+
+    Raises `RunError` when another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("ab")
+    except OSError as error:
+        raise storage_error(error, folder, "write") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"Another process is working in {folder}",
+                hint="Wait for it, or name another folder with --out",
+            ) from error
+        yield

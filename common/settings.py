@@ -1,0 +1,456 @@
+"""job.yaml and site.yaml as typed models, and how a mistake in them reads.
+
+Lives here: every field a user may write, its default and its allowed values. Does not live here: what the
+fields do. Relative paths are relative to the settings file's folder and are made absolute on loading.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from consilience.common.errors import SettingsError
+from consilience.common.files import canonical_json, sha256, write_bytes
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+"""Lower-case letters, digits and hyphens: also a folder name and a DNS label."""
+
+Encoding = Literal["f32", "f16"]
+Method = Literal["sd", "ce", "mf-p", "mf-lv", "mf-lf"]
+Across = Literal["centred", "equal", "proportional"]
+
+SettingsModel = TypeVar("SettingsModel", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A part of a settings file: unknown fields are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NpzData(Settings):
+    """Arrays in one NumPy file, loaded without pickle: images (n, H, W[, C]) uint8, labels (n,) integer."""
+
+    kind: Literal["npz"]
+    path: Path
+    images: str = "x"
+    labels: str | None = "y"
+    names: str | None = "names"
+
+
+class FolderData(Settings):
+    """One sub-folder of images a class, or images without classes in the folder itself (a pool)."""
+
+    kind: Literal["folder"]
+    path: Path
+    size: tuple[int, int] | None = None
+    channels: Literal[1, 3] = 3
+
+
+class TorchvisionData(Settings):
+    """A data set class of torchvision.datasets, already downloaded: nothing is fetched."""
+
+    kind: Literal["torchvision"]
+    dataset: str
+    root: Path
+    options: dict[str, str | int | bool] = {}
+    size: tuple[int, int] | None = None
+    channels: Literal[1, 3] = 3
+
+
+class EmbeddedData(Settings):
+    """The Fashion-MNIST sample that comes with Consilience: 500 train and 100 test images a class."""
+
+    kind: Literal["embedded"]
+    split: Literal["train", "test"] = "train"
+
+
+DataSource = Annotated[NpzData | FolderData | TorchvisionData | EmbeddedData, Field(discriminator="kind")]
+
+
+class Preprocessing(Settings):
+    """What a classifier expects: uint8 images become float32, (x / 255 - mean) / std per channel.
+
+    `size` (height, width) resizes first, bilinearly with antialiasing; `channels` converts grey to colour
+    by repetition and colour to grey by ITU-R 601 luma.
+    """
+
+    size: tuple[int, int] | None = None
+    channels: Literal[1, 3] | None = None
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+
+    @model_validator(mode="after")
+    def _same_channels(self) -> Preprocessing:
+        allowed = {1, self.channels} if self.channels else {1, 3}
+        if len(self.mean) != len(self.std) or len(self.mean) not in allowed:
+            raise ValueError(
+                f"mean has {len(self.mean)} and std {len(self.std)} values; give one for all channels or one each"
+            )
+        return self
+
+
+class Fit(Settings):
+    """How a network is trained: SGD with Nesterov momentum under a one-cycle learning rate."""
+
+    epochs: int = Field(20, ge=1, le=10_000)
+    batch_size: int = Field(64, ge=1, le=65_536)
+    learning_rate: float = Field(0.1, gt=0, le=10)
+    weight_decay: float = Field(5e-4, ge=0, le=1)
+    augment: bool = True
+    compile: bool = False
+    precision: Literal["auto", "f32"] = "auto"
+    """auto: bf16 where a measurement at the start shows that it pays, else f32."""
+
+
+class TrainTeacher(Settings):
+    """Train one of our architectures, or any of torchvision's by name, on the site's private data."""
+
+    kind: Literal["train"]
+    architecture: str
+    fit: Fit = Fit()
+    preprocessing: Preprocessing = Preprocessing()
+    holdout: float = Field(0.1, ge=0, lt=0.9)
+    """Share of the private data kept out of training, to measure the teacher's accuracy."""
+
+
+class _Hosted(Settings):
+    classes: tuple[str, ...] = Field(min_length=1)
+    preprocessing: Preprocessing
+
+
+class StateDictTeacher(_Hosted):
+    """A torch `state_dict` (safetensors, or .pt read with weights_only) for a named architecture."""
+
+    kind: Literal["state_dict"]
+    architecture: str
+    path: Path
+
+
+class TorchScriptTeacher(_Hosted):
+    """A TorchScript file that maps (n, C, H, W) float32 to (n, classes) scores."""
+
+    kind: Literal["torchscript"]
+    path: Path
+    outputs: Literal["logits", "probabilities"] = "logits"
+
+
+class ExportTeacher(_Hosted):
+    """A `torch.export` file (.pt2) that maps (n, C, H, W) float32 to (n, classes) scores."""
+
+    kind: Literal["export"]
+    path: Path
+    outputs: Literal["logits", "probabilities"] = "logits"
+
+
+class SklearnTeacher(_Hosted):
+    """A scikit-learn classifier with `predict_proba`, saved by skops; rows are flattened images."""
+
+    kind: Literal["sklearn"]
+    path: Path
+
+
+class OnnxTeacher(_Hosted):
+    """An ONNX file run by onnxruntime, (n, C, H, W) float32 in, (n, classes) scores out."""
+
+    kind: Literal["onnx"]
+    path: Path
+    outputs: Literal["logits", "probabilities"] = "logits"
+
+
+class CallableTeacher(_Hosted):
+    """A Python callable the site itself installed: (n, C, H, W) float32 in, (n, classes) probabilities out."""
+
+    kind: Literal["callable"]
+    callable: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+
+TeacherSettings = Annotated[
+    TrainTeacher
+    | StateDictTeacher
+    | TorchScriptTeacher
+    | ExportTeacher
+    | SklearnTeacher
+    | OnnxTeacher
+    | CallableTeacher,
+    Field(discriminator="kind"),
+]
+
+
+class Policy(Settings):
+    """What the site allows to leave. Nothing the server sends can widen it."""
+
+    precision: Encoding = "f32"
+    """The finest encoding of log-probabilities that may leave."""
+
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        """Encodings the server may ask for, finest first."""
+        return ("f32", "f16") if self.precision == "f32" else ("f16",)
+
+    @property
+    def version(self) -> str:
+        """A digest of the policy: another policy is another version."""
+        return sha256(canonical_json(self.model_dump(mode="json")))[:16]
+
+
+class SiteSettings(Settings):
+    """site.yaml: one site's name, private data, teacher and policy."""
+
+    name: Name
+    data: DataSource | None = None
+    teacher: TeacherSettings
+    policy: Policy = Policy()
+    pools: tuple[Path, ...] = ()
+    """Folders of public pools the site holds a copy of; a question names one by its digest."""
+    state: Path = Path("state")
+    """Folder of the site's own: the trained teacher lives there."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    batch_size: int = Field(256, ge=1, le=65_536)
+    """Pool samples the teacher scores at once."""
+
+    @model_validator(mode="after")
+    def _training_needs_data(self) -> SiteSettings:
+        if self.teacher.kind == "train" and self.data is None:
+            raise ValueError("teacher.kind is train, so data must name the private data to train on")
+        return self
+
+
+class Labels(Settings):
+    """How sites' class names become one label space."""
+
+    synonyms: dict[str, tuple[str, ...]] = {}
+    """Canonical name -> other names of the same class."""
+    classes: tuple[str, ...] | None = None
+    """Order of the label space; by default the order in which sites, sorted by name, bring their classes."""
+
+
+class Ask(Settings):
+    """How the pool is asked about."""
+
+    encoding: Encoding = "f16"
+    question_size: int = Field(512, ge=1, le=1_000_000)
+    """Pool samples a question speaks of."""
+    in_flight: int = Field(4, ge=1, le=64)
+    """Questions on their way to one site at a time."""
+    retries: int = Field(2, ge=0, le=100)
+    """How often a failed question is sent again."""
+    min_sites: int = Field(1, ge=1)
+    """With fewer sites that answered all questions the job stops."""
+
+
+class Unify(Settings):
+    """How answers become soft labels."""
+
+    method: Method = "ce"
+    across: Across = "centred"
+    weights: dict[Name, Annotated[float, Field(gt=0)]] = {}
+    temperature: float = Field(1.0, gt=0, le=100)
+    prior_correction: bool = False
+    """Correct each site's answers for its class prior, towards a uniform target (methods.md 6.2, A2)."""
+
+
+class Student(Settings):
+    """The classifier the server trains."""
+
+    architecture: str = "resnet8"
+    learning: Literal["soft-labels", "direct-ce", "direct-mf-lf"] = "soft-labels"
+    fit: Fit = Fit()
+
+
+class Judge(Settings):
+    """What the student is judged by. Nothing here is seen by training or by any choice."""
+
+    test: DataSource | None = None
+    """Labelled images nobody trained on; without them the report says nothing about accuracy."""
+    test_pool: Path | None = None
+    """The same images as a pool that sites hold too, in the same order: with it the baselines are judged."""
+    pool_labels: Path | None = None
+    """.npy of the pool's true labels, numbered by the test data's class names: for the oracle alone."""
+
+
+class ClassLists(Settings):
+    """Each site gets the listed classes; classes are names of the data set or their indices."""
+
+    kind: Literal["class-lists"] = "class-lists"
+    classes: tuple[tuple[str | int, ...], ...] = Field(min_length=1)
+
+
+class RandomClasses(Settings):
+    """Each site gets random classes, the same number each; `overlap` is the mean number of owners of a class."""
+
+    kind: Literal["random-classes"]
+    sites: int = Field(ge=1)
+    overlap: float = Field(1.5, ge=1)
+
+
+class DirichletPartition(Settings):
+    """Each class is shared out by Dirichlet(alpha); a class with fewer than `min_images` at a site is dropped."""
+
+    kind: Literal["dirichlet"]
+    sites: int = Field(ge=1)
+    alpha: float = Field(0.5, gt=0)
+    min_images: int = Field(5, ge=1)
+
+
+PartitionSettings = Annotated[ClassLists | RandomClasses | DirichletPartition, Field(discriminator="kind")]
+
+
+class Simulation(Settings):
+    """Sites that exist only on this machine: one labelled set, shared out."""
+
+    data: DataSource
+    test: DataSource
+    pool_share: float = Field(0.4, gt=0, lt=1)
+    """Share of `data` that becomes the pool, unlabelled; the rest is shared out among the sites."""
+    partition: PartitionSettings
+    quantity_skew: float = Field(0.0, ge=0, le=5)
+    """0: sites share a class evenly; larger: log-normal spread of the sites' sizes with this sigma."""
+    teachers: tuple[TrainTeacher, ...] = Field(min_length=1)
+    """One a site, in order, repeated when there are more sites."""
+    precision: Encoding = "f32"
+
+
+class JobSettings(Settings):
+    """job.yaml: what to do."""
+
+    name: Name
+    seed: int = Field(0, ge=0, lt=2**63)
+    pool: Path | None = None
+    """Folder of the pool (`consilience pool build`). A simulation makes its own."""
+    labels: Labels = Labels()
+    ask: Ask = Ask()
+    unify: Unify = Unify()
+    student: Student = Student()
+    judge: Judge = Judge()
+    simulation: Simulation | None = None
+
+
+def load_settings(path: Path, model: type[SettingsModel]) -> SettingsModel:
+    """Read a YAML file into `model`; relative paths become absolute, from the file's folder.
+
+    Raises `SettingsError`: one line that names file, field, value, what is allowed, and the next step.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"Cannot read {path}: {reason}", hint="Name an existing YAML file") from error
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise SettingsError(
+            f"{path}{where}: {getattr(error, 'problem', None) or 'not YAML'}", hint="Mend the YAML there"
+        ) from error
+    return parse_settings(raw, model, source=str(path), folder=path.resolve().parent)
+
+
+def parse_settings(raw: Any, model: type[SettingsModel], *, source: str, folder: Path) -> SettingsModel:
+    """Validate `raw` (what YAML gave) as `model`. Raises `SettingsError`; `source` names the origin in it."""
+    if not isinstance(raw, dict):
+        raise SettingsError(
+            f"{source}: holds {_brief(raw)}, not fields", hint="Write `field: value` lines; see docs/settings.md"
+        )
+    try:
+        settings = model.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(
+            f"{source}: {_describe(error.errors()[0], model)}",
+            hint="Correct the field and run the same command again",
+        ) from error
+    return _absolute(settings, folder)
+
+
+def dump_settings(settings: Settings, path: Path) -> None:
+    """Write `settings`, defaults filled in, as YAML; atomically. Raises `StorageError`."""
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_bytes(path, text.encode())
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's SafeLoader, but a key given twice is an error instead of a silent loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"field {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    """Return `value` with every relative path in it made absolute from `folder`."""
+    if isinstance(value, Path):
+        return value if value.is_absolute() else folder / value
+    if isinstance(value, Settings):
+        changes = {name: _absolute(getattr(value, name), folder) for name in type(value).model_fields}
+        return value.model_copy(update=changes)
+    if isinstance(value, tuple):
+        return tuple(_absolute(part, folder) for part in value)
+    return value
+
+
+def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
+    """One line for pydantic's first complaint: field, value, what is allowed."""
+    location, parent = _walk([str(part) for part in error["loc"]], model)
+    kind, context = error["type"], error.get("ctx", {})
+    field = ".".join(location)
+    if kind == "extra_forbidden":
+        return f"field {field!r} is unknown; allowed here: {', '.join(parent.model_fields)}"
+    if kind == "missing":
+        return f"field {field!r} is missing"
+    if kind == "value_error":
+        return f"{field}: {context.get('error')}" if field else f"{context.get('error')}"
+    if kind == "union_tag_invalid":
+        return f"field {field + '.kind'!r} is {context['tag']!r}; allowed: {context['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"field {field + '.kind'!r} is missing"
+    message = error["msg"]
+    return f"field {field!r} is {_brief(error['input'])}; {message[0].lower() + message[1:]}"
+
+
+def _walk(location: list[str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
+    """Return the path a user would write (pydantic adds the tags of unions) and the innermost model on it."""
+    written: list[str] = []
+    current: Any = model
+    innermost = model
+    for part in location:
+        tagged = [m for m in _members(current) if m is not current and _has_tag(m, part)]
+        if tagged:
+            current = innermost = tagged[0]
+            continue
+        written.append(part)
+        field = current.model_fields.get(part) if current in _members(current) else None
+        if field is not None:
+            current = field.annotation
+            if current in _members(current):
+                innermost = current
+    return written, innermost
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """Models that an annotation speaks of, through unions, tuples and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in getattr(annotation, "__args__", ()) for m in _members(part)]
+
+
+def _has_tag(model: type[BaseModel], tag: str) -> bool:
+    kind = model.model_fields.get("kind")
+    return kind is not None and tag in getattr(kind.annotation, "__args__", ())
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
