@@ -176,8 +176,7 @@ def _image_files(folder: Path) -> list[Path]:
 def _decode(path: Path, channels: int) -> Images:
     try:
         with Image.open(path) as picture:
-            image = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
-            return image.reshape(picture.height, picture.width, channels)
+            return _as_array(picture, channels)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as an image", hint="Remove or replace the file") from error
 
@@ -215,8 +214,8 @@ def _open_torchvision(source: TorchvisionData) -> ImageData:
 
 
 def _as_array(picture: Any, channels: int) -> Images:
-    image = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
-    return image.reshape(*image.shape[:2], channels)
+    image: Images = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
+    return image[..., None] if channels == 1 else image
 
 
 def _open_embedded(source: EmbeddedData) -> ImageData:

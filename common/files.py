@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 from consilience.common.errors import RunError, StorageError
 
 
@@ -48,6 +51,21 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def create_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Create an .npy file of that shape and return it memory-mapped for writing.
+
+    The disk space is taken at once, so that a full disk is a `StorageError` here and not a crash at a later write.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    except OSError as error:
+        raise storage_error(error, path, "write") from error
+    return array
 
 
 def sync_folder(folder: Path) -> None:

@@ -46,7 +46,7 @@ class LabelSpace:
         canonical = _canonical_names(synonyms or {})
         known: dict[str, dict[str, str]] = {}
         for site in sorted(site_classes):
-            known[site] = _site_names(site, site_classes[site], canonical)
+            known[site] = _site_names(f"Site {site}", site_classes[site], canonical)
         found = list(dict.fromkeys(name for names in known.values() for name in names))
         names = _ordered(found, order)
         index = {name: i for i, name in enumerate(names)}
@@ -65,6 +65,12 @@ class LabelSpace:
                 f"No site knows the class {name!r}; known: {', '.join(self.names[:20])}",
                 hint="Correct the name or add a synonym",
             ) from None
+
+    def align(self, names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> list[int]:
+        """Return the index of each name, -1 for a class no site knows. Raises `LabelError` for one named twice."""
+        canonical = _canonical_names(synonyms or {})
+        index = {name: i for i, name in enumerate(self.names)}
+        return [index.get(name, -1) for name in _site_names("The test data", names, canonical)]
 
     @cached_property
     def owners(self) -> tuple[tuple[int, ...], ...]:
@@ -137,19 +143,19 @@ def _canonical_names(synonyms: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return canonical
 
 
-def _site_names(site: str, classes: Sequence[str], canonical: Mapping[str, str]) -> dict[str, str]:
+def _site_names(who: str, classes: Sequence[str], canonical: Mapping[str, str]) -> dict[str, str]:
     """Map the canonical names of a site's classes, in its order, to its own names."""
     if not classes:
-        raise LabelError(f"Site {site} has no classes", hint="Name its classes in site.yaml")
+        raise LabelError(f"{who} has no classes", hint="Name its classes")
     names: dict[str, str] = {}
     for own in classes:
         cleaned = _clean(own)
         if not cleaned:
-            raise LabelError(f"Site {site}: a class has an empty name", hint="Name every class")
+            raise LabelError(f"{who}: a class has an empty name", hint="Name every class")
         name = canonical.get(cleaned, cleaned)
         if name in names:
             twice = f"{own!r} twice" if names[name] == own else f"{names[name]!r} and {own!r}, which are both {name!r}"
-            raise LabelError(f"Site {site} names {twice}", hint="Name every class once")
+            raise LabelError(f"{who} names {twice}", hint="Name every class once")
         names[name] = own
     return names
 

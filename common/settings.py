@@ -187,6 +187,8 @@ class Policy(Settings):
 
     precision: Encoding = "f32"
     """The finest encoding of log-probabilities that may leave."""
+    class_priors: bool = False
+    """Whether the shares of the classes in the private data may be told."""
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -240,8 +242,8 @@ class Ask(Settings):
     """Questions on their way to one site at a time."""
     retries: int = Field(2, ge=0, le=100)
     """How often a failed question is sent again."""
-    min_sites: int = Field(1, ge=1)
-    """With fewer sites that answered all questions the job stops."""
+    min_sites: int | None = Field(None, ge=1)
+    """With fewer sites that answered every question the job stops; by default it needs them all."""
 
 
 class Unify(Settings):
@@ -252,7 +254,7 @@ class Unify(Settings):
     weights: dict[Name, Annotated[float, Field(gt=0)]] = {}
     temperature: float = Field(1.0, gt=0, le=100)
     prior_correction: bool = False
-    """Correct each site's answers for its class prior, towards a uniform target (methods.md 6.2, A2)."""
+    """Correct answers for the class priors of the sites whose policy tells them, towards a uniform prior."""
 
 
 class Student(Settings):
@@ -260,6 +262,7 @@ class Student(Settings):
 
     architecture: str = "resnet8"
     learning: Literal["soft-labels", "direct-ce", "direct-mf-lf"] = "soft-labels"
+    preprocessing: Preprocessing = Preprocessing()
     fit: Fit = Fit()
 
 
@@ -313,7 +316,7 @@ class Simulation(Settings):
     """0: sites share a class evenly; larger: log-normal spread of the sites' sizes with this sigma."""
     teachers: tuple[TrainTeacher, ...] = Field(min_length=1)
     """One a site, in order, repeated when there are more sites."""
-    precision: Encoding = "f32"
+    policy: Policy = Policy()
 
 
 class JobSettings(Settings):
@@ -365,7 +368,8 @@ def parse_settings(raw: Any, model: type[SettingsModel], *, source: str, folder:
             f"{source}: {_describe(error.errors()[0], model)}",
             hint="Correct the field and run the same command again",
         ) from error
-    return _absolute(settings, folder)
+    resolved: SettingsModel = _absolute(settings, folder)
+    return resolved
 
 
 def dump_settings(settings: Settings, path: Path) -> None:

@@ -1,0 +1,83 @@
+"""The site's Flower ClientApp: one handler per question.
+
+Lives here: messages in, messages out, and what a stranger is told when something fails. Does not live here: the
+answering itself (client/site). The site's file is named by the node's configuration (`site`), never by a message.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from consilience.client.site import RefusedError, Site
+from consilience.common.errors import ConsilienceError, ProtocolError
+from consilience.common.protocol import CardRequest, Contract, Question, Refusal
+
+log = logging.getLogger(__name__)
+
+app = ClientApp()
+
+_sites: dict[Path, Site] = {}
+_loading = threading.Lock()
+
+
+def site_of(context: Context) -> Site:
+    """Return the node's site, loaded once per process. Raises what `Site.load` raises."""
+    path = Path(str(context.node_config["site"]))
+    with _loading:
+        if path not in _sites:
+            _sites[path] = Site.load(path)
+        return _sites[path]
+
+
+def forget_sites() -> None:
+    """Drop every loaded site, so that the next question loads it anew."""
+    with _loading:
+        _sites.clear()
+
+
+@app.query("card")
+def card(message: Message, context: Context) -> Message:
+    """Answer with the site card."""
+
+    def handle() -> RecordDict:
+        CardRequest.from_content(message.content)
+        return site_of(context).card.to_content()
+
+    return _reply(message, handle)
+
+
+@app.query("contract")
+def contract(message: Message, context: Context) -> Message:
+    """Check the contract and agree to it, or refuse."""
+    return _reply(message, lambda: site_of(context).agree(Contract.from_content(message.content)).to_content())
+
+
+@app.query("answer")
+def answer(message: Message, context: Context) -> Message:
+    """Answer a question about pool samples."""
+    return _reply(message, lambda: site_of(context).answer(Question.from_content(message.content)).to_content())
+
+
+def _reply(message: Message, handle: Callable[[], RecordDict]) -> Message:
+    """Run a handler; whatever goes wrong, the stranger gets a code and a constant reason, the site's log the rest."""
+    try:
+        content = handle()
+    except RefusedError as error:
+        log.warning("refused: %s (%s)", error.reason, error.__cause__ or "by the site's rules")
+        content = Refusal(code=error.code, reason=error.reason).to_content()
+    except ProtocolError as error:
+        log.warning("refused a malformed question: %s", error)
+        content = Refusal(code="bad-question", reason="the question is malformed").to_content()
+    except ConsilienceError as error:
+        log.error("cannot answer: %s", error)
+        content = Refusal(code="internal", reason="the site cannot answer now").to_content()
+    except Exception:
+        log.exception("an unforeseen failure while answering")
+        content = Refusal(code="internal", reason="the site cannot answer now").to_content()
+    return Message(content, reply_to=message)

@@ -1,0 +1,59 @@
+"""`consilience site`: what the engineer at a site types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from consilience.client.site import Site
+from consilience.client.teacher import train_teacher
+from consilience.common.cli import AsJson, Result, emit
+from consilience.common.errors import SettingsError
+from consilience.common.nets import EpochRecord
+from consilience.common.progress import Reporter
+from consilience.common.settings import SiteSettings, load_settings
+
+app = typer.Typer(help="A data owner's side.", no_args_is_help=True)
+
+SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
+
+
+@app.command()
+def train(site: SiteFile, as_json: AsJson = False) -> None:
+    """Train the site's teacher on its private data; goes on where an earlier call stopped."""
+
+    def action() -> Result:
+        settings = load_settings(site, SiteSettings)
+        if settings.teacher.kind != "train":
+            raise SettingsError(
+                f"{site}: field 'teacher.kind' is {settings.teacher.kind!r}; only 'train' is trained here",
+                hint="A hosted teacher needs no training: `consilience site show` shows it",
+            )
+        with Reporter() as reporter:
+            task = reporter.start(f"training {settings.name}", settings.teacher.fit.epochs)
+
+            def on_epoch(record: EpochRecord) -> None:
+                task.advance(record.epoch + 1 - task.done, f"loss {record.loss:.3f}")
+
+            train_teacher(settings, on_epoch)
+        return _about(Site.load(site))
+
+    emit(as_json, action)
+
+
+@app.command()
+def show(site: SiteFile, as_json: AsJson = False) -> None:
+    """Load the site's teacher and show the site card: all that the server learns before it asks."""
+    emit(as_json, lambda: _about(Site.load(site)))
+
+
+def _about(site: Site) -> Result:
+    card = site.card.model_dump(mode="json")
+    table = Table(show_header=False)
+    for field, value in card.items():
+        if value is not None:
+            table.add_row(field, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    return card, table

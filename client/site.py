@@ -1,0 +1,136 @@
+"""One site: its settings, its teacher, its copies of the public pools, and how it answers a question.
+
+Lives here: everything between a validated question and the encoded rows. Does not live here: Flower (client/app)
+and how a teacher comes to be (client/teacher).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.client.teacher import Teacher, describe_teacher, load_teacher
+from consilience.common.data import open_data
+from consilience.common.encoding import encode
+from consilience.common.errors import PoolError, ProtocolError, StorageError, TeacherError
+from consilience.common.pool import Pool
+from consilience.common.protocol import Agreement, Answer, Contract, Question, RefusalCode, SiteCard
+from consilience.common.settings import SiteSettings, load_settings
+
+
+class RefusedError(ProtocolError):
+    """The site will not or cannot answer: `code` and the constant `reason` are all that a stranger is told."""
+
+    def __init__(self, code: RefusalCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code: RefusalCode = code
+        self.reason = reason
+
+
+class Site:
+    """A data owner taking part. One per process and site file; safe to call from several threads."""
+
+    def __init__(self, settings: SiteSettings, teacher: Teacher) -> None:
+        self.settings = settings
+        self.teacher = teacher
+        self._lock = threading.Lock()
+        self._verified: dict[str, Pool] = {}
+
+    @classmethod
+    def load(cls, path: Path) -> Site:
+        """Read site.yaml and load the teacher. Raises `SettingsError`, `TeacherError`."""
+        settings = load_settings(path, SiteSettings)
+        return cls(settings, load_teacher(settings))
+
+    @cached_property
+    def card(self) -> SiteCard:
+        """What the site says of itself first."""
+        description, accuracy = describe_teacher(self.settings)
+        return SiteCard(
+            name=self.settings.name,
+            classes=self.teacher.classes,
+            encodings=self.settings.policy.encodings,
+            teacher=self.teacher.fingerprint,
+            description=description,
+            policy=self.settings.policy.version,
+            holdout_accuracy=accuracy,
+            class_priors=self._class_priors() if self.settings.policy.class_priors else None,
+        )
+
+    def agree(self, contract: Contract) -> Agreement:
+        """Check that the site can take part: same teacher, its classes in place, every pool here and intact.
+
+        Raises `RefusedError`.
+        """
+        if contract.teacher != self.teacher.fingerprint:
+            raise RefusedError("other-teacher", "the contract names another teacher")
+        within = all(label < len(contract.labels) for label in contract.class_set)
+        if len(contract.class_set) != len(self.teacher.classes) or not within:
+            raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
+        for digest in contract.pools:
+            self._pool(digest)
+        return Agreement(pools=contract.pools)
+
+    def answer(self, question: Question) -> Answer:
+        """Score the samples a question asks about and encode them as it asks.
+
+        The teacher always sees the same aligned batches of the pool, whatever range is asked, so that a sample's
+        answer is the same bytes however the server cuts its questions. Raises `RefusedError`.
+        """
+        if question.teacher != self.teacher.fingerprint or question.policy != self.settings.policy.version:
+            raise RefusedError("other-teacher", "the question is for another teacher or policy version")
+        if question.encoding not in self.settings.policy.encodings:
+            raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding")
+        pool = self._pool(question.pool)
+        if question.stop > len(pool):
+            raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
+        began = time.perf_counter()
+        with self._lock:
+            rows = self._score(pool, question.start, question.stop)
+        data = encode(rows, question.encoding)
+        return Answer(question, data, time.perf_counter() - began)
+
+    def _score(self, pool: Pool, start: int, stop: int) -> NDArray[np.float32]:
+        size = self.settings.batch_size
+        out = np.empty((stop - start, len(self.teacher.classes)), np.float32)
+        for first in range(start - start % size, stop, size):
+            last = min(first + size, len(pool))
+            try:
+                rows = self.teacher.log_probs(pool.read(first, last))
+            except TeacherError as error:
+                raise RefusedError("teacher-failed", "the site's teacher gave no usable answer") from error
+            low, high = max(start, first), min(stop, last)
+            out[low - start : high - start] = rows[low - first : high - first]
+        return out
+
+    def _pool(self, digest: str) -> Pool:
+        """Return the site's copy of a pool, verified once per process."""
+        with self._lock:
+            if digest not in self._verified:
+                self._verified[digest] = self._find(digest)
+            return self._verified[digest]
+
+    def _find(self, digest: str) -> Pool:
+        for folder in self.settings.pools:
+            try:
+                pool = Pool.open(folder)
+                if pool.digest != digest:
+                    continue
+                pool.verify()
+            except (PoolError, StorageError) as error:
+                raise RefusedError("pool-damaged", "the site's copy of a pool is damaged") from error
+            return pool
+        raise RefusedError("unknown-pool", "the site has no copy of this pool")
+
+    def _class_priors(self) -> tuple[float, ...] | None:
+        if self.settings.data is None:
+            return None
+        data = open_data(self.settings.data)
+        labels = data.need_labels("The site's private data")
+        counts = np.array([np.sum(labels == data.class_names.index(name)) for name in self.teacher.classes])
+        return tuple(float(share) for share in counts / counts.sum()) if counts.all() else None

@@ -1,0 +1,58 @@
+"""What every command shares: the JSON envelope, errors as one line and an exit code, results on stdout.
+
+Does not live here: any command.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from consilience.common.errors import ConsilienceError, StorageError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON envelope on stdout: ok, data, error.")]
+Result = tuple[dict[str, Any], RenderableType]
+"""What a command found: for machines, and for people."""
+
+
+def emit(as_json: bool, action: Callable[[], Result]) -> None:
+    """Run `action` and print its result on stdout, or its error on stderr (in the envelope with `--json`).
+
+    Exits with the error's code of the registry; 130 when interrupted.
+    """
+    try:
+        data, view = action()
+    except ConsilienceError as error:
+        _fail(as_json, error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _fail(
+            as_json,
+            StorageError(
+                f"Cannot write {error.filename or 'to the disk'}: {error.strerror}",
+                hint="Make room on the disk or mend the folder's rights, then run the same command again",
+            ),
+        )
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted. Run the same command again to go on from here.")
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "data": data, "error": None}))
+    else:
+        Console(highlight=False).print(view)
+
+
+def _fail(as_json: bool, error: ConsilienceError) -> None:
+    if as_json:
+        about = {"code": error.exit_code, "name": error.name, "message": error.message, "hint": error.hint}
+        typer.echo(json.dumps({"ok": False, "data": None, "error": about}))
+    else:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"Error ({error.name}, {error.exit_code}): {error}", markup=False, soft_wrap=True)
+    raise typer.Exit(error.exit_code)

@@ -1,0 +1,205 @@
+"""Questions and answers as typed records, and as Flower messages. Every field is validated on arrival.
+
+Three queries: `card` (the site speaks first: who it is and what its policy allows), `contract` (the server says
+which label space and pools the job is about; the site checks its copies) and `answer` (a question about a range of
+pool samples). A site that will not or cannot answer sends a `Refusal`: a code and a short reason of ours, never
+exception text, paths or values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from consilience.common.errors import ProtocolError
+from consilience.common.settings import NAME_PATTERN, Encoding
+
+CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
+MOST_CLASSES = 1_000_000
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SiteName = Annotated[str, Field(pattern=NAME_PATTERN)]
+ClassName = Annotated[str, Field(min_length=1, max_length=200)]
+RefusalCode = Literal[
+    "bad-question",
+    "unknown-pool",
+    "pool-damaged",
+    "encoding-not-allowed",
+    "other-teacher",
+    "teacher-failed",
+    "internal",
+]
+
+RecordType = TypeVar("RecordType", bound="Record")
+
+
+class Record(BaseModel):
+    """A flat record that travels as JSON text in a Flower ConfigRecord."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    protocol: Literal[1] = 1
+
+    def to_content(self) -> RecordDict:
+        """Return the message content that carries this record."""
+        return RecordDict({"record": ConfigRecord({"json": self.model_dump_json()})})
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> Self:
+        """Read the record back. Raises `ProtocolError` naming the first field that is not as it must be."""
+        text = _config(content, "record").get("json")
+        if not isinstance(text, str):
+            raise ProtocolError("A message carries no record")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            field = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the record"
+            raise ProtocolError(f"A message's {cls.__name__} is not as it must be: {field[:80]}") from None
+
+
+class SiteCard(Record):
+    """Who a site is and what its policy allows. `classes` are in the order of its answers."""
+
+    name: SiteName
+    classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    encodings: tuple[Encoding, ...] = Field(min_length=1)
+    teacher: Digest
+    """Fingerprint of the teacher: another teacher has another one."""
+    description: str = Field(max_length=500)
+    """The teacher in words: kind, architecture."""
+    policy: str = Field(pattern=r"^[0-9a-f]{16}$")
+    holdout_accuracy: float | None = Field(None, ge=0, le=1)
+    """Accuracy on private images kept out of training, where the site measured it."""
+    class_priors: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    """Shares of the classes in the private data, if the policy shares them."""
+
+    @model_validator(mode="after")
+    def _priors_fit(self) -> SiteCard:
+        if self.class_priors is not None and (
+            len(self.class_priors) != len(self.classes) or abs(sum(self.class_priors) - 1) > 1e-6
+        ):
+            raise ValueError("class_priors are not one share per class")
+        return self
+
+
+class CardRequest(Record):
+    """The server asks a site for its card."""
+
+    job: SiteName
+
+
+class Contract(Record):
+    """What the job is about, for one site: the site's classes in the label space, and the pools by digest."""
+
+    job: SiteName
+    labels: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    class_set: tuple[Annotated[int, Field(ge=0)], ...]
+    pools: tuple[Digest, ...] = Field(min_length=1)
+    teacher: Digest
+
+
+class Agreement(Record):
+    """The site holds every pool of the contract, verified, and will answer."""
+
+    pools: tuple[Digest, ...]
+
+
+class Question(Record):
+    """What the server asks about pool samples start..stop-1."""
+
+    job: SiteName
+    pool: Digest
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    kind: Literal["log-probs"] = "log-probs"
+    encoding: Encoding
+    teacher: Digest
+    policy: str = Field(pattern=r"^[0-9a-f]{16}$")
+
+    @model_validator(mode="after")
+    def _range(self) -> Question:
+        if self.stop <= self.start:
+            raise ValueError("stop must be greater than start")
+        return self
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A site's answer: the question it repeats, the encoded rows, and the seconds the teacher took."""
+
+    question: Question
+    data: bytes
+    seconds: float
+
+    def to_content(self) -> RecordDict:
+        """Return the message content: the question, the time, and the bytes as a uint8 array."""
+        content = self.question.to_content()
+        content["timing"] = ConfigRecord({"seconds": float(self.seconds)})
+        content["answer"] = ArrayRecord({"data": Array(np.frombuffer(self.data, np.uint8))})
+        return content
+
+    @classmethod
+    def from_content(cls, content: RecordDict, expected: Question) -> Answer:
+        """Read an answer to `expected`. Raises `ProtocolError` when it is a refusal or answers anything else."""
+        refusal = Refusal.find(content)
+        if refusal is not None:
+            raise ProtocolError(f"The site refused: {refusal.code}, {refusal.reason}")
+        question = Question.from_content(content)
+        for name in type(question).model_fields:
+            if getattr(question, name) != getattr(expected, name):
+                raise ProtocolError(f"An answer's {name} is not the question's")
+        seconds = _config(content, "timing").get("seconds")
+        if not isinstance(seconds, float) or not 0 <= seconds < float("inf"):
+            raise ProtocolError("An answer's seconds are no time")
+        arrays = content.get("answer")
+        if not isinstance(arrays, ArrayRecord) or list(arrays) != ["data"]:
+            raise ProtocolError("An answer carries no data")
+        array = arrays["data"]
+        if array.dtype != "uint8" or len(array.shape) != 1:
+            raise ProtocolError("An answer's data are no bytes")
+        try:
+            data = array.numpy().tobytes()
+        except Exception as error:  # the bytes are a stranger's: whatever fails to parse is a bad answer
+            raise ProtocolError("An answer's data cannot be read") from error
+        return cls(question, data, seconds)
+
+
+class Refusal(Record):
+    """Why a site does not answer: a code of the list and a short constant reason."""
+
+    code: RefusalCode
+    reason: str = Field(max_length=200)
+
+    def to_content(self) -> RecordDict:
+        """Return the message content that carries the refusal."""
+        return RecordDict({"refusal": ConfigRecord({"json": self.model_dump_json()})})
+
+    @classmethod
+    def find(cls, content: RecordDict) -> Refusal | None:
+        """Return the refusal that a reply carries, or None. Raises `ProtocolError` for a malformed one."""
+        if "refusal" not in content:
+            return None
+        try:
+            return cls.model_validate_json(str(_config(content, "refusal").get("json")))
+        except ValidationError:
+            raise ProtocolError("A site sent a refusal that cannot be read") from None
+
+
+def read_reply(content: RecordDict, record: type[RecordType]) -> RecordType:
+    """Read a reply that must be a `record`. Raises `ProtocolError` when it is a refusal or something else."""
+    refusal = Refusal.find(content)
+    if refusal is not None:
+        raise ProtocolError(f"The site refused: {refusal.code}, {refusal.reason}")
+    return record.from_content(content)
+
+
+def _config(content: RecordDict, key: str) -> dict[str, Any]:
+    record = content.get(key)
+    return dict(record) if isinstance(record, ConfigRecord) else {}

@@ -1,0 +1,166 @@
+"""The whole job on one machine: sites that exist only here, in one process, the real apps at both ends.
+
+Lives here: making the sites (data, pools, site.yaml), training their teachers, and running ServerApp and ClientApp
+over the in-process Grid. Does not live here: anything a real job would do otherwise. RUN/simulation holds what in
+production lies at the sites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, RecordDict
+
+from consilience.client.app import app as client_app
+from consilience.client.app import forget_sites
+from consilience.client.teacher import train_teacher
+from consilience.common.data import ImageData, open_data
+from consilience.common.errors import DataError, RunError, SettingsError
+from consilience.common.files import atomic, lock, read_json, write_json
+from consilience.common.nets import EpochRecord
+from consilience.common.pool import Pool
+from consilience.common.progress import Reporter
+from consilience.common.settings import (
+    JobSettings,
+    NpzData,
+    Simulation,
+    SiteSettings,
+    dump_settings,
+    load_settings,
+)
+from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
+from consilience.deploy.partition import Partition, partition
+from consilience.server.app import app as server_app
+
+WORKERS = 4
+"""Sites that answer at the same time."""
+
+
+def embedded_job() -> JobSettings:
+    """Return the job that `consilience simulate` does without a file."""
+    with resources.as_file(resources.files("consilience") / "deploy" / "example" / "job.yaml") as path:
+        return load_settings(path, JobSettings)
+
+
+def simulate(job: JobSettings, run: Path, reporter: Reporter, *, quiet: bool = False) -> None:
+    """Do `job` in the folder `run`, from wherever an earlier run of the same job stopped.
+
+    Raises `RunError` when the folder holds a run of another job, and whatever the stages raise.
+    """
+    if job.simulation is None:
+        raise SettingsError(
+            "The job has no field 'simulation'", hint="Say how to make sites from one labelled data set"
+        )
+    run = run.resolve()
+    with lock(run):
+        settings = _with_simulated_parts(job, run)
+        _keep_job(settings, run)
+        paths = prepare(job.simulation, job, run, reporter)
+        for path in paths:
+            train_site(path, reporter)
+        forget_sites()
+        nodes = [{"site": str(path)} for path in paths]
+        with LocalGrid(client_app, nodes, workers=WORKERS) as grid:
+            context = Context(
+                run_id=1,
+                node_id=SERVER_NODE,
+                node_config={},
+                state=RecordDict(),
+                run_config={"run": str(run), "quiet": quiet},
+            )
+            server_app(grid=grid, context=context)
+
+
+def _with_simulated_parts(job: JobSettings, run: Path) -> JobSettings:
+    """Fill in the paths of the pools and the test data that the simulation makes."""
+    home = run / "simulation"
+    judge = job.judge.model_copy(
+        update={
+            "test": NpzData(kind="npz", path=home / "test.npz"),
+            "test_pool": home / "test-pool",
+            "pool_labels": home / "pool-labels.npy",
+        }
+    )
+    return job.model_copy(update={"pool": home / "pool", "judge": judge})
+
+
+def _keep_job(job: JobSettings, run: Path) -> None:
+    path = run / "job.yaml"
+    if not path.exists():
+        if any(child.name != ".lock" for child in run.iterdir()):
+            raise RunError(f"{run} is not empty and holds no run", hint="Name another folder with --out")
+        dump_settings(job, path)
+    elif load_settings(path, JobSettings) != job:
+        raise RunError(f"{run} already holds a run of another job or seed", hint="Name another folder with --out")
+
+
+def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Reporter) -> list[Path]:
+    """Make pool, test set and one folder a site in RUN/simulation; returns the sites' files. Done once."""
+    home = run / "simulation"
+    done = home / "prepared.json"
+    if done.exists():
+        return [home / "sites" / name / "site.yaml" for name in read_json(done)["sites"]]
+    data, test = open_data(simulation.data), open_data(simulation.test)
+    if data.shape != test.shape or data.class_names != test.class_names:
+        raise DataError(
+            "simulation.data and simulation.test differ in image shape or class names", hint="Use one data set's splits"
+        )
+    labels = data.need_labels("simulation.data")
+    parts = partition(labels, data.class_names, simulation, job.seed)
+    reporter.say(f"Making {len(parts.sites)} sites and a pool of {len(parts.pool)} images in {home}")
+    Pool.build(replace(data.subset(parts.pool), labels=None), home / "pool")
+    with atomic(home / "pool-labels.npy") as file:
+        np.save(file, labels[parts.pool])
+    Pool.build(test, home / "test-pool")
+    _write_npz(home / "test.npz", test)
+    paths = [_make_site(home, simulation, job, data, parts, i) for i in range(len(parts.sites))]
+    write_json(
+        done,
+        {
+            "sites": [path.parent.name for path in paths],
+            "classes": list(data.class_names),
+            "counts": parts.counts.tolist(),
+        },
+    )
+    return paths
+
+
+def _make_site(
+    home: Path, simulation: Simulation, job: JobSettings, data: ImageData, parts: Partition, index: int
+) -> Path:
+    name = f"site-{index + 1:0{len(str(len(parts.sites)))}d}"
+    folder = home / "sites" / name
+    _write_npz(folder / "private.npz", data.subset(parts.sites[index]))
+    settings = SiteSettings(
+        name=name,
+        data=NpzData(kind="npz", path=Path("private.npz")),
+        teacher=simulation.teachers[index % len(simulation.teachers)],
+        policy=simulation.policy,
+        pools=(Path("../../pool"), Path("../../test-pool")),
+        seed=int(np.random.SeedSequence([job.seed, index]).generate_state(1)[0]),
+    )
+    dump_settings(settings, folder / "site.yaml")
+    return folder / "site.yaml"
+
+
+def _write_npz(path: Path, data: ImageData) -> None:
+    with atomic(path) as file:
+        np.savez_compressed(
+            file, x=data.read(), y=data.need_labels("The data set"), names=np.array(data.class_names, np.str_)
+        )
+
+
+def train_site(path: Path, reporter: Reporter) -> None:
+    """Train a site's teacher; resumes, and returns at once when it is trained."""
+    settings = load_settings(path, SiteSettings)
+    if settings.teacher.kind != "train" or (settings.state / "teacher" / "teacher.json").exists():
+        return
+    task = reporter.start(f"training {settings.name} ({settings.teacher.architecture})", settings.teacher.fit.epochs)
+
+    def on_epoch(record: EpochRecord) -> None:
+        task.advance(record.epoch + 1 - task.done, f"loss {record.loss:.3f}")
+
+    train_teacher(settings, on_epoch)

@@ -1,0 +1,235 @@
+"""The durable answer store: what one site answered about one pool.
+
+A folder with three files. `about.json`: what the answers are about (pool, teacher, policy, kind, encoding, classes).
+`answers.bin`: encoded rows, one record after another, append-only. `index.jsonl`: one line a record, append-only:
+range of samples, offset, length, SHA-256, the teacher's seconds. A record is stored when its index line is complete;
+whatever a crash left behind it is cut off on opening. Rows are read by memory map, checked against the SHA-256 when
+first touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from consilience.common.encoding import DTYPES, decode, row_bytes
+from consilience.common.errors import ProtocolError, RunError, StorageError
+from consilience.common.files import read_json, sha256, storage_error, sync_folder, write_json
+from consilience.common.protocol import Answer, Digest
+from consilience.common.settings import Encoding
+
+
+class About(BaseModel):
+    """What a store's answers are about; another about is another store."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: str
+    pool: Digest
+    size: int = Field(ge=0)
+    teacher: Digest
+    policy: str
+    kind: str = "log-probs"
+    encoding: Encoding
+    classes: int = Field(ge=1)
+
+
+class _Entry(BaseModel):
+    """One line of the index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    offset: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: Digest
+    seconds: float = Field(ge=0)
+
+
+class AnswerStore:
+    """One site's answers about one pool, on disk. Written by one thread of one process (the run's lock sees to it)."""
+
+    def __init__(self, folder: Path, about: About) -> None:
+        """Open or create the store in `folder`. Raises `RunError` when it is about something else, `StorageError`."""
+        self.folder, self.about = folder, about
+        self._entries: list[_Entry] = []  # sorted by start
+        self._starts: list[int] = []
+        self._checked: set[int] = set()  # offsets of records whose bytes were compared with their SHA-256
+        self._end = 0  # bytes of answers.bin that count
+        self._index_end = 0  # bytes of index.jsonl that count
+        self._map: NDArray[np.uint8] = np.empty(0, np.uint8)
+        if (folder / "about.json").exists():
+            held = read_json(folder / "about.json")
+            if held != about.model_dump(mode="json"):
+                differing = [name for name, value in about.model_dump(mode="json").items() if held.get(name) != value]
+                raise RunError(
+                    f"{folder} holds answers of site {about.site} for another {', '.join(differing)}",
+                    hint="Start a new run in another folder with --out",
+                )
+        else:
+            write_json(folder / "about.json", about.model_dump(mode="json"))
+        self._recover()
+
+    def _recover(self) -> None:
+        """Read the index up to its last complete line and cut off what a crash left after it."""
+        index, data = self.folder / "index.jsonl", self.folder / "answers.bin"
+        try:
+            raw = index.read_bytes() if index.exists() else b""
+            held = data.stat().st_size if data.exists() else 0
+            for line in raw.splitlines(keepends=True):
+                entry = self._parse(line)
+                if entry is None or entry.offset != self._end or self._end + entry.bytes > held:
+                    break
+                self._insert(entry, self._place(entry))
+                self._index_end += len(line)
+            good = self._index_end
+            if good < len(raw) and raw.count(b"\n", good) > 1:
+                line_number = raw.count(b"\n", 0, good) + 1
+                raise StorageError(
+                    f"{index}: line {line_number} is damaged, and more lines follow",
+                    hint=f"Remove {self.folder} and run the same command again: only this site is asked again",
+                )
+            for path, size in ((index, good), (data, self._end)):
+                if path.exists() and path.stat().st_size > size:
+                    os.truncate(path, size)
+        except OSError as error:
+            raise storage_error(error, self.folder, "recover") from error
+
+    def _parse(self, line: bytes) -> _Entry | None:
+        if not line.endswith(b"\n"):
+            return None
+        try:
+            entry = _Entry.model_validate_json(line)
+        except ValidationError:
+            return None
+        expected = (entry.stop - entry.start) * row_bytes(self.about.classes, self.about.encoding)
+        return entry if entry.bytes == expected else None
+
+    def _place(self, entry: _Entry) -> int:
+        """Return where `entry` belongs. Raises `ProtocolError` when its samples overlap stored ones or do not exist."""
+        place = bisect_right(self._starts, entry.start)
+        before = self._entries[place - 1].stop if place else 0
+        after = self._starts[place] if place < len(self._starts) else self.about.size
+        if not before <= entry.start < entry.stop <= after:
+            raise ProtocolError(
+                f"Site {self.about.site}: samples {entry.start} to {entry.stop} were answered already or do not exist"
+            )
+        return place
+
+    def _insert(self, entry: _Entry, place: int) -> None:
+        self._entries.insert(place, entry)
+        self._starts.insert(place, entry.start)
+        self._end = entry.offset + entry.bytes
+
+    def append(self, answer: Answer) -> None:
+        """Store an answer durably: when this returns, a crash no longer loses it.
+
+        Raises `ProtocolError` when its rows are no log-probabilities or its samples were answered already,
+        `StorageError` when the disk refuses (what was stored before stays).
+        """
+        question = answer.question
+        decode(answer.data, len(question), self.about.classes, self.about.encoding)
+        entry = _Entry(
+            start=question.start,
+            stop=question.stop,
+            offset=self._end,
+            bytes=len(answer.data),
+            sha256=sha256(answer.data),
+            seconds=answer.seconds,
+        )
+        place = self._place(entry)
+        line = (json.dumps(entry.model_dump()) + "\n").encode()
+        try:
+            _append(self.folder / "answers.bin", answer.data, self._end)
+            _append(self.folder / "index.jsonl", line, self._index_end)
+        except OSError as error:
+            raise storage_error(error, self.folder, "write") from error
+        self._insert(entry, place)
+        self._index_end += len(line)
+
+    def __len__(self) -> int:
+        """Samples answered."""
+        return sum(entry.stop - entry.start for entry in self._entries)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of the pool is answered."""
+        return len(self) == self.about.size
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the encoded rows."""
+        return self._end
+
+    @property
+    def seconds(self) -> float:
+        """Seconds the site's teacher took, summed over answers."""
+        return sum(entry.seconds for entry in self._entries)
+
+    def missing(self) -> Iterator[tuple[int, int]]:
+        """Yield the ranges (start, stop) that are not answered, in order."""
+        at = 0
+        for entry in self._entries:
+            if at < entry.start:
+                yield at, entry.start
+            at = entry.stop
+        if at < self.about.size:
+            yield at, self.about.size
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the answers for samples start..stop-1, (stop - start, classes) float32 log-probabilities.
+
+        Raises `StorageError` when one is missing or its bytes have changed since they were stored.
+        """
+        out = np.empty((stop - start, self.about.classes), np.float32)
+        width = row_bytes(self.about.classes, self.about.encoding)
+        at, place = start, bisect_right(self._starts, start) - 1
+        while at < stop:
+            if not 0 <= place < len(self._entries) or not self._entries[place].start <= at < self._entries[place].stop:
+                raise StorageError(
+                    f"{self.folder}: no answer for sample {at}", hint="Run the same command again to ask for it"
+                )
+            entry = self._entries[place]
+            self._check(entry)
+            until = min(stop, entry.stop)
+            low = entry.offset + (at - entry.start) * width
+            rows = self._bytes(low, low + (until - at) * width).view(DTYPES[self.about.encoding])
+            out[at - start : until - start] = rows.reshape(until - at, self.about.classes)
+            at, place = until, place + 1
+        return out
+
+    def _bytes(self, low: int, high: int) -> NDArray[np.uint8]:
+        if high > len(self._map):
+            self._map = np.memmap(self.folder / "answers.bin", np.uint8, "r")
+        return self._map[low:high]
+
+    def _check(self, entry: _Entry) -> None:
+        if entry.offset in self._checked:
+            return
+        if sha256(self._bytes(entry.offset, entry.offset + entry.bytes).tobytes()) != entry.sha256:
+            raise StorageError(
+                f"{self.folder / 'answers.bin'}: the answer for samples {entry.start} to {entry.stop} has changed",
+                hint=f"Remove {self.folder} and run the same command again: only this site is asked again",
+            )
+        self._checked.add(entry.offset)
+
+
+def _append(path: Path, data: bytes, at: int) -> None:
+    """Append durably at position `at`; what a failed attempt left behind it is cut off first."""
+    fresh = not path.exists()
+    with path.open("ab") as file:
+        if file.tell() != at:
+            file.truncate(at)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if fresh:
+        sync_folder(path.parent)

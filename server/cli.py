@@ -1,0 +1,118 @@
+"""`consilience student`: what one does with a finished student. (`consilience server` comes with real sites.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from consilience.common.cli import AsJson, Result, emit
+from consilience.common.data import ImageData, load_image, open_data
+from consilience.common.errors import DataError, StudentError
+from consilience.common.settings import DataSource, FolderData, NpzData
+from consilience.server.export import export_student
+from consilience.server.learning import StudentModel
+
+app = typer.Typer(help="The trained student.", no_args_is_help=True)
+
+StudentFolder = Annotated[
+    Path | None, typer.Option("--student", help="A run's student folder; by default the newest below runs/.")
+]
+
+
+def newest_student() -> Path:
+    """Return the student folder below ./runs that was written last. Raises `StudentError` when there is none."""
+    found = sorted(Path("runs").glob("*/student/labels.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise StudentError("There is no student below ./runs", hint="Name its folder with --student")
+    return found[-1].parent
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    student: StudentFolder = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes shown an image.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Classify image files; each is brought to the size the student was trained on."""
+
+    def action() -> Result:
+        model = StudentModel(student or newest_student())
+        pixels = np.stack([load_image(path, model.shape) for path in images])
+        probs = np.exp(model.log_probs(pixels))
+        table = Table("image", *(f"{rank + 1}." for rank in range(min(top, len(model.labels)))))
+        rows = []
+        for path, row in zip(images, probs, strict=True):
+            best = np.argsort(-row, kind="stable")[:top]
+            table.add_row(str(path), *(f"{model.labels[i]} {row[i]:.1%}" for i in best))
+            rows.append({"image": str(path), "top": [{"class": model.labels[i], "prob": float(row[i])} for i in best]})
+        return {"student": str(model.folder), "predictions": rows}, table
+
+    emit(as_json, action)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="Labelled images: an .npz file, or a folder with one folder a class.")],
+    student: StudentFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the student's accuracy on labelled images."""
+
+    def action() -> Result:
+        model = StudentModel(student or newest_student())
+        source: DataSource
+        if data.suffix == ".npz":
+            source = NpzData(kind="npz", path=data)
+        else:
+            source = FolderData(
+                kind="folder", path=data, size=model.shape[:2], channels=3 if model.shape[2] == 3 else 1
+            )
+        held = open_data(source)
+        truth = _truth(held, model)
+        hits = np.zeros(len(held), bool)
+        for start in range(0, len(held), 512):
+            ids = np.arange(start, min(start + 512, len(held)))
+            hits[ids] = model.log_probs(held.read(ids)).argmax(axis=1) == truth[ids]
+        per_class = {name: float(hits[truth == i].mean()) for i, name in enumerate(model.labels) if np.any(truth == i)}
+        accuracy = float(hits.mean())
+        table = Table("class", "images", "accuracy")
+        for name, value in per_class.items():
+            table.add_row(name, f"{int(np.sum(truth == model.labels.index(name))):,}", f"{value:.1%}")
+        table.add_row("all", f"{len(held):,}", f"{accuracy:.1%}", style="bold")
+        return {"accuracy": accuracy, "images": len(held), "per_class": per_class}, table
+
+    emit(as_json, action)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="The .pt2 file to write.")],
+    student: StudentFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the student as a torch.export program: uint8 images (n, H, W, C) in, log-probabilities (n, classes) out."""
+
+    def action() -> Result:
+        model = StudentModel(student or newest_student())
+        export_student(model, file)
+        return {"file": str(file), "labels": list(model.labels)}, f"Wrote {file}"
+
+    emit(as_json, action)
+
+
+def _truth(data: ImageData, model: StudentModel) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return labels numbered by the student's classes, -1 for a class it does not know. Raises `DataError`."""
+    labels = data.need_labels("The data")
+    index = [model.labels.index(name) if name in model.labels else -1 for name in data.class_names]
+    if max(index, default=-1) < 0:
+        raise DataError(
+            f"None of the data's classes ({', '.join(data.class_names[:5])}) is one of the student's "
+            f"({', '.join(model.labels[:5])})",
+            hint="Name the classes alike",
+        )
+    return np.asarray(index, np.int64)[labels]

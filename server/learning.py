@@ -1,0 +1,158 @@
+"""The learn stage: the student from soft labels or answers, and the oracle from true labels.
+
+Lives here: which loss a job wants and what is written beside the student. Does not live here: the training loop
+and the architectures (common/nets), the losses (server/student).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from consilience.common.errors import StudentError
+from consilience.common.files import create_array, read_json, write_json
+from consilience.common.labels import LabelSpace
+from consilience.common.nets import (
+    EpochRecord,
+    Supervised,
+    build,
+    default_device,
+    load_model,
+    save_model,
+    scores,
+    train,
+)
+from consilience.common.preprocessing import Images
+from consilience.common.progress import Reporter
+from consilience.common.settings import Preprocessing, Student
+from consilience.server.answers import AnswerStore
+from consilience.server.labelling import block_size, blocks
+from consilience.server.student.direct import DirectCE, DirectMFLF
+from consilience.server.student.soft_labels import SoftLabels
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class StudentModel:
+    """A trained student in its folder: model.safetensors, labels.json, preprocessing.json."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load it. Raises `StudentError` when the folder lacks a file or they do not fit together."""
+        self.folder = folder
+        for name in ("model.safetensors", "labels.json", "preprocessing.json"):
+            if not (folder / name).exists():
+                raise StudentError(f"{folder} holds no student: {name} is missing", hint="Name a run's student folder")
+        labels = read_json(folder / "labels.json")
+        about = read_json(folder / "preprocessing.json")
+        self.labels: tuple[str, ...] = tuple(labels["labels"])
+        self.architecture: str = about["architecture"]
+        self.shape: tuple[int, int, int] = tuple(about["shape"])
+        self.preprocessing = Preprocessing.model_validate(about["preprocessing"])
+        self.model = _build(self.architecture, len(self.labels), self.shape, self.preprocessing, seed=0)
+        load_model(folder / "model.safetensors", self.model)
+
+    def log_probs(self, images: Images) -> NDArray[np.float32]:
+        """Return (n, L) float32 log-probabilities of (n, H, W, C) uint8 images."""
+        if images.shape[1:] != self.shape:
+            raise StudentError(
+                f"Images have shape {images.shape[1:]}; the student was trained on {self.shape}",
+                hint="Bring the images to that shape",
+            )
+        logits = torch.from_numpy(scores(self.model, images, self.preprocessing))
+        return torch.log_softmax(logits, dim=1).numpy()
+
+
+def learn(
+    folder: Path,
+    images: Images,
+    space: LabelSpace,
+    loss: Loss,
+    settings: Student,
+    seed: int,
+    reporter: Reporter,
+    name: str,
+) -> list[dict[str, Any]]:
+    """Train a student in `folder` from `images` (n, H, W, C) under `loss`; resumes, and returns at once when done.
+
+    Returns the learning curve, one dict an epoch. Raises `StudentError`, `StorageError`.
+    """
+    curve = folder / "learning_curve.json"
+    if curve.exists():
+        records: list[dict[str, Any]] = read_json(curve)
+        return records
+    shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
+    model = _build(settings.architecture, len(space), shape, settings.preprocessing, seed)
+    task = reporter.start(f"training {name}", settings.fit.epochs)
+
+    def on_epoch(record: EpochRecord) -> None:
+        task.advance(record.epoch + 1 - task.done, f"loss {record.loss:.3f}")
+
+    epochs = train(
+        model,
+        images,
+        loss,
+        settings.fit,
+        settings.preprocessing,
+        seed=seed,
+        folder=folder / "training",
+        on_epoch=on_epoch,
+    )
+    save_model(folder / "model.safetensors", model)
+    write_json(folder / "labels.json", {"labels": space.names})
+    write_json(
+        folder / "preprocessing.json",
+        {
+            "architecture": settings.architecture,
+            "shape": shape,
+            "preprocessing": settings.preprocessing.model_dump(mode="json"),
+        },
+    )
+    records = [asdict(epoch) for epoch in epochs]
+    write_json(curve, records)
+    return records
+
+
+def _build(
+    architecture: str, classes: int, shape: tuple[int, int, int], preprocessing: Preprocessing, seed: int
+) -> nn.Module:
+    channels = preprocessing.channels or shape[2]
+    return build(architecture, classes=classes, channels=channels, seed=seed)
+
+
+def soft_label_loss(labels: NDArray[np.float32], temperature: float) -> Loss:
+    """Return the loss of the -X route."""
+    return SoftLabels(labels, default_device(), temperature)
+
+
+def direct_loss(
+    folder: Path,
+    kind: str,
+    space: LabelSpace,
+    stores: Sequence[AnswerStore],
+    weights: Sequence[float],
+    temperature: float,
+) -> Loss:
+    """Return the loss of a -BP route; the answers are decoded once into memory-mapped files in `folder`."""
+    total = stores[0].about.size
+    paths = [folder / f"answers-{site}.npy" for site in space.sites]
+    maps = [
+        create_array(path, np.float32, (total, len(classes)))
+        for path, classes in zip(paths, space.class_sets, strict=True)
+    ]
+    for start, answers in blocks(stores, block_size(space)):
+        for held, rows in zip(maps, answers, strict=True):
+            held[start : start + len(rows)] = rows
+    loss = DirectCE if kind == "direct-ce" else DirectMFLF
+    return loss(maps, space.class_sets, weights, default_device(), temperature)
+
+
+def oracle_loss(labels: NDArray[np.int64]) -> Loss:
+    """Return the supervised loss of the oracle, (n,) labels in the label space."""
+    return Supervised(labels, default_device())

@@ -1,0 +1,28 @@
+"""Learning from unified soft labels, estimated beforehand: the -X route of methods.md 6.8.
+
+Works for any student; the labels stay on disk and only a batch's rows are read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class SoftLabels:
+    """Cross-entropy to unified labels: T^2 times the mean over the batch of -sum_l q_l log softmax(s / T)_l.
+
+    `probs` is (n, L) floating, rows sum to 1, typically a memory map; `temperature` is the T at which the labels
+    were estimated (Vongkulbhisal et al., CVPR 2019; the factor T^2 keeps the gradient's size).
+    """
+
+    def __init__(self, probs: NDArray[np.floating], device: torch.device, temperature: float = 1.0) -> None:
+        self._probs, self._device, self._temperature = probs, device, temperature
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
+        rows = torch.from_numpy(self._probs[ids.cpu().numpy()]).to(self._device, torch.float32, non_blocking=True)
+        log_probs = torch.log_softmax(logits / self._temperature, dim=1)
+        return -(rows * log_probs).sum(dim=1).mean() * self._temperature**2

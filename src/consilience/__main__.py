@@ -1,0 +1,71 @@
+"""The command line's root: it only puts the sides' commands together."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+import consilience
+
+# Before anything imports flwr: no telemetry, no look for updates, no installation at run time.
+for _switch in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
+    os.environ.setdefault(_switch, "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+from consilience.client.cli import app as site_app  # noqa: E402
+from consilience.common.cli import AsJson, Result, emit  # noqa: E402
+from consilience.common.errors import REGISTRY, SettingsError  # noqa: E402
+from consilience.common.pool_cli import app as pool_app  # noqa: E402
+from consilience.deploy.cli import simulate  # noqa: E402
+from consilience.server.cli import app as student_app  # noqa: E402
+
+app = typer.Typer(
+    name="consilience",
+    help="One classifier from many private ones.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(pool_app, name="pool")
+app.add_typer(site_app, name="site")
+app.add_typer(student_app, name="student")
+app.command()(simulate)
+
+
+@app.command()
+def explain(
+    code: Annotated[int, typer.Argument(help="The exit code of a failed command.")], as_json: AsJson = False
+) -> None:
+    """Say what an exit code means and what to do next."""
+
+    def action() -> Result:
+        if code not in REGISTRY:
+            known = ", ".join(str(number) for number in sorted(REGISTRY))
+            raise SettingsError(f"{code} is no exit code of consilience; known: {known}", hint="Correct the code")
+        kind = REGISTRY[code]
+        return {"code": code, "name": kind.name, "explanation": kind.explanation}, f"{kind.name}: {kind.explanation}"
+
+    emit(as_json, action)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"consilience {consilience.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
