@@ -111,7 +111,7 @@ def _check_labels(labels: NDArray[Any], n: int, names: Sequence[str], where: str
 def _open_npz(source: NpzData) -> ImageData:
     where = str(source.path)
     try:
-        with np.load(source.path, allow_pickle=False) as file:
+        with source.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             held = {key: file[key] for key in (source.images, source.labels, source.names) if key and key in file.files}
             present = file.files
     except FileNotFoundError:

@@ -13,7 +13,8 @@ from consilience.common.cli import AsJson, Result, emit
 from consilience.common.files import read_json
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings, load_settings
-from consilience.deploy.simulation import embedded_job, simulate as run_simulation
+from consilience.deploy.simulation import embedded_job
+from consilience.deploy.simulation import simulate as run_simulation
 
 CONTENDERS = {
     "naive": "naive ensemble",

@@ -28,7 +28,7 @@ from consilience.server.answers import About, AnswerStore
 from consilience.server.asking import SiteState, agree, ask, collect_cards
 from consilience.server.contract import RunContract
 from consilience.server.events import Events
-from consilience.server.labelling import Diagnostics, unify_pool
+from consilience.server.labelling import unify_pool
 from consilience.server.learning import direct_loss, learn, oracle_loss, soft_label_loss
 
 

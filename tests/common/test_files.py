@@ -1,0 +1,87 @@
+"""Files that survive a crash, and a disk that refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from consilience.common import files
+from consilience.common.errors import RunError, StorageError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"Cannot write .*value\.json: No space left on device"):
+        files.write_json(path, {"a": 2})
+    assert files.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_exception_inside_the_block_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "value"
+    with pytest.raises(ZeroDivisionError), files.atomic(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="Cannot read"):
+        files.read_json(tmp_path / "missing")
+    (tmp_path / "bad").write_text("{")
+    with pytest.raises(StorageError, match="is not JSON"):
+        files.read_json(tmp_path / "bad")
+    with pytest.raises(StorageError, match="Cannot read"):
+        files.sha256_file(tmp_path / "missing")
+
+
+def test_equal_values_have_equal_bytes() -> None:
+    assert files.canonical_json({"b": [1, 2.5], "a": "é"}) == '{"a":"é","b":[1,2.5]}'.encode()
+    assert files.sha256(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.canonical_json(float("nan"))
+
+
+def test_a_lock_keeps_a_second_process_out_and_goes_with_the_first(tmp_path: Path) -> None:
+    code = f"""
+import time, pathlib
+from consilience.common.files import lock
+with lock(pathlib.Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="Another process"), files.lock(tmp_path):
+            pass
+        other.kill()
+    with files.lock(tmp_path):
+        pass
+
+
+def test_an_array_on_a_full_disk_is_an_error_not_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = files.create_array(tmp_path / "a.npy", np.float32, (3, 2))
+    array[:] = 7
+    array.flush()
+    assert np.load(tmp_path / "a.npy").tolist() == [[7, 7]] * 3
+    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 24
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="No space left"):
+        files.create_array(tmp_path / "b.npy", np.float32, (3, 2))

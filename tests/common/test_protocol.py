@@ -1,0 +1,176 @@
+"""Questions and answers: what is sent arrives, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consilience.common.errors import ProtocolError
+from consilience.common.protocol import (
+    Agreement,
+    Answer,
+    CardRequest,
+    Contract,
+    Question,
+    Record,
+    Refusal,
+    SiteCard,
+    read_reply,
+)
+
+DIGEST, OTHER, POLICY = "a" * 64, "b" * 64, "c" * 16
+
+
+def question(**changes: Any) -> Question:
+    fields: dict[str, Any] = {"job": "job", "pool": DIGEST, "start": 3, "stop": 5, "encoding": "f16"}
+    return Question(**{**fields, "teacher": OTHER, "policy": POLICY, **changes})
+
+
+def card(**changes: Any) -> dict[str, Any]:
+    fields = {"name": "site-1", "classes": ("cat", "dog"), "encodings": ("f32", "f16"), "teacher": DIGEST}
+    return {**fields, "description": "trained cnn3", "policy": POLICY, **changes}
+
+
+RECORDS: list[Record] = [
+    CardRequest(job="job"),
+    SiteCard(**card(class_priors=(0.25, 0.75), holdout_accuracy=0.5)),
+    Contract(job="job", labels=("cat", "dog"), class_set=(1, 0), pools=(DIGEST,), teacher=OTHER),
+    Agreement(pools=(DIGEST, OTHER)),
+    question(),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_comes_back_as_it_was(record: Record) -> None:
+    assert type(record).from_content(record.to_content()) == record
+    assert read_reply(record.to_content(), type(record)) == record
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "../site"},
+        {"name": "Site"},
+        {"name": ""},
+        {"classes": ()},
+        {"classes": ("",)},
+        {"classes": ("x" * 201,)},
+        {"encodings": ("f64",)},
+        {"teacher": "abc"},
+        {"policy": "x" * 16},
+        {"holdout_accuracy": 1.5},
+        {"class_priors": (0.5,)},
+        {"class_priors": (0.5, 0.6)},
+        {"surprise": 1},
+        {"protocol": 2},
+    ],
+)
+def test_a_card_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:
+    import json
+
+    SiteCard(**card())  # the same card without the change is fine
+    content = RecordDict({"record": ConfigRecord({"json": json.dumps({**card(), **changes})})})
+    with pytest.raises(ProtocolError, match="SiteCard"):
+        SiteCard.from_content(content)
+
+
+@pytest.mark.parametrize("changes", [{"start": -1}, {"stop": 3}, {"stop": 2}, {"encoding": "u1"}, {"kind": "weights"}])
+def test_a_question_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:
+    import json
+
+    fields = {**question().model_dump(mode="json"), **changes}
+    with pytest.raises(ProtocolError, match="Question"):
+        Question.from_content(RecordDict({"record": ConfigRecord({"json": json.dumps(fields)})}))
+
+
+def test_an_answer_comes_back_as_it_was() -> None:
+    answer = Answer(question(), b"\x00\x01\xff", 0.25)
+    assert Answer.from_content(answer.to_content(), question()) == answer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"job": "other"},
+        {"pool": OTHER},
+        {"start": 2},
+        {"stop": 6},
+        {"encoding": "f32"},
+        {"teacher": DIGEST},
+        {"policy": "d" * 16},
+    ],
+)
+def test_an_answer_to_another_question_is_refused(changes: dict[str, Any]) -> None:
+    content = Answer(question(**changes), b"", 0.0).to_content()
+    with pytest.raises(ProtocolError, match=f"answer's {next(iter(changes))}"):
+        Answer.from_content(content, question())
+
+
+def replaced(key: str, value: Any) -> RecordDict:
+    content = Answer(question(), b"ab", 0.0).to_content()
+    if value is None:
+        del content[key]
+    else:
+        content[key] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        replaced("record", None),
+        replaced("record", ConfigRecord({"json": "{"})),
+        replaced("record", ConfigRecord({"json": 7})),
+        replaced("record", MetricRecord({"json": 1.0})),
+        replaced("timing", None),
+        replaced("timing", ConfigRecord({"seconds": "1"})),
+        replaced("timing", ConfigRecord({"seconds": float("nan")})),
+        replaced("timing", ConfigRecord({"seconds": -1.0})),
+        replaced("answer", None),
+        replaced("answer", ConfigRecord({"data": b"ab"})),
+        replaced("answer", ArrayRecord({"other": Array(np.zeros(2, np.uint8))})),
+        replaced("answer", ArrayRecord({"data": Array(np.zeros(2, np.float32))})),
+        replaced("answer", ArrayRecord({"data": Array(np.zeros((2, 1), np.uint8))})),
+        replaced("answer", ArrayRecord({"data": Array(dtype="uint8", shape=(2,), stype="numpy.ndarray", data=b"junk")})),
+        replaced("refusal", ConfigRecord({"json": "{}"})),
+        replaced("refusal", ConfigRecord({"json": '{"code": "rm -rf", "reason": ""}'})),
+    ],
+)
+def test_anything_else_is_refused_without_its_words(content: RecordDict) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        Answer.from_content(content, question())
+    assert "rm -rf" not in str(caught.value)
+
+
+def test_a_pickled_array_is_not_loaded() -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (pytest.fail, ("a pickle from the wire was loaded",))
+
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Bomb()], object), allow_pickle=True)
+    array = Array(dtype="uint8", shape=(1,), stype="numpy.ndarray", data=buffer.getvalue())
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        Answer.from_content(replaced("answer", ArrayRecord({"data": array})), question())
+
+
+def test_a_refusal_says_its_code_and_reason() -> None:
+    content = Refusal(code="unknown-pool", reason="the site has no copy of this pool").to_content()
+    for read in (lambda: Answer.from_content(content, question()), lambda: read_reply(content, SiteCard)):
+        with pytest.raises(ProtocolError, match="unknown-pool, the site has no copy"):
+            read()
+
+
+@given(st.text(max_size=200))
+def test_random_text_is_never_a_record(text: str) -> None:
+    for record in (SiteCard, Contract, Question):
+        with pytest.raises(ProtocolError):
+            record.from_content(RecordDict({"record": ConfigRecord({"json": text})}))
