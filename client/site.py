@@ -6,6 +6,7 @@ and how a teacher comes to be (client/teacher).
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from functools import cached_property
@@ -21,6 +22,9 @@ from consilience.common.errors import PoolError, ProtocolError, StorageError, Te
 from consilience.common.pool import Pool
 from consilience.common.protocol import Agreement, Answer, Contract, Question, RefusalCode, SiteCard
 from consilience.common.settings import SiteSettings, load_settings
+
+
+log = logging.getLogger(__name__)
 
 
 class RefusedError(ProtocolError):
@@ -116,15 +120,18 @@ class Site:
             return self._verified[digest]
 
     def _find(self, digest: str) -> Pool:
+        damaged: PoolError | StorageError | None = None
         for folder in self.settings.pools:
             try:
                 pool = Pool.open(folder)
-                if pool.digest != digest:
-                    continue
-                pool.verify()
+                if pool.digest == digest:
+                    pool.verify()
+                    return pool
             except (PoolError, StorageError) as error:
-                raise RefusedError("pool-damaged", "the site's copy of a pool is damaged") from error
-            return pool
+                log.warning("a pool cannot be used: %s", error)
+                damaged = error if folder.exists() else damaged
+        if damaged is not None:
+            raise RefusedError("pool-damaged", "the site's copy of a pool is damaged") from damaged
         raise RefusedError("unknown-pool", "the site has no copy of this pool")
 
     def _class_priors(self) -> tuple[float, ...] | None:

@@ -50,7 +50,7 @@ class Reader:
                 raise UnifyError(
                     f"answers of site {site} have {answers.shape[0]} rows, those of site 0 {log_probs[0].shape[0]}"
                 )
-            if not _is_floating(answers):
+            if not is_floating(answers):
                 raise UnifyError(
                     f"answers of site {site} are {answers.dtype} instead of floating point", hint="Use f16, f32 or f64."
                 )
@@ -63,7 +63,7 @@ class Reader:
         for site, answers in enumerate(log_probs):
             rows = slice(int(plan.offsets[site]), int(plan.offsets[site + 1]))
             part = stacked[rows]
-            part.copy_(_tensor(answers[start:stop]).to(plan.device).t())
+            part.copy_(to_tensor(answers[start:stop]).to(plan.device).t())
             top = part.amax(0)
             if not bool(torch.isfinite(top).all()):
                 _refuse(site, part, first_row + start)
@@ -75,13 +75,15 @@ class Reader:
         return stacked
 
 
-def _is_floating(answers: Answers) -> bool:
+def is_floating(answers: Answers) -> bool:
+    """Whether this is f16, bf16, f32 or f64."""
     if isinstance(answers, torch.Tensor):
         return answers.dtype in _TORCH_TYPES
     return answers.dtype.kind == "f" and answers.dtype.itemsize <= 8
 
 
-def _tensor(block: Answers) -> torch.Tensor:
+def to_tensor(block: Answers) -> torch.Tensor:
+    """The same numbers as a torch tensor, sharing memory where that is safe."""
     if isinstance(block, torch.Tensor):
         return block.detach()
     native = block.dtype.newbyteorder("=")

@@ -73,9 +73,9 @@ def _start(overlap: Overlap, masses: Masses) -> torch.Tensor:
     log_parts = masses.parts.log()
     weight = mine * (theirs / (mine + theirs))
     gap = weight * (log_parts.index_select(0, one) - log_parts.index_select(0, two))
-    return potentials(
-        (overlap.pairs_to_links @ weight).view(n, n, -1), (overlap.pairs_to_flows @ gap).view(n, n, -1)
-    )[0]
+    return potentials((overlap.pairs_to_links @ weight).view(n, n, -1), (overlap.pairs_to_flows @ gap).view(n, n, -1))[
+        0
+    ]
 
 
 def _mm(overlap: Overlap, masses: Masses, lam: torch.Tensor, steps: int) -> torch.Tensor:
@@ -110,6 +110,7 @@ class _Run:
         """Solve samples `rows` from `lam`. Those that leave the reach of narrow terms come back unsolved."""
         far_rows, far_lam = [rows[:0]], [lam[:, :0]]
         certain = torch.ones_like(rows, dtype=torch.bool)
+        stuck = torch.zeros_like(certain)
         length = lam.new_full((rows.shape[0],), torch.inf)
         for iteration in range(self._cap + 1):
             if rows.numel() == 0:
@@ -117,13 +118,15 @@ class _Run:
             terms: Terms = kind(self._overlap, masses, lam)
             gradient = terms.marginals() - masses.sites
             flat = ((gradient.abs() / masses.sites).amax(0) <= GRADIENT_TOLERANCE) & (length <= STEP_TOLERANCE)
-            far = ~(_reach(lam) <= REACH) if kind is Narrow else torch.zeros_like(flat)
-            stop = flat | far | ~lam.isfinite().all(0)
+            lost = stuck | (_reach(lam) > REACH) if kind is not Wide else stuck
+            far = lost & ~flat if kind is Narrow else torch.zeros_like(flat)
+            stop = flat | lost
             if iteration == self._cap:
                 stop[:] = True
             if bool(stop.any()):
                 done = stop & ~far
-                self._write(terms, gradient, lam, rows, done, flat & certain, iteration)
+                self.solution.iterations[rows[stop]] += iteration
+                self._write(terms, masses, gradient, lam, rows, done, flat & certain)
                 far_rows.append(rows[far])
                 far_lam.append(lam[:, far])
                 keep = torch.nonzero(~stop)[:, 0]
@@ -143,18 +146,20 @@ class _Run:
             length = step.amax(0) - step.amin(0)
             # The third derivative of a log-sum-exp is at most max - min of the direction times the second:
             # this damping never increases Phi, and tends to 1 as the steps get short.
-            lam = lam - step * (torch.log1p(length) / length.clamp(min=1e-300))
+            moved = lam - step * (torch.log1p(length) / length.clamp(min=1e-300))
+            stuck = ~moved.isfinite().all(0)
+            lam = torch.where(stuck, lam, moved)
         return torch.cat(far_rows), torch.cat(far_lam, dim=1)
 
     def _write(
         self,
         terms: Terms,
+        masses: Masses,
         gradient: torch.Tensor,
         lam: torch.Tensor,
         rows: torch.Tensor,
         done: torch.Tensor,
         converged: torch.Tensor,
-        iteration: int,
     ) -> None:
         # With Q_i = sum of q over the classes of site i, w_i e^-lam_i Q_i = 1 + g_i / w_i; hence the marginals
         # that q really has differ from W_T by the average of g_i / (w_i + g_i) over the owners of T.
@@ -162,6 +167,7 @@ class _Run:
         out, where = self.solution, rows[done]
         out.lam[:, where] = lam[:, done]
         out.log_sets[:, where] = terms.log_sets()[:, done]
-        out.iterations[where] += iteration
         out.converged[where] = converged[done]
-        out.residual[where] = terms.average(drift).abs().amax(0)[done]
+        shared = terms.average(drift).abs().amax(0)
+        alone = ((self._overlap.weights - masses.sites) * drift).abs().amax(0)
+        out.residual[where] = torch.maximum(shared, alone)[done]

@@ -24,6 +24,7 @@ from consilience.server.unify.sparse import group_max
 REACH = 230.0
 """Narrow terms are exact while max lam - min lam stays below this: 1 / e^(2 * 230) is still a normal number."""
 
+_LOWEST = -690.0  # beyond the reach, where results are only good for seeing that: keeps sums positive
 _DEEPEST = -500.0  # a share below e^-500 changes nothing, but as a zero it would cut a link
 
 
@@ -70,7 +71,7 @@ class Narrow:
     def __init__(self, overlap: Overlap, masses: Masses, lam: torch.Tensor) -> None:
         self._overlap, self._masses = overlap, masses
         self._top = lam.amax(0)
-        self._e = torch.exp(lam - self._top)
+        self._e = (lam - self._top).clamp_(min=_LOWEST).exp_()
         self._sums = overlap.sites_to_sets @ self._e
         self._ratio = masses.sets / self._sums
 

@@ -137,7 +137,9 @@ def replaced(key: str, value: Any) -> RecordDict:
         replaced("answer", ArrayRecord({"other": Array(np.zeros(2, np.uint8))})),
         replaced("answer", ArrayRecord({"data": Array(np.zeros(2, np.float32))})),
         replaced("answer", ArrayRecord({"data": Array(np.zeros((2, 1), np.uint8))})),
-        replaced("answer", ArrayRecord({"data": Array(dtype="uint8", shape=(2,), stype="numpy.ndarray", data=b"junk")})),
+        replaced(
+            "answer", ArrayRecord({"data": Array(dtype="uint8", shape=(2,), stype="numpy.ndarray", data=b"junk")})
+        ),
         replaced("refusal", ConfigRecord({"json": "{}"})),
         replaced("refusal", ConfigRecord({"json": '{"code": "rm -rf", "reason": ""}'})),
     ],

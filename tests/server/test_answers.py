@@ -169,7 +169,9 @@ def test_a_store_is_about_one_thing(tmp_path: Path, changes: dict[str, Any]) -> 
 
 
 @given(st.permutations(range(10)), st.integers(0, 10))
-def test_missing_and_stored_share_out_the_pool(tmp_path_factory: pytest.TempPathFactory, order: list[int], n: int) -> None:
+def test_missing_and_stored_share_out_the_pool(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], n: int
+) -> None:
     store = AnswerStore(tmp_path_factory.mktemp("store"), about())
     for block in order[:n]:
         store.append(answer(block * 10, block * 10 + 10))

@@ -83,9 +83,7 @@ def grid_of(sites: Sites) -> LocalGrid:
 
 
 def about(site: str) -> About:
-    return About(
-        site=site, pool=DIGEST, size=SIZE, teacher=DIGEST, policy=POLICY, encoding="f32", classes=CLASSES
-    )
+    return About(site=site, pool=DIGEST, size=SIZE, teacher=DIGEST, policy=POLICY, encoding="f32", classes=CLASSES)
 
 
 @pytest.fixture
@@ -105,9 +103,7 @@ def run(tmp_path: Path, sites: Sites, reporter: Reporter, **settings: Any) -> tu
 
 
 def everything() -> np.ndarray:
-    return rows(
-        Question(job="job", pool=DIGEST, start=0, stop=SIZE, encoding="f32", teacher=DIGEST, policy=POLICY)
-    )
+    return rows(Question(job="job", pool=DIGEST, start=0, stop=SIZE, encoding="f32", teacher=DIGEST, policy=POLICY))
 
 
 def test_honest_sites_are_asked_once_about_every_sample(tmp_path: Path, reporter: Reporter) -> None:

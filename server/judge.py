@@ -1,0 +1,326 @@
+"""How good the student is, and how good what it was made from was: pure functions on arrays.
+
+Lives here: the metrics and the baselines of a run. Does not live here: where the arrays come from (server/job), how
+results are told (server/report). Test labels come in here and nowhere else; nothing here feeds a choice.
+
+Ties never depend on the order of the sites: sites are added up in the order of their names, votes that tie are decided
+by the summed probability, and what still ties by the first class of the label space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_auc_score
+
+from consilience.common.labels import LabelSpace
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+BASELINES = ("naive", "best_site", "hard_vote", "max_confidence", "unified_ensemble", "oracle")
+"""Names of the baselines, in the order in which they are told."""
+BINS = 15
+"""Equal-width bins of the expected calibration error."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy = correct / count, with the bounds of its 95 % Wilson interval."""
+
+    accuracy: float
+    correct: int
+    count: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class: None where it is undefined (no test image of the class, or none predicted as it)."""
+
+    name: str
+    support: int
+    recall: float | None
+    precision: float | None
+    unified_recall: float | None
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bin (low, high] of the reliability diagram; None in an empty bin."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class SiteScore:
+    """One site. `count` is the number of test images of its classes; None where nothing can be said.
+
+    `teacher_accuracy`: its own arg-max on those images. `student_accuracy`: the student's on the same images, over
+    all classes. `student_accuracy_restricted`: the student's with only the site's classes to choose from.
+    `accuracy`: the site's own arg-max on all test images, those of other sites' classes included.
+    `coverage_auroc`: AUROC of the site's top probability as a score for "this image is of one of my classes", over
+    all test images: the maximum-probability baseline of coverage, before any coverage model. 0.5 says nothing.
+    """
+
+    name: str
+    count: int
+    teacher_accuracy: float | None
+    student_accuracy: float | None
+    student_accuracy_restricted: float | None
+    accuracy: float | None
+    coverage_auroc: float | None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Everything the test set tells about a run.
+
+    `outside` of the `count` test images are of a class that no site knows: they count as wrong. `confusion[t][p]` is
+    the number of images of class t that the student takes for p; `confusion_outside[p]` the same for those outside.
+    """
+
+    count: int
+    outside: int
+    student: Score
+    baselines: dict[str, Score | None]
+    best_site: str | None
+    classes: tuple[ClassScore, ...]
+    calibration_error: float
+    reliability: tuple[Bin, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    confusion_outside: tuple[int, ...]
+    sites: tuple[SiteScore, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and None, fit for JSON: no NaN."""
+        return asdict(self)
+
+
+def judge(
+    truth: ArrayLike,
+    space: LabelSpace,
+    answers: Sequence[ArrayLike | None],
+    unified: ArrayLike | None,
+    student: ArrayLike,
+    oracle: ArrayLike | None,
+) -> Judgement:
+    """Judge the student and the baselines on one test set of m images and a label space of L classes.
+
+    `truth` (m,) integer: indices into the label space, -1 where no site knows the class (always wrong).
+    `answers[i]` (m, k_i) floating: site i's log-probabilities in the order of `space.class_sets[i]`; None where
+    the site did not answer. `unified` (m, L): unified soft labels, as probabilities or log-probabilities.
+    `student`, `oracle` (m, L): log-probabilities.
+
+    Raises `ValueError`: an empty test set, a shape that does not fit, a label out of range, or NaN.
+    """
+    labels = np.asarray(truth)
+    if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"truth has shape {labels.shape} and type {labels.dtype}; wanted (m,) integers, m >= 1")
+    if labels.min() < -1 or labels.max() >= len(space):
+        raise ValueError(f"truth holds labels outside -1..{len(space) - 1}")
+    m, width = len(labels), len(space)
+    if len(answers) != len(space.sites):
+        raise ValueError(f"{len(answers)} sites' answers for {len(space.sites)} sites")
+    probs = [
+        None if a is None else softmax(_matrix(a, m, len(classes), f"answers of {site}"))
+        for a, classes, site in zip(answers, space.class_sets, space.sites, strict=True)
+    ]
+    scores = _matrix(student, m, width, "student")
+    predicted = scores.argmax(1)
+    unified_top = None if unified is None else _matrix(unified, m, width, "unified").argmax(1)
+    oracle_top = None if oracle is None else _matrix(oracle, m, width, "oracle").argmax(1)
+
+    tops = [None if p is None else np.asarray(c)[p.argmax(1)] for p, c in zip(probs, space.class_sets, strict=True)]
+    best = _best_site(labels, space, tops)
+    ensembles = _ensembles(space, probs, m)
+    contenders = {
+        **ensembles,
+        "best_site": None if best is None else tops[best],
+        "unified_ensemble": unified_top,
+        "oracle": oracle_top,
+    }
+    counts = _confusion(labels, predicted, width)
+    error, reliability = calibration(softmax(scores), labels)
+    return Judgement(
+        count=m,
+        outside=int((labels < 0).sum()),
+        student=score(predicted, labels),
+        baselines={name: None if (top := contenders[name]) is None else score(top, labels) for name in BASELINES},
+        best_site=None if best is None else space.sites[best],
+        classes=_class_scores(space, counts, None if unified_top is None else _confusion(labels, unified_top, width)),
+        calibration_error=error,
+        reliability=reliability,
+        confusion=tuple(tuple(map(int, row)) for row in counts[:width]),
+        confusion_outside=tuple(map(int, counts[width])),
+        sites=tuple(
+            _site_score(site, np.asarray(classes), labels, p, scores)
+            for site, classes, p in zip(space.sites, space.class_sets, probs, strict=True)
+        ),
+    )
+
+
+def score(predicted: ArrayLike, truth: ArrayLike) -> Score:
+    """Score predictions (m,) against labels (m,), m >= 1."""
+    hits = np.asarray(predicted) == np.asarray(truth)
+    correct, count = int(hits.sum()), len(hits)
+    low, high = wilson(correct, count)
+    return Score(correct / count, correct, count, low, high)
+
+
+def wilson(correct: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson score interval of a share: with p = correct / count and z the normal quantile of `level`,
+
+    (p + z² / 2n ± z sqrt(p (1 - p) / n + z² / 4n²)) / (1 + z² / n).
+    """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    p, scale = correct / count, 1 + z * z / count
+    centre = (p + z * z / (2 * count)) / scale
+    half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / scale
+    # At the ends the bound is exactly 0 or 1; rounding must not put it on the wrong side of the share.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == count else centre + half)
+
+
+def calibration(probs: Floats, truth: Ints) -> tuple[float, tuple[Bin, ...]]:
+    """Return the expected calibration error of top probabilities, and its bins.
+
+    `probs` (m, L), `truth` (m,). With B_b the images whose top probability lies in ((b - 1) / 15, b / 15],
+
+    ECE = sum over b of |B_b| / m · | accuracy(B_b) - mean top probability(B_b) |.
+    """
+    top = probs.max(1)
+    hit = probs.argmax(1) == truth
+    edges = np.linspace(0, 1, BINS + 1)
+    at = np.clip(np.searchsorted(edges, top, side="left") - 1, 0, BINS - 1)
+    count = np.bincount(at, minlength=BINS)
+    confidence = np.bincount(at, weights=top, minlength=BINS)
+    hits = np.bincount(at, weights=hit, minlength=BINS)
+    bins = tuple(
+        Bin(float(low), float(high), int(n), float(c / n) if n else None, float(h / n) if n else None)
+        for low, high, n, c, h in zip(edges[:-1], edges[1:], count, confidence, hits, strict=True)
+    )
+    return float(np.abs(confidence - hits).sum() / len(top)), bins
+
+
+def agreement(blocks: Iterable[Sequence[ArrayLike | None]], space: LabelSpace) -> Floats:
+    """Return how often sites agree about the pool: (N, N) float64, symmetric.
+
+    Entry (i, j) is the share of samples for which sites i and j have the same arg-max among the classes both know;
+    NaN on the diagonal, for pairs that share fewer than two classes, and where there was no sample to compare.
+    `blocks` yields, in turn, one (b, k_i) array of scores a site (None where it has none); one pass, nothing kept.
+    """
+    n = len(space.sites)
+    columns: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    for i in range(n):
+        for j in range(i + 1, n):
+            shared = space.shared(i, j)
+            if len(shared) >= 2:
+                columns[i, j] = tuple([space.class_sets[s].index(c) for c in shared] for s in (i, j))  # type: ignore[assignment]
+    same, seen = np.zeros((n, n)), np.zeros((n, n))
+    for block in blocks:
+        arrays = [None if a is None else np.asarray(a) for a in block]
+        for (i, j), (own, other) in columns.items():
+            a, b = arrays[i], arrays[j]
+            if a is not None and b is not None:
+                same[i, j] += np.count_nonzero(a[:, own].argmax(1) == b[:, other].argmax(1))
+                seen[i, j] += len(a)
+    same, seen = same + same.T, seen + seen.T
+    return np.divide(same, seen, out=np.full((n, n), np.nan), where=seen > 0)
+
+
+def softmax(scores: Floats) -> Floats:
+    """Return the probabilities (m, k) of log-probabilities or logits (m, k), row by row."""
+    exp = np.exp(scores - scores.max(1, keepdims=True))
+    return np.asarray(exp / exp.sum(1, keepdims=True))
+
+
+def _matrix(values: ArrayLike, rows: int, columns: int, what: str) -> Floats:
+    array = np.asarray(values, np.float64)
+    if array.shape != (rows, columns):
+        raise ValueError(f"{what}: shape {array.shape}; wanted {(rows, columns)}")
+    if np.isnan(array).any():
+        raise ValueError(f"{what}: NaN")
+    return array
+
+
+def _best_site(truth: Ints, space: LabelSpace, tops: Sequence[Ints | None]) -> int | None:
+    """Return the site with the most correct arg-maxes on all test images; of equals, the first by name."""
+    correct = {site: int((top == truth).sum()) for site, top in enumerate(tops) if top is not None}
+    return min(correct, key=lambda site: (-correct[site], space.sites[site]), default=None)
+
+
+def _ensembles(space: LabelSpace, probs: Sequence[Floats | None], m: int) -> dict[str, Ints | None]:
+    """Return the arg-max labels (m,) of the three ways to combine answers without unifying them."""
+    names = ("naive", "hard_vote", "max_confidence")
+    if all(p is None for p in probs):
+        return dict.fromkeys(names)
+    summed = np.zeros((m, len(space)))
+    votes = np.zeros_like(summed)
+    largest = np.zeros_like(summed)
+    rows = np.arange(m)
+    for site in sorted(range(len(probs)), key=lambda i: space.sites[i]):
+        p, classes = probs[site], np.asarray(space.class_sets[site])
+        if p is None:
+            continue
+        summed[:, classes] += p
+        votes[rows, classes[p.argmax(1)]] += 1
+        largest[:, classes] = np.maximum(largest[:, classes], p)
+    # The zero-padded mean differs from the sum by a factor only.
+    return dict(zip(names, (summed.argmax(1), _first(votes, summed), _first(largest, summed)), strict=True))
+
+
+def _first(values: Floats, ties: Floats) -> Ints:
+    """Return the arg-max of `values` (m, L) by row; of equals the one with the largest entry of `ties`."""
+    return np.asarray(np.where(values == values.max(1, keepdims=True), ties, -1.0).argmax(1))
+
+
+def _confusion(truth: Ints, predicted: Ints, width: int) -> Ints:
+    """Return counts (L + 1, L): rows are true classes, the last row is for images outside the label space."""
+    rows = np.where(truth < 0, width, truth)
+    return np.bincount(rows * width + predicted, minlength=(width + 1) * width).reshape(width + 1, width)
+
+
+def _class_scores(space: LabelSpace, student: Ints, unified: Ints | None) -> tuple[ClassScore, ...]:
+    return tuple(
+        ClassScore(
+            name=name,
+            support=(support := int(student[c].sum())),
+            recall=_share(student[c, c], support),
+            precision=_share(student[c, c], student[:, c].sum()),
+            unified_recall=None if unified is None else _share(unified[c, c], support),
+        )
+        for c, name in enumerate(space.names)
+    )
+
+
+def _share(part: Any, whole: Any) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _site_score(name: str, classes: Ints, truth: Ints, probs: Floats | None, student: Floats) -> SiteScore:
+    mine = np.isin(truth, classes)
+    own, count = truth[mine], int(mine.sum())
+    restricted = classes[student[:, classes].argmax(1)]
+    auroc = None
+    if probs is not None and 0 < count < len(truth):
+        auroc = float(roc_auc_score(mine, probs.max(1)))
+    return SiteScore(
+        name=name,
+        count=count,
+        teacher_accuracy=None if probs is None else _share((classes[probs.argmax(1)][mine] == own).sum(), count),
+        student_accuracy=_share((student.argmax(1)[mine] == own).sum(), count),
+        student_accuracy_restricted=_share((restricted[mine] == own).sum(), count),
+        accuracy=None if probs is None else _share((classes[probs.argmax(1)] == truth).sum(), len(truth)),
+        coverage_auroc=auroc,
+    )

@@ -1,0 +1,112 @@
+"""MF-LV: matrix factorisation in logit space with variable scale (Vongkulbhisal et al., CVPR 2019; docs/unify.md).
+
+Lives here: the objective in (v, c), its start, the gauge of the scale. Does not live here: the fit (`factor`)
+or the iteration (`newton`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from consilience.server.unify.estimate import Estimate
+from consilience.server.unify.factor import Derivatives, Fit, Layout
+from consilience.server.unify.mf_lf import MFLF
+from consilience.server.unify.newton import minimise
+from consilience.server.unify.plan import Plan
+
+RELATIVE_RIDGE = 1e-4
+"""The default lambda is this times the sample's mean square of centred logits: enough to make the problem well
+posed, too little to be seen where two sites share two classes or more."""
+
+
+class MFLV:
+    """min over u, c, v >= 0 of sum_i w_i sum_{l in L_i} (z_i(l) - u_l v_i - c_i)^2 + lambda (||u||^2 + ||v||^2).
+
+    q = softmax(g u), g the geometric mean of the positive v_i of the component: only *relative* sharpness can
+    be seen in the answers, and by this convention the typical site is as sharp as the truth. v_i = 0 means
+    that site i is ignored. Not convex: the minimum is the one near MF-LF.
+    """
+
+    comparable = False
+
+    def __init__(self, plan: Plan, regularisation: float | None) -> None:
+        self._plan = plan
+        self._regularisation = regularisation
+        self._start = MFLF(plan, 0.0)
+        groups = [(sites, classes) for sites, classes in plan.groups() if sites.size > 0]
+        self._layouts = [Layout(plan, sites, classes) for sites, classes in groups]
+        largest = max((s.size * (8 * c.size + 16 * s.size) for s, c in groups), default=0)
+        self.row_doubles = 2 * plan.columns.size + 4 * plan.num_classes + largest
+
+    def __call__(self, log_probs: torch.Tensor) -> Estimate:
+        """From stacked log-probabilities (K, b)."""
+        closed = self._start(log_probs)
+        start, scores = closed.scores, torch.zeros_like(closed.scores)
+        iterations, converged, residual = closed.iterations, closed.converged, closed.residual
+        for layout in self._layouts:
+            n = layout.shape[0]
+            mask, sizes = layout.mask, layout.mask.sum(1)
+            logits = layout.gather(log_probs)
+            # Centred per site: an offset only shifts c, and small numbers lose less to rounding.
+            z = (logits - (logits.sum(2) / sizes)[:, :, None]) * mask
+            square = (z**2).sum((1, 2))
+            ridge = (
+                RELATIVE_RIDGE * square / sizes.sum()
+                if self._regularisation is None
+                else torch.full_like(square, self._regularisation)
+            ).clamp(min=1e-30)
+            fit = Fit(layout, z, ridge)
+            bounded = torch.arange(2 * n, device=z.device) < n
+            found = minimise(_ScaleAndOffset(fit), self._guess(fit, start[layout.classes].t()), bounded)
+            v, c = found.x[:, :n], found.x[:, n:]
+            u, _, _ = fit.levels(v, c)
+            scores[layout.classes] = (u * _gauge(v)).t()
+            iterations = torch.maximum(iterations, found.iterations)
+            converged = converged & found.converged
+            residual = torch.maximum(residual, found.residual)
+        return Estimate(scores, iterations, converged, residual)
+
+    def _guess(self, fit: Fit, u: torch.Tensor) -> torch.Tensor:
+        """(v, c): each site's answers regressed on u, in the gauge ||u|| = ||v|| that the ridge wants."""
+        mask = fit.layout.mask
+        sizes = mask.sum(1)
+        mean = (u @ mask.t()) / sizes
+        centred = (u[:, None] - mean[:, :, None]) * mask
+        slope = (fit.z * centred).sum(2) / (centred**2).sum(2).clamp(min=1e-300)
+        slope = slope.clamp(min=0.0)
+        gauge = torch.sqrt((u**2).sum(1) / (slope**2).sum(1).clamp(min=1e-300)).sqrt().clamp(min=1e-6)[:, None]
+        return torch.cat([slope * gauge, -slope * mean], dim=1)
+
+
+def _gauge(v: torch.Tensor) -> torch.Tensor:
+    """(b, 1): the geometric mean of the positive v."""
+    positive = v > 0
+    logs = torch.where(positive, v, torch.ones_like(v)).log()
+    return (logs.sum(1, keepdim=True) / positive.sum(1, keepdim=True).clamp(min=1)).exp()
+
+
+@dataclass(frozen=True)
+class _ScaleAndOffset:
+    """F as a function of x = (v, c)."""
+
+    fit: Fit
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """(b,)."""
+        n = self.fit.layout.shape[0]
+        return self.fit.value(x[:, :n], x[:, n:])
+
+    def derivatives(self, x: torch.Tensor) -> Derivatives:
+        """Up to second order."""
+        n = self.fit.layout.shape[0]
+        return self.fit.derivatives(x[:, :n], x[:, n:])
+
+    def data(self) -> torch.Tensor:
+        """(b,)."""
+        return ((self.fit.z**2).sum(2) @ self.fit.layout.weights).clamp(min=1e-30)
+
+    def select(self, rows: torch.Tensor) -> _ScaleAndOffset:
+        """The same for some samples of the block."""
+        return _ScaleAndOffset(self.fit.select(rows))

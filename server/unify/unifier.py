@@ -1,0 +1,167 @@
+"""The driver: options checked once, blocks of answers in, unified labels out.
+
+Lives here: `Unifier`, `unify`. Does not live here: any method; each has a module of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from consilience.common.errors import UnifyError
+from consilience.server.unify.across import Combine
+from consilience.server.unify.answers import Reader
+from consilience.server.unify.blocks import block_rows, run_blocks
+from consilience.server.unify.ce import CE
+from consilience.server.unify.estimate import Estimate, Estimator
+from consilience.server.unify.mf_lf import MFLF
+from consilience.server.unify.mf_lv import MFLV
+from consilience.server.unify.mf_p import MFP
+from consilience.server.unify.plan import Plan, make_plan
+from consilience.server.unify.result import ACROSS, METHODS, Across, Answers, Method, Prior, UnifiedLabels
+from consilience.server.unify.sd import SD
+
+
+class Unifier:
+    """Prepared once for given sites and options, then called for as many blocks of answers as there are.
+
+    class_sets      one array of class indices per site, in its teacher's order
+    num_classes     L; by default one more than the largest index. Every class must be known to some site
+    method          "sd", "ce" (default), "mf-p", "mf-lv" or "mf-lf"
+    weights         (N,) positive: how much each site counts (default 1)
+    temperature     answers are softened to softmax(z / temperature) first; the unified labels then belong to
+                    the softened truth, q^(1/temperature)
+    prior           a `Prior`: correct answers for the class proportions of the sites' training data
+    across          how mass is shared out between components that no site links: "centred" (default),
+                    "equal" or "proportional". Not used by "sd", whose definition fixes it
+    regularisation  lambda of "mf-lf" (default 0) and "mf-lv" (default 1e-4 of each sample's mean square of
+                    centred logits); not for other methods
+    device          where to compute; by default the CPU
+    block           rows computed at a time; by default what fits a fixed amount of memory. Results do not
+                    depend on it
+
+    Raises UnifyError where any of these is not as said. All computation is in fp64.
+    The methods are those of Vongkulbhisal et al., CVPR 2019; docs/unify.md says how each is solved.
+    """
+
+    def __init__(
+        self,
+        class_sets: Sequence[npt.ArrayLike],
+        num_classes: int | None = None,
+        *,
+        method: Method = "ce",
+        weights: npt.ArrayLike | None = None,
+        temperature: float = 1.0,
+        prior: Prior | None = None,
+        across: Across = "centred",
+        regularisation: float | None = None,
+        device: str | torch.device | None = None,
+        block: int | None = None,
+    ) -> None:
+        _one_of("method", method, METHODS)
+        check_across(across)
+        plan = make_plan(class_sets, num_classes, weights, to_device(device))
+        self._estimator = _estimator(plan, method, regularisation)
+        self._reader = Reader(plan, temperature, prior)
+        self._combine = Combine(plan, None if self._estimator.comparable else across)
+        self._plan = plan
+        self.block = block_rows(block, self._estimator.row_doubles)
+
+    @property
+    def components(self) -> npt.NDArray[np.int64]:
+        """(L,) the component of each class."""
+        return self._plan.components.copy()
+
+    def __call__(self, log_probs: Sequence[Answers], *, first_row: int = 0) -> UnifiedLabels:
+        """Unify n samples.
+
+        log_probs  one (n, len(class_sets[i])) floating array or tensor per site: log-probabilities or logits;
+                   a constant added to a row changes nothing. -inf is allowed, but not for a whole row.
+                   Memory maps are read block by block.
+        first_row  added to row numbers in messages, for callers who hold a part of a larger whole
+
+        Raises UnifyError for wrong shapes or types, NaN, +inf, or a row of nothing but -inf.
+        """
+        n = self._reader.check(log_probs)
+
+        def estimate(start: int, stop: int) -> Estimate:
+            return self._estimator(self._reader.read(log_probs, start, stop, first_row))
+
+        return run_blocks(self._plan, n, self.block, estimate, self._combine)
+
+
+def unify(
+    log_probs: Sequence[Answers],
+    class_sets: Sequence[npt.ArrayLike],
+    num_classes: int | None = None,
+    *,
+    method: Method = "ce",
+    weights: npt.ArrayLike | None = None,
+    temperature: float = 1.0,
+    prior: Prior | None = None,
+    across: Across = "centred",
+    regularisation: float | None = None,
+    device: str | torch.device | None = None,
+    block: int | None = None,
+) -> UnifiedLabels:
+    """Soft labels over the union of all classes, from each site's answers over its own.
+
+    See `Unifier` for the options, and its call for `log_probs`, shapes, types and errors. The device is by
+    default the one that holds the first site's answers.
+    """
+    if device is None and len(log_probs) > 0 and isinstance(log_probs[0], torch.Tensor):
+        device = log_probs[0].device
+    unifier = Unifier(
+        class_sets,
+        num_classes,
+        method=method,
+        weights=weights,
+        temperature=temperature,
+        prior=prior,
+        across=across,
+        regularisation=regularisation,
+        device=device,
+        block=block,
+    )
+    return unifier(log_probs)
+
+
+def _estimator(plan: Plan, method: Method, regularisation: float | None) -> Estimator:
+    if regularisation is not None:
+        if method not in ("mf-lf", "mf-lv"):
+            raise UnifyError(f"method {method!r} has no regularisation", hint='Only "mf-lf" and "mf-lv" have.')
+        if not (math.isfinite(regularisation) and regularisation >= 0):
+            raise UnifyError(f"regularisation {regularisation} is not a finite number of at least 0")
+    if method == "sd":
+        return SD(plan)
+    if method == "ce":
+        return CE(plan)
+    if method == "mf-p":
+        return MFP(plan)
+    if method == "mf-lf":
+        return MFLF(plan, regularisation or 0.0)
+    if regularisation == 0:
+        raise UnifyError('regularisation 0 leaves "mf-lv" without a solution', hint="Give a small positive one.")
+    return MFLV(plan, regularisation)
+
+
+def check_across(across: object) -> None:
+    """UnifyError for an unknown rule."""
+    _one_of("across", across, ACROSS)
+
+
+def to_device(device: str | torch.device | None) -> torch.device:
+    """The CPU by default; UnifyError for a name that torch does not know."""
+    try:
+        return torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise UnifyError(f"device {str(device)!r} is unknown to torch") from error
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UnifyError(f"{name} {value!r} is none of {', '.join(allowed)}")

@@ -1,0 +1,216 @@
+"""A site's side of the contract: the same bytes for the same sample, and a code and nothing else for everything wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+from consilience.client import app as app_module
+from consilience.client.site import RefusedError, Site
+from consilience.common.data import from_arrays
+from consilience.common.encoding import decode, encode
+from consilience.common.errors import TeacherError
+from consilience.common.pool import Pool
+from consilience.common.protocol import Answer, CardRequest, Contract, Question, Refusal, SiteCard
+from consilience.common.settings import CallableTeacher, NpzData, Policy, Preprocessing, SiteSettings
+from consilience.deploy.local_grid import LocalGrid
+
+SIZE = 50
+FINGERPRINT = "f" * 64
+
+
+class Linear:
+    """A teacher whose rounding depends on the batch it is shown, as a real network's does."""
+
+    classes = ("cat", "dog", "cow")
+    fingerprint = FINGERPRINT
+
+    def __init__(self) -> None:
+        self.weights = np.random.default_rng(1).normal(0, 1, (12, 3))
+        self.batches: list[int] = []
+        self.fails = False
+
+    def log_probs(self, images: np.ndarray) -> np.ndarray:
+        if self.fails:
+            raise TeacherError("secret path /data/patients")
+        self.batches.append(len(images))
+        logits = images.reshape(len(images), -1) @ self.weights / 100 + len(images) * 1e-4
+        return np.asarray(log_softmax(logits * [1, 2, 3], axis=1), np.float32)
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Pool:
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, 2, 2, 3), np.uint8)
+    return Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
+
+
+@pytest.fixture
+def teacher() -> Linear:
+    return Linear()
+
+
+@pytest.fixture
+def site(tmp_path: Path, pool: Pool, teacher: Linear) -> Site:
+    hosted = CallableTeacher(kind="callable", callable="a:b", classes=Linear.classes, preprocessing=Preprocessing())
+    return Site(
+        SiteSettings(name="site-1", teacher=hosted, pools=(tmp_path / "none", pool.folder), batch_size=16), teacher
+    )
+
+
+def question(site: Site, pool: Pool, start: int, stop: int, **changes: Any) -> Question:
+    fields = {"job": "job", "pool": pool.digest, "start": start, "stop": stop, "encoding": "f32"}
+    return Question(
+        **{**fields, "teacher": FINGERPRINT, "policy": site.settings.policy.version, **changes}  # type: ignore[arg-type]
+    )
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, SIZE - 1), st.integers(1, SIZE))
+def test_a_sample_s_answer_is_the_same_bytes_however_questions_are_cut(
+    site: Site, pool: Pool, start: int, stop: int
+) -> None:
+    if stop <= start:
+        return
+    whole = site.answer(question(site, pool, 0, SIZE)).data
+    part = site.answer(question(site, pool, start, stop)).data
+    assert part == whole[start * 12 : stop * 12]
+
+
+def test_the_teacher_sees_aligned_batches_and_answers_are_its_own(site: Site, pool: Pool, teacher: Linear) -> None:
+    answer = site.answer(question(site, pool, 16, 32))
+    assert teacher.batches == [16]
+    assert np.array_equal(decode(answer.data, 16, 3, "f32"), teacher.log_probs(pool.read(16, 32)))
+    assert site.answer(question(site, pool, 16, 32, encoding="f16")).data == encode(
+        teacher.log_probs(pool.read(16, 32)), "f16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"stop": SIZE + 1}, "bad-question"),
+        ({"pool": "0" * 64}, "unknown-pool"),
+        ({"teacher": "0" * 64}, "other-teacher"),
+        ({"policy": "0" * 16}, "other-teacher"),
+    ],
+)
+def test_questions_it_cannot_answer_are_refused(site: Site, pool: Pool, changes: dict[str, Any], code: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        site.answer(question(site, pool, 0, 5).model_copy(update=changes))
+    assert caught.value.code == code
+
+
+def test_the_policy_bounds_the_encoding(site: Site, pool: Pool, teacher: Linear) -> None:
+    strict = Site(site.settings.model_copy(update={"policy": Policy(precision="f16")}), teacher)
+    assert strict.card.encodings == ("f16",)
+    policy = strict.settings.policy.version
+    with pytest.raises(RefusedError, match="policy does not allow"):
+        strict.answer(question(site, pool, 0, 5, policy=policy))
+    assert strict.answer(question(site, pool, 0, 5, policy=policy, encoding="f16")).data
+
+
+def test_class_priors_are_told_only_if_the_policy_says_so(site: Site, tmp_path: Path, teacher: Linear) -> None:
+    assert site.card.class_priors is None
+    labels = np.array([0, 1, 1, 2])
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 2, 2), np.uint8), y=labels, names=np.array(["cow", "cat", "dog"]))
+    open_minded = site.settings.model_copy(
+        update={"policy": Policy(class_priors=True), "data": NpzData(kind="npz", path=tmp_path / "d.npz")}
+    )
+    assert Site(open_minded, teacher).card.class_priors == (0.5, 0.25, 0.25)
+
+
+def contract(pool: Pool, **changes: Any) -> Contract:
+    fields = {"job": "job", "labels": ("cat", "dog", "cow", "hen"), "class_set": (0, 1, 2), "teacher": FINGERPRINT}
+    return Contract(**{**fields, "pools": (pool.digest,), **changes})  # type: ignore[arg-type]
+
+
+def test_it_agrees_to_a_contract_about_what_it_has(site: Site, pool: Pool) -> None:
+    assert site.agree(contract(pool)).pools == (pool.digest,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"teacher": "0" * 64}, "other-teacher"),
+        ({"class_set": (0, 1)}, "bad-question"),
+        ({"class_set": (0, 1, 4)}, "bad-question"),
+        ({"pools": ("0" * 64,)}, "unknown-pool"),
+    ],
+)
+def test_it_agrees_to_nothing_else(site: Site, pool: Pool, changes: dict[str, Any], code: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        site.agree(contract(pool, **changes))
+    assert caught.value.code == code
+
+
+def test_a_damaged_pool_is_refused(site: Site, pool: Pool) -> None:
+    shard = pool.folder / "shard-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(RefusedError) as caught:
+        site.agree(contract(pool))
+    assert caught.value.code == "pool-damaged"
+
+
+@pytest.fixture
+def ask_app(site: Site, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Send content to the real ClientApp as one site, get content back."""
+    monkeypatch.setattr(app_module.Site, "load", classmethod(lambda cls, path: site))
+    app_module.forget_sites()
+    app: ClientApp = app_module.app
+
+    def send(kind: str, content: RecordDict) -> RecordDict:
+        with LocalGrid(app, [{"site": "site.yaml"}], workers=1) as grid:
+            (node,) = grid.get_node_ids()
+            (reply,) = grid.send_and_receive([Message(content, dst_node_id=node, message_type=kind)])
+        return reply.content
+
+    yield send
+    app_module.forget_sites()
+
+
+def test_the_app_answers_the_three_queries(ask_app: Any, site: Site, pool: Pool) -> None:
+    assert SiteCard.from_content(ask_app("query.card", CardRequest(job="job").to_content())) == site.card
+    assert ask_app("query.contract", contract(pool).to_content())["record"]
+    asked = question(site, pool, 3, 9)
+    answer = Answer.from_content(ask_app("query.answer", asked.to_content()), asked)
+    assert answer.data == site.answer(asked).data
+
+
+def test_a_failing_teacher_is_a_code_without_its_words(ask_app: Any, site: Site, pool: Pool, teacher: Linear) -> None:
+    teacher.fails = True
+    reply = ask_app("query.answer", question(site, pool, 0, 5).to_content())
+    refusal = Refusal.find(reply)
+    assert refusal is not None
+    assert refusal.code == "teacher-failed"
+    assert "secret" not in refusal.model_dump_json()
+
+
+def test_unforeseen_failures_are_a_code_too(
+    ask_app: Any, site: Site, pool: Pool, teacher: Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(images: np.ndarray) -> np.ndarray:
+        raise RuntimeError("secret path /data/patients")
+
+    monkeypatch.setattr(teacher, "log_probs", crash)
+    refusal = Refusal.find(ask_app("query.answer", question(site, pool, 0, 5).to_content()))
+    assert refusal is not None
+    assert refusal.code == "internal"
+    assert "secret" not in refusal.model_dump_json()
+
+
+@pytest.mark.parametrize("kind", ["query.card", "query.contract", "query.answer"])
+def test_malformed_questions_are_refused(ask_app: Any, kind: str) -> None:
+    for content in (RecordDict(), Refusal(code="internal", reason="x").to_content()):
+        refusal = Refusal.find(ask_app(kind, content))
+        assert refusal is not None
+        assert refusal.code == "bad-question"
