@@ -104,7 +104,7 @@ class Judgement:
     sites: tuple[SiteScore, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings, lists and None, fit for JSON: no NaN."""
+        """Return plain numbers, strings, sequences and None, fit for JSON: no NaN."""
         return asdict(self)
 
 
@@ -226,17 +226,18 @@ def agreement(blocks: Iterable[Sequence[ArrayLike | None]], space: LabelSpace) -
         for j in range(i + 1, n):
             shared = space.shared(i, j)
             if len(shared) >= 2:
-                columns[i, j] = tuple([space.class_sets[s].index(c) for c in shared] for s in (i, j))  # type: ignore[assignment]
+                own, other = space.class_sets[i], space.class_sets[j]
+                columns[i, j] = [own.index(c) for c in shared], [other.index(c) for c in shared]
     same, seen = np.zeros((n, n)), np.zeros((n, n))
     for block in blocks:
         arrays = [None if a is None else np.asarray(a) for a in block]
-        for (i, j), (own, other) in columns.items():
+        for (i, j), (left, right) in columns.items():
             a, b = arrays[i], arrays[j]
             if a is not None and b is not None:
-                same[i, j] += np.count_nonzero(a[:, own].argmax(1) == b[:, other].argmax(1))
+                same[i, j] += np.count_nonzero(a[:, left].argmax(1) == b[:, right].argmax(1))
                 seen[i, j] += len(a)
     same, seen = same + same.T, seen + seen.T
-    return np.divide(same, seen, out=np.full((n, n), np.nan), where=seen > 0)
+    return np.asarray(np.divide(same, seen, out=np.full((n, n), np.nan), where=seen > 0))
 
 
 def softmax(scores: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""A site's side of the contract: the same bytes for the same sample, and a code and nothing else for everything wrong."""
+"""A site's side of the contract: equal bytes for equal samples, a code and nothing else for everything wrong."""
 
 from __future__ import annotations
 

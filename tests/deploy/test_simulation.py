@@ -83,10 +83,9 @@ def events(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_what_the_design_says(run: Path) -> None:
-    for name in (
-        "job.yaml contract.json events.jsonl report.json report.html card.md labels/q.npy "
-        "student/model.safetensors student/labels.json student/preprocessing.json"
-    ).split():
+    student = ["model.safetensors", "labels.json", "preprocessing.json"]
+    files = ["job.yaml", "contract.json", "events.jsonl", "report.json", "report.html", "card.md", "labels/q.npy"]
+    for name in [*files, *(f"student/{file}" for file in student)]:
         assert (run / name).stat().st_size > 0, name
     report = read_json(run / "report.json")
     contenders = [report["student"], *report["baselines"].values()]

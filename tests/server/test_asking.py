@@ -176,7 +176,7 @@ def test_a_bad_site_is_given_up_and_the_others_go_on(tmp_path: Path, reporter: R
     assert np.array_equal(stores["good"].read(0, SIZE), everything())
     assert len(stores["bad"]) == 0
     assert states["bad"].lost == SIZE
-    assert set(n for (name, _), n in sites.attempts.items() if name == "bad") == {2}
+    assert {n for (name, _), n in sites.attempts.items() if name == "bad"} == {2}
 
 
 def test_no_more_questions_fly_than_allowed(tmp_path: Path, reporter: Reporter) -> None:
@@ -244,7 +244,7 @@ def test_sites_that_cannot_take_part_are_named() -> None:
     with grid_of(stubborn) as grid:
         cards = collect_cards(grid, "job")
         contract = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1, 2), pools=(DIGEST,), teacher=DIGEST)
-        with pytest.raises(AskingError, match="Site stubborn cannot take part.*unknown-pool"):
+        with pytest.raises(AskingError, match=r"Site stubborn cannot take part.*unknown-pool"):
             agree(grid, dict.fromkeys(cards, contract), cards)
 
 

@@ -1,0 +1,40 @@
+"""What every loss is, and the one that both sides use.
+
+Does not live here: losses that learn from sites' answers (server/student).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from consilience.common.errors import StudentError
+from consilience.common.files import canonical_json, sha256
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(b, K) float32 logits and (b,) int64 sample ids, both on the training's device -> a scalar, the batch's mean.
+
+A loss with an attribute `fingerprint: str` ties a training's checkpoint to what it learns from.
+"""
+
+
+class Supervised:
+    """Cross-entropy to true labels (n,) in [0, K), held on `device`."""
+
+    def __init__(self, labels: NDArray[np.integer], device: torch.device, label_smoothing: float = 0.0) -> None:
+        """Raises `StudentError` when a label is negative: torch would skip some of them in silence."""
+        held = np.ascontiguousarray(labels, np.int64)
+        if held.size and held.min() < 0:
+            raise StudentError(f"Label {held.min()} is negative", hint="Give every sample a class")
+        self.fingerprint = sha256(held.data) + sha256(canonical_json(label_smoothing))
+        self._labels = torch.from_numpy(held.copy()).to(device)
+        self._smoothing = label_smoothing
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Return the scalar loss of (b, K) logits for the samples `ids` (b,)."""
+        return F.cross_entropy(logits, self._labels[ids], label_smoothing=self._smoothing)

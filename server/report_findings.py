@@ -1,0 +1,147 @@
+"""What a report is made from: one typed record of a finished run.
+
+Lives here: the fields, and what follows from them alone. Does not live here: filling them in (server/job), telling
+them (server/report, server/card).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.common.labels import LabelSpace
+from consilience.server.judge import Judgement
+
+Curve = Sequence[Mapping[str, Any]]
+"""One mapping an epoch, with `epoch`, `loss`, `learning_rate`, `seconds`."""
+
+
+@dataclass(frozen=True)
+class PoolFindings:
+    """The public pool: digest, number of samples, shape (H, W, C) of one."""
+
+    digest: str
+    size: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SiteFindings:
+    """One site, whether it took part to the end or not.
+
+    `classes` are its own names in the order of its answers. `asked`, `answers` and `missed` count samples of pool and
+    test pool together; `bytes` is the size of the answers. `reason` says why samples were missed. `precision` is the
+    encoding of its answers. `holdout_accuracy` is the site's own claim about its teacher, where it makes one.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    teacher: str
+    fingerprint: str
+    answers: int
+    asked: int
+    bytes: int
+    seconds: float
+    missed: int = 0
+    reason: str | None = None
+    precision: str = "f32"
+    holdout_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class UnifyFindings:
+    """How unification went: `converged` is a share of samples, `residual` the largest of any sample."""
+
+    method: str
+    across: str
+    components: int
+    seconds: float
+    converged: float | None = None
+    residual: float | None = None
+
+
+@dataclass(frozen=True)
+class StudentFindings:
+    """The student in words."""
+
+    architecture: str
+    learning: str
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How a simulation shared out its private data: `counts` (sites, classes) images."""
+
+    sites: tuple[str, ...]
+    classes: tuple[str, ...]
+    counts: NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A few pool samples to look at.
+
+    `ids` (k,) their numbers in the pool; `images` (k, H, W, C) or (k, H, W) uint8; `soft_labels` (k, L) unified
+    probabilities; `answers[i]` (k, k_i) log-probabilities of site i of the label space, None where it has none;
+    `student` (k, L) log-probabilities; `truth` (k,) indices into the label space, -1 unknown, or None.
+    """
+
+    ids: NDArray[np.integer[Any]]
+    images: NDArray[np.uint8]
+    soft_labels: NDArray[np.floating[Any]]
+    answers: Sequence[NDArray[np.floating[Any]] | None]
+    student: NDArray[np.floating[Any]]
+    truth: NDArray[np.integer[Any]] | None = None
+
+
+@dataclass(frozen=True)
+class CardTexts:
+    """What only people know about a student; an empty text leaves the card's own words."""
+
+    about: str = ""
+    intended_use: str = ""
+    limits: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a report needs.
+
+    `space` holds the sites that took part to the end, in the order of every array here; `sites` may list more.
+    `learning` has the curves `student` and, where there is one, `oracle`. `agreement` is what `judge.agreement`
+    gives. `timing` are seconds by stage. `settings` is the job as a plain mapping.
+    """
+
+    job: str
+    seed: int
+    settings: Mapping[str, Any]
+    pool: PoolFindings
+    space: LabelSpace
+    sites: Sequence[SiteFindings]
+    unify: UnifyFindings
+    student: StudentFindings
+    warnings: Sequence[str] = ()
+    judgement: Judgement | None = None
+    learning: Mapping[str, Curve] = field(default_factory=dict)
+    agreement: NDArray[np.float64] | None = None
+    partition: Partition | None = None
+    samples: Samples | None = None
+    timing: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    card: CardTexts = CardTexts()
+
+    def synonyms(self) -> dict[str, dict[str, str]]:
+        """Return class -> site -> the site's own name of it, where that is another one."""
+        own = {site.name: site.classes for site in self.sites}
+        found: dict[str, dict[str, str]] = {}
+        for site, classes in zip(self.space.sites, self.space.class_sets, strict=True):
+            for label, name in zip(classes, own.get(site, ()), strict=False):
+                if name != self.space.names[label]:
+                    found.setdefault(self.space.names[label], {})[site] = name
+        return {name: found[name] for name in self.space.names if name in found}
