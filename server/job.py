@@ -16,7 +16,7 @@ import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from consilience.common.data import ImageData, open_data
+from consilience.common.data import open_data
 from consilience.common.errors import AskingError, DataError, PoolError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
@@ -30,6 +30,8 @@ from consilience.server.contract import RunContract
 from consilience.server.events import Events
 from consilience.server.labelling import unify_pool
 from consilience.server.learning import direct_loss, learn, oracle_loss, soft_label_loss
+from consilience.server.publishing import Outcome, gather, publish
+from consilience.server.truth import pool_truth
 
 
 class Job:
@@ -44,7 +46,9 @@ class Job:
         self.test = open_data(settings.judge.test) if settings.judge.test else None
         self.test_pool = Pool.open(settings.judge.test_pool) if settings.judge.test_pool else None
         self._check_test()
-        self.timing: dict[str, float] = {}
+        timing = run / "timing.json"
+        self.timing: dict[str, float] = dict(read_json(timing)) if timing.exists() else {}
+        self._nodes: dict[str, int] = {}
 
     @classmethod
     def open(cls, run: Path, reporter: Reporter) -> Job:
@@ -72,25 +76,44 @@ class Job:
 
     def do(self, grid: Grid) -> None:
         """Do every stage that is not done. Raises any `ConsilienceError`; what had arrived stays."""
-        from consilience.server.publishing import publish
-
-        self._load_timing()
         self.events.add("begin", job=self.settings.name)
         with self._stage("ask"):
             contract = self.contract(grid)
             states = self.ask(grid, contract)
-        space, stores, cards = self.participants(contract, states)
+            space, cards = self.participants(contract, states)
+        stores = [self.store(card, self.pool) for card in cards]
         with self._stage("unify"):
             labels, diagnostics = unify_pool(
                 self.run / "labels", space, stores, cards, self.settings.unify, self.reporter
             )
         with self._stage("learn"):
-            student_curve = self.learn(space, stores, labels)
+            curves = {"student": self.learn(space, stores, labels, diagnostics.key)}
         with self._stage("oracle"):
-            oracle_curve = self.learn_oracle(space)
+            oracle = self.learn_oracle(space)
+            if oracle is not None:
+                curves["oracle"] = oracle
         with self._stage("judge"):
-            publish(self, contract, space, cards, states, labels, diagnostics, student_curve, oracle_curve)
+            outcome = Outcome(
+                run=self.run,
+                settings=self.settings,
+                pool=self.pool,
+                test=self.test,
+                contract=contract,
+                space=space,
+                cards=cards,
+                stores=stores,
+                test_stores=[self.store(card, self.test_pool) for card in cards] if self.test_pool else None,
+                labels=labels,
+                diagnostics=diagnostics,
+                curves=curves,
+                failures={state.name: state.failures[-1] for state in states if state.lost},
+            )
+            findings = gather(outcome, self._all_answers(contract))
+        publish(self.run, findings, self.timing)
         self.events.add("end", job=self.settings.name)
+
+    def _all_answers(self, contract: RunContract) -> dict[str, list[AnswerStore]]:
+        return {card.name: [self.store(card, pool) for pool in self._pools()] for card in contract.sites}
 
     def contract(self, grid: Grid) -> RunContract:
         """Collect the site cards and agree with every site; on a resumed run only if there is still to ask."""
@@ -114,8 +137,6 @@ class Job:
         self._nodes = {card.name: node for node, card in cards.items()}
         return contract
 
-    _nodes: dict[str, int]
-
     def ask(self, grid: Grid, contract: RunContract) -> list[SiteState]:
         """Ask every site about what its stores lack."""
         open_stores = [store for store in self._stores(contract) if not store.complete]
@@ -130,10 +151,8 @@ class Job:
             reporter=self.reporter,
         )
 
-    def participants(
-        self, contract: RunContract, states: list[SiteState]
-    ) -> tuple[LabelSpace, list[AnswerStore], list[SiteCard]]:
-        """Return the label space, pool stores and cards of the sites that answered everything.
+    def participants(self, contract: RunContract, states: list[SiteState]) -> tuple[LabelSpace, list[SiteCard]]:
+        """Return the label space and the cards of the sites that answered everything.
 
         Raises `AskingError` when they are fewer than `ask.min_sites`.
         """
@@ -151,25 +170,28 @@ class Job:
             space = contract.space
         else:
             space = LabelSpace.build({card.name: card.classes for card in complete}, labels.synonyms)
-        return space, [self.store(card, self.pool) for card in complete], complete
+        return space, complete
 
-    def learn(self, space: LabelSpace, stores: list[AnswerStore], labels: NDArray[np.float32]) -> list[dict[str, Any]]:
+    def learn(
+        self, space: LabelSpace, stores: list[AnswerStore], labels: NDArray[np.float32], key: str
+    ) -> list[dict[str, Any]]:
         """Train the student in RUN/student."""
         settings, unify = self.settings.student, self.settings.unify
         folder = self.run / "student"
         if settings.learning == "soft-labels":
-            loss = soft_label_loss(labels, unify.temperature)
+            loss = soft_label_loss(labels, unify.temperature, key)
         else:
             weights = [unify.weights.get(site, 1.0) for site in space.sites]
-            loss = direct_loss(self.run / "labels", settings.learning, space, stores, weights, unify.temperature)
+            loss = direct_loss(self.run / "labels", settings.learning, space, stores, weights, unify.temperature, key)
         images = self.pool.read(0, len(self.pool))
         return learn(folder, images, space, loss, settings, self.settings.seed, self.reporter, "student")
 
     def learn_oracle(self, space: LabelSpace) -> list[dict[str, Any]] | None:
         """Train the same student with the pool's true labels in RUN/oracle; None where there are none."""
-        truth = self.pool_truth(space)
-        if truth is None:
+        judge = self.settings.judge
+        if judge.pool_labels is None or self.test is None:
             return None
+        truth = pool_truth(judge.pool_labels, len(self.pool), self.test, space, self.settings.labels.synonyms)
         known = np.flatnonzero(truth >= 0)
         return learn(
             self.run / "oracle",
@@ -181,35 +203,6 @@ class Job:
             self.reporter,
             "oracle (true labels)",
         )
-
-    def pool_truth(self, space: LabelSpace) -> NDArray[np.int64] | None:
-        """Return the pool's true labels (n,) in the label space, -1 where no site knows the class; None without."""
-        path = self.settings.judge.pool_labels
-        if path is None or self.test is None:
-            return None
-        try:
-            raw = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as a NumPy array", hint="Correct judge.pool_labels") from error
-        if raw.shape != (len(self.pool),) or not np.issubdtype(raw.dtype, np.integer):
-            raise DataError(
-                f"{path}: has shape {raw.shape} and type {raw.dtype}; allowed: ({len(self.pool)},) integers",
-                hint="Give one label a pool sample",
-            )
-        wrong = np.flatnonzero((raw < 0) | (raw >= len(self.test.class_names)))
-        if len(wrong):
-            raise DataError(
-                f"{path}: label {raw[wrong[0]]} of sample {wrong[0]} is out of range; "
-                f"allowed: 0 to {len(self.test.class_names) - 1}",
-                hint="Number the labels by the test data's class names",
-            )
-        return self.to_space(space, raw)
-
-    def to_space(self, space: LabelSpace, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Map labels numbered by the test data's class names to the label space, -1 for unknown classes."""
-        assert self.test is not None
-        index = space.align(self.test.class_names, self.settings.labels.synonyms)
-        return np.asarray(index, np.int64)[labels]
 
     def store(self, card: SiteCard, pool: Pool) -> AnswerStore:
         """Return the store of a site's answers about a pool."""
@@ -232,6 +225,7 @@ class Job:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
+        """Count the seconds of a stage; those before a crash that ended a stage count too."""
         began = time.perf_counter()
         self.events.add("stage", name=name)
         try:
@@ -239,13 +233,3 @@ class Job:
         finally:
             self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - began
             write_json(self.run / "timing.json", self.timing)
-
-    def _load_timing(self) -> None:
-        """Time spent before a crash counts too."""
-        path = self.run / "timing.json"
-        self.timing = dict(read_json(path)) if path.exists() else {}
-
-
-def test_truth(job: Job, space: LabelSpace, test: ImageData) -> NDArray[np.int64]:
-    """Return the test images' labels in the label space."""
-    return job.to_space(space, test.need_labels("judge.test"))

@@ -6,10 +6,10 @@ and the architectures (common/nets), the losses (server/student).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
-from consilience.common.files import create_array, read_json, write_json
+from consilience.common.files import canonical_json, create_array, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.nets import (
     EpochRecord,
@@ -37,7 +37,14 @@ from consilience.server.labelling import block_size, blocks
 from consilience.server.student.direct import DirectCE, DirectMFLF
 from consilience.server.student.soft_labels import SoftLabels
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+
+class FingerprintedLoss(Protocol):
+    """A loss of common/nets that says what it learns from."""
+
+    fingerprint: str
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
 
 
 class StudentModel:
@@ -55,7 +62,7 @@ class StudentModel:
         self.architecture: str = about["architecture"]
         self.shape: tuple[int, int, int] = tuple(about["shape"])
         self.preprocessing = Preprocessing.model_validate(about["preprocessing"])
-        self.model = _build(self.architecture, len(self.labels), self.shape, self.preprocessing, seed=0)
+        self.model = build_student(self.architecture, len(self.labels), self.shape, self.preprocessing, seed=0)
         load_model(folder / "model.safetensors", self.model)
 
     def log_probs(self, images: Images) -> NDArray[np.float32]:
@@ -73,7 +80,7 @@ def learn(
     folder: Path,
     images: Images,
     space: LabelSpace,
-    loss: Loss,
+    loss: FingerprintedLoss,
     settings: Student,
     seed: int,
     reporter: Reporter,
@@ -83,18 +90,22 @@ def learn(
 
     Returns the learning curve, one dict an epoch. Raises `StudentError`, `StorageError`.
     """
-    curve = folder / "learning_curve.json"
-    if curve.exists():
-        records: list[dict[str, Any]] = read_json(curve)
-        return records
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-    model = _build(settings.architecture, len(space), shape, settings.preprocessing, seed)
+    about = {"settings": settings.model_dump(mode="json"), "labels": space.names, "shape": shape, "seed": seed}
+    key = sha256(canonical_json({**about, "loss": loss.fingerprint, "samples": len(images)}))
+    done = folder / "learning_curve.json"
+    if done.exists():
+        held = read_json(done)
+        if held["key"] == key and (folder / "model.safetensors").exists():
+            epochs: list[dict[str, Any]] = held["epochs"]
+            return epochs
+    model = build_student(settings.architecture, len(space), shape, settings.preprocessing, seed)
     task = reporter.start(f"training {name}", settings.fit.epochs)
 
     def on_epoch(record: EpochRecord) -> None:
         task.advance(record.epoch + 1 - task.done, f"loss {record.loss:.3f}")
 
-    epochs = train(
+    records = train(
         model,
         images,
         loss,
@@ -104,6 +115,7 @@ def learn(
         folder=folder / "training",
         on_epoch=on_epoch,
     )
+    epochs = [asdict(record) for record in records]
     save_model(folder / "model.safetensors", model)
     write_json(folder / "labels.json", {"labels": space.names})
     write_json(
@@ -114,21 +126,21 @@ def learn(
             "preprocessing": settings.preprocessing.model_dump(mode="json"),
         },
     )
-    records = [asdict(epoch) for epoch in epochs]
-    write_json(curve, records)
-    return records
+    write_json(done, {"key": key, "epochs": epochs})
+    return epochs
 
 
-def _build(
+def build_student(
     architecture: str, classes: int, shape: tuple[int, int, int], preprocessing: Preprocessing, seed: int
 ) -> nn.Module:
+    """Return an untrained student for images of `shape` (H, W, C). Raises `SettingsError`, `MissingExtraError`."""
     channels = preprocessing.channels or shape[2]
     return build(architecture, classes=classes, channels=channels, seed=seed)
 
 
-def soft_label_loss(labels: NDArray[np.float32], temperature: float) -> Loss:
+def soft_label_loss(labels: NDArray[np.float32], temperature: float, fingerprint: str) -> FingerprintedLoss:
     """Return the loss of the -X route."""
-    return SoftLabels(labels, default_device(), temperature)
+    return SoftLabels(labels, default_device(), temperature, fingerprint)
 
 
 def direct_loss(
@@ -138,21 +150,21 @@ def direct_loss(
     stores: Sequence[AnswerStore],
     weights: Sequence[float],
     temperature: float,
-) -> Loss:
+    fingerprint: str,
+) -> FingerprintedLoss:
     """Return the loss of a -BP route; the answers are decoded once into memory-mapped files in `folder`."""
     total = stores[0].about.size
-    paths = [folder / f"answers-{site}.npy" for site in space.sites]
     maps = [
-        create_array(path, np.float32, (total, len(classes)))
-        for path, classes in zip(paths, space.class_sets, strict=True)
+        create_array(folder / f"answers-{site}.npy", np.float32, (total, len(classes)))
+        for site, classes in zip(space.sites, space.class_sets, strict=True)
     ]
     for start, answers in blocks(stores, block_size(space)):
         for held, rows in zip(maps, answers, strict=True):
             held[start : start + len(rows)] = rows
     loss = DirectCE if kind == "direct-ce" else DirectMFLF
-    return loss(maps, space.class_sets, weights, default_device(), temperature)
+    return loss(maps, space.class_sets, weights, default_device(), temperature, fingerprint)
 
 
-def oracle_loss(labels: NDArray[np.int64]) -> Loss:
+def oracle_loss(labels: NDArray[np.int64]) -> FingerprintedLoss:
     """Return the supervised loss of the oracle, (n,) labels in the label space."""
     return Supervised(labels, default_device())

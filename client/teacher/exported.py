@@ -13,15 +13,16 @@ from torch.export.passes import move_to_device_pass
 
 from consilience.client.teacher.exported_archive import cleaned
 from consilience.client.teacher.protocol import Scores, brief
-from consilience.client.teacher.torch_modules import best_device, module_scores
+from consilience.client.teacher.torch_modules import module_scores
 from consilience.common.errors import TeacherError
+from consilience.common.nets import default_device
 from consilience.common.settings import ExportTeacher
 
 
 def scores_of(settings: ExportTeacher, data: bytes) -> Scores:
     """Return the scoring function for a file's bytes. Raises `TeacherError`."""
     safe = cleaned(settings.path, data)
-    device = best_device()
+    device = default_device()
     try:
         program = torch.export.load(io.BytesIO(safe))
         if device.type != "cpu":
@@ -32,4 +33,4 @@ def scores_of(settings: ExportTeacher, data: bytes) -> Scores:
             f"{settings.path}: torch.export cannot load it: {brief(error)}",
             hint=f"Export the model again with torch {torch.__version__.partition('+')[0]}",
         ) from error
-    return module_scores(module, device)
+    return module_scores(module, settings.preprocessing, device)

@@ -36,6 +36,9 @@ _DROPPED: dict[str, Any] = {"metadata": {}, "guards_code": [], "treespec_namedtu
 _REFUSED = {"as_custom_obj", "custom_obj", "token", "as_graph"}
 """Kinds of values that bring objects or nested programs."""
 
+_NAMED = {"config", "tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values", "range_constraints"}
+"""Mappings whose keys are the file's own names, and not fields."""
+
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|")
 _PLAIN = re.compile(r"[A-Za-z0-9_.+\-]*")
 _TEXT = re.compile(r"[A-Za-z0-9_.,> \-]*")
@@ -101,11 +104,14 @@ def _clean(path: Path, value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         if key == "device":  # a graph exported on another device is moved afterwards
             return {"type": "cpu", "index": None}
+        names = key in _NAMED
         for name in value:
-            if name in _REFUSED:
+            if name in _REFUSED and not names:
                 refuse(path, f"a value of kind {name}", _HINT)
             if not _PLAIN.fullmatch(name) or _dunder(name):
                 refuse(path, f"the name {name!r}", _HINT)
+        if names:
+            return {name: _clean(path, part) for name, part in value.items()}
         return {name: _DROPPED[name] if name in _DROPPED else _clean(path, part, name) for name, part in value.items()}
     if isinstance(value, list):
         return [_clean(path, part, key) for part in value]

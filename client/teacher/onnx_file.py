@@ -6,13 +6,13 @@ of custom operators is ever registered, so a file that needs one does not load.
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from consilience.client.teacher.onnx_format import external_files
 from consilience.client.teacher.protocol import Scores, brief, read_model, refuse
 from consilience.common.errors import MissingExtraError, TeacherError
 from consilience.common.files import sha256, sha256_file
+from consilience.common.preprocessing import Images, preprocess
 from consilience.common.settings import OnnxTeacher
 
 
@@ -49,9 +49,8 @@ def scores_of(settings: OnnxTeacher) -> tuple[Scores, str]:
         )
     name = inputs[0].name
 
-    def scores(batch: NDArray[np.float32]) -> NDArray[np.floating]:
-        result: NDArray[np.floating] = session.run(None, {name: batch})[0]
-        return result
+    def scores(images: Images) -> Any:
+        return session.run(None, {name: preprocess(images, settings.preprocessing)})[0]
 
     return scores, digest
 

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from consilience.common.errors import TeacherError
 from consilience.common.files import canonical_json, sha256
-from consilience.common.preprocessing import Images, preprocess
-from consilience.common.settings import Preprocessing
+from consilience.common.preprocessing import Images
 
 Outputs = Literal["logits", "probabilities"]
 
-Scores = Callable[[NDArray[np.float32]], Any]
-"""(n, C, H, W) float32 as preprocessed -> (n, classes) floating scores, as an array or what becomes one."""
+Scores = Callable[[Images], Any]
+"""(n, H, W, C) uint8 images, n >= 1 -> (n, classes) floating scores, as an array or what becomes one."""
 
 SMALLEST_LOG_PROB = float(np.log(np.finfo(np.float32).tiny))
 """What a probability of exactly 0 becomes: the log of the smallest normal float32, about -87.3."""
@@ -60,11 +59,10 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class ScoringTeacher:
-    """A teacher made of a scoring function: preprocess, score, check. `where` names file or callable in errors."""
+    """A teacher made of a function that preprocesses and scores. `where` names file or callable in errors."""
 
     classes: tuple[str, ...]
     fingerprint: str
-    preprocessing: Preprocessing
     outputs: Outputs
     where: str
     scores: Scores
@@ -78,7 +76,7 @@ class ScoringTeacher:
         if len(images) == 0:
             return np.empty((0, len(self.classes)), np.float32)
         try:
-            scores = self.scores(preprocess(images, self.preprocessing))
+            scores = self.scores(images)
         except Exception as error:  # a stranger's model may raise anything
             raise TeacherError(
                 f"{self.where}: failed on {len(images)} images of shape {images.shape[1:]}: {brief(error)}",
@@ -87,9 +85,7 @@ class ScoringTeacher:
         return checked(scores, rows=len(images), classes=self.classes, outputs=self.outputs, where=self.where)
 
 
-def checked(
-    scores: Any, *, rows: int, classes: Sequence[str], outputs: Outputs, where: str
-) -> NDArray[np.float32]:
+def checked(scores: Any, *, rows: int, classes: Sequence[str], outputs: Outputs, where: str) -> NDArray[np.float32]:
     """Return (rows, len(classes)) float32 log-probabilities, or raise `TeacherError` saying what is wrong, and where.
 
     Logits may be any finite floats. Probabilities must not be negative and must sum to 1 within `SUM_TOLERANCE`; they
@@ -117,13 +113,14 @@ def checked(
                 f"expected 1 within {SUM_TOLERANCE:g}",
                 hint="Set teacher.outputs to logits if the model gives logits",
             )
-        return np.maximum(np.log(np.maximum(wide / sums, np.finfo(np.float32).tiny)), SMALLEST_LOG_PROB).astype(
-            np.float32
-        )
-    shifted = wide - wide.max(axis=1, keepdims=True)
-    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    # float64 logits can lie further apart than float32 reaches: stay finite.
-    return np.maximum(log_probs, np.finfo(np.float32).min).astype(np.float32)
+        log_probs = np.log(np.maximum(wide / sums, np.finfo(np.float32).tiny))
+    else:
+        shifted = wide - wide.max(axis=1, keepdims=True)
+        log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        # float64 logits can lie further apart than float32 reaches: stay finite.
+        log_probs = np.maximum(log_probs, np.finfo(np.float32).min)
+    narrow: NDArray[np.float32] = log_probs.astype(np.float32)
+    return narrow
 
 
 def _refuse(wrong: NDArray[np.bool_], values: NDArray[np.float64], where: str, expected: str) -> None:

@@ -9,15 +9,17 @@ import importlib
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from consilience.client.teacher.protocol import Scores, brief
 from consilience.common.errors import TeacherError
 from consilience.common.files import sha256_file
+from consilience.common.preprocessing import Images, preprocess
 from consilience.common.settings import CallableTeacher
 
 
 def scores_of(settings: CallableTeacher) -> tuple[Scores, str]:
-    """Return the callable and what stands for its bytes in the fingerprint. Raises `TeacherError`."""
+    """Return the scoring function and what stands for its bytes in the fingerprint. Raises `TeacherError`."""
     module_name, _, name = settings.callable.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -33,7 +35,11 @@ def scores_of(settings: CallableTeacher) -> tuple[Scores, str]:
             f"{settings.callable}: {module_name} has {found}; expected a callable {name!r}",
             hint="Correct teacher.callable in the site's settings",
         )
-    return scores, f"{settings.callable} {version_of(module)}"
+
+    def on_images(images: Images) -> Any:
+        return scores(preprocess(images, settings.preprocessing))
+
+    return on_images, f"{settings.callable} {version_of(module)}"
 
 
 def version_of(module: ModuleType) -> str:

@@ -3,10 +3,10 @@
 Lives here: loading it with the types we trust, and checking decision trees. skops builds objects only of types that
 it trusts by itself or that are allowed here; pickles and joblib files are refused, since loading one runs its code.
 
-skops does not trust decision trees: they hold indices that scikit-learn follows without bounds checks, so a crafted file
-could read memory that is not its own. Every tree is therefore checked here before it is ever used. HistGradientBoosting
-and the k-d trees of nearest neighbours have the same trouble and are refused: save those as ONNX. Other
-estimators' arrays are trusted as far as skops does.
+skops does not trust decision trees: they hold indices that scikit-learn follows without bounds checks, so a crafted
+file could read memory that is not its own. Every tree is therefore checked here before it is ever used.
+HistGradientBoosting and the k-d trees of nearest neighbours have the same trouble and are refused: save those as ONNX.
+Other estimators' arrays are trusted as far as skops does.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.tree._tree import Tree
 
 from consilience.client.teacher.protocol import Scores, brief, refuse
 from consilience.common.errors import MissingExtraError, TeacherError
+from consilience.common.preprocessing import Images, preprocess
 from consilience.common.settings import SklearnTeacher
 
 TRUSTED = (
@@ -49,8 +49,7 @@ def scores_of(settings: SklearnTeacher, data: bytes) -> Scores:
         ) from error
     try:
         foreign = sorted(set(skops.io.get_untrusted_types(data=data)) - set(TRUSTED))
-        if not foreign:
-            estimator = skops.io.loads(data, trusted=list(TRUSTED))
+        estimator: Any = None if foreign else skops.io.loads(data, trusted=list(TRUSTED))
     except Exception as error:  # skops raises nearly anything for a file that is not its own
         raise TeacherError(f"{settings.path}: skops cannot load it: {brief(error)}", hint=_HINT) from error
     if foreign:
@@ -61,8 +60,8 @@ def scores_of(settings: SklearnTeacher, data: bytes) -> Scores:
         )
     _check(settings, estimator)
 
-    def scores(inputs: NDArray[np.float32]) -> Any:
-        return estimator.predict_proba(inputs.reshape(len(inputs), -1))
+    def scores(images: Images) -> Any:
+        return estimator.predict_proba(preprocess(images, settings.preprocessing).reshape(len(images), -1))
 
     return scores
 
@@ -90,7 +89,8 @@ def _check(settings: SklearnTeacher, estimator: Any) -> None:
 def _trees(value: Any, width: int | None, seen: set[tuple[int, int | None]]) -> Iterator[tuple[Tree, int]]:
     """Yield every tree inside `value` with the number of features its estimators were fitted on, the fewest counting.
 
-    A forest checks its input against its own number of features only, so each tree must keep within all numbers above it.
+    A forest checks its input against its own number of features only, so each tree must keep within all numbers
+    above it.
     """
     if isinstance(value, Tree):
         # A tree whose owner does not say how many features it takes gets no check by scikit-learn: none are allowed it.

@@ -7,6 +7,8 @@ architectures (common/nets) and the teacher that Consilience trained itself (tra
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,10 +16,10 @@ from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from consilience.client.teacher.protocol import Scores, brief, refuse
-from consilience.client.teacher.torch_modules import best_device, module_scores
+from consilience.client.teacher.torch_modules import module_scores
 from consilience.common.errors import TeacherError
-from consilience.common.nets import architectures
-from consilience.common.settings import StateDictTeacher
+from consilience.common.nets import build, default_device
+from consilience.common.settings import Preprocessing, StateDictTeacher
 
 
 def scores_of(settings: StateDictTeacher, data: bytes) -> Scores:
@@ -26,11 +28,31 @@ def scores_of(settings: StateDictTeacher, data: bytes) -> Scores:
     Raises `TeacherError` when they are no state_dict, hold anything but tensors, or do not fit the architecture.
     """
     weights = read_weights(settings.path, data)
-    channels = settings.preprocessing.channels or input_channels(weights)
-    module = architectures.build(settings.architecture, classes=len(settings.classes), channels=channels, seed=0)
-    device = best_device()
-    load_weights(module, weights, where=f"{settings.path}", architecture=settings.architecture)
-    return module_scores(module.to(device, memory_format=torch.channels_last).eval(), device)
+    candidates: tuple[int, ...] = (settings.preprocessing.channels,) if settings.preprocessing.channels else (1, 3)
+    modules = [build(settings.architecture, classes=len(settings.classes), channels=c, seed=0) for c in candidates]
+    module = next((module for module in modules if _shapes(module.state_dict()) == _shapes(weights)), modules[0])
+    return network_scores(settings.path, settings.architecture, module, weights, settings.preprocessing)
+
+
+def network_scores(
+    path: Path, architecture: str, module: nn.Module, weights: dict[str, torch.Tensor], preprocessing: Preprocessing
+) -> Scores:
+    """Return the scoring function of `module`, built by the name `architecture`, with `weights` from `path`.
+
+    Raises `TeacherError` naming the first tensor that is missing, odd or misshapen.
+    """
+    wanted, given = _shapes(module.state_dict()), _shapes(weights)
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise TeacherError(
+                f"{path}: tensor {name!r} is {given.get(name, 'missing')}; "
+                f"{architecture} has {wanted.get(name, 'no such tensor')}",
+                hint="Correct teacher.architecture, teacher.classes or preprocessing.channels",
+            )
+    module.load_state_dict(weights)
+    device = default_device()
+    module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module_scores(module.eval(), preprocessing, device)
 
 
 def read_weights(path: Path, data: bytes) -> dict[str, torch.Tensor]:
@@ -46,10 +68,11 @@ def read_weights(path: Path, data: bytes) -> dict[str, torch.Tensor]:
         # weights_only is torch's restricted unpickler: tensors and plain containers, no call of anything else.
         held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise nearly anything
-        if "weights only" in str(error).lower():
-            refuse(path, "pickled objects that are not tensors", "Save model.state_dict() alone, best as safetensors")
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            refuse(path, f"a pickled {found[1]}, which is no tensor", "Save model.state_dict() alone")
         raise TeacherError(
-            f"{path}: not a torch state_dict: {brief(error)}", hint="Save model.state_dict(), best as safetensors"
+            f"{path}: not a torch state_dict: {type(error).__name__}",
+            hint="Save model.state_dict(), best as safetensors",
         ) from error
     if not isinstance(held, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in held.items()
@@ -60,20 +83,5 @@ def read_weights(path: Path, data: bytes) -> dict[str, torch.Tensor]:
     return dict(held)
 
 
-def input_channels(weights: dict[str, torch.Tensor]) -> int:
-    """Return how many channels the first convolution takes; 1 where there is none."""
-    return next((int(tensor.shape[1]) for tensor in weights.values() if tensor.ndim == 4), 1)
-
-
-def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], *, where: str, architecture: str) -> None:
-    """Put `weights` into `module`. Raises `TeacherError` naming the first tensor that is missing, odd or misshapen."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(wanted.keys() | given.keys()):
-        if wanted.get(name) != given.get(name):
-            raise TeacherError(
-                f"{where}: tensor {name!r} is {given.get(name, 'missing')}; "
-                f"{architecture} has {wanted.get(name, 'no such tensor')}",
-                hint="Correct teacher.architecture, teacher.classes or preprocessing.channels",
-            )
-    module.load_state_dict(weights)
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,32 +1,35 @@
 """Scoring with a torch module, shared by every kind of teacher that is one.
 
-Lives here: device, memory format and inference mode. Does not live here: where a module comes from.
+Lives here: preprocessing on the device, memory format and inference mode. Does not live here: where a module comes
+from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from consilience.client.teacher.protocol import Scores
+from consilience.common.nets.batches import Normalise
+from consilience.common.preprocessing import Images, fit_shape
+from consilience.common.settings import Preprocessing
 
 
-def best_device() -> torch.device:
-    """Return the first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def module_scores(module: Callable[[torch.Tensor], Any], preprocessing: Preprocessing, device: torch.device) -> Scores:
+    """Return the function that scores images with a module that is on `device` and in evaluation mode."""
+    normalise = Normalise(preprocessing, device)
 
-
-def module_scores(module: nn.Module, device: torch.device) -> Scores:
-    """Return the function that scores (n, C, H, W) float32 with a module that is on `device` and in eval mode."""
-
-    def scores(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        batch = torch.from_numpy(inputs).to(device).contiguous(memory_format=torch.channels_last)
+    def scores(images: Images) -> NDArray[np.float32]:
+        # A copy: images may be a read-only view of the pool, which torch warns about.
+        shaped = torch.from_numpy(np.array(fit_shape(images, preprocessing)))
         with torch.inference_mode():
-            out = module(batch)
-        if not isinstance(out, torch.Tensor):
-            raise TypeError(f"the model gives {type(out).__name__}; expected one tensor")
-        return np.asarray(out.float().cpu().numpy(), np.float32)
+            out = module(normalise(shaped.to(device)))
+            if not isinstance(out, torch.Tensor):
+                raise TypeError(f"the model gives {type(out).__name__}; expected one tensor")
+            return np.asarray(out.float().cpu().numpy())
 
     return scores

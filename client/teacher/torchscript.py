@@ -3,10 +3,11 @@
 Lives here: the inspection of the archive and its loading. What such a file can do: it is a program for torch's own
 interpreter, run at every batch, and its `__setstate__` methods already while it is loaded. That interpreter knows no
 Python, no processes and no network, and the unpickler of torch.jit builds nothing but TorchScript's own values. But
-the language has operators that read and write files (`aten::from_file`, `aten::save`), and libraries in the process may
-bring operators and classes of their own. Therefore a file is refused, before torch sees it, when its code names those
-operators, any namespace but aten, prim, prims and quantized, or any bound C++ class. What is left can compute, print, use
-memory and never end; native kernels were not made for hostile shapes. torch.export, ONNX and state_dicts say less.
+the language has operators that read and write files (`aten::from_file`, `aten::save`), and libraries in the process
+may bring operators and classes of their own. Therefore a file is refused, before torch sees it, when its code names
+those operators, any namespace but aten, prim, prims and quantized, or any bound C++ class. What is left can compute,
+print, use memory and never end; native kernels were not made for hostile shapes. torch.export, ONNX and state_dicts
+say less.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 import torch
 
 from consilience.client.teacher.protocol import Scores, brief, refuse
-from consilience.client.teacher.torch_modules import best_device, module_scores
+from consilience.client.teacher.torch_modules import module_scores
 from consilience.common.errors import TeacherError
+from consilience.common.nets import default_device
 from consilience.common.settings import TorchScriptTeacher
 
 _HINT = "Save the model as a state_dict, by torch.export or as ONNX"
@@ -34,14 +36,14 @@ _CLASSES = re.compile(rb"torch\W{0,4}classes")
 def scores_of(settings: TorchScriptTeacher, data: bytes) -> Scores:
     """Return the scoring function for a file's bytes. Raises `TeacherError`."""
     inspect(settings.path, data)
-    device = best_device()
+    device = default_device()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch wants its users to move to torch.export
-            module = torch.jit.load(io.BytesIO(data), map_location=device)
+            module = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]
     except Exception as error:  # a damaged file makes torch raise nearly anything
         raise TeacherError(f"{settings.path}: not a TorchScript file: {brief(error)}", hint=_HINT) from error
-    return module_scores(module.eval(), device)
+    return module_scores(module.eval(), settings.preprocessing, device)
 
 
 def inspect(path: Path, data: bytes) -> None:

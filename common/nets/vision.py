@@ -37,13 +37,14 @@ def _stand_in_for_extension() -> None:
         return  # the import below says so
     try:
         for extension in Path(package.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(extension)
+            torch.ops.load_library(extension)  # type: ignore[no-untyped-call]
     except OSError:
         missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]
         if missing:
-            _library = torch.library.Library("torchvision", "FRAGMENT")
+            library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
             for name in missing:
-                _library.define(name + _SCHEMAS[name])
+                library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
+            _library = library
 
 
 _stand_in_for_extension()

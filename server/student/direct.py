@@ -19,7 +19,8 @@ class _Direct(ABC):
     """Answers of several sites, read a batch at a time.
 
     `answers[i]` (n, k_i) floating log-probabilities, typically a memory map; `class_sets[i]` their classes;
-    `weights[i]` the site's weight.
+    `weights[i]` the site's weight. `fingerprint` names what the answers are, so that a training is not resumed with
+    others.
     """
 
     def __init__(
@@ -29,7 +30,9 @@ class _Direct(ABC):
         weights: Sequence[float],
         device: torch.device,
         temperature: float = 1.0,
+        fingerprint: str = "",
     ) -> None:
+        self.fingerprint = f"{type(self).__name__} {temperature} {list(weights)} {fingerprint}"
         self._answers, self._weights, self._device, self._temperature = answers, weights, device, temperature
         self._class_sets = [torch.tensor(classes, dtype=torch.int64, device=device) for classes in class_sets]
 

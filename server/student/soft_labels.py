@@ -15,10 +15,18 @@ class SoftLabels:
     """Cross-entropy to unified labels: T^2 times the mean over the batch of -sum_l q_l log softmax(s / T)_l.
 
     `probs` is (n, L) floating, rows sum to 1, typically a memory map; `temperature` is the T at which the labels
-    were estimated (Vongkulbhisal et al., CVPR 2019; the factor T^2 keeps the gradient's size).
+    were estimated (Vongkulbhisal et al., CVPR 2019; the factor T^2 keeps the gradient's size). `fingerprint` names
+    what the labels are, so that a training is not resumed with others.
     """
 
-    def __init__(self, probs: NDArray[np.floating], device: torch.device, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        probs: NDArray[np.floating],
+        device: torch.device,
+        temperature: float = 1.0,
+        fingerprint: str = "",
+    ) -> None:
+        self.fingerprint = f"soft-labels {temperature} {fingerprint}"
         self._probs, self._device, self._temperature = probs, device, temperature
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""The site's private classifier: what it is, how it is loaded, how it is trained.
+
+Lives here: the choice of the module that knows the kind. A kind's module is imported when it is wanted, since each
+brings a library of its own.
+"""
+
+from __future__ import annotations
+
+from consilience.client.teacher.protocol import Outputs, Scores, ScoringTeacher, Teacher, fingerprint_of, read_model
+from consilience.client.teacher.trained import TrainedTeacher, load_trained, train_teacher, trained_record
+from consilience.common.files import sha256
+from consilience.common.settings import SiteSettings, TeacherSettings
+
+__all__ = ["Teacher", "TrainedTeacher", "describe_teacher", "load_teacher", "train_teacher"]
+
+
+def load_teacher(settings: SiteSettings) -> Teacher:
+    """Load the teacher that `settings.teacher` describes. Nothing that a model file brings is executed by loading it.
+
+    Raises `TeacherError` when a file is missing, damaged, refused, or does not fit the settings, or when the teacher
+    is to be trained and is not; `MissingExtraError` when the kind needs a library that is not installed;
+    `SettingsError` for an unknown architecture.
+    """
+    teacher = settings.teacher
+    if teacher.kind == "train":
+        return load_trained(settings)
+    scores: Scores
+    if teacher.kind == "callable":
+        from consilience.client.teacher import python_callable
+
+        scores, model = python_callable.scores_of(teacher)
+        where = teacher.callable
+    elif teacher.kind == "onnx":
+        from consilience.client.teacher import onnx_file
+
+        scores, model = onnx_file.scores_of(teacher)
+        where = str(teacher.path)
+    else:
+        data = read_model(teacher.path)
+        model, where = sha256(data), str(teacher.path)
+        if teacher.kind == "state_dict":
+            from consilience.client.teacher import state_dict
+
+            scores = state_dict.scores_of(teacher, data)
+        elif teacher.kind == "torchscript":
+            from consilience.client.teacher import torchscript
+
+            scores = torchscript.scores_of(teacher, data)
+        elif teacher.kind == "export":
+            from consilience.client.teacher import exported
+
+            scores = exported.scores_of(teacher, data)
+        else:
+            from consilience.client.teacher import skops_file
+
+            scores = skops_file.scores_of(teacher, data)
+    return ScoringTeacher(
+        classes=teacher.classes,
+        # Without the path: a file that is moved is the same teacher.
+        fingerprint=fingerprint_of(teacher.model_dump(mode="json", exclude={"path"}), model),
+        outputs=_outputs(teacher),
+        where=where,
+        scores=scores,
+    )
+
+
+def describe_teacher(settings: SiteSettings) -> tuple[str, float | None]:
+    """Return what a stranger may read of the teacher, its kind and architecture, and its accuracy where it is known.
+
+    Raises `TeacherError` when it is to be trained and is not.
+    """
+    teacher = settings.teacher
+    if teacher.kind == "train":
+        record = trained_record(settings)
+        return f"trained {record.architecture}"[:500], record.holdout_accuracy
+    if teacher.kind == "state_dict":
+        return f"state_dict of {teacher.architecture}"[:500], None
+    return teacher.kind, None
+
+
+def _outputs(teacher: TeacherSettings) -> Outputs:
+    """What a kind of teacher gives: some say so in their settings, others always give the same."""
+    if teacher.kind in ("sklearn", "callable"):
+        return "probabilities"
+    return getattr(teacher, "outputs", "logits")

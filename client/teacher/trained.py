@@ -1,0 +1,213 @@
+"""The teacher that Consilience trains itself, on the site's private data.
+
+Lives here: which samples are learned from and which are held out, what is written to state/teacher, and loading it.
+Does not live here: the training loop and the architectures (common/nets).
+
+state/teacher/ holds model.safetensors, teacher.json (a `TrainedTeacher`) and training/ (the loop's checkpoint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from consilience.client.teacher.protocol import ScoringTeacher, fingerprint_of, read_model
+from consilience.client.teacher.state_dict import network_scores, read_weights
+from consilience.common.data import ImageData, open_data
+from consilience.common.errors import StudentError, TeacherError
+from consilience.common.files import canonical_json, lock, read_json, sha256, sha256_file, write_json
+from consilience.common.nets import EpochRecord, Supervised, build, default_device, save_model, scores, train
+from consilience.common.nets.seeding import derive
+from consilience.common.settings import Preprocessing, Settings, SiteSettings, TrainTeacher
+
+_RETRAIN = "Run `consilience site train`"
+_SAMPLED = 256
+"""Images, spread evenly, whose bytes tell one state of the private data from another."""
+
+
+class TrainedTeacher(Settings):
+    """teacher.json: what was trained, from what, and how well it does."""
+
+    classes: tuple[str, ...]
+    architecture: str
+    preprocessing: Preprocessing
+    """As used: with the size and the channels that the network was trained at."""
+    holdout_accuracy: float | None
+    """Accuracy on the samples held out; None where there are none."""
+    holdout_count: int
+    train_count: int
+    learning_curve: tuple[EpochRecord, ...]
+    settings_digest: str
+    """Of the teacher's settings and the seed."""
+    data_digest: str
+    """Of the labels and of some images, evenly spread."""
+    model_digest: str
+    """SHA-256 of model.safetensors."""
+
+
+def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None) -> TrainedTeacher:
+    """Train the site's teacher on its private data; resumes, and returns at once when it is trained.
+
+    The classes are those of the data with at least one sample, in the data's order. `teacher.holdout` of every
+    class's samples, rounded, are not learned from but measure the accuracy; one sample at least is learned from.
+    Raises `TeacherError`, `DataError`, `SettingsError`, `MissingExtraError`, `StorageError`, and `RunError` when
+    another process is training it.
+    """
+    teacher, folder = _wanted(settings), settings.state / "teacher"
+    if settings.data is None:
+        raise TeacherError("The site has no private data to train on", hint="Set data in the site's settings")
+    data = open_data(settings.data)
+    labels, classes = present_classes(data)
+    data_digest = _data_digest(data)
+    with lock(folder):
+        done = _read(folder)
+        if (
+            done is not None
+            and (done.settings_digest, done.data_digest) == (_settings_digest(settings, teacher), data_digest)
+            and _is_model(folder, done)
+        ):
+            return done
+        used = _as_used(teacher.preprocessing, data.shape)
+        learned, held_out = split(labels, teacher.holdout, derive(settings.seed, "holdout"))
+        model = build(
+            teacher.architecture,
+            classes=len(classes),
+            channels=used.channels or data.shape[2],
+            seed=derive(settings.seed, "teacher weights"),
+        )
+        try:
+            curve = train(
+                model,
+                data.read(learned),
+                Supervised(labels[learned], default_device()),
+                teacher.fit,
+                used,
+                seed=derive(settings.seed, "teacher training"),
+                folder=folder / "training",
+                on_epoch=on_epoch,
+            )
+        except StudentError as error:  # the loop's word for any network; at a site the network is a teacher
+            raise TeacherError(f"{settings.name}: {error.message}", hint=error.hint) from error
+        right = 0
+        for part in np.array_split(held_out, max(1, len(held_out) // 512)):
+            right += int(np.sum(scores(model, data.read(part), used).argmax(axis=1) == labels[part]))
+        save_model(folder / "model.safetensors", model)
+        record = TrainedTeacher(
+            classes=classes,
+            architecture=teacher.architecture,
+            preprocessing=used,
+            holdout_accuracy=right / len(held_out) if len(held_out) else None,
+            holdout_count=len(held_out),
+            train_count=len(learned),
+            learning_curve=tuple(curve),
+            settings_digest=_settings_digest(settings, teacher),
+            data_digest=data_digest,
+            model_digest=sha256_file(folder / "model.safetensors"),
+        )
+        # Last: whoever finds teacher.json finds the model that it speaks of.
+        write_json(folder / "teacher.json", record.model_dump(mode="json"))
+        return record
+
+
+def load_trained(settings: SiteSettings) -> ScoringTeacher:
+    """Load what `train_teacher` wrote. Raises `TeacherError` when it is not there or of other settings."""
+    record, path = trained_record(settings), settings.state / "teacher" / "model.safetensors"
+    data = read_model(path)
+    if sha256(data) != record.model_digest:
+        raise TeacherError(f"{path}: is not the model that teacher.json speaks of", hint=_RETRAIN)
+    parts = record.model_dump(mode="json", include={"classes", "architecture", "preprocessing"})
+    channels = record.preprocessing.channels or 1
+    module = build(record.architecture, classes=len(record.classes), channels=channels, seed=0)
+    return ScoringTeacher(
+        classes=record.classes,
+        fingerprint=fingerprint_of({"kind": "train", **parts}, record.model_digest),
+        outputs="logits",
+        where=str(path),
+        scores=network_scores(path, record.architecture, module, read_weights(path, data), record.preprocessing),
+    )
+
+
+def trained_record(settings: SiteSettings) -> TrainedTeacher:
+    """Return teacher.json. Raises `TeacherError` when it is not there or of other settings."""
+    teacher, folder = _wanted(settings), settings.state / "teacher"
+    record = _read(folder)
+    if record is None:
+        raise TeacherError(f"{folder}: holds no trained teacher", hint=_RETRAIN)
+    if record.settings_digest != _settings_digest(settings, teacher):
+        raise TeacherError(
+            f"{folder}: the teacher there was trained from other settings or another seed", hint=_RETRAIN
+        )
+    return record
+
+
+def present_classes(data: ImageData) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Return (n,) int64 labels numbered by the classes that have a sample, and the names of these, in order.
+
+    Raises `DataError` without labels, `TeacherError` without samples.
+    """
+    labels = data.need_labels("The site's private data")
+    present = np.unique(labels)
+    if not len(present):
+        raise TeacherError("The site's private data holds no sample", hint="Name data with at least one image")
+    return np.searchsorted(present, labels), tuple(data.class_names[k] for k in present)
+
+
+def split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return sorted ids to learn from and to hold out: `share` of each class, rounded, but never the whole class."""
+    random = np.random.default_rng(seed)
+    held_out = np.zeros(len(labels), np.bool_)
+    for label in np.unique(labels):
+        ids = random.permutation(np.flatnonzero(labels == label))
+        held_out[ids[: min(round(share * len(ids)), len(ids) - 1)]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _wanted(settings: SiteSettings) -> TrainTeacher:
+    if settings.teacher.kind != "train":
+        raise TeacherError(
+            f"{settings.name}: teacher.kind is {settings.teacher.kind!r}; only 'train' is trained here",
+            hint="A hosted teacher needs no training",
+        )
+    return settings.teacher
+
+
+def _as_used(preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Preprocessing:
+    """Return the preprocessing with the data's size and channels where it leaves them open."""
+    channels = preprocessing.channels or shape[2]
+    if len(preprocessing.mean) not in (1, channels):
+        raise TeacherError(
+            f"teacher.preprocessing.mean has {len(preprocessing.mean)} values; the images have {channels} channels",
+            hint="Give one value for all channels or one each",
+        )
+    return preprocessing.model_copy(update={"size": preprocessing.size or shape[:2], "channels": channels})
+
+
+def _settings_digest(settings: SiteSettings, teacher: TrainTeacher) -> str:
+    return sha256(canonical_json({"teacher": teacher.model_dump(mode="json"), "seed": settings.seed}))
+
+
+def _data_digest(data: ImageData) -> str:
+    labels = data.need_labels("The site's private data")
+    some = np.unique(np.linspace(0, len(data) - 1, _SAMPLED).astype(np.int64))
+    images = sha256(np.ascontiguousarray(data.read(some)).tobytes())
+    return sha256(canonical_json([data.shape, data.class_names, sha256(labels.tobytes()), images]))
+
+
+def _read(folder: Path) -> TrainedTeacher | None:
+    """Return teacher.json, or None where there is none."""
+    path = folder / "teacher.json"
+    if not path.exists():
+        return None
+    try:
+        return TrainedTeacher.model_validate(read_json(path))
+    except ValidationError as error:
+        raise TeacherError(f"{path}: is not as it must be", hint=f"Remove {path}, then: {_RETRAIN}") from error
+
+
+def _is_model(folder: Path, record: TrainedTeacher) -> bool:
+    path = folder / "model.safetensors"
+    return path.exists() and sha256_file(path) == record.model_digest

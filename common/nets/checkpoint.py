@@ -1,0 +1,68 @@
+"""What an interrupted training continues from.
+
+Lives here: one safetensors file with the network, the optimizer's momentum and, in its metadata, the records of the
+epochs done, so that they cannot be torn apart. Does not live here: random state; there is none to keep (seeding).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from consilience.common.files import write_bytes
+
+_MODEL, _MOMENTUM = "model.", "momentum."
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch: its index from 0, mean loss, the last step's learning rate, and its seconds of training."""
+
+    epoch: int
+    loss: float
+    learning_rate: float
+    seconds: float
+
+
+def save(path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer, records: list[EpochRecord]) -> None:
+    """Write the state after `records`; `key` says which training it belongs to. Atomic. Raises `StorageError`."""
+    tensors = {_MODEL + name: _plain(tensor) for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        momentum = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
+        if momentum is not None:
+            tensors[_MOMENTUM + name] = _plain(momentum)
+    metadata = {"key": key, "records": json.dumps([asdict(record) for record in records])}
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
+
+
+def records(path: Path, key: str) -> list[EpochRecord]:
+    """Return the epochs that the checkpoint of training `key` has done; none if it is another's, damaged or absent."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return []
+    if metadata.get("key") != key:
+        return []
+    return [EpochRecord(**record) for record in json.loads(metadata["records"])]
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Bring network and optimizer to the state at `path`, which `records` has found to belong to this training."""
+    tensors = safetensors.torch.load_file(path)
+    model.load_state_dict({name[len(_MODEL) :]: held for name, held in tensors.items() if name.startswith(_MODEL)})
+    for name, parameter in model.named_parameters():
+        if _MOMENTUM + name in tensors:
+            buffer = torch.empty_like(parameter.detach()).copy_(tensors[_MOMENTUM + name])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """safetensors wants contiguous tensors, and the network's are channels_last."""
+    return tensor.detach().cpu().contiguous()

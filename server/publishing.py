@@ -1,0 +1,206 @@
+"""From what a run left on disk to its findings, and from them to report.json, report.html and card.md.
+
+Lives here: gathering. Does not live here: any metric (server/judge), any wording or picture (server/report, card).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import consilience
+from consilience.common.data import ImageData
+from consilience.common.files import read_json, write_bytes, write_json
+from consilience.common.labels import LabelSpace
+from consilience.common.pool import Pool
+from consilience.common.protocol import SiteCard
+from consilience.common.settings import JobSettings
+from consilience.server.answers import AnswerStore
+from consilience.server.card import card_markdown
+from consilience.server.contract import RunContract
+from consilience.server.judge import Judgement, agreement, judge
+from consilience.server.labelling import Diagnostics, block_size, blocks, unifier
+from consilience.server.learning import StudentModel
+from consilience.server.report import render_html, report_dict
+from consilience.server.report_findings import (
+    Findings,
+    Partition,
+    PoolFindings,
+    Samples,
+    SiteFindings,
+    StudentFindings,
+    UnifyFindings,
+)
+from consilience.server.truth import pool_truth, test_truth
+
+SAMPLES_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the stages before judging left: paths, settings, and the sites that answered everything."""
+
+    run: Path
+    settings: JobSettings
+    pool: Pool
+    test: ImageData | None
+    contract: RunContract
+    space: LabelSpace
+    cards: Sequence[SiteCard]
+    stores: Sequence[AnswerStore]
+    test_stores: Sequence[AnswerStore] | None
+    labels: NDArray[np.float32]
+    diagnostics: Diagnostics
+    curves: Mapping[str, Sequence[Mapping[str, Any]]]
+    failures: Mapping[str, str]
+
+
+def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Findings:
+    """Judge the student and collect what the report tells. `answers` are all stores of all sites by name."""
+    settings, space, diagnostics = outcome.settings, outcome.space, outcome.diagnostics
+    student = StudentModel(outcome.run / "student")
+    converged = 1 - diagnostics.not_converged / max(diagnostics.samples, 1)
+    warnings = list(space.warnings())
+    if diagnostics.not_converged:
+        warnings.append(
+            f"Unification did not converge for {diagnostics.not_converged:,} of {diagnostics.samples:,} samples."
+        )
+    return Findings(
+        job=settings.name,
+        seed=settings.seed,
+        settings=settings.model_dump(mode="json", exclude={"pool": True, "judge": True}),
+        pool=PoolFindings(outcome.pool.digest, len(outcome.pool), outcome.pool.shape),
+        space=space,
+        sites=[_site(card, answers[card.name], outcome) for card in outcome.contract.sites],
+        unify=UnifyFindings(
+            settings.unify.method,
+            settings.unify.across,
+            max(space.components) + 1,
+            diagnostics.seconds,
+            converged,
+            diagnostics.largest_residual,
+        ),
+        student=StudentFindings(
+            settings.student.architecture,
+            settings.student.learning,
+            sum(parameter.numel() for parameter in student.model.parameters()),
+        ),
+        warnings=warnings,
+        judgement=_judgement(outcome, student),
+        learning=outcome.curves,
+        agreement=agreement((rows for _, rows in blocks(outcome.stores, block_size(space))), space),
+        partition=_partition(outcome.run),
+        samples=_samples(outcome, student),
+        versions=versions(),
+    )
+
+
+def publish(run: Path, findings: Findings, timing: Mapping[str, float]) -> None:
+    """Write report.json, report.html and card.md into the run folder, report.json last: it says that a run is done."""
+    findings = replace(findings, timing=timing)
+    report = report_dict(findings)
+    write_bytes(run / "report.html", render_html(findings, report).encode())
+    write_bytes(run / "card.md", card_markdown(findings, report).encode())
+    write_json(run / "report.json", report)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    return {
+        "consilience": consilience.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "flwr": version("flwr"),
+        "numpy": np.__version__,
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _site(card: SiteCard, stores: Sequence[AnswerStore], outcome: Outcome) -> SiteFindings:
+    asked = sum(store.about.size for store in stores)
+    answered = sum(len(store) for store in stores)
+    return SiteFindings(
+        name=card.name,
+        classes=card.classes,
+        teacher=card.description,
+        fingerprint=card.teacher,
+        answers=answered,
+        asked=asked,
+        bytes=sum(store.bytes for store in stores),
+        seconds=sum(store.seconds for store in stores),
+        missed=asked - answered,
+        reason=outcome.failures.get(card.name),
+        precision=outcome.settings.ask.encoding,
+        holdout_accuracy=card.holdout_accuracy,
+    )
+
+
+def _judgement(outcome: Outcome, student: StudentModel) -> Judgement | None:
+    test = outcome.test
+    if test is None:
+        return None
+    space, settings = outcome.space, outcome.settings
+    answers: list[NDArray[np.float32] | None] = [None] * len(space.sites)
+    unified = None
+    if outcome.test_stores is not None:
+        given = [store.read(0, len(test)) for store in outcome.test_stores]
+        answers = [*given]
+        unified = unifier(space, settings.unify, outcome.cards)(given).probs
+    oracle = StudentModel(outcome.run / "oracle") if "oracle" in outcome.curves else None
+    return judge(
+        test_truth(test, space, settings.labels.synonyms),
+        space,
+        answers,
+        unified,
+        _predictions(student, test),
+        None if oracle is None else _predictions(oracle, test),
+    )
+
+
+def _predictions(model: StudentModel, test: ImageData) -> NDArray[np.float32]:
+    """Return (m, L) log-probabilities of the test images, read and scored a block at a time."""
+    parts = [model.log_probs(test.read(ids)) for ids in _chunks(len(test), 1024)]
+    return np.concatenate(parts) if parts else np.empty((0, len(model.labels)), np.float32)
+
+
+def _chunks(total: int, size: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, total, size):
+        yield np.arange(start, min(start + size, total))
+
+
+def _samples(outcome: Outcome, student: StudentModel) -> Samples:
+    """Return a few pool samples spread evenly over the pool: no choice, so nothing is picked to look good."""
+    count = min(SAMPLES_SHOWN, len(outcome.pool))
+    ids = np.linspace(0, len(outcome.pool) - 1, count).astype(np.int64)
+    images = outcome.pool.take(ids)
+    truth = None
+    judge_settings = outcome.settings.judge
+    if judge_settings.pool_labels is not None and outcome.test is not None:
+        synonyms = outcome.settings.labels.synonyms
+        truth = pool_truth(judge_settings.pool_labels, len(outcome.pool), outcome.test, outcome.space, synonyms)[ids]
+    return Samples(
+        ids=ids,
+        images=images,
+        soft_labels=np.asarray(outcome.labels[ids]),
+        answers=[np.concatenate([store.read(int(i), int(i) + 1) for i in ids]) for store in outcome.stores],
+        student=student.log_probs(images),
+        truth=truth,
+    )
+
+
+def _partition(run: Path) -> Partition | None:
+    """Return how a simulation shared out its data; None for a real job."""
+    path = run / "simulation" / "prepared.json"
+    if not path.exists():
+        return None
+    held = read_json(path)
+    return Partition(tuple(held["sites"]), tuple(held["classes"]), np.asarray(held["counts"], np.int64))

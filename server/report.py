@@ -1,0 +1,216 @@
+"""report.json and report.html: what a run found, for programs and for people.
+
+Lives here: the fields of report.json, the sentence that says it all, and the warnings that follow from the numbers.
+Does not live here: the metrics (server/judge), how the page is laid out (server/report_page and templates/).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from consilience.server.judge import BASELINES, Judgement, Score, SiteScore
+from consilience.server.report_findings import Findings, SiteFindings
+from consilience.server.report_format import listing, number_of, percent
+from consilience.server.report_page import render_page
+
+MOST_CONFUSION = 200
+"""Classes up to which report.json holds the confusion matrix."""
+_ABSOLUTE = re.compile(r"(?:/|[A-Za-z]:[\\/]).*?([^\\/]+)[\\/]*", re.DOTALL)
+
+
+def report_dict(findings: Findings) -> dict[str, Any]:
+    """Return report.json: strict JSON values, null for what is not known, never NaN.
+
+    `student.accuracy`, `student.calibration_error` and every `baselines.*.accuracy` are numbers or null; lists are
+    empty where there is nothing to list. What may differ between two runs of one seed is named at `comparable`.
+    Absolute paths in the settings keep their last part only: a report is shown to others.
+    """
+    judged = findings.judgement
+    space = findings.space
+    scores = {site.name: site for site in judged.sites} if judged else {}
+    report = {
+        "job": findings.job,
+        "seed": findings.seed,
+        "headline": headline(findings),
+        "settings": _without_folders(findings.settings),
+        "pool": {"digest": findings.pool.digest, "size": findings.pool.size, "shape": findings.pool.shape},
+        "labels": {
+            "names": space.names,
+            "owners": {
+                name: [space.sites[i] for i in owners] for name, owners in zip(space.names, space.owners, strict=True)
+            },
+            "components": space.components,
+            "synonyms": findings.synonyms(),
+        },
+        "warnings": [*findings.warnings, *derived_warnings(findings)],
+        "student": _student(findings),
+        "test": None if judged is None else {"count": judged.count, "outside": judged.outside},
+        "baselines": _baselines(judged),
+        "sites": [_site(site, scores.get(site.name), site.name in space.sites) for site in findings.sites],
+        "unify": {
+            "method": findings.unify.method,
+            "across": findings.unify.across,
+            "components": findings.unify.components,
+            "seconds": findings.unify.seconds,
+            "converged": findings.unify.converged,
+            "residual": findings.unify.residual,
+        },
+        "agreement": findings.agreement,
+        "partition": None
+        if findings.partition is None
+        else {
+            "sites": findings.partition.sites,
+            "classes": findings.partition.classes,
+            "counts": findings.partition.counts,
+        },
+        "learning": dict(findings.learning),
+        "timing": findings.timing,
+        "versions": findings.versions,
+    }
+    plain: dict[str, Any] = _plain(report)
+    return plain
+
+
+def comparable(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of report.json without what may differ between two runs of one seed.
+
+    Dropped: `timing`, `versions`, `unify.seconds`, `sites[].seconds` and `learning.*[].seconds`. All else is equal
+    when job, seed, pool, sites and software are.
+    """
+    kept = copy.deepcopy({name: value for name, value in report.items() if name not in ("timing", "versions")})
+    curves = [epoch for curve in kept.get("learning", {}).values() for epoch in curve or ()]
+    for part in (kept.get("unify", {}), *kept.get("sites", ()), *curves):
+        part.pop("seconds", None)
+    return kept
+
+
+def render_html(findings: Findings, report: Mapping[str, Any]) -> str:
+    """Return report.html: one file, no script, nothing fetched. `report` is `report_dict(findings)`."""
+    return render_page(findings, report)
+
+
+def headline(findings: Findings) -> str:
+    """Return the result in one sentence."""
+    space, judged = findings.space, findings.judgement
+    made = f"One classifier for {number_of(len(space), 'class', 'classes')}"
+    made += f", from {number_of(len(space.sites), 'site')}"
+    if judged is None:
+        return f"{made}. No labelled test set was given: nothing is known about its accuracy."
+    text = f"{made}: {percent(judged.student.accuracy)} on {number_of(judged.count, 'test image')}"
+    told = (
+        ("naive", "the naive ensemble reaches {}"),
+        ("best_site", "the best single site {}"),
+        ("oracle", "training on the pool’s true labels {}"),
+    )
+    others = [words.format(percent(s.accuracy)) for name, words in told if (s := judged.baselines.get(name))]
+    return f"{text}; {', '.join(others)}." if others else f"{text}."
+
+
+def derived_warnings(findings: Findings) -> list[str]:
+    """Return what the numbers themselves warn of, in plain words."""
+    found = []
+    for site in findings.sites:
+        lacking = f"{number_of(site.missed, 'sample')} of {site.asked:,} went unanswered" if site.missed else ""
+        why = f" ({site.reason})" if site.reason else ""
+        if site.name not in findings.space.sites:
+            found.append(f"Site {site.name} is left out{': ' + lacking if lacking else ''}{why}.")
+        elif site.missed:
+            found.append(f"Site {site.name}: {lacking}{why}.")
+    judged = findings.judgement
+    if judged is None:
+        return [*found, "There was no labelled test set: nothing is known about the student’s accuracy."]
+    if judged.outside:
+        found.append(
+            f"{number_of(judged.outside, 'test image')} of {judged.count:,} show classes that no site knows: "
+            "no contender can get them right, and they count as wrong."
+        )
+    untested = [c.name for c in judged.classes if not c.support]
+    if untested:
+        found.append(f"The test set shows no image of {listing(untested)}: nothing is known about them.")
+    for name, words in (("naive", "the naive ensemble"), ("best_site", f"the single site {judged.best_site}")):
+        other = judged.baselines.get(name)
+        if other is not None and other.correct > judged.student.correct:
+            found.append(
+                f"On these test images {words} is right more often ({percent(other.accuracy)}) than the student "
+                f"({percent(judged.student.accuracy)})."
+            )
+    return found
+
+
+def _student(findings: Findings) -> dict[str, Any]:
+    judged, student = findings.judgement, findings.student
+    about = {
+        "architecture": student.architecture,
+        "learning": student.learning,
+        "parameters": student.parameters,
+    }
+    if judged is None:
+        empty = {"correct": None, "calibration_error": None, "confusion": None, "confusion_outside": None}
+        return about | _score(None) | empty | {"per_class": [], "reliability": []}
+    small = len(findings.space) <= MOST_CONFUSION
+    return (
+        about
+        | _score(judged.student)
+        | {
+            "correct": judged.student.correct,
+            "calibration_error": judged.calibration_error,
+            "per_class": [vars(c) for c in judged.classes],
+            "reliability": [vars(b) for b in judged.reliability],
+            "confusion": judged.confusion if small else None,
+            "confusion_outside": judged.confusion_outside if small else None,
+        }
+    )
+
+
+def _baselines(judged: Judgement | None) -> dict[str, dict[str, Any]]:
+    found = {name: _score(judged.baselines.get(name) if judged else None) for name in BASELINES}
+    found["best_site"]["site"] = judged.best_site if judged else None
+    return found
+
+
+def _score(score: Score | None) -> dict[str, Any]:
+    if score is None:
+        return {"accuracy": None, "interval": None}
+    return {"accuracy": score.accuracy, "interval": (score.low, score.high)}
+
+
+def _site(site: SiteFindings, score: SiteScore | None, took_part: bool) -> dict[str, Any]:
+    names = ("accuracy", "teacher_accuracy", "student_accuracy", "student_accuracy_restricted", "coverage_auroc")
+    return {
+        **vars(site),
+        "took_part": took_part,
+        "test_images": score.count if score else None,
+        **{name: getattr(score, name) if score else None for name in names},
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    """Shorten every absolute path in a settings tree to its last part."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(part) for part in value]
+    if isinstance(value, str) and (match := _ABSOLUTE.fullmatch(value)):
+        return match[1]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Turn arrays, NumPy numbers and tuples into JSON's own values, and what is not finite into None."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -1,0 +1,87 @@
+"""Pool samples on the page: each image with its soft label, the sites' answers and what the student says.
+
+Lives here: which classes are shown beside an image, and images as data URIs. Does not live here: the choice of
+samples (server/publishing).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from consilience.server.judge import softmax
+from consilience.server.report_findings import Findings, Samples
+from consilience.server.report_format import percent
+from consilience.server.report_svg import BLUE, SITE_COLOURS, site_colour
+
+MOST_SAMPLES = 24
+MOST_BARS = 5
+"""Classes shown beside one image."""
+LARGEST_SIDE = 160
+"""Larger images are scaled down to this many pixels: the page is one file."""
+
+
+def sample_views(findings: Findings) -> list[dict[str, Any]]:
+    """Return what the page shows of each sample, in the order of the findings."""
+    samples = findings.samples
+    return [] if samples is None else [_view(findings, samples, k) for k in range(min(len(samples.ids), MOST_SAMPLES))]
+
+
+def png_data_uri(image: NDArray[np.uint8]) -> str:
+    """Return an image (H, W), (H, W, 1) or (H, W, 3) uint8 as a PNG data URI, scaled down if it is large."""
+    pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _view(findings: Findings, samples: Samples, k: int) -> dict[str, Any]:
+    space = findings.space
+    label = np.asarray(samples.soft_labels[k], np.float64)
+    student = softmax(np.asarray(samples.student[k : k + 1], np.float64))[0]
+    predicted = int(student.argmax())
+    truth = None if samples.truth is None or samples.truth[k] < 0 else int(samples.truth[k])
+    said: dict[int, list[dict[str, str]]] = {}
+    few = len(space.sites) <= len(SITE_COLOURS)
+    for site, (answers, known) in enumerate(zip(samples.answers, space.class_sets, strict=True)):
+        if answers is None:
+            continue
+        for value, c in zip(softmax(np.asarray(answers[k : k + 1], np.float64))[0], known, strict=True):
+            dot = {
+                "at": f"{value * 100:.1f}",
+                "colour": site_colour(site) if few else BLUE,
+                "title": f"{space.sites[site]}: {percent(float(value))}",
+            }
+            said.setdefault(c, []).append(dot)
+    must = {predicted} | (set() if truth is None else {truth})
+    # The largest soft labels, but never without the student's class and the true one.
+    order = [int(c) for c in np.argsort(-label, kind="stable")]
+    chosen = set([c for c in order if c not in must][: max(0, min(MOST_BARS, len(space)) - len(must))]) | must
+    bars = [
+        {
+            "name": space.names[c],
+            "value": percent(float(label[c])),
+            "width": f"{label[c] * 100:.1f}",
+            "dots": said.get(c, []),
+            "predicted": c == predicted,
+            "true": c == truth,
+        }
+        for c in order
+        if c in chosen
+    ]
+    return {
+        "id": int(samples.ids[k]),
+        "image": png_data_uri(samples.images[k]),
+        "predicted": space.names[predicted],
+        "sure": percent(float(student[predicted])),
+        "truth": None if truth is None else space.names[truth],
+        "right": None if truth is None else truth == predicted,
+        "bars": bars,
+    }

@@ -1,0 +1,52 @@
+"""True labels of the test images and of the pool, brought into the label space: for judging and the oracle alone.
+
+Nothing that trains the student or chooses anything reads this module's results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.common.data import ImageData
+from consilience.common.errors import DataError
+from consilience.common.labels import LabelSpace
+
+Synonyms = Mapping[str, Sequence[str]]
+
+
+def test_truth(test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int64]:
+    """Return the test labels (m,) as indices into the label space, -1 where no site knows the class."""
+    return _to_space(test.need_labels("judge.test"), test, space, synonyms)
+
+
+def pool_truth(path: Path, size: int, test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int64]:
+    """Read the pool's true labels (size,), numbered by the test data's class names, into the label space.
+
+    Raises `DataError` for another length or type, or a label out of range.
+    """
+    try:
+        raw = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a NumPy array", hint="Correct judge.pool_labels") from error
+    if raw.shape != (size,) or not np.issubdtype(raw.dtype, np.integer):
+        raise DataError(
+            f"{path}: has shape {raw.shape} and type {raw.dtype}; allowed: ({size},) integers",
+            hint="Give one label a pool sample",
+        )
+    wrong = np.flatnonzero((raw < 0) | (raw >= len(test.class_names)))
+    if len(wrong):
+        raise DataError(
+            f"{path}: label {raw[wrong[0]]} of sample {wrong[0]} is out of range; "
+            f"allowed: 0 to {len(test.class_names) - 1}",
+            hint="Number the labels by the test data's class names",
+        )
+    return _to_space(raw, test, space, synonyms)
+
+
+def _to_space(labels: NDArray[np.int64], test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int64]:
+    index = space.align(test.class_names, synonyms)
+    return np.asarray(index, np.int64)[labels]
