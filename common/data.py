@@ -215,7 +215,9 @@ def _open_torchvision(source: TorchvisionData) -> ImageData:
 
 def _as_array(picture: Any, channels: int) -> Images:
     image: Images = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
-    return image[..., None] if channels == 1 else image
+    if channels == 1:
+        return np.expand_dims(image, -1)
+    return image
 
 
 def _open_embedded(source: EmbeddedData) -> ImageData:

@@ -10,13 +10,13 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from consilience.common.errors import RunError, StorageError
 
@@ -38,9 +38,8 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -53,14 +52,14 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def create_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+def create_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     """Create an .npy file of that shape and return it memory-mapped for writing.
 
     The disk space is taken at once, so that a full disk is a `StorageError` here and not a crash at a later write.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
     except OSError as error:

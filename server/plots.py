@@ -41,10 +41,10 @@ def matrix(
     n_rows, n_columns = values.shape
     cell = next((size for most, size in ((10, 42), (14, 36), (20, 26), (40, 17)) if max(n_columns, n_rows) <= most), 7)
     if n_rows <= LABELLED < n_columns:
-        cell = 8
-    named_rows, named_columns = n_rows <= LABELLED and (cell >= 8), n_columns <= LABELLED
+        cell = 9
+    named_rows, named_columns = n_rows <= LABELLED and cell >= 9, n_columns <= LABELLED
     row_names, column_names = [shorten(n, 22) for n in rows], [shorten(n, 18) for n in columns]
-    size = 12 if cell >= 17 else 8
+    size = 12 if cell >= 17 else 9
     left = 20 + (max((len(n) for n in row_names), default=0) * size * 0.56 if named_rows else 0)
     top = 22 + (max((len(n) for n in column_names), default=0) * 12 * 0.56 * 0.72 if named_columns else 0)
     right = 34 if named_columns else 8

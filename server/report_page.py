@@ -30,8 +30,10 @@ CONTENDERS = (
     ("best_site", "Best single site", "the best of the sites on its own"),
     ("oracle", "Oracle", "the same student, trained with the pool’s true labels"),
 )
-MOST_SITES, MOST_CLASSES, MOST_SETS = 60, 40, 20
+MOST_SITES, MOST_CLASSES, MOST_SETS = 60, 40, 10
 """Rows of the tables of sites, of classes and of owner sets; what is beyond stands in report.json."""
+LOWEST_CLASSES = 20
+"""Classes still listed when there are more than `MOST_CLASSES`: those with the lowest recall."""
 MOST_DRAWN = 150
 """Columns up to which a matrix of classes is drawn; sites are drawn up to `MOST_SITES`."""
 MOST_CONFUSIONS = 10
@@ -104,8 +106,8 @@ def overlap(findings: Findings) -> dict[str, Any]:
         figure = plots.overlap(space) if boxes else plots.overlap_ring(space)
     rows = [
         {
-            "owners": listing([space.sites[i] for i in owners], 8),
-            "classes": listing([space.names[c] for c in labels], 16),
+            "owners": listing([space.sites[i] for i in owners], 5),
+            "classes": listing([space.names[c] for c in labels], 8),
             "count": len(labels),
             "component": space.components[labels[0]] + 1,
         }
@@ -157,7 +159,7 @@ def classes(report: Mapping[str, Any]) -> dict[str, Any]:
     if len(rows) <= MOST_CLASSES:
         return {"rows": rows, "left_out": 0}
     tested = sorted((row for row in rows if row["support"]), key=lambda row: (row["recall"], row["name"]))
-    return {"rows": tested[:MOST_CLASSES], "left_out": len(rows) - len(tested[:MOST_CLASSES])}
+    return {"rows": tested[:LOWEST_CLASSES], "left_out": len(rows) - len(tested[:LOWEST_CLASSES])}
 
 
 def confusion(judged: Judgement | None, names: tuple[str, ...]) -> dict[str, Any] | None:

@@ -1,10 +1,10 @@
 """Make a `torch.export` archive safe to load: refuse what would execute, rebuild the rest.
 
-torch.export.load runs what a file brings in six ways (torch 2.13, torch/export/pt2_archive and torch/_export/serde): it
-unpickles weights and constants marked `use_pickle`, opaque constants and, when the restricted unpickler fails, sample
-inputs; it loads compiled libraries from data/aotinductor; it resolves operator names by getattr from `torch` downwards,
-which reaches `torch.os.system`; it evaluates shape expressions by sympy, hence by Python's eval; it compiles
-`guards_code`; and it writes names of values into Python source.
+torch.export.load runs what a file brings in five ways (torch 2.13, torch/export/pt2_archive and torch/_export/serde):
+it unpickles weights and constants marked `use_pickle`, opaque constants and, when the restricted unpickler fails, sample
+inputs; it loads compiled libraries from data/aotinductor; it evaluates shape expressions by sympy, hence by Python's
+eval; it compiles `guards_code`; and it writes the names of inputs into Python source as they are. Operator names are
+resolved by getattr from `torch` downwards, so that only a check after the fact keeps `torch.os.system` away.
 
 Therefore nothing of a file reaches torch unseen. Records are read by torch's own reader, the graph is checked string by
 string against what may stand there, and a new archive is written of the checked graph and the raw tensors alone; sample
@@ -131,7 +131,7 @@ def _fault(key: str, text: str) -> str | None:
         return None if re.fullmatch(f"(?:{_TOKEN.pattern})+", text) else "the shape expression"
     if key in ("in_spec", "out_spec"):
         return None if _is_plain_tree(json.loads(text)[1]) else "the structure"
-    if key in ("name", "as_name"):
+    if key in ("name", "as_name", "forward_arg_names"):
         return None if _IDENTIFIER.fullmatch(text) and not _dunder(text) else "the name"
     if key in ("as_string", "as_strings"):
         return None if _TEXT.fullmatch(text) else "the text"

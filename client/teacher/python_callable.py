@@ -30,7 +30,7 @@ def scores_of(settings: CallableTeacher) -> tuple[Scores, str]:
         ) from error
     scores = getattr(module, name, None)
     if not callable(scores):
-        found = "no such name" if scores is None else f"a {type(scores).__name__}"
+        found = "no such name" if scores is None else f"an object of type {type(scores).__name__}"
         raise TeacherError(
             f"{settings.callable}: {module_name} has {found}; expected a callable {name!r}",
             hint="Correct teacher.callable in the site's settings",

@@ -84,3 +84,12 @@ def test_an_array_on_a_full_disk_is_an_error_not_a_crash(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StorageError, match="No space left"):
         files.create_array(tmp_path / "b.npy", np.float32, (3, 2))
+
+
+def test_a_written_file_has_the_rights_that_the_user_s_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        files.write_bytes(tmp_path / "a", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

@@ -209,13 +209,14 @@ def test_a_full_disk_keeps_what_arrived(
 
 @pytest.mark.parametrize("learning", ["direct-ce", "direct-mf-lf"])
 def test_the_student_can_learn_from_the_answers_directly(tmp_path: Path, consilience: Command, learning: str) -> None:
-    student = {**job()["student"], "learning": learning}
+    fit = {"epochs": 8, "precision": "f32", "augment": False}
+    student = {"architecture": "cnn3", "fit": fit, "learning": learning}
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(job(student=student)))
     result = consilience("simulate", path, "--out", tmp_path / "run", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)["data"]["report"]
-    assert report["student"]["accuracy"] > 0.1  # four classes of ten are known
+    assert report["student"]["accuracy"] > 0.15  # at most 0.4: four classes of ten are known
 
 
 @pytest.mark.parametrize(

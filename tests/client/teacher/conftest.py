@@ -18,12 +18,12 @@ CLASSES = ("left", "middle", "right")
 
 @pytest.fixture(scope="session")
 def blobs() -> tuple[np.ndarray, np.ndarray]:
-    """Images (60, 16, 16, 1) uint8 with a bright bar left, in the middle or right, and their labels."""
+    """Images (60, 16, 16, 1) uint8 with a bar left, brighter in the middle, brightest right, and their labels."""
     random = np.random.default_rng(5)
     images = random.integers(0, 120, (60, 16, 16, 1), np.uint8)
     labels = np.arange(60) % 3
     for image, label in zip(images, labels, strict=True):
-        image[:, 1 + 5 * label : 5 + 5 * label] += 100
+        image[:, 1 + 5 * label : 5 + 5 * label] += np.uint8(50 + 40 * label)
     return images, labels
 
 

@@ -93,9 +93,9 @@ def test_a_callable_that_is_not_there(site: Site, module: Path) -> None:
     with pytest.raises(TeacherError, match=r"site_own\.nowhere cannot be imported: ModuleNotFoundError") as caught:
         load_teacher(site(kind="callable", callable="site_own.nowhere:good"))
     assert "Install it" in caught.value.hint
-    with pytest.raises(TeacherError, match="site_own.model has no such name; expected a callable 'bad'"):
+    with pytest.raises(TeacherError, match=r"site_own\.model has no such name; expected a callable 'bad'"):
         load_teacher(site(kind="callable", callable="site_own.model:bad"))
-    with pytest.raises(TeacherError, match="has a int; expected a callable 'NUMBER'"):
+    with pytest.raises(TeacherError, match="has an object of type int; expected a callable 'NUMBER'"):
         load_teacher(site(kind="callable", callable="site_own.model:NUMBER"))
     (module.parent / "broken.py").write_text("raise RuntimeError('no licence')")
     with pytest.raises(TeacherError, match=r"cannot be imported: RuntimeError: no licence"):

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from consilience.common.errors import StudentError
+from consilience.common.nets import EpochRecord, Supervised, build, scores, train
+from consilience.common.nets.loop import one_cycle
+from consilience.common.settings import Fit, Preprocessing
+
+Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]
+CPU = torch.device("cpu")
+PLAIN = Preprocessing()
+FIT = Fit(epochs=4, batch_size=32, learning_rate=0.05, precision="f32")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def small() -> nn.Module:
+    """A network whose training draws from torch's global generator."""
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(4, 3)]
+    return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), *head)
+
+
+def fitted(stripes: Labelled, folder: Path | None = None, fit: Fit = FIT, **options: Any) -> nn.Module:
+    images, labels = stripes
+    model = small()
+    options = {"seed": 3, "loss": Supervised(labels, CPU), "preprocessing": PLAIN, **options}
+    train(model, images, fit=fit, folder=folder, device=CPU, **options)
+    return model
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    first, second = one.state_dict(), two.state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_learns_what_is_easy(stripes: Labelled) -> None:
+    images, labels = stripes
+    model = build("cnn3", classes=3, channels=1, seed=0)
+    fit = Fit(epochs=6, batch_size=16, learning_rate=0.05)
+    records = train(model, images, Supervised(labels, CPU), fit, PLAIN, seed=0, folder=None)
+    assert [record.epoch for record in records] == [0, 1, 2, 3, 4, 5]
+    assert records[-1].loss < 0.3 * records[0].loss
+    assert (scores(model, images, PLAIN).argmax(axis=1) == labels).mean() > 0.95
+    assert not model.training
+    assert json.loads(json.dumps(asdict(records[0])))["seconds"] > 0
+
+
+def test_same_seed_same_weights(stripes: Labelled) -> None:
+    torch.manual_seed(1)
+    first = fitted(stripes)
+    state = torch.random.get_rng_state()
+    again = fitted(stripes, on_epoch=lambda _: torch.rand(1))
+    assert same(first, again)
+    assert not same(first, fitted(stripes, seed=4))
+    assert not same(first, fitted(stripes, fit=FIT.model_copy(update={"augment": False})))
+    small()
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2, 3])
+def test_resumed_is_as_undisturbed(
+    stripes: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    monkeypatch.setattr("consilience.common.nets.loop.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    seen: list[EpochRecord] = []
+
+    def interrupt(record: EpochRecord) -> None:
+        seen.append(record)
+        if record.epoch == epoch:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fitted(stripes, tmp_path, on_epoch=interrupt)
+    resumed = fitted(stripes, tmp_path, on_epoch=seen.append)
+    assert [record.epoch for record in seen] == [0, 1, 2, 3]
+    assert same(resumed, fitted(stripes))
+
+
+def test_resnet_resumes_bit_for_bit(stripes: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consilience.common.nets.loop.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    images, labels = stripes
+    fit = FIT.model_copy(update={"epochs": 2})
+
+    def interrupt(record: EpochRecord) -> None:
+        raise Interrupted
+
+    def run(folder: Path | None, on_epoch: Any = None) -> nn.Module:
+        model = build("resnet8", classes=3, channels=1, seed=0)
+        train(model, images, Supervised(labels, CPU), fit, PLAIN, seed=0, folder=folder, on_epoch=on_epoch)
+        return model
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, interrupt)
+    assert same(run(tmp_path), run(None))
+
+
+def test_checkpoints_are_not_written_all_the_time(
+    stripes: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilience.common.nets.loop.SECONDS_BETWEEN_CHECKPOINTS", 1e9)
+    there: list[bool] = []
+    path = tmp_path / "checkpoint.safetensors"
+    fitted(stripes, tmp_path, on_epoch=lambda _: there.append(path.exists()))
+    assert there == [False, False, False, True]
+
+
+def test_finished_training_is_not_repeated(stripes: Labelled, tmp_path: Path) -> None:
+    images, labels = stripes
+    first, second = small(), small()
+    calls: list[EpochRecord] = []
+    loss = Supervised(labels, CPU)
+    records = train(first, images, loss, FIT, PLAIN, seed=3, folder=tmp_path, on_epoch=calls.append)
+    again = train(second, images, loss, FIT, PLAIN, seed=3, folder=tmp_path, on_epoch=calls.append)
+    assert again == records == calls
+    assert same(first, second)
+    assert not second.training
+
+
+def test_what_other_arguments_left_is_ignored(stripes: Labelled, tmp_path: Path) -> None:
+    images, labels = stripes
+    fitted(stripes, tmp_path)
+    others: list[dict[str, Any]] = [
+        {"fit": FIT.model_copy(update={"learning_rate": 0.04})},
+        {"seed": 4},
+        {"preprocessing": Preprocessing(mean=(0.4,))},
+        {"stripes": (images[:89], labels)},
+        {"stripes": (np.flip(images, axis=0), labels)},
+        {"stripes": (images, np.flip(labels))},
+        {"loss": Supervised(labels, CPU, label_smoothing=0.1)},
+    ]
+    for changes in others:
+        epochs: list[EpochRecord] = []
+        given = {"stripes": stripes, **changes}
+        model = fitted(folder=tmp_path, on_epoch=epochs.append, **given)
+        assert len(epochs) == 4, changes
+        assert same(model, fitted(**given)), changes
+
+
+def test_another_network_is_not_confused(stripes: Labelled, tmp_path: Path) -> None:
+    images, labels = stripes
+    fitted(stripes, tmp_path)
+    wider = build("cnn3", classes=3, channels=1, seed=0)
+    epochs: list[EpochRecord] = []
+    loss = Supervised(labels, CPU)
+    train(wider, images, loss, FIT, PLAIN, seed=3, folder=tmp_path, on_epoch=epochs.append, device=CPU)
+    assert len(epochs) == 4
+
+
+def test_damaged_checkpoint_is_ignored(stripes: Labelled, tmp_path: Path) -> None:
+    first = fitted(stripes, tmp_path)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
+    assert same(first, fitted(stripes, tmp_path))
+
+
+def test_loss_that_is_not_finite(stripes: Labelled, tmp_path: Path) -> None:
+    def loss(logits: Tensor, ids: Tensor) -> Tensor:
+        return logits.sum() * float("nan")
+
+    with pytest.raises(StudentError, match=r"epoch 1 of 4: the loss is nan at learning rate 0.0.*Lower fit.learning"):
+        fitted(stripes, tmp_path, loss=loss)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_weights_that_are_not_finite(stripes: Labelled) -> None:
+    def loss(logits: Tensor, ids: Tensor) -> Tensor:
+        return (logits.mean() * 0).abs().sqrt()  # 0, with a gradient that is not a number
+
+    with pytest.raises(StudentError, match="the loss is 0 .*not finite"):
+        fitted(stripes, loss=loss, fit=Fit(epochs=1, batch_size=90, precision="f32"))
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "sizes"),
+    [(10, 64, [10]), (10, 4, [4, 4]), (9, 8, [8]), (8, 4, [4, 4]), (1, 64, [2]), (5, 1, [2, 2])],
+)
+def test_batches(stripes: Labelled, n: int, batch_size: int, sizes: list[int]) -> None:
+    images, labels = stripes
+    supervised = Supervised(labels[:n], CPU)
+    batches: list[list[int]] = []
+
+    def loss(logits: Tensor, ids: Tensor) -> Tensor:
+        batches.append(ids.tolist())
+        assert logits.dtype == torch.float32
+        assert len(logits) == len(ids)
+        return supervised(logits, ids)
+
+    fit = Fit(epochs=2, batch_size=batch_size, precision="f32")
+    train(small(), images[:n], loss, fit, PLAIN, seed=0, folder=None)
+    assert [len(batch) for batch in batches] == 2 * sizes
+    epochs = [sum(batches[: len(sizes)], []), sum(batches[len(sizes) :], [])]
+    if n > 1:
+        assert all(len(set(epoch)) == sum(sizes) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_no_images(stripes: Labelled) -> None:
+    images, labels = stripes
+    with pytest.raises(StudentError, match="no images to train on"):
+        fitted((images[:0], labels[:0]))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_network_sees_its_images(stripes: Labelled, augment: bool) -> None:
+    images, labels = stripes
+    seen: list[Tensor] = []
+    model = small()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()) if model.training else None)
+    fit = Fit(epochs=1, batch_size=90, augment=augment, precision="f32")
+    train(model, images, Supervised(labels, CPU), fit, PLAIN, seed=0, folder=None)
+    wanted = {image.tobytes() for image in images}
+    given = ((seen[0] * 0.5 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    unchanged = sum(image.tobytes() in wanted for image in given)
+    assert unchanged < 45 if augment else unchanged == 90
+
+
+def test_network_that_does_not_fit_the_images(stripes: Labelled) -> None:
+    images, labels = stripes
+    for model in (
+        build("cnn3", classes=3, channels=3, seed=0),
+        build("torchvision:vgg11", classes=3, channels=1, seed=0),
+    ):
+        with pytest.raises(StudentError, match="does not take images of 16x16 pixels and 1 channels"):
+            train(model, images, Supervised(labels, CPU), FIT, PLAIN, seed=0, folder=None)
+    with pytest.raises(StudentError, match="one row of scores"):
+        train(nn.Conv2d(1, 3, 1), images, Supervised(labels, CPU), FIT, PLAIN, seed=0, folder=None)
+
+
+def test_preprocessing_is_applied(stripes: Labelled) -> None:
+    images, labels = stripes
+    model = build("cnn3", classes=3, channels=3, seed=0)
+    to_colour = Preprocessing(channels=3, size=(20, 20))
+    train(model, images, Supervised(labels, CPU), FIT.model_copy(update={"epochs": 1}), to_colour, seed=0, folder=None)
+
+
+def test_memory_format_and_weight_decay(stripes: Labelled) -> None:
+    images, labels = stripes
+    quiet = Fit(epochs=1, batch_size=90, learning_rate=0.5, weight_decay=0.5, precision="f32")
+    model = build("cnn3", classes=3, channels=1, seed=0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, images, lambda logits, ids: logits.sum() * 0, quiet, PLAIN, seed=0, folder=None)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 4:
+            assert parameter.is_contiguous(memory_format=torch.channels_last)
+        # One Nesterov step from rest: weight - rate * (1 + 0.9) * decay * weight.
+        factor = 1 - 0.5 * 1.9 * 0.5 if parameter.ndim > 1 else 1
+        assert torch.allclose(parameter, before[name] * factor, atol=1e-7), name
+
+
+def test_compile_is_only_used_when_asked_for(stripes: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    plain = fitted(stripes)
+    assert not compiled
+    assert same(plain, fitted(stripes, fit=FIT.model_copy(update={"compile": True})))
+    assert len(compiled) == 1
+
+
+def test_one_cycle() -> None:
+    rates = [one_cycle(step, 100, 0.4) for step in range(100)]
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.4)
+    assert 15 <= top <= 25
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[-1] < 0.01 * 0.4
+    assert np.diff(rates[: top + 1]) == pytest.approx(rates[0])
+    assert one_cycle(0, 1, 0.4) == 0.4
+
+
+def test_records_tell_the_learning_rate(stripes: Labelled) -> None:
+    images, labels = stripes
+    records = train(small(), images, Supervised(labels, CPU), FIT, PLAIN, seed=0, folder=None)
+    assert [record.learning_rate for record in records] == [one_cycle(step, 8, 0.05) for step in (1, 3, 5, 7)]
+
+
+def test_supervised_is_cross_entropy() -> None:
+    loss = Supervised(np.array([1, 0, 2]), CPU, label_smoothing=0.3)
+    logits = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.0, -1.0]])
+    target = 0.7 * torch.tensor([[0.0, 0, 1], [1, 0, 0]]) + 0.1
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    assert loss(logits, torch.tensor([2, 1])) == pytest.approx(expected.item())
+    with pytest.raises(StudentError, match="Label -100 is negative"):
+        Supervised(np.array([1, -100]), CPU)
