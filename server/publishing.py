@@ -73,6 +73,11 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         warnings.append(
             f"Unification did not converge for {diagnostics.not_converged:,} of {diagnostics.samples:,} samples."
         )
+    if max(space.components) > 0 and settings.student.learning != "soft-labels":
+        warnings.append(
+            f"The student learnt by {settings.student.learning}, which says nothing about the odds between components; "
+            "student.learning: soft-labels would follow the rule unify.across."
+        )
     return Findings(
         job=settings.name,
         seed=settings.seed,
