@@ -37,7 +37,7 @@ def plain_loop(model: torch.nn.Module, pool: Pool, classes: int) -> float:
     began = time.perf_counter()
     with torch.inference_mode():
         for start, images in pool.blocks(BATCH):
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+            pixels = torch.tensor(images).permute(0, 3, 1, 2).float()
             logits = model(((pixels / 255 - 0.5) / 0.5).contiguous(memory_format=torch.channels_last))
             out[start : start + len(images)] = torch.log_softmax(logits, dim=1).numpy()
     return time.perf_counter() - began

@@ -133,8 +133,11 @@ def derived_warnings(findings: Findings) -> list[str]:
     untested = [c.name for c in judged.classes if not c.support]
     if untested:
         found.append(f"The test set shows no image of {listing(untested)}: nothing is known about them.")
-    for name, words in (("naive", "the naive ensemble"), ("best_site", f"the single site {judged.best_site}")):
+    # With one site the two are the same thing, said once.
+    names = ("naive", "best_site") if len(findings.space.sites) > 1 else ("best_site",)
+    for name in names:
         other = judged.baselines.get(name)
+        words = "the naive ensemble" if name == "naive" else f"the single site {judged.best_site}"
         if other is not None and other.correct > judged.student.correct:
             found.append(
                 f"On these test images {words} is right more often ({percent(other.accuracy)}) than the student "

@@ -6,13 +6,14 @@ here: markup and style (templates/), figures (server/plots), the pool samples (s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 import numpy as np
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from consilience.server import plots, report_format
 from consilience.server.judge import Judgement
@@ -30,7 +31,7 @@ CONTENDERS = (
     ("best_site", "Best single site", "the best of the sites on its own"),
     ("oracle", "Oracle", "the same student, trained with the pool’s true labels"),
 )
-MOST_SITES, MOST_CLASSES, MOST_SETS = 60, 40, 10
+MOST_SITES, MOST_CLASSES, MOST_SETS = 40, 40, 10
 """Rows of the tables of sites, of classes and of owner sets; what is beyond stands in report.json."""
 LOWEST_CLASSES = 20
 """Classes still listed when there are more than `MOST_CLASSES`: those with the lowest recall."""
@@ -50,6 +51,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
     )
     for name in ("percent", "count", "number_of", "size", "duration", "decimal", "small", "shorten"):
         environment.filters[name] = getattr(report_format, name)
+    environment.filters["backticks"] = backticks
     views = {
         "contenders": contenders(report),
         "overlap": overlap(findings),
@@ -70,6 +72,11 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "most_sites": MOST_SITES,
     }
     return environment.get_template("report.html.j2").render(r=report, listing=listing, **views)
+
+
+def backticks(text: str) -> Markup:
+    """Return an untrusted text, escaped, with what stands in backticks set as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def contenders(report: Mapping[str, Any]) -> list[dict[str, Any]]:

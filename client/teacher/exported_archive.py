@@ -1,7 +1,7 @@
 """Make a `torch.export` archive safe to load: refuse what would execute, rebuild the rest.
 
-torch.export.load runs what a file brings in five ways (torch 2.13, torch/export/pt2_archive and torch/_export/serde):
-it unpickles weights and constants marked `use_pickle`, opaque constants and, when the restricted unpickler fails, sample
+torch.export.load runs what a file brings in five ways (torch 2.13, torch/export/pt2_archive, torch/_export/serde): it
+unpickles weights and constants marked `use_pickle`, opaque constants and, when the restricted unpickler fails, sample
 inputs; it loads compiled libraries from data/aotinductor; it evaluates shape expressions by sympy, hence by Python's
 eval; it compiles `guards_code`; and it writes the names of inputs into Python source as they are. Operator names are
 resolved by getattr from `torch` downwards, so that only a check after the fact keeps `torch.os.system` away.

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import joblib
+import joblib  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import skops.io
@@ -162,7 +162,7 @@ class Saves(WritesFile):
 def script(module: nn.Module, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(module), path)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.script(module), path)
 
 
 @pytest.mark.parametrize(("module", "name"), [(WritesFile, "from_file"), (Saves, "save")])

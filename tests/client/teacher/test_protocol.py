@@ -16,7 +16,7 @@ def check(scores: object, outputs: str = "logits", rows: int = 2) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_logits_become_log_probabilities(dtype: type) -> None:
-    logits = np.array([[3.0, -1.0], [700.0, 710.0]], dtype)
+    logits: np.ndarray = np.array([[3.0, -1.0], [700.0, 710.0]], dtype)
     out = check(logits)
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, log_softmax(logits.astype(np.float64), axis=1), rtol=1e-6)

@@ -33,7 +33,7 @@ def direct(module: nn.Module, images: np.ndarray, **preprocessing: object) -> np
 def save_script(module: nn.Module, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(module), path)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.script(module), path)
 
 
 def save_export(module: nn.Module, path: Path, *, fixed_batch: bool = False) -> None:

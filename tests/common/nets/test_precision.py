@@ -14,7 +14,7 @@ from consilience.common.settings import Fit, Preprocessing
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]
 CPU = torch.device("cpu")
-AUTO = Fit(epochs=2, batch_size=32, learning_rate=0.05)
+AUTO = Fit.model_validate({"epochs": 2, "batch_size": 32, "learning_rate": 0.05})
 F32 = AUTO.model_copy(update={"precision": "f32"})
 
 

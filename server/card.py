@@ -1,0 +1,199 @@
+"""card.md: what is published beside the student, for whoever meets it later.
+
+Lives here: the card's words and tables. Does not live here: the numbers (server/report). Names come from sites and are
+untrusted: none of them can break out of its place in the Markdown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from consilience.server.report_findings import Findings, SiteFindings
+from consilience.server.report_format import count, decimal, number_of, percent, size
+from consilience.server.report_page import CONTENDERS
+
+_SPECIAL = re.compile(
+    r"[\\`*\[\]<>|~&$@]"  # emphasis, code, links, HTML, entities, cells of a table, formulas, mentions
+    r"|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word means nothing
+    r"|:(?=//)|(?<=\bwww)\."  # addresses that a reader would turn into links
+    r"|^[#+=-]"  # headings and lists, at the start only
+)
+_BREAKS = re.compile(r"[\s\x00-\x1f\x7f\u2028\u2029]+")
+PRECISION = {"f32": "32-bit", "f16": "16-bit"}
+
+
+def card_markdown(findings: Findings, report: Mapping[str, Any]) -> str:
+    """Return card.md. `report` is `report_dict(findings)`; scores in the card are the report's.
+
+    `findings.card` is the coordinator's own Markdown and goes in as it is; every other text is escaped. Two runs of
+    one seed and one software have the same card: no time stands in it.
+    """
+    parts = [
+        _about(findings, report),
+        _labels(findings),
+        _use(findings),
+        _made_of(findings, report),
+        _scores(findings, report),
+        _privacy(findings),
+        _how_to(findings),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """Return an untrusted text as one line of Markdown that reads as itself: no markup, link or HTML in it."""
+    line = _SPECIAL.sub(r"\\\g<0>", _BREAKS.sub(" ", text).strip())
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", line)
+
+
+def code(text: str) -> str:
+    """Return an untrusted text as a code span, whatever backticks it holds."""
+    line = _BREAKS.sub(" ", text).strip()
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
+    """Return a Markdown table; the last `right` columns are aligned right. Cells are escaped already."""
+    rule = ["---"] * (len(head) - right) + ["---:"] * right
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _about(findings: Findings, report: Mapping[str, Any]) -> str:
+    space, student = findings.space, findings.student
+    about = findings.card.about.strip() or (
+        f"An image classifier for {number_of(len(space), 'class', 'classes')}. It was trained from the answers of "
+        f"{number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, without "
+        "their data or weights (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
+    )
+    shape = " × ".join(map(str, findings.pool.shape))
+    facts = [
+        f"* Architecture: {escape(student.architecture)}"
+        + (f", {number_of(student.parameters, 'parameter')}" if student.parameters is not None else ""),
+        f"* Input: one image, as the pool's: {shape} (height × width × channels), 8 bits a value",
+        f"* Learning: {escape(student.learning)}",
+    ]
+    if findings.card.licence.strip():
+        facts.append(f"* Licence: {escape(findings.card.licence)}")
+    lines = [f"# {escape(findings.job)}", about, escape(str(report["headline"])), "\n".join(facts)]
+    return "\n\n".join(lines)
+
+
+def _labels(findings: Findings) -> str:
+    space, synonyms = findings.space, findings.synonyms()
+    rows = []
+    for index, (name, owners) in enumerate(zip(space.names, space.owners, strict=True)):
+        others = sorted(set(synonyms.get(name, {}).values()))
+        known = ", ".join(escape(space.sites[i]) for i in owners[:6])
+        more = f" and {len(owners) - 6:,} more" if len(owners) > 6 else ""
+        rows.append([str(index), escape(name), ", ".join(map(escape, others)), known + more])
+    components = max(space.components) + 1
+    text = f"## Labels\n\n{table(('Index', 'Class', 'Also called', 'Known by'), rows)}"
+    if components > 1:
+        text += (
+            f"\n\nThe class sets fall apart into {components:,} components that share no class: how likely a class of "
+            f"one is against a class of another was settled by the rule {code(findings.unify.across)}, not by answers."
+        )
+    return text
+
+
+def _use(findings: Findings) -> str:
+    use = findings.card.intended_use.strip() or (
+        "Classifying images like those of the pool into the classes above, where a wrong answer does no harm or a "
+        "person looks at it. Measure it on labelled images of your own before you rely on it."
+    )
+    limits = findings.card.limits.strip() or (
+        "It always chooses one of the classes above, also for an image of none of them. It has learned what the "
+        "sites' classifiers say, their mistakes included. On images unlike the pool nothing is known about it. Its "
+        "probabilities are not to be taken as frequencies without looking at the calibration error below."
+    )
+    return f"## Intended use and limits\n\n{use}\n\n{limits}"
+
+
+def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            escape(site["name"]) + ("" if site["took_part"] else " (left out)"),
+            escape(site["teacher"]),
+            count(len(site["classes"])),
+            percent(site["teacher_accuracy"]),
+            percent(site["student_accuracy"]),
+        ]
+        for site in report["sites"]
+    ]
+    head = ("Site", "Teacher", "Classes", "Teacher on its classes", "Student on the same images")
+    pool, unify = findings.pool, findings.unify
+    facts = [
+        f"* Pool: {number_of(pool.size, 'unlabelled image')}, digest {code(pool.digest)}",
+        f"* Unification: {escape(unify.method)}, {number_of(unify.components, 'component')}, across components: "
+        f"{escape(unify.across)}",
+        f"* Seed: {findings.seed}",
+    ]
+    warnings = [f"* {escape(str(warning))}" for warning in report["warnings"]]
+    known = ["Worth knowing:\n\n" + "\n".join(warnings)] if warnings else []
+    return "\n\n".join(["## What it was made of", table(head, rows, right=3), "\n".join(facts), *known])
+
+
+def _scores(findings: Findings, report: Mapping[str, Any]) -> str:
+    judged = findings.judgement
+    if judged is None:
+        return "## Scores\n\nThere was no labelled test set: nothing is known about the accuracy of this student."
+    rows = []
+    for key, name, about in CONTENDERS:
+        score = report["student"] if key == "student" else report["baselines"][key]
+        if score["accuracy"] is not None:
+            low, high = score["interval"]
+            who = f": {escape(score['site'])}" if key == "best_site" else ""
+            label = f"**{name}**" if key == "student" else name
+            rows.append([f"{label} ({about}{who})", percent(score["accuracy"]), f"{percent(low)} to {percent(high)}"])
+    scores = table(("", "Accuracy", "95 % interval"), rows, right=2)
+    classes = table(
+        ("Class", "Test images", "Recall", "Precision"),
+        [[escape(c.name), count(c.support), percent(c.recall), percent(c.precision)] for c in judged.classes],
+        right=3,
+    )
+    outside = f" {number_of(judged.outside, 'image')} of classes that no site knows count as wrong." * bool(
+        judged.outside
+    )
+    return "\n\n".join(
+        [
+            f"## Scores\n\nOn {number_of(judged.count, 'labelled test image')}, used for judging only.{outside}",
+            scores,
+            f"Expected calibration error: {decimal(judged.calibration_error)}.",
+            classes,
+        ]
+    )
+
+
+def _privacy(findings: Findings) -> str:
+    rows = [
+        [escape(s.name), count(s.answers), count(len(s.classes)), _precision(s), f"{s.bytes:,} ({size(s.bytes)})"]
+        for s in findings.sites
+    ]
+    head = ("Site", "Answers", "Numbers an answer", "Precision", "Bytes")
+    return "\n\n".join(
+        [
+            "## Privacy",
+            "No formal guarantee: soft labels over the pool left the sites. No private sample, weight or gradient "
+            "did, and no code of the server ran at a site. An answer is one log-probability for each class of the "
+            "site; answers can tell something about the data that a teacher was trained on, and so can this student, "
+            "which was trained from them. Beside its card (name, class names, teacher in words) each site let out:",
+            table(head, rows, right=4),
+        ]
+    )
+
+
+def _precision(site: SiteFindings) -> str:
+    return f"{PRECISION[site.precision]} ({site.precision})" if site.precision in PRECISION else escape(site.precision)
+
+
+def _how_to(findings: Findings) -> str:
+    versions = ", ".join(escape(f"{name} {value}") for name, value in findings.versions.items())
+    return (
+        "## How to use it\n\n```\nconsilience student predict IMAGE...\n```\n\n"
+        "The folder holds `model.safetensors` (weights), `labels.json` (class names in the order of the outputs) and "
+        f"`preprocessing.json` (what an image must go through).\n\nMade with {versions or 'unknown versions'}."
+    )
