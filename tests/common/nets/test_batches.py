@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +72,7 @@ def test_drawn_windows_reach_an_eighth_of_the_size() -> None:
 
 
 def test_other_arrays_are_refused() -> None:
-    for wrong in (IMAGES.astype(np.float32), IMAGES[..., 0]):
+    wrongs: list[Any] = [IMAGES.astype(np.float32), IMAGES[..., 0]]
+    for wrong in wrongs:
         with pytest.raises(StudentError, match=r"allowed: \(n, H, W, C\) uint8"):
             Pixels(wrong, Preprocessing(), CPU)
