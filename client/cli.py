@@ -12,7 +12,7 @@ from consilience.client.site import Site
 from consilience.client.teacher import train_teacher
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import SettingsError
-from consilience.common.nets import EpochRecord
+from consilience.common.nets import epoch_task
 from consilience.common.progress import Reporter
 from consilience.common.settings import SiteSettings, load_settings
 
@@ -33,12 +33,7 @@ def train(site: SiteFile, as_json: AsJson = False) -> None:
                 hint="A hosted teacher needs no training: `consilience site show` shows it",
             )
         with Reporter() as reporter:
-            task = reporter.start(f"training {settings.name}", settings.teacher.fit.epochs)
-
-            def on_epoch(record: EpochRecord) -> None:
-                task.advance(record.epoch + 1 - task.done, f"loss {record.loss:.3f}")
-
-            train_teacher(settings, on_epoch)
+            train_teacher(settings, epoch_task(reporter, f"training {settings.name}", settings.teacher.fit.epochs))
         return _about(Site.load(site))
 
     emit(as_json, action)

@@ -23,7 +23,6 @@ from consilience.common.pool import Pool
 from consilience.common.protocol import Agreement, Answer, Contract, Question, RefusalCode, SiteCard
 from consilience.common.settings import SiteSettings, load_settings
 
-
 log = logging.getLogger(__name__)
 
 

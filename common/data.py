@@ -185,7 +185,8 @@ def load_image(path: Path, shape: tuple[int, int, int]) -> Images:
     """Decode one image file and bring it to `shape` (H, W, C). Raises `DataError`."""
     if not path.is_file():
         raise DataError(f"{path}: no such file", hint="Correct the path")
-    return resize(_decode(path, shape[2])[None], shape[:2])[0]
+    image: Images = resize(_decode(path, shape[2])[None], shape[:2])[0]
+    return image
 
 
 def _open_torchvision(source: TorchvisionData) -> ImageData:
@@ -215,9 +216,7 @@ def _open_torchvision(source: TorchvisionData) -> ImageData:
 
 def _as_array(picture: Any, channels: int) -> Images:
     image: Images = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
-    if channels == 1:
-        return np.expand_dims(image, -1)
-    return image
+    return image[..., None] if channels == 1 else image
 
 
 def _open_embedded(source: EmbeddedData) -> ImageData:

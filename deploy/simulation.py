@@ -20,7 +20,7 @@ from consilience.client.teacher import train_teacher
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
-from consilience.common.nets import EpochRecord
+from consilience.common.nets import epoch_task
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import (
@@ -156,11 +156,6 @@ def _write_npz(path: Path, data: ImageData) -> None:
 def train_site(path: Path, reporter: Reporter) -> None:
     """Train a site's teacher; resumes, and returns at once when it is trained."""
     settings = load_settings(path, SiteSettings)
-    if settings.teacher.kind != "train" or (settings.state / "teacher" / "teacher.json").exists():
-        return
-    task = reporter.start(f"training {settings.name} ({settings.teacher.architecture})", settings.teacher.fit.epochs)
-
-    def on_epoch(record: EpochRecord) -> None:
-        task.advance(record.epoch + 1 - task.done, f"loss {record.loss:.3f}")
-
-    train_teacher(settings, on_epoch)
+    if settings.teacher.kind == "train":
+        name = f"training {settings.name} ({settings.teacher.architecture})"
+        train_teacher(settings, epoch_task(reporter, name, settings.teacher.fit.epochs))

@@ -19,16 +19,7 @@ from torch import Tensor, nn
 from consilience.common.errors import StudentError
 from consilience.common.files import canonical_json, create_array, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
-from consilience.common.nets import (
-    EpochRecord,
-    Supervised,
-    build,
-    default_device,
-    load_model,
-    save_model,
-    scores,
-    train,
-)
+from consilience.common.nets import Supervised, build, default_device, epoch_task, load_model, save_model, scores, train
 from consilience.common.preprocessing import Images
 from consilience.common.progress import Reporter
 from consilience.common.settings import Preprocessing, Student
@@ -100,11 +91,6 @@ def learn(
             epochs: list[dict[str, Any]] = held["epochs"]
             return epochs
     model = build_student(settings.architecture, len(space), shape, settings.preprocessing, seed)
-    task = reporter.start(f"training {name}", settings.fit.epochs)
-
-    def on_epoch(record: EpochRecord) -> None:
-        task.advance(record.epoch + 1 - task.done, f"loss {record.loss:.3f}")
-
     records = train(
         model,
         images,
@@ -113,7 +99,7 @@ def learn(
         settings.preprocessing,
         seed=seed,
         folder=folder / "training",
-        on_epoch=on_epoch,
+        on_epoch=epoch_task(reporter, f"training {name}", settings.fit.epochs),
     )
     epochs = [asdict(record) for record in records]
     save_model(folder / "model.safetensors", model)

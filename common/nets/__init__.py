@@ -11,6 +11,7 @@ from consilience.common.nets.batches import default_device
 from consilience.common.nets.inference import load_model, save_model, scores
 from consilience.common.nets.loop import EpochRecord, train
 from consilience.common.nets.losses import Loss, Supervised
+from consilience.common.nets.showing import epoch_task
 
 __all__ = [
     "EpochRecord",
@@ -18,6 +19,7 @@ __all__ = [
     "Supervised",
     "build",
     "default_device",
+    "epoch_task",
     "load_model",
     "save_model",
     "scores",

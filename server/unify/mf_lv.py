@@ -7,18 +7,24 @@ or the iteration (`newton`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from consilience.server.unify.estimate import Estimate
 from consilience.server.unify.factor import Derivatives, Fit, Layout
 from consilience.server.unify.mf_lf import MFLF
-from consilience.server.unify.newton import minimise
+from consilience.server.unify.newton import Minimum, minimise
 from consilience.server.unify.plan import Plan
 
 RELATIVE_RIDGE = 1e-4
 """The default lambda is this times the sample's mean square of centred logits: enough to make the problem well
 posed, too little to be seen where two sites share two classes or more."""
+
+_RICH = 2.0
+"""With so many answers per unknown one start finds the lowest minimum known; with fewer, more are tried."""
+
+_MOST_OWN_STARTS = 16
 
 
 class MFLV:
@@ -26,7 +32,11 @@ class MFLV:
 
     q = softmax(g u), g the geometric mean of the positive v_i of the component: only *relative* sharpness can
     be seen in the answers, and by this convention the typical site is as sharp as the truth. v_i = 0 means
-    that site i is ignored. Not convex: the minimum is the one near MF-LF.
+    that site i is ignored.
+
+    Not convex. The minimum is the one near MF-LF of the answers brought to equal size; where answers are few
+    (less than twice the unknowns) it is the lowest one reached from there, from plain MF-LF, and from the
+    answers of each of the (at most 16 largest) sites.
     """
 
     comparable = False
@@ -37,16 +47,23 @@ class MFLV:
         self._start = MFLF(plan, 0.0)
         groups = [(sites, classes) for sites, classes in plan.groups() if sites.size > 0]
         self._layouts = [Layout(plan, sites, classes) for sites, classes in groups]
-        largest = max((s.size * (8 * c.size + 16 * s.size) for s, c in groups), default=0)
-        self.row_doubles = 2 * plan.columns.size + 4 * plan.num_classes + largest
+        self._own = [_own_starts(layout) for layout in self._layouts]
+        largest = max(
+            (
+                (1 + (len(own) + 1 if own else 0)) * s.size * (8 * c.size + 16 * s.size)
+                for (s, c), own in zip(groups, self._own, strict=True)
+            ),
+            default=0,
+        )
+        self.row_doubles = 3 * plan.columns.size + 4 * plan.num_classes + largest
 
     def __call__(self, log_probs: torch.Tensor) -> Estimate:
         """From stacked log-probabilities (K, b)."""
         closed = self._start(log_probs)
-        start, scores = closed.scores, torch.zeros_like(closed.scores)
         iterations, converged, residual = closed.iterations, closed.converged, closed.residual
-        for layout in self._layouts:
-            n = layout.shape[0]
+        even = self._start(_equal_size(log_probs, self._plan)).scores
+        scores = torch.zeros_like(even)
+        for layout, own in zip(self._layouts, self._own, strict=True):
             mask, sizes = layout.mask, layout.mask.sum(1)
             logits = layout.gather(log_probs)
             # Centred per site: an offset only shifts c, and small numbers lose less to rounding.
@@ -58,8 +75,12 @@ class MFLV:
                 else torch.full_like(square, self._regularisation)
             ).clamp(min=1e-30)
             fit = Fit(layout, z, ridge)
-            bounded = torch.arange(2 * n, device=z.device) < n
-            found = minimise(_ScaleAndOffset(fit), self._guess(fit, start[layout.classes].t()), bounded)
+            levels = [even[layout.classes].t()]
+            if own:
+                plain = closed.scores[layout.classes].t()
+                levels += [plain, *(torch.where(mask[site] > 0, z[:, site], plain) for site in own)]
+            found = _lowest(fit, [_guess(fit, u) for u in levels])
+            n = layout.shape[0]
             v, c = found.x[:, :n], found.x[:, n:]
             u, _, _ = fit.levels(v, c)
             scores[layout.classes] = (u * _gauge(v)).t()
@@ -68,16 +89,48 @@ class MFLV:
             residual = torch.maximum(residual, found.residual)
         return Estimate(scores, iterations, converged, residual)
 
-    def _guess(self, fit: Fit, u: torch.Tensor) -> torch.Tensor:
-        """(v, c): each site's answers regressed on u, in the gauge ||u|| = ||v|| that the ridge wants."""
-        mask = fit.layout.mask
-        sizes = mask.sum(1)
-        mean = (u @ mask.t()) / sizes
-        centred = (u[:, None] - mean[:, :, None]) * mask
-        slope = (fit.z * centred).sum(2) / (centred**2).sum(2).clamp(min=1e-300)
-        slope = slope.clamp(min=0.0)
-        gauge = torch.sqrt((u**2).sum(1) / (slope**2).sum(1).clamp(min=1e-300)).sqrt().clamp(min=1e-6)[:, None]
-        return torch.cat([slope * gauge, -slope * mean], dim=1)
+
+def _own_starts(layout: Layout) -> list[int]:
+    """The sites whose own answers serve as starts: none where answers abound."""
+    sites, classes = layout.shape
+    sizes = layout.mask.sum(1)
+    if float(sizes.sum()) >= _RICH * (classes + 2 * sites) or sites == 1:
+        return []
+    return torch.argsort(sizes, descending=True, stable=True)[:_MOST_OWN_STARTS].tolist()
+
+
+def _equal_size(log_probs: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Every site's logits centred and divided by their root mean square."""
+    out = torch.empty_like(log_probs)
+    for start, stop in pairwise(plan.offsets.tolist()):
+        part = log_probs[start:stop] - log_probs[start:stop].mean(0)
+        out[start:stop] = part / (part**2).mean(0).sqrt().clamp(min=1e-150)
+    return out
+
+
+def _guess(fit: Fit, u: torch.Tensor) -> torch.Tensor:
+    """(v, c): each site's answers regressed on u, in the gauge ||u|| = ||v|| that the ridge wants."""
+    mask = fit.layout.mask
+    mean = (u @ mask.t()) / mask.sum(1)
+    centred = (u[:, None] - mean[:, :, None]) * mask
+    slope = (fit.z * centred).sum(2) / (centred**2).sum(2).clamp(min=1e-300)
+    slope = slope.clamp(min=0.0)
+    gauge = ((u**2).sum(1) / (slope**2).sum(1).clamp(min=1e-300)) ** 0.25
+    return torch.cat([slope * gauge.clamp(min=1e-6)[:, None], -slope * mean], dim=1)
+
+
+def _lowest(fit: Fit, starts: list[torch.Tensor]) -> Minimum:
+    """The lowest minimum found; of equal ones the earliest start's, so that rounding does not choose."""
+    batch, n = fit.z.shape[:2]
+    bounded = torch.arange(2 * n, device=fit.z.device) < n
+    if len(starts) == 1:
+        return minimise(_ScaleAndOffset(fit), starts[0], bounded)
+    repeated = fit.select(torch.arange(batch, device=fit.z.device).repeat(len(starts)))
+    found = minimise(_ScaleAndOffset(repeated), torch.cat(starts), bounded)
+    values = found.value.view(len(starts), batch)
+    low = values <= values.amin(0) + 1e-9 * _ScaleAndOffset(fit).data()
+    which = low.int().argmax(0) * batch + torch.arange(batch, device=fit.z.device)
+    return found.select(which)
 
 
 def _gauge(v: torch.Tensor) -> torch.Tensor:

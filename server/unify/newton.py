@@ -56,6 +56,10 @@ class Minimum:
     converged: torch.Tensor
     residual: torch.Tensor
 
+    def select(self, rows: torch.Tensor) -> Minimum:
+        """The same for some samples of the block."""
+        return Minimum(self.x[rows], self.value[rows], self.iterations[rows], self.converged[rows], self.residual[rows])
+
 
 def minimise(
     objective: Objective, x: torch.Tensor, bounded: torch.Tensor, max_iterations: int = MAX_ITERATIONS

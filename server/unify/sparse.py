@@ -31,7 +31,8 @@ class Sparse:
         self._matrix = matrix.coalesce().to(device)
 
     def __matmul__(self, block: torch.Tensor) -> torch.Tensor:
-        return torch.sparse.mm(self._matrix, block)
+        product: torch.Tensor = torch.sparse.mm(self._matrix, block)
+        return product
 
 
 def group_max(block: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:

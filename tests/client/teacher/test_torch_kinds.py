@@ -57,6 +57,14 @@ def test_programs_answer_like_the_network(
     assert np.abs(plain.log_probs(blobs[0]) - expected).max() > 1e-2
 
 
+def test_a_program_saved_in_training_mode_is_evaluated(
+    network: nn.Module, site: Site, blobs: Blobs, tmp_path: Path
+) -> None:
+    save_script(network.train(), tmp_path / "m.pt")
+    teacher = load_teacher(site(kind="torchscript", path="m.pt"))
+    np.testing.assert_allclose(teacher.log_probs(blobs[0]), direct(network, blobs[0]), atol=1e-5)
+
+
 def test_the_preprocessing_sizes_and_greys_the_images(network: nn.Module, site: Site, tmp_path: Path) -> None:
     save_script(network, tmp_path / "m.pt")
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), np.uint8)

@@ -1,0 +1,597 @@
+"""report.json has every promised field, the page is one safe file, and large or missing pieces are handled."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from consilience.common.labels import LabelSpace
+from consilience.server import plots, report_format
+from consilience.server.judge import BASELINES, Bin, Judgement, agreement, judge
+from consilience.server.report import comparable, headline, render_html, report_dict
+from consilience.server.report_findings import (
+    Findings,
+    Partition,
+    PoolFindings,
+    Samples,
+    SiteFindings,
+    StudentFindings,
+    UnifyFindings,
+)
+from consilience.server.report_page import bars, classes, contenders, overlap
+from consilience.server.report_samples import LARGEST_SIDE, png_data_uri, sample_views
+
+CLASSES = ("coat", "bag", "boot", "dress")
+SETS = ((0, 1, 2), (2, 1, 3), (3, 2))
+
+
+def make(
+    classes: tuple[str, ...] = CLASSES,
+    sets: tuple[tuple[int, ...], ...] = SETS,
+    *,
+    seed: int = 0,
+    m: int = 200,
+    pictures: int = 4,
+    shape: tuple[int, int, int] = (8, 8, 1),
+    **changes: Any,
+) -> Findings:
+    """Return complete findings of sites s00, s01, ... with the given class sets; `changes` replace fields."""
+    rng = np.random.default_rng(seed)
+    space = LabelSpace(classes, tuple(f"s{i:02}" for i in range(len(sets))), sets)
+
+    def logs(rows: int, width: int) -> np.ndarray:
+        return np.log(rng.dirichlet(np.ones(width), rows)).astype(np.float32)
+
+    answers = [logs(m, len(known)) for known in sets]
+    pool_answers = [logs(pictures, len(known)) for known in sets]
+    counts = np.zeros((len(sets), len(classes)), np.int64)
+    for site, known in enumerate(sets):
+        counts[site, list(known)] = rng.integers(1, 90, len(known))
+    curve = [{"epoch": e, "loss": 2.0 / e, "learning_rate": 0.1, "seconds": float(rng.uniform())} for e in (1, 2, 3)]
+    found = Findings(
+        job="three-sites",
+        seed=7,
+        settings={"name": "three-sites", "simulation": {"data": {"path": "/home/someone/private/pool.npz"}}},
+        pool=PoolFindings("ab" * 32, 1234, shape),
+        space=space,
+        sites=[
+            SiteFindings(
+                name=name,
+                classes=tuple(classes[c] for c in known),
+                teacher="train: resnet8",
+                fingerprint="cd" * 32,
+                answers=1434,
+                asked=1434,
+                bytes=1434 * 2 * len(known),
+                seconds=float(rng.uniform(1, 9)),
+                precision="f16",
+            )
+            for name, known in zip(space.sites, sets, strict=True)
+        ],
+        unify=UnifyFindings("ce", "centred", max(space.components) + 1, float(rng.uniform()), 1.0, 1e-7),
+        student=StudentFindings("resnet8", "soft-labels", 77_850),
+        warnings=tuple(space.warnings()),
+        judgement=judge(
+            rng.integers(0, len(classes), m),
+            space,
+            answers,
+            rng.dirichlet(np.ones(len(classes)), m),
+            logs(m, len(classes)),
+            logs(m, len(classes)),
+        ),
+        learning={"student": curve, "oracle": curve},
+        agreement=agreement([answers], space),
+        partition=Partition(space.sites, classes, counts),
+        samples=Samples(
+            np.arange(pictures) * 10,
+            rng.integers(0, 256, (pictures, *shape)).astype(np.uint8),
+            rng.dirichlet(np.ones(len(classes)), pictures).astype(np.float32),
+            pool_answers,
+            logs(pictures, len(classes)),
+            rng.integers(0, len(classes), pictures),
+        ),
+        timing={"ask": 1.5, "learn": 75.0},
+        versions={"consilience": "0.1.0", "python": "3.11"},
+    )
+    return replace(found, **changes)
+
+
+def bare() -> Findings:
+    """Return the least that a run can have found."""
+    return make(judgement=None, learning={}, agreement=None, partition=None, samples=None, timing={}, versions={})
+
+
+def wide(sites: int, classes: int, **changes: Any) -> Findings:
+    """Return findings of many sites and classes, each site with ten classes that overlap the next site's."""
+    sets = tuple(tuple((i * classes // sites + k) % classes for k in range(10)) for i in range(sites))
+    covered = {c for known in sets for c in known}
+    sets = ((*sets[0], *(c for c in range(classes) if c not in covered)), *sets[1:])
+    return make(tuple(f"class {c}" for c in range(classes)), sets, m=1000, **changes)
+
+
+EVIL = '<script>alert("x")</script>'
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text; remembers whether every element was closed in order."""
+
+    VOID = frozenset({"meta", "img", "br", "hr", "link", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(str(html))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def page(findings: Findings) -> Page:
+    found = Page(render_html(findings, report_dict(findings)))
+    assert "script" not in found.tags
+    for name, value in found.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert value.startswith("data:image/png;base64,")
+        assert "url(" not in value
+    return found
+
+
+def words(findings: Findings) -> str:
+    return " ".join(page(findings).text.split())
+
+
+def strict(report: dict[str, Any]) -> dict[str, Any]:
+    """Through JSON and back: refuses NaN and anything JSON cannot say, and changes nothing."""
+    back: dict[str, Any] = json.loads(json.dumps(report, allow_nan=False))
+    assert back == report
+    return back
+
+
+class TestReportDict:
+    def test_every_promised_field_is_there(self) -> None:
+        findings = make()
+        judged = findings.judgement
+        assert judged is not None
+        report = strict(report_dict(findings))
+        assert report["student"]["accuracy"] == judged.student.accuracy
+        assert report["student"]["calibration_error"] == judged.calibration_error
+        assert [row["name"] for row in report["student"]["per_class"]] == list(findings.space.names)
+        assert [row["recall"] for row in report["student"]["per_class"]] == [c.recall for c in judged.classes]
+        for name in ("naive", "best_site", "hard_vote", "max_confidence", "unified_ensemble", "oracle"):
+            score = judged.baselines[name]
+            assert score is not None
+            assert report["baselines"][name]["accuracy"] == score.accuracy
+            assert report["baselines"][name]["interval"] == [score.low, score.high]
+        assert report["baselines"]["best_site"]["site"] == judged.best_site
+        for row, site, score in zip(report["sites"], findings.sites, judged.sites, strict=True):
+            assert (row["name"], row["classes"]) == (site.name, list(site.classes))
+            assert (row["answers"], row["bytes"]) == (site.answers, site.bytes)
+            assert row["teacher_accuracy"] == score.teacher_accuracy
+            assert row["coverage_auroc"] == score.coverage_auroc
+            assert row["took_part"] is True
+        assert report["unify"]["method"] == "ce"
+        assert report["unify"]["components"] == 1
+        assert report["unify"]["seconds"] == findings.unify.seconds
+        assert report["timing"] == {"ask": 1.5, "learn": 75.0}
+        assert report["pool"] == {"digest": "ab" * 32, "size": 1234, "shape": [8, 8, 1]}
+        assert report["seed"] == 7
+        assert report["versions"] == {"consilience": "0.1.0", "python": "3.11"}
+        assert report["labels"]["owners"]["boot"] == ["s00", "s01", "s02"]
+        assert report["test"] == {"count": 200, "outside": 0}
+
+    def test_what_is_not_known_is_null(self) -> None:
+        report = strict(report_dict(bare()))
+        assert report["student"]["accuracy"] is None
+        assert report["student"]["calibration_error"] is None
+        assert report["student"]["per_class"] == []
+        assert set(report["baselines"]) == set(BASELINES)
+        assert all(score["accuracy"] is None for score in report["baselines"].values())
+        assert report["agreement"] is None
+        assert report["test"] is None
+        assert report["sites"][0]["teacher_accuracy"] is None
+
+    def test_fields_are_the_same_with_and_without_a_test_set(self) -> None:
+        full, empty = report_dict(make()), report_dict(bare())
+        assert full.keys() == empty.keys()
+        for part in ("student", "baselines", "unify", "labels"):
+            assert full[part].keys() == empty[part].keys()
+        assert full["sites"][0].keys() == empty["sites"][0].keys()
+
+    def test_nan_becomes_null(self) -> None:
+        findings = make(learning={"student": [{"epoch": 1, "loss": np.float32("nan"), "seconds": np.inf}]})
+        report = strict(report_dict(findings))
+        assert report["learning"]["student"] == [{"epoch": 1, "loss": None, "seconds": None}]
+        assert report["agreement"][0][0] is None
+        assert isinstance(report["agreement"][0][1], float)
+
+    def test_settings_show_no_folders(self) -> None:
+        found = report_dict(
+            make(settings={"a": ["/x/y/z.npz", "plain", "1/2", "./here"], "b": {"c": "C:\\Users\\me\\d", "d": "/x/y/"}})
+        )
+        assert found["settings"] == {"a": ["z.npz", "plain", "1/2", "./here"], "b": {"c": "d", "d": "y"}}
+        findings = make()
+        assert "someone" not in json.dumps(report_dict(findings)) + render_html(findings, report_dict(findings))
+
+    def test_the_confusion_matrix_of_many_classes_is_left_out(self) -> None:
+        assert report_dict(wide(25, 200))["student"]["confusion"] is not None
+        assert report_dict(wide(25, 201))["student"]["confusion"] is None
+
+
+class TestComparable:
+    def test_two_runs_of_one_seed(self) -> None:
+        first = make()
+        slower = replace(
+            first,
+            timing={"ask": 99.0, "oracle": 1.0},
+            versions={"consilience": "0.2.0"},
+            unify=replace(first.unify, seconds=77.0),
+            sites=[replace(site, seconds=88.0) for site in first.sites],
+            learning={k: [{**epoch, "seconds": 5.0} for epoch in curve] for k, curve in first.learning.items()},
+        )
+        assert report_dict(first) != report_dict(slower)
+        assert comparable(report_dict(first)) == comparable(report_dict(slower))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"seed": 8},
+            {"warnings": ("other",)},
+            {"student": replace(make().student, architecture="other")},
+            {"unify": replace(make().unify, residual=0.5)},
+            {"sites": [replace(site, bytes=1) for site in make().sites]},
+            {"learning": {"student": [{"epoch": 1, "loss": 9.0, "learning_rate": 0.1, "seconds": 1.0}]}},
+            {"judgement": None},
+            {"settings": {"seconds": 3}},
+        ],
+    )
+    def test_any_other_difference_shows(self, change: dict[str, Any]) -> None:
+        assert comparable(report_dict(make())) != comparable(report_dict(make(**change)))
+
+    def test_only_the_named_fields_go_and_the_report_keeps_them(self) -> None:
+        report = report_dict(make())
+        before = json.dumps(report)
+        kept = comparable(report)
+        assert json.dumps(report) == before
+        assert report.keys() - kept.keys() == {"timing", "versions"}
+        assert report["unify"].keys() - kept["unify"].keys() == {"seconds"}
+        assert report["sites"][1].keys() - kept["sites"][1].keys() == {"seconds"}
+        assert report["learning"]["oracle"][2].keys() - kept["learning"]["oracle"][2].keys() == {"seconds"}
+        assert strict(report) == report
+
+    def test_a_report_read_back_and_an_oracle_of_null(self) -> None:
+        report = strict(report_dict(make()))
+        report["learning"]["oracle"] = None
+        assert comparable(report)["learning"]["oracle"] is None
+
+
+class TestWords:
+    def test_headline(self) -> None:
+        findings = make()
+        assert findings.judgement is not None
+        judged = findings.judgement
+        student = replace(judged.student, accuracy=0.789)
+        scores = {n: None if s is None else replace(s, accuracy=0.5) for n, s in judged.baselines.items()}
+        judged = replace(judged, student=student, baselines={**scores, "oracle": None}, count=1000)
+        text = headline(replace(findings, judgement=judged)).replace("\u00a0", " ")
+        assert text == (
+            "One classifier for 4 classes, from 3 sites: 78.9 % on 1,000 test images; "
+            "the naive ensemble reaches 50.0 %, the best single site 50.0 %."
+        )
+        alone = replace(judged, baselines=dict.fromkeys(BASELINES))
+        assert headline(replace(findings, judgement=alone)).endswith("test images.")
+        assert "nothing is known about its accuracy" in headline(bare())
+
+    def test_warnings_follow_from_the_numbers(self) -> None:
+        findings = make()
+        judged = findings.judgement
+        assert judged is not None
+        assert report_dict(self._with(findings, correct=200))["warnings"] == []
+        low = " ".join(report_dict(self._with(findings, correct=0))["warnings"])
+        assert "the naive ensemble is right more often" in low
+        assert f"the single site {judged.best_site} is right more often" in low
+        outside = self._with(replace(findings, judgement=replace(judged, outside=3)), correct=200)
+        assert "classes that no site knows" in report_dict(outside)["warnings"][0]
+        untested = replace(judged, classes=(replace(judged.classes[0], support=0), *judged.classes[1:]))
+        told = report_dict(self._with(replace(findings, judgement=untested), correct=200))["warnings"]
+        assert told == ["The test set shows no image of coat: nothing is known about them."]
+
+    def test_a_site_left_out_and_one_with_gaps(self) -> None:
+        gone = SiteFindings("south", ("boot",), "vit", "ef", 10, 30, 5, 1.0, 20, "teacher-failed")
+        findings = make()
+        some = replace(findings.sites[0], missed=1, asked=1435)
+        findings = replace(findings, sites=[some, *findings.sites[1:], gone], warnings=("first",))
+        report = report_dict(findings)
+        told = [warning.replace("\u00a0", " ") for warning in report["warnings"][:3]]
+        assert told == [
+            "first",
+            "Site s00: 1 sample of 1,435 went unanswered.",
+            "Site south is left out: 20 samples of 30 went unanswered (teacher-failed).",
+        ]
+        assert report["sites"][3]["took_part"] is False
+        assert "left out" in words(findings)
+
+    @staticmethod
+    def _with(findings: Findings, correct: int) -> Findings:
+        judged = findings.judgement
+        assert isinstance(judged, Judgement)
+        return replace(findings, judgement=replace(judged, student=replace(judged.student, correct=correct)))
+
+    def test_synonyms(self) -> None:
+        findings = make()
+        other = replace(findings.sites[1], classes=("boot", "sack", "dress"))
+        findings = replace(findings, sites=[findings.sites[0], other, findings.sites[2]])
+        assert report_dict(findings)["labels"]["synonyms"] == {"bag": {"s01": "sack"}}
+        assert "bag is “sack” at s01" in words(findings)
+
+
+class TestPage:
+    def test_it_tells_what_the_report_says(self) -> None:
+        findings = make()
+        text = words(findings)
+        report = report_dict(findings)
+        assert report["headline"].replace("\u00a0", " ") in text
+        for name, _, _ in contenders_names():
+            assert name in text
+        for part in ("Class by class", "Where it goes wrong", "Calibration", "Learning curves", "Do the sites agree?"):
+            assert part in text
+        for part in ("A look into the pool", "Where time and bytes went", "Provenance", "ab" * 32, "cd" * 32):
+            assert part in text
+
+    def test_it_is_small_and_needs_nothing_else(self) -> None:
+        findings = make()
+        html = render_html(findings, report_dict(findings))
+        assert len(html) < 100_000
+        assert re.findall(r"https?://[^\"' ]+", html.replace("http://www.w3.org/2000/svg", "")) == []
+        assert "@import" not in html
+
+    def test_names_are_escaped_everywhere(self) -> None:
+        findings = make((EVIL, "b&b", 'c" onload="x', "d'`e`"), job=EVIL)
+        gone = SiteFindings(EVIL, (EVIL,), EVIL, EVIL, 1, 2, 1, 1.0, 1, EVIL)
+        space = replace(findings.space, sites=(EVIL, *findings.space.sites[1:]))
+        part = findings.partition
+        assert part is not None
+        findings = replace(
+            findings,
+            space=space,
+            sites=[replace(gone, missed=0), *findings.sites[1:], replace(gone, name="x" + EVIL)],
+            partition=replace(part, sites=space.sites),
+            settings={EVIL: EVIL},
+            warnings=(f"`{EVIL}` {EVIL}",),
+            timing={EVIL: 1.0},
+            versions={EVIL: EVIL},
+        )
+        assert findings.judgement is not None
+        findings = replace(findings, judgement=replace(findings.judgement, best_site=EVIL))
+        found = page(findings)
+        assert found.text.count(EVIL) > 10
+        assert "<script" not in render_html(findings, report_dict(findings))
+
+    def test_bare_findings(self) -> None:
+        text = words(bare())
+        assert "nothing is known about" in text
+        assert "Without labelled test images nothing can be said" in text
+        for part in ("Class by class", "Calibration", "Learning curves", "A look into the pool", "Coverage AUROC"):
+            assert part not in text
+
+    def test_one_site_one_class(self) -> None:
+        text = words(make(("only",), ((0,),)))
+        assert "Do the sites agree?" not in text
+        assert "1 class" in text
+        assert "1 site" in text
+
+    def test_sites_that_did_not_answer_the_test_images(self) -> None:
+        findings = make()
+        judged = findings.judgement
+        assert judged is not None
+        findings = replace(findings, judgement=replace(judged, baselines=dict.fromkeys(BASELINES), best_site=None))
+        text = words(findings)
+        assert "there is nothing to compare with" in text
+        assert "Naive ensemble" not in text
+
+    @pytest.mark.parametrize(("sites", "classes", "most"), [(40, 100, 600_000), (60, 600, 600_000)])
+    def test_many_sites_and_classes(self, sites: int, classes: int, most: int) -> None:
+        findings = wide(sites, classes, pictures=24)
+        text = words(findings)
+        assert len(render_html(findings, report_dict(findings))) < most
+        assert f"The 20 classes with the lowest recall; the other {classes - 20} are in report.json." in text
+        assert ("20 more sites in report.json" in text) == (sites == 60)
+        assert ("450 classes left out of the drawing" in text) == (classes == 600)
+        assert ("The confusion matrix of 600 classes is too large to draw" in text) == (classes == 600)
+        assert "With this many sites the dots share one colour" in text
+
+    def test_parts_in_disjoint_components(self) -> None:
+        text = words(make(sets=((0, 1), (2, 3))))
+        assert "2 components" in text
+        assert "No class is known by more than one site. Across components the rule centred decides" in text
+
+
+def contenders_names() -> list[tuple[str, str, str]]:
+    return [(c["name"], c["value"], c["interval"]) for c in contenders(report_dict(make()))]
+
+
+class TestViews:
+    def test_contenders(self) -> None:
+        report = report_dict(make())
+        report["student"].update(accuracy=0.789, interval=[0.7626, 0.8132])
+        report["baselines"]["oracle"]["accuracy"] = None
+        found = contenders(report)
+        assert [c["kind"] for c in found] == ["student", *["other"] * 5]
+        assert found[0]["value"].replace("\u00a0", " ") == "78.9 %"
+        assert found[0]["interval"].replace("\u00a0", " ") == "76.3–81.3 %"
+        assert (found[0]["width"], found[0]["low"], found[0]["span"]) == ("78.90", "76.26", "5.06")
+        assert found[5]["about"].endswith(report["baselines"]["best_site"]["site"])
+
+    def test_overlap(self) -> None:
+        few, many = overlap(make()), overlap(wide(40, 100))
+        assert (few["ring"], few["count"], few["single"], few["sets"]) == (False, 4, 1, [])
+        assert many["ring"]
+        assert len(many["sets"]) == 10
+        assert many["more_sets"] == many["count"] - 10
+        assert overlap(make(sets=((0, 1, 2, 3),)))["figure"] is None
+        assert overlap(wide(60, 100))["left_out"] == 20
+
+    def test_classes_are_the_least_recalled(self) -> None:
+        rows = [{"name": f"{i:02}", "support": i % 3, "recall": i / 60} for i in range(60)]
+        found = classes({"student": {"per_class": rows}})
+        assert [row["name"] for row in found["rows"][:4]] == ["01", "02", "04", "05"]
+        assert (len(found["rows"]), found["left_out"]) == (20, 40)
+        assert classes({"student": {"per_class": rows[:40]}}) == {"rows": rows[:40], "left_out": 0}
+
+    def test_bars_add_up_the_rest(self) -> None:
+        found = bars([("a", 1), ("b", 4), ("c", 2), ("d", 1)], most=3)
+        assert [(bar["name"], bar["value"], bar["width"]) for bar in found] == [
+            ("b", 4, "100.00"),
+            ("c", 2, "50.00"),
+            ("2 others", 2, "50.00"),
+        ]
+        assert [bar["width"] for bar in bars([("a", 0)])] == ["0.00"]
+
+    def test_samples(self) -> None:
+        findings = make(("a", "b", "c", "d", "e", "f", "g"), ((0, 1, 2), (3, 4, 5, 6)), pictures=1)
+        assert findings.samples is not None
+        log = np.log(np.array([[0.001, 0.002, 0.003, 0.004, 0.005, 0.005, 0.98]]))
+        samples = replace(
+            findings.samples,
+            soft_labels=np.array([[0.4, 0.2, 0.15, 0.1, 0.08, 0.05, 0.02]]),
+            answers=[np.log(np.array([[0.5, 0.25, 0.25]])), None],
+            student=log,
+            truth=np.array([5]),
+        )
+        (view,) = sample_views(replace(findings, samples=samples))
+        assert [bar["name"] for bar in view["bars"]] == ["a", "b", "c", "f", "g"]
+        assert (view["predicted"], view["truth"], view["right"]) == ("g", "f", False)
+        assert [[dot["at"] for dot in bar["dots"]] for bar in view["bars"]] == [["50.0"], ["25.0"], ["25.0"], [], []]
+        assert view["bars"][0]["dots"][0]["title"].startswith("s00: 50.0")
+        (view,) = sample_views(replace(findings, samples=replace(samples, truth=np.array([-1]))))
+        assert view["truth"] is None
+        assert view["right"] is None
+        assert sample_views(bare()) == []
+
+    @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
+    def test_images_survive(self, shape: tuple[int, ...]) -> None:
+        image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        kind, data = png_data_uri(image).split(",")
+        assert kind == "data:image/png;base64"
+        back = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        np.testing.assert_array_equal(back.reshape(shape), image)
+
+    def test_large_images_are_scaled_down(self) -> None:
+        data = png_data_uri(np.zeros((400, 800, 3), np.uint8)).split(",")[1]
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (LARGEST_SIDE, LARGEST_SIDE // 2)
+
+
+class TestFigures:
+    def test_matrix_cells_carry_their_numbers(self) -> None:
+        svg = plots.matrix(
+            np.array([[1.0, 0.0], [np.nan, 0.25]]),
+            ["r<1>", "r2"],
+            ["c1", "c2"],
+            "a & b",
+            shown=np.array([[7, 0], [0, 3]]),
+            text=lambda v: f"{v:.0f}",
+        )
+        found = Page(svg)
+        assert found.tags.count("rect") == 4
+        assert "r<1> / c1: 7" in found.text
+        assert "r2 / c1: not comparable" in found.text
+        assert "r2 / c2: 3" in found.text
+        assert ("aria-label", "a & b") in found.attributes
+
+    def test_a_large_matrix_is_a_few_paths(self) -> None:
+        values = np.eye(100)
+        values[3, 4] = 0.5
+        found = Page(plots.matrix(values, ["r"] * 100, ["c"] * 100, "m", text=str))
+        assert found.tags.count("path") == 2
+        drawn = [value for name, value in found.attributes if name == "d"]
+        assert sum(d.count("M") for d in drawn) == 101
+
+    def test_shades(self) -> None:
+        assert [plots.shade(s, "#204060") for s in (0.0, 1.0, 0.5, -1.0, 2.0)] == [
+            *("#ffffff", "#204060", "#90a0b0", "#ffffff", "#204060")
+        ]
+
+    def test_reliability_bars_stand_for_full_bins(self) -> None:
+        full, empty = Bin(0.5, 1.0, 4, 0.9, 0.75), Bin(0.0, 0.5, 0, None, None)
+        found = Page(plots.reliability([empty, full]))
+        assert found.tags.count("rect") == 2
+        assert "4\u00a0images (100.0\u00a0%): sure 90.0\u00a0%, right 75.0\u00a0%" in found.text
+
+    @pytest.mark.parametrize("epochs", [1, 2, 5000])
+    def test_curves_of_any_length(self, epochs: int) -> None:
+        svg = plots.learning_curves([("student", "#123456", [(e + 1.0, 1.0) for e in range(epochs)])])
+        assert "student" in Page(svg).text
+        assert "nan" not in svg
+        assert len(svg) < 12_000
+
+    def test_overlap_names_what_it_joins(self) -> None:
+        space = LabelSpace(("a<b", "c", "d"), ("one", "two"), ((0, 1), (1, 2)))
+        found = Page(plots.overlap(space))
+        assert found.tags.count("path") == 4
+        assert all(name in found.text for name in ("a<b", "one", "2\u00a0owners, 1\u00a0class"))
+        ring = Page(plots.overlap_ring(space))
+        assert "one and two share 1\u00a0class" in ring.text
+        assert ring.tags.count("circle") == 2
+
+    def test_long_lists_of_names_are_cut(self) -> None:
+        space = LabelSpace(tuple(f"a rather long name {i}" for i in range(50)), ("one",), (tuple(range(50)),))
+        assert "more" in Page(plots.overlap(space)).text
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        ("percent", 0.789, "78.9 %"),
+        ("percent", None, "–"),
+        ("count", 1234567, "1,234,567"),
+        ("size", 0, "0 B"),
+        ("size", 999, "999 B"),
+        ("size", 1000, "1.0 kB"),
+        ("size", 252_000, "252 kB"),
+        ("size", 999_600, "1.0 MB"),
+        ("size", 5_250_000_000, "5.2 GB"),
+        ("size", 3e15, "3,000.0 TB"),
+        ("duration", 0.04, "0.04 s"),
+        ("duration", 3.21, "3.2 s"),
+        ("duration", 59.99, "1 min 0 s"),
+        ("duration", 312, "5 min 12 s"),
+        ("duration", 7500, "2 h 5 min"),
+        ("duration", None, "–"),
+        ("small", 3.14e-7, "3.1e-07"),
+        ("decimal", 0.05678, "0.057"),
+    ],
+)
+def test_numbers_as_people_read_them(function: str, value: float | None, text: str) -> None:
+    assert getattr(report_format, function)(value).replace("\u00a0", " ") == text
+
+
+def test_lists_and_nouns() -> None:
+    assert report_format.number_of(1, "site") == "1\u00a0site"
+    assert report_format.number_of(1200, "class", "classes") == "1,200\u00a0classes"
+    assert report_format.listing(["a", "b", "c"], 2) == "a, b, c"
+    assert report_format.listing(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+    assert report_format.shorten("a" * 30, 10) == "a" * 9 + "…"
