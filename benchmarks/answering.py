@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import options, show
 
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
@@ -27,6 +26,7 @@ from consilience.deploy.local_grid import LocalGrid
 from consilience.server.answers import About, AnswerStore
 from consilience.server.asking import ask, collect_cards
 from consilience.server.events import Events
+from harness import options, show
 
 BATCH = 256
 
@@ -74,7 +74,7 @@ def main() -> None:
         pool = Pool.build(from_arrays(pixels, None, (), where="benchmark"), home / "pool")
         for architecture in ("cnn3",) if arguments.quick else ("cnn3", "resnet8"):
             model = build(architecture, classes=classes, channels=1, seed=0).eval()
-            model = model.to(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             save_model(home / architecture / "model.safetensors", model)
             teacher = StateDictTeacher(
                 kind="state_dict",

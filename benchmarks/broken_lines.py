@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import options, show
+from harness import options, show
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("common", "client", "server")

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import options, show
 
 from consilience.common.files import read_json
 from consilience.server.report import comparable
+from harness import options, show
 
 JOB: dict[str, Any] = {
     "name": "crash",

@@ -11,11 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import options, show
-
 from consilience.common.files import read_json
 from consilience.common.progress import Reporter
 from consilience.deploy.simulation import embedded_job, simulate
+from harness import options, show
 
 CONTENDERS = ("naive", "best_site", "hard_vote", "max_confidence", "unified_ensemble")
 

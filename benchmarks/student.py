@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import options, show
 
 from consilience.common.nets import Loss, Supervised, build, default_device, train
 from consilience.common.preprocessing import Images
 from consilience.common.settings import Fit, Preprocessing
 from consilience.server.student.soft_labels import SoftLabels
+from harness import options, show
 
 BATCH = 64
 

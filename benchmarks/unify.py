@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import options, show
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from consilience.server.unify import METHODS, UnifiedLabels, unify, unify_sums
+from harness import options, show
 
 TOLERANCE = 1e-8
 SLOW = ("mf-p", "mf-lv")

@@ -72,7 +72,7 @@ class SiteCard(Record):
     description: str = Field(max_length=500)
     """The teacher in words: kind, architecture."""
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
-    holdout_accuracy: float | None = Field(None, ge=0, le=1)
+    holdout_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Accuracy on private images kept out of training, where the site measured it."""
     class_priors: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     """Shares of the classes in the private data, if the policy shares them."""

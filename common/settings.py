@@ -98,10 +98,10 @@ class Preprocessing(Settings):
 class Fit(Settings):
     """How a network is trained: SGD with Nesterov momentum under a one-cycle learning rate."""
 
-    epochs: int = Field(20, ge=1, le=10_000)
-    batch_size: int = Field(64, ge=1, le=65_536)
-    learning_rate: float = Field(0.1, gt=0, le=10)
-    weight_decay: float = Field(5e-4, ge=0, le=1)
+    epochs: int = Field(default=20, ge=1, le=10_000)
+    batch_size: int = Field(default=64, ge=1, le=65_536)
+    learning_rate: float = Field(default=0.1, gt=0, le=10)
+    weight_decay: float = Field(default=5e-4, ge=0, le=1)
     augment: bool = True
     compile: bool = False
     precision: Literal["auto", "f32"] = "auto"
@@ -115,7 +115,7 @@ class TrainTeacher(Settings):
     architecture: str
     fit: Fit = Fit()
     preprocessing: Preprocessing = Preprocessing()
-    holdout: float = Field(0.1, ge=0, lt=0.9)
+    holdout: float = Field(default=0.1, ge=0, lt=0.9)
     """Share of the private data kept out of training, to measure the teacher's accuracy."""
 
 
@@ -212,8 +212,8 @@ class SiteSettings(Settings):
     """Folders of public pools the site holds a copy of; a question names one by its digest."""
     state: Path = Path("state")
     """Folder of the site's own: the trained teacher lives there."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    batch_size: int = Field(256, ge=1, le=65_536)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    batch_size: int = Field(default=256, ge=1, le=65_536)
     """Pool samples the teacher scores at once."""
 
     @model_validator(mode="after")
@@ -236,13 +236,13 @@ class Ask(Settings):
     """How the pool is asked about."""
 
     encoding: Encoding = "f16"
-    question_size: int = Field(512, ge=1, le=1_000_000)
+    question_size: int = Field(default=512, ge=1, le=1_000_000)
     """Pool samples a question speaks of."""
-    in_flight: int = Field(4, ge=1, le=64)
+    in_flight: int = Field(default=4, ge=1, le=64)
     """Questions on their way to one site at a time."""
-    retries: int = Field(2, ge=0, le=100)
+    retries: int = Field(default=2, ge=0, le=100)
     """How often a failed question is sent again."""
-    min_sites: int | None = Field(None, ge=1)
+    min_sites: int | None = Field(default=None, ge=1)
     """With fewer sites that answered every question the job stops; by default it needs them all."""
 
 
@@ -252,7 +252,7 @@ class Unify(Settings):
     method: Method = "ce"
     across: Across = "centred"
     weights: dict[Name, Annotated[float, Field(gt=0)]] = {}
-    temperature: float = Field(1.0, gt=0, le=100)
+    temperature: float = Field(default=1.0, gt=0, le=100)
     prior_correction: bool = False
     """Correct answers for the class priors of the sites whose policy tells them, towards a uniform prior."""
 
@@ -289,7 +289,7 @@ class RandomClasses(Settings):
 
     kind: Literal["random-classes"]
     sites: int = Field(ge=1)
-    overlap: float = Field(1.5, ge=1)
+    overlap: float = Field(default=1.5, ge=1)
 
 
 class DirichletPartition(Settings):
@@ -297,8 +297,8 @@ class DirichletPartition(Settings):
 
     kind: Literal["dirichlet"]
     sites: int = Field(ge=1)
-    alpha: float = Field(0.5, gt=0)
-    min_images: int = Field(5, ge=1)
+    alpha: float = Field(default=0.5, gt=0)
+    min_images: int = Field(default=5, ge=1)
 
 
 PartitionSettings = Annotated[ClassLists | RandomClasses | DirichletPartition, Field(discriminator="kind")]
@@ -309,10 +309,10 @@ class Simulation(Settings):
 
     data: DataSource
     test: DataSource
-    pool_share: float = Field(0.4, gt=0, lt=1)
+    pool_share: float = Field(default=0.4, gt=0, lt=1)
     """Share of `data` that becomes the pool, unlabelled; the rest is shared out among the sites."""
     partition: PartitionSettings
-    quantity_skew: float = Field(0.0, ge=0, le=5)
+    quantity_skew: float = Field(default=0.0, ge=0, le=5)
     """0: sites share a class evenly; larger: log-normal spread of the sites' sizes with this sigma."""
     teachers: tuple[TrainTeacher, ...] = Field(min_length=1)
     """One a site, in order, repeated when there are more sites."""
@@ -323,7 +323,7 @@ class JobSettings(Settings):
     """job.yaml: what to do."""
 
     name: Name
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     pool: Path | None = None
     """Folder of the pool (`consilience pool build`). A simulation makes its own."""
     labels: Labels = Labels()

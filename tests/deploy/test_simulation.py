@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.app import forget_sites

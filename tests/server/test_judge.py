@@ -164,7 +164,7 @@ class TestStudent:
         precision, recall, _, support = precision_recall_fscore_support(truth, predicted, labels=labels)
         assert [c.precision for c in found.classes] == pytest.approx(precision)
         assert [c.recall for c in found.classes] == pytest.approx(recall)
-        assert [c.support for c in found.classes] == list(support)
+        assert [c.support for c in found.classes] == np.asarray(support).tolist()
         unified = precision_recall_fscore_support(truth, case["unified"].argmax(1), labels=labels)[1]
         assert [c.unified_recall for c in found.classes] == pytest.approx(unified)
 
