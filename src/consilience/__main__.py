@@ -13,6 +13,9 @@ import consilience
 for _switch in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
     os.environ.setdefault(_switch, "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+# Before anything imports torch: its threads sleep while they wait. Spinning ones slow each other down several times
+# over as soon as sites answer side by side or the machine has other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from consilience.client.cli import app as site_app  # noqa: E402
 from consilience.common.cli import AsJson, Result, emit  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,20 @@ class TestEnsembles:
         del found["sites"]
         assert other == found
 
+    def test_rounding_does_not_let_the_order_of_sites_decide(self) -> None:
+        # Every class gets the same three probabilities, from other sites each: all sums tie but for rounding.
+        rows = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 300))
+        names = ("x", "y", "z")
+        answers = {name: np.roll(rows, k, axis=1) for k, name in enumerate(names)}
+        found = []
+        for order in permutations(names):
+            space = LabelSpace(("a", "b", "c"), order, ((0, 1, 2),) * 3)
+            for truth in (0, 1):
+                given = [answers[name] for name in order]
+                verdict = judge([truth] * 300, space, given, None, one_hot([0] * 300, 3), None)
+                found.append((truth, verdict.baselines["naive"], verdict.baselines["hard_vote"]))
+        assert len(set(found)) == 2
+
 
 class TestStudent:
     def test_closed_forms(self) -> None:
@@ -178,6 +193,11 @@ class TestStudent:
         assert [(b.count, b.accuracy) for b in full] == [(1, 1.0), (2, 0.5)]
         assert all(b.low < b.confidence <= b.high for b in full if b.confidence is not None)
         assert [b.confidence for b in bins if not b.count] == [None] * 13
+
+    def test_a_bin_holds_its_upper_edge(self) -> None:
+        edge = float(np.linspace(0, 1, BINS + 1)[9])
+        _, bins = calibration(np.array([[edge, 1 - edge]]), np.array([0]))
+        assert [b.count for b in bins] == [0] * 8 + [1] + [0] * 6
 
     def test_calibration_error_against_a_loop(self) -> None:
         case = random_case(5)

@@ -27,8 +27,9 @@ from consilience.server.report_findings import (
     StudentFindings,
     UnifyFindings,
 )
-from consilience.server.report_page import bars, classes, contenders, overlap
+from consilience.server.report_page import bars, classes, confusion, contenders, overlap
 from consilience.server.report_samples import LARGEST_SIDE, png_data_uri, sample_views
+from consilience.server.report_svg import Canvas
 
 CLASSES = ("coat", "bag", "boot", "dress")
 SETS = ((0, 1, 2), (2, 1, 3), (3, 2))
@@ -462,6 +463,14 @@ class TestViews:
         assert (len(found["rows"]), found["left_out"]) == (20, 40)
         assert classes({"student": {"per_class": rows[:40]}}) == {"rows": rows[:40], "left_out": 0}
 
+    def test_confusions_are_the_most_common_first(self) -> None:
+        judged = make(("a", "b", "c"), ((0, 1, 2),)).judgement
+        assert judged is not None
+        found = confusion(replace(judged, confusion=((9, 1, 0), (4, 4, 0), (0, 2, 0))), ("a", "b", "c"))
+        assert found is not None
+        pairs = [(pair["true"], pair["taken"], pair["count"], pair["share"]) for pair in found["pairs"]]
+        assert pairs == [("b", "a", 4, 0.5), ("c", "b", 2, 1.0), ("a", "b", 1, 0.1)]
+
     def test_bars_add_up_the_rest(self) -> None:
         found = bars([("a", 1), ("b", 4), ("c", 2), ("d", 1)], most=3)
         assert [(bar["name"], bar["value"], bar["width"]) for bar in found] == [
@@ -530,6 +539,15 @@ class TestFigures:
         drawn = [value for name, value in found.attributes if name == "d"]
         assert sum(d.count("M") for d in drawn) == 101
 
+    def test_attributes_are_escaped(self) -> None:
+        canvas = Canvas()
+        canvas.text(1.0, 2.0, EVIL, text_anchor=f'"{EVIL}')
+        found = Page(canvas.svg(10, 10, f'"{EVIL}'))
+        assert found.tags == ["svg", "text"]
+        assert ("text-anchor", f'"{EVIL}') in found.attributes
+        assert ("aria-label", f'"{EVIL}') in found.attributes
+        assert found.text == EVIL
+
     def test_shades(self) -> None:
         assert [plots.shade(s, "#204060") for s in (0.0, 1.0, 0.5, -1.0, 2.0)] == [
             *("#ffffff", "#204060", "#90a0b0", "#ffffff", "#204060")
@@ -551,7 +569,9 @@ class TestFigures:
     def test_overlap_names_what_it_joins(self) -> None:
         space = LabelSpace(("a<b", "c", "d"), ("one", "two"), ((0, 1), (1, 2)))
         found = Page(plots.overlap(space))
-        assert found.tags.count("path") == 4
+        curves = [value for name, value in found.attributes if name == "d"]
+        assert len(curves) == 4
+        assert all(re.fullmatch(r"M\S+ [\d.]+C(\S+ ){5}[\d.]+", curve) for curve in curves)
         assert all(name in found.text for name in ("a<b", "one", "2\u00a0owners, 1\u00a0class"))
         ring = Page(plots.overlap_ring(space))
         assert "one and two share 1\u00a0class" in ring.text
