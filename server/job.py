@@ -59,6 +59,8 @@ class Job:
         if self.test is None:
             return
         self.test.need_labels("judge.test")
+        if not len(self.test):
+            raise DataError("judge.test holds no images", hint="Name labelled images, or leave judge.test out")
         if self.test.shape != self.pool.shape:
             raise DataError(
                 f"judge.test: images have shape {self.test.shape}; the pool's have {self.pool.shape}",

@@ -137,6 +137,9 @@ def test_test_images_of_another_shape_or_number_are_refused_before_asking(home: 
     np.savez(home / "test.npz", x=np.zeros((5, 16, 16), np.uint8), y=np.zeros(5, int), names=np.array(["a"]))
     with pytest.raises(PoolError, match="has 12 samples"):
         do(home, {"one": honest}, reporter)
+    np.savez(home / "test.npz", x=np.zeros((0, 16, 16), np.uint8), y=np.zeros(0, int), names=np.array(["a"]))
+    with pytest.raises(DataError, match="holds no images"):
+        do(home, {"one": honest}, reporter)
     np.savez(home / "test.npz", x=np.zeros((TEST, 16, 16), np.uint8))
     with pytest.raises(DataError, match="no labels"):
         do(home, {"one": honest}, reporter)
