@@ -118,11 +118,11 @@ class _Run:
         began = time.perf_counter()
         self.model.train()
         total = torch.zeros((), device=self.device)
-        rate = self.fit.learning_rate
+        first, steps = epoch * self.steps, self.fit.epochs * self.steps
+        rates = [one_cycle(first + step, steps, self.fit.learning_rate) for step in range(self.steps)]
         order, windows = self._plan(epoch)
         with self._alone(epoch):
-            for step in range(self.steps):
-                rate = one_cycle(epoch * self.steps + step, self.fit.epochs * self.steps, self.fit.learning_rate)
+            for step, rate in enumerate(rates):
                 part = slice(step * self.batch, (step + 1) * self.batch)
                 ids, cut = order[part].to(self.device, non_blocking=True), windows and windows[part]
                 total += self._step(self.forward, self.optimizer, ids, cut, rate, self.bf16)
@@ -132,10 +132,10 @@ class _Run:
         if not finite:
             raise StudentError(
                 f"Training failed in epoch {epoch + 1} of {self.fit.epochs}: the loss is {mean:.4g} at learning rate "
-                f"{rate:.4g} (peak {self.fit.learning_rate:.4g}), and it or the weights are not finite",
+                f"{rates[-1]:.4g} (peak {self.fit.learning_rate:.4g}), and it or the weights are not finite",
                 hint=f"Lower fit.learning_rate, for example to {self.fit.learning_rate / 4:.2g}",
             )
-        return EpochRecord(epoch, mean, rate, time.perf_counter() - began)
+        return EpochRecord(epoch, mean, rates[-1], time.perf_counter() - began)
 
     def _plan(self, epoch: int) -> tuple[Tensor, Windows | None]:
         """Return the epoch's order of sample ids and the windows for it."""

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from consilience.common.errors import MissingExtraError, SettingsError
 from consilience.common.nets import build
@@ -20,6 +21,16 @@ def test_forward_and_backward(name: str, size: int, channels: int) -> None:
     for parameter in network.parameters():
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_last_features_are_a_quarter_of_the_size(name: str) -> None:
+    network = build(name, classes=7, channels=1, seed=0)
+    pooling = next(module for module in network.modules() if isinstance(module, nn.AdaptiveAvgPool2d))
+    shapes: list[torch.Size] = []
+    pooling.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    network(torch.randn(2, 1, 28, 20))
+    assert shapes[0][2:] == (7, 5)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +53,11 @@ def test_weights_depend_on_the_seed_alone(name: str) -> None:
     other = build(name, classes=3, channels=3, seed=6).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_convolutions_start_for_relu() -> None:
+    weights = next(build("vgg6", classes=10, channels=3, seed=0).parameters())
+    assert weights.std().item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "channels"), [("resnet18", 3), ("torchvision:shufflenet_v2_x0_5", 1)])
