@@ -31,6 +31,7 @@ def test_scores_are_the_networks_in_evaluation_mode(model: nn.Module) -> None:
     assert found.shape == (23, 4)
     assert found.dtype == np.float32
     assert not model.training
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
     with torch.inference_mode():
         expected = model(torch.from_numpy(preprocess(IMAGES, PLAIN)))
     assert np.allclose(found, expected.numpy(), atol=1e-5)
