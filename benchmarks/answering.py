@@ -21,7 +21,8 @@ from consilience.common.data import from_arrays
 from consilience.common.nets import build, save_model
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.settings import Ask, Preprocessing, SiteSettings, StateDictTeacher, dump_settings
+from consilience.common.settings import Ask, Preprocessing, SiteSettings, StateDictTeacher
+from consilience.common.settings_file import dump_settings
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server.answers import About, AnswerStore
 from consilience.server.asking import ask, collect_cards

@@ -14,7 +14,8 @@ from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import SettingsError
 from consilience.common.nets import epoch_task
 from consilience.common.progress import Reporter
-from consilience.common.settings import SiteSettings, load_settings
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import load_settings
 
 app = typer.Typer(help="A data owner's side.", no_args_is_help=True)
 

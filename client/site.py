@@ -21,7 +21,8 @@ from consilience.common.encoding import encode
 from consilience.common.errors import PoolError, ProtocolError, StorageError, TeacherError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Agreement, Answer, Contract, Question, RefusalCode, SiteCard
-from consilience.common.settings import SiteSettings, load_settings
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import load_settings
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.files import read_json
 from consilience.common.progress import Reporter
-from consilience.common.settings import JobSettings, load_settings
+from consilience.common.settings import JobSettings
+from consilience.common.settings_file import load_settings
 from consilience.deploy.simulation import embedded_job
 from consilience.deploy.simulation import simulate as run_simulation
 

@@ -24,7 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.common.errors import MissingExtraError, SettingsError
-from consilience.common.settings import ClassLists, DirichletPartition, PartitionSettings, RandomClasses, Simulation
+from consilience.common.settings import (
+    ClassLists,
+    DirichletPartition,
+    PartitionSettings,
+    RandomClasses,
+    Simulation,
+)
 
 Ids = NDArray[np.int64]
 

@@ -23,14 +23,8 @@ from consilience.common.files import atomic, lock, read_json, write_json
 from consilience.common.nets import epoch_task
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.settings import (
-    JobSettings,
-    NpzData,
-    Simulation,
-    SiteSettings,
-    dump_settings,
-    load_settings,
-)
+from consilience.common.settings import JobSettings, NpzData, Simulation, SiteSettings
+from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.partition import Partition, partition
 from consilience.server.app import app as server_app

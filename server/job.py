@@ -23,7 +23,8 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
-from consilience.common.settings import JobSettings, load_settings
+from consilience.common.settings import JobSettings
+from consilience.common.settings_file import load_settings
 from consilience.server.answers import About, AnswerStore
 from consilience.server.asking import SiteState, agree, ask, collect_cards
 from consilience.server.contract import RunContract

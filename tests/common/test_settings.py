@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 
 from consilience.common.errors import SettingsError
-from consilience.common.settings import (
-    JobSettings,
-    Policy,
-    Preprocessing,
-    SiteSettings,
-    dump_settings,
-    load_settings,
-    parse_settings,
-)
+from consilience.common.settings import JobSettings, Policy, Preprocessing, SiteSettings
+from consilience.common.settings_file import dump_settings, load_settings, parse_settings
 
 SITE: dict[str, Any] = {
     "name": "site-1",

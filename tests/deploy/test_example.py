@@ -17,7 +17,8 @@ import pytest
 
 import consilience.deploy
 from consilience.common.data import open_data
-from consilience.common.settings import ClassLists, EmbeddedData, JobSettings, load_settings
+from consilience.common.settings import ClassLists, EmbeddedData, JobSettings
+from consilience.common.settings_file import load_settings
 from consilience.deploy.partition import partition
 
 EXAMPLE = Path(consilience.deploy.__file__).parent / "example"

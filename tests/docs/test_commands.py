@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.app import forget_sites
-from consilience.common.settings import JobSettings, parse_settings
+from consilience.common.settings import JobSettings
+from consilience.common.settings_file import parse_settings
 from consilience.deploy import cli
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,8 @@ from consilience.common.errors import AskingError, DataError, PoolError, RunErro
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.settings import JobSettings, dump_settings, parse_settings
+from consilience.common.settings import JobSettings
+from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.job import Job
 from helpers.sites import Handler, Sites, grid_of, honest, refusing
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from consilience.common.settings import SiteSettings, parse_settings
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import parse_settings
 
 CLASSES = ("left", "middle", "right")
 
