@@ -25,8 +25,12 @@ GOOD = Answer(QUESTION, encode(ROWS, "f32"), 0.1)
 scalars = st.one_of(
     st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=20), st.binary(max_size=20)
 )
-configs = st.dictionaries(st.sampled_from(["json", "seconds", "code", "x"]), scalars, max_size=3).map(ConfigRecord)
-metrics = st.dictionaries(st.sampled_from(["json", "seconds"]), st.floats(), max_size=2).map(MetricRecord)
+configs = st.dictionaries(st.sampled_from(["json", "seconds", "code", "x"]), scalars, max_size=3).map(
+    lambda held: ConfigRecord({**held})
+)
+metrics = st.dictionaries(st.sampled_from(["json", "seconds"]), st.floats(), max_size=2).map(
+    lambda held: MetricRecord({**held})
+)
 arrays = st.builds(
     Array,
     dtype=st.sampled_from(["uint8", "float32", "object", "no such type", ""]),
