@@ -1,7 +1,8 @@
-"""Figures of the report as inline SVG, drawn by hand: no script, no fonts, no files.
+"""Figures of the report, drawn by matplotlib.
 
-Lives here: matrices, the overlap graph, the reliability diagram and learning curves. Does not live here: what is
-drawn (server/report_page) and everything that HTML draws better, such as bars.
+Lives here: matrices, the overlap of sites, the reliability diagram and learning curves. Does not live here: what is
+drawn (server/report_page), how a figure gets into the page (server/report_svg) and what HTML draws better, such as
+bars.
 """
 
 from __future__ import annotations
@@ -11,158 +12,154 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from consilience.common.labels import LabelSpace
 from consilience.server.judge import Bin
-from consilience.server.report_format import decimal, number_of, percent, shorten
-from consilience.server.report_svg import BLUE, INK, LINE, MUTED, PAPER, RUST, Canvas, shade, site_colour
+from consilience.server.report_format import decimal, number_of
+from consilience.server.report_svg import (
+    BAR,
+    BLUE,
+    INK,
+    LINE,
+    MUTED,
+    PANEL,
+    PAPER,
+    RUST,
+    VOID,
+    inline,
+    one_line,
+    sheet,
+    site_colour,
+    text_width,
+)
 
 LABELLED = 40
 """Rows and columns that are still named at a matrix."""
+BLUES, RUSTS = (LinearSegmentedColormap.from_list("", [PAPER, colour]).with_extremes(bad=VOID) for colour in (BLUE, RUST))
 
 
 def matrix(
-    values: np.ndarray,
+    values: NDArray[np.generic],
     rows: Sequence[str],
     columns: Sequence[str],
     label: str,
     *,
     text: Callable[[float], str],
-    colour: Callable[[int, int], str] = lambda row, column: BLUE,
-    shown: np.ndarray | None = None,
+    shown: NDArray[np.generic] | None = None,
+    diagonal: bool = False,
     axes: tuple[str, str] = ("", ""),
 ) -> Markup:
-    """Draw a matrix of shares in [0, 1] as shaded cells; NaN cells are hatched grey.
+    """Draw a matrix of shares in [0, 1] as a heat map; NaN cells are grey.
 
-    `values` (R, C); `shown` (R, C) the numbers written in cells and tooltips by `text` (default `values`). Names
-    stand at the edges up to 40 rows and columns, numbers in the cells up to 14 columns.
+    `values` (R, C); `shown` (R, C) the numbers that `text` writes into the cells (default `values`). Names stand at
+    the edges up to 40 rows and columns, numbers in the cells up to 14. With `diagonal` all other cells are rust.
     """
-    shown = values if shown is None else shown
-    n_rows, n_columns = values.shape
+    shares = np.ma.masked_invalid(np.asarray(values, np.float64))
+    n_rows, n_columns = shares.shape
     cell = next((size for most, size in ((10, 42), (14, 36), (20, 26), (40, 17)) if max(n_columns, n_rows) <= most), 7)
     if n_rows <= LABELLED < n_columns:
         cell = 9
-    named_rows, named_columns = n_rows <= LABELLED and cell >= 9, n_columns <= LABELLED
-    row_names, column_names = [shorten(n, 22) for n in rows], [shorten(n, 18) for n in columns]
+    row_names = [one_line(n, 22) for n in rows] if n_rows <= LABELLED else []
+    column_names = [one_line(n, 18) for n in columns] if n_columns <= LABELLED else []
     size = 12 if cell >= 17 else 9
-    left = 20 + (max((len(n) for n in row_names), default=0) * size * 0.56 if named_rows else 0)
-    top = 22 + (max((len(n) for n in column_names), default=0) * 12 * 0.56 * 0.72 if named_columns else 0)
-    right = 34 if named_columns else 8
-    canvas = Canvas()
-    width, height = left + n_columns * cell + right, top + n_rows * cell + 6
-    many = n_rows * n_columns > 1800
-    paths: dict[str, list[str]] = {}
-    gap = 1.5 if cell >= 17 else 0
-    for r in range(n_rows):
-        for c in range(n_columns):
-            value = float(values[r, c])
-            x, y = left + c * cell, top + r * cell
-            hidden = math.isnan(value)
-            fill = "#eef1f4" if hidden else shade(0.06 + 0.94 * value if value else 0.03, colour(r, c))
-            if many:
-                if value or hidden:
-                    # Few shades and one path each: a large matrix stays small on disk.
-                    level = "#eef1f4" if hidden else shade(math.ceil(value * 8) / 8, colour(r, c))
-                    paths.setdefault(level, []).append(f"M{x:.0f} {y:.0f}h{cell}v{cell}h-{cell}z")
-                continue
-            words = "not comparable" if hidden else text(float(shown[r, c]))
-            canvas.rect(x, y, cell - gap, cell - gap, fill, f"{rows[r]} / {columns[c]}: {words}")
-            if cell >= 36 and not hidden and value:
-                ink = PAPER if value > 0.52 else INK
-                canvas.text(x + (cell - gap) / 2, y + cell / 2 + 3.5, words, 11, ink, text_anchor="middle")
-    if many:
-        canvas.rect(left, top, n_columns * cell, n_rows * cell, "none", stroke=LINE)
-        for fill, cells in sorted(paths.items()):
-            canvas.path("".join(cells), fill=fill)
-    if named_rows:
-        for r, name in enumerate(row_names):
-            canvas.text(left - 6, top + r * cell + cell / 2 + size / 3, name, size, INK, text_anchor="end")
-    if named_columns:
-        for c, name in enumerate(column_names):
-            x, y = left + c * cell + cell / 2 - 2, top - 6
-            canvas.text(x, y, name, min(12, cell), INK, transform=f"rotate(-45 {x:.1f} {y:.1f})")
-    if axes[0]:
-        middle = top + n_rows * cell / 2
-        canvas.text(10, middle, axes[0], 11, text_anchor="middle", transform=f"rotate(-90 10 {middle:.0f})")
-    if axes[1]:
-        canvas.text(left + n_columns * cell, 12, axes[1], 11, text_anchor="end")
-    return canvas.svg(width, height, label)
+    slant = [text_width(name, 12) * math.sqrt(0.5) for name in column_names]
+    left = 20 + max((text_width(name, size) for name in row_names), default=0)
+    top = 22 + max(slant, default=0)
+    # Slanted names may reach beyond the last column.
+    right = max((cell * (c + 0.5 - n_columns) + reach + 12 for c, reach in enumerate(slant)), default=8)
+    size_of_cells = n_columns * cell, n_rows * cell
+    with sheet(left + size_of_cells[0] + max(right, 8), top + size_of_cells[1] + 6, label) as figure:
+        ax = _axes(figure, left, top, *size_of_cells)
+        tints = np.ma.where(shares > 0, 0.06 + 0.94 * shares, 0.03)
+        image = BLUES(tints)
+        if diagonal:
+            image = np.where(np.eye(n_rows, n_columns, dtype=bool)[..., None], image, RUSTS(tints))
+        # One pixel a cell: the browser makes them larger, so the page stays small.
+        ax.imshow(image, interpolation="none", aspect="auto")
+        ax.xaxis.tick_top()
+        ax.set_yticks(range(len(row_names)), row_names, fontsize=size, color=INK)
+        ax.set_xticks(
+            *(range(len(column_names)), column_names),
+            **{"fontsize": 12, "color": INK, "rotation": 45, "rotation_mode": "anchor", "ha": "left", "va": "baseline"},
+        )
+        ax.spines[:].set_visible(cell < 17)
+        if cell >= 17:
+            ax.set_xticks(np.arange(n_columns + 1) - 0.5, minor=True)
+            ax.set_yticks(np.arange(n_rows + 1) - 0.5, minor=True)
+            ax.tick_params(which="minor", length=0)
+            ax.grid(which="minor", color=PAPER, linewidth=1.5)
+        if cell >= 36:
+            written = shares if shown is None else shown
+            for r, c in zip(*np.nonzero(shares.filled(0)), strict=True):
+                ink = PAPER if shares[r, c] > 0.52 else INK
+                ax.text(c, r, text(float(written[r, c])), fontsize=11, color=ink, ha="center", va="center_baseline")
+        edge = figure.get_size_inches() * 72
+        if axes[0]:
+            middle = 1 - (top + size_of_cells[1] / 2) / edge[1]
+            figure.text(12 / edge[0], middle, axes[0], rotation=90, ha="center", va="center", fontsize=11, color=MUTED)
+        if axes[1]:
+            end = (left + size_of_cells[0]) / edge[0]
+            figure.text(end, 1 - 12 / edge[1], axes[1], ha="right", fontsize=11, color=MUTED)
+        return inline(figure)
 
 
 def reliability(bins: Sequence[Bin]) -> Markup:
-    """Draw how often the student is right against how sure it is, with the share of images in each bin below."""
-    side, left, top, strip = 300, 46, 12, 44
-    canvas = Canvas()
-
-    def x(share: float) -> float:
-        return left + share * side
-
-    def y(share: float) -> float:
-        return top + (1 - share) * side
-
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        canvas.line(left, y(tick), left + side, y(tick))
-        canvas.text(left - 7, y(tick) + 4, f"{tick * 100:.0f}", text_anchor="end")
-        canvas.text(x(tick), top + side + strip + 34, f"{tick * 100:.0f}", text_anchor="middle")
-    total = max(1, sum(b.count for b in bins))
-    tallest = max(1, max(b.count for b in bins))
-    base = top + side + strip + 16
-    for b in bins:
-        if b.confidence is None or b.accuracy is None:
-            continue
-        words = (
-            f"{number_of(b.count, 'image')} ({percent(b.count / total)}): sure {percent(b.confidence)}, "
-            f"right {percent(b.accuracy)}"
-        )
-        w = x(b.high) - x(b.low) - 1.5
-        canvas.rect(x(b.low), y(b.accuracy), w, y(0) - y(b.accuracy), shade(0.55, BLUE), words)
-        canvas.line(x(b.low), y(b.confidence), x(b.low) + w, y(b.confidence), RUST, 2)
-        h = max(1.0, strip * b.count / tallest)
-        canvas.rect(x(b.low), base - h, w, h, "#c3ccd6", words)
-    canvas.line(x(0), y(0), x(1), y(1), MUTED, 1, stroke_dasharray="4 4")
-    canvas.line(left, base, left + side, base)
-    canvas.text(14, top + side / 2, "right, %", 12, text_anchor="middle", transform=f"rotate(-90 14 {top + side / 2})")
-    canvas.text(left + side / 2, base + 38, "top probability, %, and number of images", 12, text_anchor="middle")
-    return canvas.svg(left + side + 16, base + 48, "Reliability diagram of the student")
+    """Draw how often the student is right against how sure it is, with the number of images in each bin below."""
+    side, left, top, strip = 300, 58, 12, 44
+    full = [(b.low, b.high, b.count, b.confidence, b.accuracy) for b in bins if b.count]
+    with sheet(left + side + 16, top + side + strip + 66, "Reliability diagram of the student") as figure:
+        upper, lower = _axes(figure, left, top, side, side), _axes(figure, left, top + side + 16, side, strip)
+        for low, high, count, confidence, accuracy in full:
+            if confidence is None or accuracy is None:
+                continue
+            width = high - low - 0.005
+            upper.bar(low, accuracy, width, align="edge", color=BLUES(0.55))
+            upper.hlines(confidence, low, low + width, RUST, linewidth=2)
+            lower.bar(low, count, width, align="edge", color=BAR)
+        upper.plot((0, 1), (0, 1), color=MUTED, linewidth=1, linestyle=(0, (4, 4)))
+        quarters = (0, 0.25, 0.5, 0.75, 1)
+        names = [f"{quarter * 100:.0f}" for quarter in quarters]
+        upper.set(xlim=(0, 1), ylim=(0, 1), xticks=[])
+        upper.set_yticks(quarters, names)
+        upper.grid(axis="y")
+        upper.set_ylabel("right, %")
+        upper.yaxis.set_label_coords(-44 / side, 0.5)
+        most = max((count for _, _, count, _, _ in full), default=1)
+        lower.set(xlim=(0, 1), ylim=(0, most))
+        lower.set_yticks([most], [f"{most:,}"])
+        lower.set_xticks(quarters, names)
+        lower.set_xlabel("top probability, %, and number of images")
+        return inline(figure)
 
 
 def learning_curves(curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> Markup:
     """Draw loss by epoch; `curves` are (name, colour, (epoch, loss) points), each with at least one point."""
-    width, height, left, top = 300, 300, 54, 28
-    canvas = Canvas()
-    points = [point for _, _, curve in curves for point in curve]
-    last, first = max(e for e, _ in points), min(e for e, _ in points)
-    highest = max(max(v for _, v in points), 1e-9)
-
-    def x(epoch: float) -> float:
-        return left + (epoch - first) / max(last - first, 1) * width
-
-    def y(loss: float) -> float:
-        return top + (1 - max(loss, 0) / highest) * height
-
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        canvas.line(left, y(part * highest), left + width, y(part * highest))
-        canvas.text(left - 7, y(part * highest) + 4, decimal(part * highest, 2), text_anchor="end")
-    for epoch in sorted({first, round((first + last) / 2), last}):
-        canvas.text(x(epoch), top + height + 18, f"{epoch:,.0f}", text_anchor="middle")
-    at = float(left)
-    for name, colour, curve in curves:
-        thin = list(curve)[:: max(1, len(curve) // 300)]
-        canvas.path(
-            "M" + "L".join(f"{x(e):.1f} {y(v):.1f}" for e, v in thin),
-            fill="none",
-            stroke=colour,
-            stroke_width="2",
-            stroke_linejoin="round",
-        )
-        for epoch, loss in thin if len(thin) == 1 else thin[-1:]:
-            canvas.circle(x(epoch), y(loss), 3, colour, f"{name}: {decimal(loss)} after epoch {epoch:,.0f}")
-        canvas.rect(at, 6, 14, 4, colour)
-        canvas.text(at + 20, 12, name, 12, INK)
-        at += 44 + len(name) * 6.6
-    canvas.text(14, top + height / 2, "loss", text_anchor="middle", transform=f"rotate(-90 14 {top + height / 2})")
-    canvas.text(left + width / 2, top + height + 38, "epoch", text_anchor="middle")
-    return canvas.svg(left + width + 16, top + height + 48, "Learning curves")
+    side, left = 300, 58
+    top = 14 + 18 * len(curves)
+    points = np.array([point for _, _, curve in curves for point in curve], np.float64)
+    first, last, highest = points[:, 0].min(), points[:, 0].max(), max(points[:, 1].max(), 1e-9)
+    with sheet(left + side + 16, top + side + 50, "Learning curves") as figure:
+        ax = _axes(figure, left, top, side, side)
+        for name, colour, curve in curves:
+            # More points than pixels would only make the page larger.
+            drawn = [*curve[: -1 : max(1, len(curve) // 300)], curve[-1]]
+            epoch, loss = drawn[-1]
+            words = f"{name}: {decimal(loss)} after epoch {epoch:,.0f}"
+            ax.plot(*zip(*drawn, strict=True), color=colour, linewidth=2, label=words, marker="o", markevery=[-1])
+        ax.set(xlim=(first, max(last, first + 1)), ylim=(0, highest * 1.04), xlabel="epoch", ylabel="loss")
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda epoch, _: f"{epoch:,.0f}"))
+        ax.yaxis.set_label_coords(-44 / side, 0.5)
+        ax.grid(axis="y")
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0, borderpad=0.3)
+        return inline(figure)
 
 
 def overlap(space: LabelSpace) -> Markup:
@@ -173,76 +170,95 @@ def overlap(space: LabelSpace) -> Markup:
     total = sum(heights) + 10 * (len(sets) - 1)
     pills = 34 * len(space.sites)
     height = max(total, pills) + 16
-    canvas = Canvas()
     top, start = (height - total) / 2, (height - pills) / 2
-    pill_width = 40 + 7.2 * max(len(shorten(site, 20)) for site in space.sites)
-    right = pill_width + 130
-    middles = [start + 34 * i + 17 for i in range(len(space.sites))]
+    sites = [one_line(site, 20) for site in space.sites]
+    pill = 42 + max(text_width(site, 13) for site in sites)
+    right = pill + 130
+    middles = [start + 34 * i + 17 for i in range(len(sites))]
     tops = [top + sum(heights[:k]) + 10 * k for k in range(len(sets))]
-    for (owners, _), y, h in zip(sets, tops, heights, strict=True):
-        for place, site in enumerate(owners):
-            end = y + h * (place + 1) / (len(owners) + 1)
-            curve = f"M{pill_width:.0f} {middles[site]:.1f}C{pill_width + 65:.0f} {middles[site]:.1f} "
-            curve += f"{right - 65:.0f} {end:.1f} {right:.0f} {end:.1f}"
-            canvas.path(curve, fill="none", stroke=site_colour(site), stroke_width="2", stroke_opacity="0.75")
-    for site, y in enumerate(middles):
-        canvas.rect(2, y - 13, pill_width - 2, 26, PAPER, space.sites[site], stroke=site_colour(site), rx="13")
-        canvas.circle(17, y, 5, site_colour(site))
-        canvas.text(29, y + 4.5, shorten(space.sites[site], 20), 13, INK)
-    for (owners, classes), text, y, h in zip(sets, lines, tops, heights, strict=True):
-        canvas.rect(right, y, 372, h, "#f5f7f9", ", ".join(space.names[c] for c in classes), stroke=LINE, rx="6")
-        who = f"{number_of(len(owners), 'owner')}, {number_of(len(classes), 'class', 'classes')}"
-        canvas.text(right + 12, y + 17, who, 11)
-        for row, words in enumerate(text):
-            canvas.text(right + 12, y + 34 + 17 * row, words, 13, INK)
-    return canvas.svg(right + 376, height, "Overlap: which sites know which classes")
+    with sheet(right + 376, height, "Overlap: which sites know which classes") as figure:
+        ax = _board(figure)
+        for (owners, _), y, h in zip(sets, tops, heights, strict=True):
+            for place, site in enumerate(owners):
+                end = y + h * (place + 1) / (len(owners) + 1)
+                curve = [(pill, middles[site]), (pill + 65, middles[site]), (right - 65, end), (right, end)]
+                _curve(ax, curve, site_colour(site), 2, 0.75)
+        for site, (name, y) in enumerate(zip(sites, middles, strict=True)):
+            _box(ax, 2, y - 13, pill - 2, 26, 13, PAPER, site_colour(site))
+            ax.plot(17, y, "o", markersize=10, markeredgewidth=0, color=site_colour(site))
+            ax.text(29, y, name, fontsize=13, va="center_baseline")
+        for (owners, classes), text, y, h in zip(sets, lines, tops, heights, strict=True):
+            _box(ax, right, y, 372, h, 6, PANEL, LINE)
+            who = f"{number_of(len(owners), 'owner')}, {number_of(len(classes), 'class', 'classes')}"
+            ax.text(right + 12, y + 17, who, fontsize=11, color=MUTED)
+            for row, words in enumerate(text):
+                ax.text(right + 12, y + 34 + 17 * row, words, fontsize=13)
+        return inline(figure)
 
 
 def overlap_ring(space: LabelSpace, most: int = 40) -> Markup:
     """Draw the first `most` sites on a ring; the more classes two share, the stronger the line between them."""
     n = min(most, len(space.sites))
-    canvas = Canvas()
-    radius, side = 180, 560
+    radius, side = 180, 580
     centre = side / 2
     angles = [2 * math.pi * i / n - math.pi / 2 for i in range(n)]
     spots = [(centre + radius * math.cos(a), centre + radius * math.sin(a)) for a in angles]
     shared = {(i, j): len(space.shared(i, j)) for i in range(n) for j in range(i + 1, n)}
     largest = max(shared.values(), default=0)
-    for (i, j), number in sorted(shared.items(), key=lambda item: item[1]):
-        if number:
-            (x1, y1), (x2, y2) = spots[i], spots[j]
-            part = number / largest
-            canvas.path(
-                f"M{x1:.1f} {y1:.1f}Q{centre:.0f} {centre:.0f} {x2:.1f} {y2:.1f}",
-                f"{space.sites[i]} and {space.sites[j]} share {number_of(number, 'class', 'classes')}",
-                fill="none",
-                stroke=BLUE,
-                stroke_width=f"{0.6 + 1.9 * part:.2f}",
-                stroke_opacity=f"{0.1 + 0.6 * part:.2f}",
+    with sheet(side, side, "Overlap: which sites share classes") as figure:
+        ax = _board(figure)
+        for (i, j), number in sorted(shared.items(), key=lambda item: item[1]):
+            if number:
+                part = number / largest
+                _curve(ax, [spots[i], (centre, centre), spots[j]], BLUE, 0.6 + 1.9 * part, 0.1 + 0.6 * part)
+        for site, (angle, (x, y)) in enumerate(zip(angles, spots, strict=True)):
+            component = space.components[space.class_sets[site][0]]
+            ax.plot(x, y, "o", markersize=10, markeredgewidth=0, color=site_colour(component))
+            back = math.cos(angle) < -1e-9
+            ax.text(
+                centre + (radius + 12) * math.cos(angle),
+                centre + (radius + 12) * math.sin(angle),
+                one_line(space.sites[site], 16),
+                fontsize=11,
+                ha="right" if back else "left",
+                va="center_baseline",
+                rotation=-math.degrees(angle) - (180 if back else 0),
+                rotation_mode="anchor",
             )
-    for site, (angle, (x, y)) in enumerate(zip(angles, spots, strict=True)):
-        component = space.components[space.class_sets[site][0]]
-        words = f"{space.sites[site]}: {number_of(len(space.class_sets[site]), 'class', 'classes')}"
-        canvas.circle(x, y, 5, site_colour(component), words)
-        out = (centre + (radius + 12) * math.cos(angle), centre + (radius + 12) * math.sin(angle))
-        back = math.cos(angle) < -1e-9
-        turn = math.degrees(angle) + (180 if back else 0)
-        canvas.text(
-            out[0],
-            out[1] + 4,
-            shorten(space.sites[site], 16),
-            11,
-            INK,
-            text_anchor="end" if back else "start",
-            transform=f"rotate({turn:.1f} {out[0]:.1f} {out[1]:.1f})",
-        )
-    return canvas.svg(side, side, "Overlap: which sites share classes")
+        return inline(figure)
+
+
+def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Add axes that cover these pixels, counted from the figure's upper left corner."""
+    w, h = figure.get_size_inches() * 72
+    return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+
+
+def _board(figure: Figure) -> Axes:
+    """Add axes over the whole figure whose coordinates are pixels from the upper left corner."""
+    width, height = figure.get_size_inches() * 72
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.axis("off")
+    return ax
+
+
+def _curve(ax: Axes, points: list[tuple[float, float]], colour: str, width: float, alpha: float) -> None:
+    """Draw a Bézier curve of three or four points."""
+    codes = [Path.MOVETO, *[Path.CURVE3 if len(points) == 3 else Path.CURVE4] * (len(points) - 1)]
+    ax.add_patch(PathPatch(Path(points, codes), facecolor="none", edgecolor=colour, linewidth=width, alpha=alpha))
+
+
+def _box(ax: Axes, x: float, y: float, w: float, h: float, round_: float, face: str, edge: str) -> None:
+    """Draw a rectangle with round corners."""
+    shape = f"round,pad=0,rounding_size={round_}"
+    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=shape, facecolor=face, edgecolor=edge, linewidth=1))
 
 
 def _wrap(names: list[str], width: int = 50, rows: int = 3) -> list[str]:
     """Break a list of names into at most `rows` lines; the last says how many are left out."""
     lines, current = [], ""
-    for at, name in enumerate(shorten(name, 40) for name in names):
+    for at, name in enumerate(one_line(name, 40) for name in names):
         piece = name + ("," if at < len(names) - 1 else "")
         if current and len(current) + 1 + len(piece) > width:
             lines.append(current)

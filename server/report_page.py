@@ -20,7 +20,7 @@ from consilience.server.judge import Judgement
 from consilience.server.report_findings import Findings
 from consilience.server.report_format import listing, number_of, percent
 from consilience.server.report_samples import sample_views
-from consilience.server.report_svg import BLUE, GREY, RUST, SITE_COLOURS, legend, site_colour
+from consilience.server.report_svg import BLUE, GREY, SITE_COLOURS, legend, site_colour
 
 CONTENDERS = (
     ("student", "Student", "the one classifier of this run"),
@@ -184,7 +184,7 @@ def confusion(judged: Judgement | None, names: tuple[str, ...]) -> dict[str, Any
             "Confusion matrix of the student",
             shown=counts,
             text=lambda v: f"{v:,.0f}",
-            colour=lambda row, column: BLUE if row == column else RUST,
+            diagonal=True,
             axes=("true class", "student’s class"),
         )
     wrong = counts.copy()

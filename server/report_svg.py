@@ -1,21 +1,61 @@
-"""The drawing board of the report's figures: SVG elements, colours, escaping.
+"""What the report's figures share: colours, style, and the way from a matplotlib figure into the page.
 
-Lives here: what every figure shares. Does not live here: any figure (server/plots).
+Lives here: everything that keeps an SVG from matplotlib harmless, equal from run to run and at home in a page with
+other SVGs. Does not live here: any figure (server/plots).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import matplotlib
+import matplotlib.style
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-INK, MUTED, LINE, PAPER = "#1d2733", "#66727f", "#dfe4ea", "#ffffff"
-BLUE, RUST, GREY = "#245f94", "#b4552d", "#8b96a3"
+from consilience.server.report_format import shorten
+
+INK, MUTED, LINE, PAPER, PANEL = "#1d2733", "#66727f", "#dfe4ea", "#ffffff", "#f5f7f9"
+BLUE, RUST, GREY, BAR, VOID = "#245f94", "#b4552d", "#8b96a3", "#c3ccd6", "#eef1f4"
 SITE_COLOURS = (
     *("#245f94", "#c0792a", "#3d8168", "#9a4a6b", "#6d6aa8"),
     *("#7a8b2f", "#b4552d", "#3b94a6", "#8a6a4f", "#555f6b"),
 )
 """Colours of the sites, in the order of the label space; with more sites than colours they repeat."""
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 72,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 12,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": LINE,
+    "text.color": INK,
+    # Names come from sites and are untrusted: `$` and `_` are letters like others.
+    "text.parse_math": False,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 12,
+    "svg.fonttype": "none",
+    "svg.image_inline": True,
+}
+"""What differs from matplotlib's defaults. At 72 dots an inch a point of matplotlib is a pixel of the page."""
 
 
 def site_colour(site: int) -> str:
@@ -23,59 +63,45 @@ def site_colour(site: int) -> str:
     return SITE_COLOURS[site % len(SITE_COLOURS)]
 
 
-def shade(share: float, colour: str) -> str:
-    """Mix white and `colour`: 0 is white, 1 the colour."""
-    share = min(1.0, max(0.0, share))
-    parts = (round(255 + (int(colour[i : i + 2], 16) - 255) * share) for i in (1, 3, 5))
-    return "#" + "".join(f"{part:02x}" for part in parts)
+@contextmanager
+def sheet(width: float, height: float, label: str) -> Iterator[Figure]:
+    """Yield an empty figure of that many pixels, and the report's style until it is drawn.
+
+    `label` says in words what is shown; no other figure of the page may have the same, for ids are made from it.
+    """
+    with matplotlib.style.context("default"), matplotlib.rc_context(STYLE | {"svg.hashsalt": f"consilience {label}"}):
+        yield Figure(figsize=(width / 72, height / 72), label=label)
 
 
-class Canvas:
-    """Collects SVG elements; every text that comes in is escaped."""
+def inline(figure: Figure) -> Markup:
+    """Return a figure of `sheet` as SVG to stand in the page; matplotlib has escaped every text in it."""
+    file = io.StringIO()
+    with warnings.catch_warnings():
+        # The page's fonts draw the texts, and they may well have what matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = file.getvalue()
+    # What stands before the first element, and a style that would hold for the whole page. No text comes before them.
+    svg = re.sub(r"^.*?<svg [^>]*>\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    # "<" stands for itself only where an element begins. Ids of groups repeat from figure to figure; nothing uses them.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'(<text style="font-size: [\d.]+px); font-family: [^";]*', r"\1", svg)
+    width, height = figure.get_size_inches() * 72
+    head = Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}" '
+        'stroke-linejoin="round">'
+    ).format(figure.get_label(), *(f"{length:.6g}" for length in (width, height, width, height)))
+    return head + Markup(svg.rstrip())
 
-    def __init__(self) -> None:
-        self.parts: list[Markup] = []
 
-    def line(
-        self, x1: float, y1: float, x2: float, y2: float, colour: str = LINE, width: float = 1, **more: str
-    ) -> None:
-        """Add a straight line."""
-        self._add("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "stroke": colour, "stroke-width": width}, more)
+def one_line(name: str, length: int) -> str:
+    """Return a name as a figure shows it: without line breaks, and not longer than `length`."""
+    return shorten(" ".join(name.split()), length)
 
-    def rect(self, x: float, y: float, w: float, h: float, fill: str, title: str = "", **more: str) -> None:
-        """Add a rectangle; `title` is shown when the pointer rests on it."""
-        self._add("rect", {"x": x, "y": y, "width": w, "height": h, "fill": fill}, more, title)
 
-    def circle(self, x: float, y: float, r: float, fill: str, title: str = "") -> None:
-        """Add a disc."""
-        self._add("circle", {"cx": x, "cy": y, "r": r, "fill": fill}, {}, title)
-
-    def path(self, d: str, title: str = "", **more: str) -> None:
-        """Add a path in SVG's own notation."""
-        self._add("path", {"d": d}, more, title)
-
-    def text(self, x: float, y: float, text: str, size: float = 12, colour: str = MUTED, **more: str) -> None:
-        """Add a line of text; `x`, `y` is its baseline's start."""
-        attributes = self._attributes({"x": x, "y": y, "font-size": size, "fill": colour}, more)
-        self.parts.append(Markup("<text{}>{}</text>").format(attributes, text))
-
-    def svg(self, width: float, height: float, label: str) -> Markup:
-        """Return the drawing; `label` says in words what it shows."""
-        head = Markup(
-            '<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{}" viewBox="0 0 {:.0f} {:.0f}" '
-            'width="{:.0f}" height="{:.0f}" font-family="inherit">'
-        ).format(label, width, height, width, height)
-        return head + Markup("").join(self.parts) + Markup("</svg>")
-
-    def _add(self, tag: str, numbers: dict[str, object], more: dict[str, str], title: str = "") -> None:
-        inner = Markup("<title>{}</title>").format(title) if title else Markup("")
-        self.parts.append(Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), self._attributes(numbers, more), inner))
-
-    @staticmethod
-    def _attributes(numbers: dict[str, object], more: dict[str, str]) -> Markup:
-        texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items()}
-        texts |= {k.rstrip("_").replace("_", "-"): v for k, v in more.items()}
-        return Markup("").join(Markup(' {}="{}"').format(k, v) for k, v in texts.items())
+def text_width(text: str, size: float) -> float:
+    """Return about how wide a text is: the page's fonts are not known, East Asian letters are as wide as high."""
+    return size * sum(1.0 if unicodedata.east_asian_width(letter) in "FW" else 0.57 for letter in text)
 
 
 def legend(names: Sequence[str]) -> Markup:
