@@ -67,7 +67,7 @@ def whole_path(grid: LocalGrid, pool: Pool, folder: Path) -> float:
 
 def main() -> None:
     arguments = options(__doc__)
-    samples, repeats = (2_000, 2) if arguments.quick else (30_000, 7)
+    samples, repeats = (2_000, 2) if arguments.quick else (8_192, 5)
     classes, rows, figures = 10, [], {}
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)

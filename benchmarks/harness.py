@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from rich.table import Table
 
 
 def options(description: str | None) -> argparse.Namespace:
-    """Read --json FILE and --quick."""
+    """Read --json FILE and --quick; start over with the thread policy of the command line where it is not set."""
+    if "OMP_WAIT_POLICY" not in os.environ:  # torch reads it once, when it is imported
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "passive"})
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="a small size, to see that it runs")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from consilience.client.teacher import Teacher, describe_teacher, load_teacher
 from consilience.common.data import open_data
 from consilience.common.encoding import encode
-from consilience.common.errors import PoolError, ProtocolError, StorageError, TeacherError
+from consilience.common.errors import DataError, PoolError, ProtocolError, StorageError, TeacherError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Agreement, Answer, Contract, Question, RefusalCode, SiteCard
 from consilience.common.settings import SiteSettings
@@ -62,7 +62,7 @@ class Site:
             teacher=self.teacher.fingerprint,
             description=description,
             policy=self.settings.policy.version,
-            holdout_accuracy=accuracy,
+            holdout_accuracy=accuracy if self.settings.policy.holdout_accuracy else None,
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
         )
 
@@ -139,5 +139,11 @@ class Site:
             return None
         data = open_data(self.settings.data)
         labels = data.need_labels("The site's private data")
+        missing = [name for name in self.teacher.classes if name not in data.class_names]
+        if missing:
+            raise DataError(
+                f"The private data have no class {missing[0]!r}; they have: {', '.join(data.class_names[:20])}",
+                hint="Name the teacher's classes as the data do, or set policy.class_priors: false",
+            )
         counts = np.array([np.sum(labels == data.class_names.index(name)) for name in self.teacher.classes])
         return tuple(float(share) for share in counts / counts.sum()) if counts.all() else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from consilience.common.errors import DataError, MissingExtraError
 from consilience.common.preprocessing import Images, resize
 from consilience.common.settings import DataSource, EmbeddedData, FolderData, NpzData, TorchvisionData
 
+MOST_CLASSES = 1_000_000
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 
 
@@ -116,7 +118,7 @@ def _open_npz(source: NpzData) -> ImageData:
             present = file.files
     except FileNotFoundError:
         raise DataError(f"{where}: no such file", hint="Correct the path") from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise DataError(
             f"{where}: not an npz file of plain arrays", hint="Save it with numpy.savez, without object arrays"
         ) from error
@@ -131,15 +133,33 @@ def _open_npz(source: NpzData) -> ImageData:
     if source.names and source.names in held:
         names = [str(name) for name in held[source.names]]
     else:
-        names = [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+        names = _numbered(labels, where)
     return from_arrays(held[source.images], labels, names, where=where)
+
+
+def _numbered(labels: NDArray[Any], where: str) -> list[str]:
+    """Return names for classes that have only numbers. Raises `DataError` for labels that cannot be class numbers."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{where}: labels have type {labels.dtype}; allowed: integers", hint="Number the classes")
+    most = int(labels.max(initial=-1))
+    if most >= MOST_CLASSES:
+        raise DataError(
+            f"{where}: label {most} is out of range; allowed: below {MOST_CLASSES:,}", hint="Number classes from 0"
+        )
+    return [str(i) for i in range(most + 1)]
 
 
 def _open_folder(source: FolderData) -> ImageData:
     root = source.path
     if not root.is_dir():
         raise DataError(f"{root}: no such folder", hint="Correct the path")
-    classes = sorted(child.name for child in root.iterdir() if child.is_dir())
+    classes = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    loose = [child.name for child in sorted(root.iterdir()) if child.suffix.lower() in IMAGE_SUFFIXES]
+    if classes and loose:
+        raise DataError(
+            f"{root}: holds folders of classes ({classes[0]}) and loose images ({loose[0]})",
+            hint="Move the loose images into the folder of their class, or all images into one folder",
+        )
     if classes:
         found = [(path, k) for k, name in enumerate(classes) for path in _image_files(root / name)]
         labels = np.array([k for _, k in found], np.int64)
@@ -176,8 +196,15 @@ def _image_files(folder: Path) -> list[Path]:
 def _decode(path: Path, channels: int) -> Images:
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{path}: has more than 8 bits a channel (mode {picture.mode}); allowed: 8",
+                    hint="Convert the images to 8 bits a channel, with a window that suits them",
+                )
             return _as_array(picture, channels)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a decoder fails in many ways on a file that is no image
         raise DataError(f"{path}: cannot be read as an image", hint="Remove or replace the file") from error
 
 

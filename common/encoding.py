@@ -35,8 +35,8 @@ def encode(log_probs: NDArray[np.float32], encoding: Encoding) -> bytes:
 def decode(data: bytes | memoryview, rows: int, classes: int, encoding: Encoding) -> NDArray[np.float32]:
     """Decode `rows` rows over `classes` classes to (rows, classes) float32.
 
-    Raises `ProtocolError` when the length is wrong, or a row is not the log of a distribution: NaN, infinite or
-    positive values, or probabilities that do not sum to 1 within `SUM_TOLERANCE`.
+    Raises `ProtocolError` when the length is wrong, or a row is not the log of a distribution: NaN or infinite
+    values, or probabilities that do not sum to 1 within `SUM_TOLERANCE`.
     """
     expected = rows * row_bytes(classes, encoding)
     if len(data) != expected:

@@ -137,4 +137,6 @@ def lock(folder: Path) -> Iterator[None]:
                 f"Another process is working in {folder}",
                 hint="Wait for it, or name another folder with --out",
             ) from error
+        for stale in folder.rglob(".*.part"):  # what a crash left half-written; nobody else is at work here
+            stale.unlink(missing_ok=True)
         yield

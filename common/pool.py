@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.common.data import ImageData
 from consilience.common.errors import PoolError
-from consilience.common.files import atomic, canonical_json, sha256, sha256_file, storage_error, write_json
+from consilience.common.files import canonical_json, sha256, sha256_file, storage_error, write_bytes, write_json
 from consilience.common.preprocessing import Images
 
 SHARD_BYTES = 16 * 2**20
@@ -70,19 +70,24 @@ class Pool:
     def build(cls, data: ImageData, folder: Path, *, on_progress: Callable[[int], None] | None = None) -> Pool:
         """Write the images of `data`, in order and without labels, as a pool; one shard in memory at a time.
 
-        Raises `PoolError` when the folder already holds another pool, `DataError`, `StorageError`.
+        What is there already and intact is kept, so building again mends a damaged pool. Raises `PoolError` when the
+        folder holds another pool, `DataError`, `StorageError`.
         """
         per_shard = max(1, SHARD_BYTES // int(np.prod(data.shape)))
         shards: list[Shard] = []
-        earlier = cls.open(folder) if (folder / "manifest.json").exists() else None
+        earlier = _read_manifest(folder) if (folder / "manifest.json").exists() else None
         for start in range(0, len(data), per_shard):
             ids = np.arange(start, min(start + per_shard, len(data)))
             pixels = np.ascontiguousarray(data.read(ids)).tobytes()
             shard = Shard(file=f"shard-{len(shards):05d}.bin", count=len(ids), sha256=sha256(pixels))
+            if earlier is not None and shard not in earlier.shards:
+                raise PoolError(
+                    f"{folder} already holds another pool (digest {earlier.digest[:16]})", hint="Name another folder"
+                )
             shards.append(shard)
-            if earlier is None:
-                with atomic(folder / shard.file) as file:
-                    file.write(pixels)
+            path = folder / shard.file
+            if not path.exists() or sha256_file(path) != shard.sha256:
+                write_bytes(path, pixels)
             if on_progress:
                 on_progress(len(ids))
         manifest = Manifest(format=1, shape=data.shape, size=len(data), shards=tuple(shards))
@@ -98,19 +103,7 @@ class Pool:
     def open(cls, folder: Path) -> Pool:
         """Open a pool; checks the manifest and the shards' sizes, not yet their bytes. Raises `PoolError`."""
         path = folder / "manifest.json"
-        try:
-            manifest = Manifest.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise PoolError(
-                f"{folder} holds no pool: manifest.json is missing", hint="Build it with `consilience pool build`"
-            ) from None
-        except OSError as error:
-            raise storage_error(error, path, "read") from error
-        except ValidationError as error:
-            field = ".".join(str(part) for part in error.errors()[0]["loc"])
-            raise PoolError(
-                f"{path}: {field or 'the file'} is not as a manifest must be", hint="Copy or build the pool anew"
-            ) from None
+        manifest = _read_manifest(folder)
         pool = cls(folder, manifest)
         if sum(shard.count for shard in manifest.shards) != manifest.size:
             raise PoolError(f"{path}: size {manifest.size} is not the sum of the shards", hint="Build the pool anew")
@@ -199,3 +192,20 @@ class Pool:
         """Yield (start, samples) in order, `size` samples at a time."""
         for start in range(0, len(self), size):
             yield start, self.read(start, min(start + size, len(self)))
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / "manifest.json"
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise PoolError(
+            f"{folder} holds no pool: manifest.json is missing", hint="Build it with `consilience pool build`"
+        ) from None
+    except OSError as error:
+        raise storage_error(error, path, "read") from error
+    except ValidationError as error:
+        field = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise PoolError(
+            f"{path}: {field or 'the file'} is not as a manifest must be", hint="Copy or build the pool anew"
+        ) from None

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.data import open_data
-from consilience.common.errors import SettingsError
+from consilience.common.errors import PoolError, SettingsError
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import DataSource, FolderData, NpzData, TorchvisionData
@@ -59,7 +59,7 @@ def verify(
     def action() -> Result:
         pool = Pool.open(folder)
         if digest and digest != pool.digest:
-            raise SettingsError(
+            raise PoolError(
                 f"The pool's digest is {pool.digest}, not {digest}", hint="Get the pool that the job speaks of"
             )
         with Reporter() as reporter:

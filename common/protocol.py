@@ -16,14 +16,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from consilience.common.errors import ProtocolError
-from consilience.common.settings import NAME_PATTERN, Encoding
+from consilience.common.settings import NAME_PATTERN, ClassName, Encoding
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 1_000_000
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=NAME_PATTERN)]
-ClassName = Annotated[str, Field(min_length=1, max_length=200)]
+Line = Annotated[str, Field(max_length=500, pattern=r"^\P{C}*$")]
+"""One line of printable characters: a stranger's text is shown on terminals."""
 RefusalCode = Literal[
     "bad-question",
     "unknown-pool",
@@ -69,7 +70,7 @@ class SiteCard(Record):
     encodings: tuple[Encoding, ...] = Field(min_length=1)
     teacher: Digest
     """Fingerprint of the teacher: another teacher has another one."""
-    description: str = Field(max_length=500)
+    description: Line
     """The teacher in words: kind, architecture."""
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
     holdout_accuracy: float | None = Field(default=None, ge=0, le=1)
@@ -175,7 +176,7 @@ class Refusal(Record):
     """Why a site does not answer: a code of the list and a short constant reason."""
 
     code: RefusalCode
-    reason: str = Field(max_length=200)
+    reason: Line
 
     def to_content(self) -> RecordDict:
         """Return the message content that carries the refusal."""

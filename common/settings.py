@@ -17,6 +17,9 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """Lower-case letters, digits and hyphens: also a folder name and a DNS label."""
 
+ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\P{C}*$")]
+"""Printable: a name of a stranger's is shown on terminals and pages."""
+
 Encoding = Literal["f32", "f16"]
 Method = Literal["sd", "ce", "mf-p", "mf-lv", "mf-lf"]
 Across = Literal["centred", "equal", "proportional"]
@@ -26,6 +29,10 @@ class Settings(BaseModel):
     """A part of a settings file: unknown fields are refused, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Size = tuple[Annotated[int, Field(ge=1, le=65_536)], Annotated[int, Field(ge=1, le=65_536)]]
+"""Height, width in pixels."""
 
 
 class NpzData(Settings):
@@ -43,7 +50,7 @@ class FolderData(Settings):
 
     kind: Literal["folder"]
     path: Path
-    size: tuple[int, int] | None = None
+    size: Size | None = None
     channels: Literal[1, 3] = 3
 
 
@@ -54,7 +61,7 @@ class TorchvisionData(Settings):
     dataset: str
     root: Path
     options: dict[str, str | int | bool] = {}
-    size: tuple[int, int] | None = None
+    size: Size | None = None
     channels: Literal[1, 3] = 3
 
 
@@ -75,7 +82,7 @@ class Preprocessing(Settings):
     by repetition and colour to grey by ITU-R 601 luma.
     """
 
-    size: tuple[int, int] | None = None
+    size: Size | None = None
     channels: Literal[1, 3] | None = None
     mean: tuple[float, ...] = (0.5,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
@@ -115,8 +122,15 @@ class TrainTeacher(Settings):
 
 
 class _Hosted(Settings):
-    classes: tuple[str, ...] = Field(min_length=1)
+    classes: tuple[ClassName, ...] = Field(min_length=1)
     preprocessing: Preprocessing
+
+    @model_validator(mode="after")
+    def _each_class_once(self) -> _Hosted:
+        for name in self.classes:
+            if self.classes.count(name) > 1:
+                raise ValueError(f"class {name!r} is named twice; name every class once")
+        return self
 
 
 class StateDictTeacher(_Hosted):
@@ -184,6 +198,8 @@ class Policy(Settings):
     """The finest encoding of log-probabilities that may leave."""
     class_priors: bool = False
     """Whether the shares of the classes in the private data may be told."""
+    holdout_accuracy: bool = False
+    """Whether the teacher's accuracy on private images kept out of its training may be told."""
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -238,7 +254,8 @@ class Ask(Settings):
     retries: int = Field(default=2, ge=0, le=100)
     """How often a failed question is sent again."""
     min_sites: int | None = Field(default=None, ge=1)
-    """With fewer sites that answered every question the job stops; by default it needs them all."""
+    """With fewer sites that answered every question the job stops; by default it needs them all. A site that cannot
+    present itself, or lacks a pool, stops the job whatever stands here."""
 
 
 class Unify(Settings):
@@ -327,3 +344,20 @@ class JobSettings(Settings):
     student: Student = Student()
     judge: Judge = Judge()
     simulation: Simulation | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> JobSettings:
+        if self.unify.prior_correction and self.student.learning != "soft-labels":
+            raise ValueError(
+                f"unify.prior_correction corrects soft labels; student.learning is {self.student.learning!r}, "
+                "which learns from the answers as they are"
+            )
+        if self.simulation is not None:
+            if self.ask.encoding not in self.simulation.policy.encodings:
+                raise ValueError(
+                    f"ask.encoding is {self.ask.encoding!r}; simulation.policy allows: "
+                    f"{', '.join(self.simulation.policy.encodings)}"
+                )
+            if self.simulation.data == self.simulation.test:
+                raise ValueError("simulation.data and simulation.test are the same images; name another split")
+        return self

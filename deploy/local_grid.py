@@ -6,7 +6,9 @@ Does not live here: what is asked and answered. No Ray, no network.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -52,7 +54,9 @@ class LocalGrid(Grid):
             )
             for i, config in enumerate(node_configs)
         }
-        self._locks = {node: threading.Lock() for node in self._contexts}
+        self._waiting: dict[int, deque[tuple[Message, Future[Message]]]] = {node: deque() for node in self._contexts}
+        self._busy: set[int] = set()
+        self._state = threading.Lock()
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="site")
         self._replies: dict[str, Future[Message]] = {}
         self._run: Any = None
@@ -98,7 +102,7 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_src_node_id"] = SERVER_NODE
             identifier = message.object_id
             message.metadata.__dict__["_message_id"] = identifier
-            self._replies[identifier] = self._workers.submit(self._deliver, message)
+            self._replies[identifier] = self._queue(message)
             identifiers.append(identifier)
         return identifiers
 
@@ -118,13 +122,36 @@ class LocalGrid(Grid):
             del self._replies[identifier]
         return replies
 
-    def _deliver(self, message: Message) -> Message:
-        node = message.metadata.dst_node_id
-        with self._locks[node]:
-            try:
-                reply = self._app(through_wire(message), self._contexts[node])
-            except Exception as error:  # as Flower does: a failing app is an error reply, not a dead server
-                reply = Message(
-                    Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=type(error).__name__), reply_to=message
-                )
-            return through_wire(reply)
+    def _queue(self, message: Message) -> Future[Message]:
+        """Put a message into its node's queue: only idle nodes take a worker, so that no worker waits for a node."""
+        node, future = message.metadata.dst_node_id, Future[Message]()
+        with self._state:
+            self._waiting[node].append((message, future))
+            if node not in self._busy:
+                self._busy.add(node)
+                self._workers.submit(self._deliver_next, node)
+        return future
+
+    def _deliver_next(self, node: int) -> None:
+        """Deliver a node's oldest message; then let the other nodes have a turn before its next one."""
+        with self._state:
+            message, future = self._waiting[node].popleft()
+        try:
+            future.set_result(self._deliver(message, node))
+        except BaseException as error:  # whoever waits for the reply must learn of it
+            future.set_exception(error)
+        with self._state:
+            if self._waiting[node]:
+                with contextlib.suppress(RuntimeError):  # the grid is being closed: nobody waits any more
+                    self._workers.submit(self._deliver_next, node)
+            else:
+                self._busy.discard(node)
+
+    def _deliver(self, message: Message, node: int) -> Message:
+        try:
+            reply = self._app(through_wire(message), self._contexts[node])
+        except Exception as error:  # as Flower does: a failing app is an error reply, not a dead server
+            reply = Message(
+                Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=type(error).__name__), reply_to=message
+            )
+        return through_wire(reply)

@@ -7,6 +7,7 @@ production lies at the sites.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -23,11 +24,12 @@ from consilience.common.files import atomic, lock, read_json, write_json
 from consilience.common.nets import epoch_task
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.settings import JobSettings, NpzData, Simulation, SiteSettings
+from consilience.common.settings import JobSettings, Judge, NpzData, Simulation, SiteSettings
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.partition import Partition, partition
 from consilience.server.app import app as server_app
+from consilience.server.learning import check_student
 
 WORKERS = 4
 """Sites that answer at the same time."""
@@ -53,8 +55,12 @@ def simulate(job: JobSettings, run: Path, reporter: Reporter, *, quiet: bool = F
         settings = _with_simulated_parts(job, run)
         _keep_job(settings, run)
         paths = prepare(job.simulation, job, run, reporter)
+        began = time.perf_counter()
         for path in paths:
             train_site(path, reporter)
+        timing = run / "timing.json"
+        if not timing.exists():
+            write_json(timing, {"teachers": time.perf_counter() - began})
         forget_sites()
         nodes = [{"site": str(path)} for path in paths]
         with LocalGrid(client_app, nodes, workers=WORKERS) as grid:
@@ -69,8 +75,17 @@ def simulate(job: JobSettings, run: Path, reporter: Reporter, *, quiet: bool = F
 
 
 def _with_simulated_parts(job: JobSettings, run: Path) -> JobSettings:
-    """Fill in the paths of the pools and the test data that the simulation makes."""
+    """Fill in the paths of the pools and the test data that the simulation makes.
+
+    Raises `SettingsError` when the job names a pool or judging data itself: the simulation would not use them.
+    """
     home = run / "simulation"
+    if job.pool not in (None, home / "pool"):
+        raise SettingsError("job.yaml: fields 'pool' and 'simulation' exclude each other", hint="Leave one of them out")
+    if job.judge != Judge() and job.pool is None:
+        raise SettingsError(
+            "job.yaml: fields 'judge' and 'simulation' exclude each other", hint="Leave one of them out"
+        )
     judge = job.judge.model_copy(
         update={
             "test": NpzData(kind="npz", path=home / "test.npz"),
@@ -84,11 +99,16 @@ def _with_simulated_parts(job: JobSettings, run: Path) -> JobSettings:
 def _keep_job(job: JobSettings, run: Path) -> None:
     path = run / "job.yaml"
     if not path.exists():
-        if any(child.name != ".lock" for child in run.iterdir()):
+        if any(not child.name.startswith(".") for child in run.iterdir()):
             raise RunError(f"{run} is not empty and holds no run", hint="Name another folder with --out")
         dump_settings(job, path)
-    elif load_settings(path, JobSettings) != job:
+        return
+    earlier = load_settings(path, JobSettings)
+    here = {"pool": job.pool, "judge": job.judge}  # a run folder may have been moved
+    if earlier.model_copy(update=here) != job:
         raise RunError(f"{run} already holds a run of another job or seed", hint="Name another folder with --out")
+    if earlier != job:
+        dump_settings(job, path)
 
 
 def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Reporter) -> list[Path]:
@@ -98,6 +118,7 @@ def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Repor
     if done.exists():
         return [home / "sites" / name / "site.yaml" for name in read_json(done)["sites"]]
     data, test = open_data(simulation.data), open_data(simulation.test)
+    check_student(job.student, data.shape)
     if data.shape != test.shape or data.class_names != test.class_names:
         raise DataError(
             "simulation.data and simulation.test differ in image shape or class names", hint="Use one data set's splits"

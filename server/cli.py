@@ -73,6 +73,8 @@ def evaluate(
                 kind="folder", path=data, size=model.shape[:2], channels=3 if model.shape[2] == 3 else 1
             )
         held = open_data(source)
+        if not len(held):
+            raise DataError(f"{data} holds no images", hint="Name labelled images")
         truth = _truth(held, model)
         hits = np.zeros(len(held), bool)
         for start in range(0, len(held), 512):

@@ -30,7 +30,7 @@ from consilience.server.asking import SiteState, agree, ask, collect_cards
 from consilience.server.contract import RunContract
 from consilience.server.events import Events
 from consilience.server.labelling import unify_pool
-from consilience.server.learning import direct_loss, learn, oracle_loss, soft_label_loss
+from consilience.server.learning import check_student, direct_loss, learn, oracle_loss, soft_label_loss
 from consilience.server.publishing import Outcome, gather, publish
 from consilience.server.truth import pool_truth
 
@@ -47,6 +47,7 @@ class Job:
         self.test = open_data(settings.judge.test) if settings.judge.test else None
         self.test_pool = Pool.open(settings.judge.test_pool) if settings.judge.test_pool else None
         self._check_test()
+        check_student(settings.student, self.pool.shape)
         timing = run / "timing.json"
         self.timing: dict[str, float] = dict(read_json(timing)) if timing.exists() else {}
         self._nodes: dict[str, int] = {}
@@ -76,10 +77,19 @@ class Job:
                 f"judge.test has {len(self.test)} of {self.test.shape}",
                 hint="Build the test pool from judge.test",
             )
+        if self.test_pool is not None:
+            for start, images in self.test_pool.blocks(4096):
+                if not np.array_equal(images, self.test.read(np.arange(start, start + len(images)))):
+                    raise PoolError(
+                        f"judge.test_pool holds other images than judge.test, or another order, from sample {start} on",
+                        hint="Build the test pool from judge.test",
+                    )
 
     def do(self, grid: Grid) -> None:
         """Do every stage that is not done. Raises any `ConsilienceError`; what had arrived stays."""
         self.events.add("begin", job=self.settings.name)
+        for pool in self._pools():  # the sites verify their copies; a changed copy here would be learnt from
+            pool.verify()
         with self._stage("ask"):
             contract = self.contract(grid)
             states = self.ask(grid, contract)
@@ -228,11 +238,10 @@ class Job:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage; those before a crash that ended a stage count too."""
+        """Count the seconds of a stage once: a repeat that finds the work done adds nothing."""
         began = time.perf_counter()
         self.events.add("stage", name=name)
-        try:
-            yield
-        finally:
-            self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - began
+        yield
+        if name not in self.timing:
+            self.timing[name] = time.perf_counter() - began
             write_json(self.run / "timing.json", self.timing)

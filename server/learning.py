@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from consilience.common.errors import StudentError
+from consilience.common.errors import SettingsError, StudentError
 from consilience.common.files import canonical_json, create_array, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.nets import Supervised, build, default_device, epoch_task, load_model, save_model, scores, train
@@ -122,6 +122,21 @@ def build_student(
     """Return an untrained student for images of `shape` (H, W, C). Raises `SettingsError`, `MissingExtraError`."""
     channels = preprocessing.channels or shape[2]
     return build(architecture, classes=classes, channels=channels, seed=seed)
+
+
+def check_student(settings: Student, shape: tuple[int, int, int]) -> None:
+    """Find out before anything is asked whether the student can be built for images of `shape` (H, W, C).
+
+    Raises `SettingsError`, `MissingExtraError`.
+    """
+    channels = settings.preprocessing.channels or shape[2]
+    if len(settings.preprocessing.mean) not in (1, channels):
+        raise SettingsError(
+            f"job.yaml: field 'student.preprocessing.mean' has {len(settings.preprocessing.mean)} values; the images "
+            f"have {channels} channels",
+            hint="Give one value for all channels or one each, or set preprocessing.channels",
+        )
+    build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
 
 
 def soft_label_loss(labels: NDArray[np.float32], temperature: float, fingerprint: str) -> FingerprintedLoss:

@@ -42,7 +42,9 @@ from consilience.server.report_svg import (
 
 LABELLED = 40
 """Rows and columns that are still named at a matrix."""
-BLUES, RUSTS = (LinearSegmentedColormap.from_list("", [PAPER, colour]).with_extremes(bad=VOID) for colour in (BLUE, RUST))
+BLUES, RUSTS = (
+    LinearSegmentedColormap.from_list("", [PAPER, colour]).with_extremes(bad=VOID) for colour in (BLUE, RUST)
+)
 
 
 def matrix(
@@ -70,14 +72,15 @@ def matrix(
     column_names = [one_line(n, 18) for n in columns] if n_columns <= LABELLED else []
     size = 12 if cell >= 17 else 9
     slant = [text_width(name, 12) * math.sqrt(0.5) for name in column_names]
-    left = 20 + max((text_width(name, size) for name in row_names), default=0)
-    top = 22 + max(slant, default=0)
+    left = (28 if axes[0] else 16) + max((text_width(name, size) for name in row_names), default=0)
+    top = (28 if axes[1] else 16) + max(slant, default=0)
     # Slanted names may reach beyond the last column.
     right = max((cell * (c + 0.5 - n_columns) + reach + 12 for c, reach in enumerate(slant)), default=8)
     size_of_cells = n_columns * cell, n_rows * cell
     with sheet(left + size_of_cells[0] + max(right, 8), top + size_of_cells[1] + 6, label) as figure:
         ax = _axes(figure, left, top, *size_of_cells)
-        tints = np.ma.where(shares > 0, 0.06 + 0.94 * shares, 0.03)
+        tints = 0.06 + 0.94 * shares
+        tints[shares == 0] = 0.03
         image = BLUES(tints)
         if diagonal:
             image = np.where(np.eye(n_rows, n_columns, dtype=bool)[..., None], image, RUSTS(tints))
@@ -85,10 +88,9 @@ def matrix(
         ax.imshow(image, interpolation="none", aspect="auto")
         ax.xaxis.tick_top()
         ax.set_yticks(range(len(row_names)), row_names, fontsize=size, color=INK)
-        ax.set_xticks(
-            *(range(len(column_names)), column_names),
-            **{"fontsize": 12, "color": INK, "rotation": 45, "rotation_mode": "anchor", "ha": "left", "va": "baseline"},
-        )
+        ax.set_xticks(range(len(column_names)), column_names, fontsize=12, color=INK)
+        for name in ax.get_xticklabels():
+            name.set(rotation=45, rotation_mode="anchor", ha="left", va="baseline")
         ax.spines[:].set_visible(cell < 17)
         if cell >= 17:
             ax.set_xticks(np.arange(n_columns + 1) - 0.5, minor=True)
@@ -114,7 +116,7 @@ def reliability(bins: Sequence[Bin]) -> Markup:
     """Draw how often the student is right against how sure it is, with the number of images in each bin below."""
     side, left, top, strip = 300, 58, 12, 44
     full = [(b.low, b.high, b.count, b.confidence, b.accuracy) for b in bins if b.count]
-    with sheet(left + side + 16, top + side + strip + 66, "Reliability diagram of the student") as figure:
+    with sheet(left + side + 16, top + side + strip + 54, "Reliability diagram of the student") as figure:
         upper, lower = _axes(figure, left, top, side, side), _axes(figure, left, top + side + 16, side, strip)
         for low, high, count, confidence, accuracy in full:
             if confidence is None or accuracy is None:
@@ -145,14 +147,21 @@ def learning_curves(curves: Sequence[tuple[str, str, Sequence[tuple[float, float
     top = 14 + 18 * len(curves)
     points = np.array([point for _, _, curve in curves for point in curve], np.float64)
     first, last, highest = points[:, 0].min(), points[:, 0].max(), max(points[:, 1].max(), 1e-9)
-    with sheet(left + side + 16, top + side + 50, "Learning curves") as figure:
+    with sheet(left + side + 16, top + side + 42, "Learning curves") as figure:
         ax = _axes(figure, left, top, side, side)
         for name, colour, curve in curves:
             # More points than pixels would only make the page larger.
             drawn = [*curve[: -1 : max(1, len(curve) // 300)], curve[-1]]
-            epoch, loss = drawn[-1]
-            words = f"{name}: {decimal(loss)} after epoch {epoch:,.0f}"
-            ax.plot(*zip(*drawn, strict=True), color=colour, linewidth=2, label=words, marker="o", markevery=[-1])
+            words = f"{name}: {decimal(drawn[-1][1])} at the end"
+            ax.plot(
+                *zip(*drawn, strict=True),
+                color=colour,
+                linewidth=2,
+                label=words,
+                marker="o",
+                markevery=[-1],
+                clip_on=False,
+            )
         ax.set(xlim=(first, max(last, first + 1)), ylim=(0, highest * 1.04), xlabel="epoch", ylabel="loss")
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda epoch, _: f"{epoch:,.0f}"))
@@ -199,7 +208,9 @@ def overlap(space: LabelSpace) -> Markup:
 def overlap_ring(space: LabelSpace, most: int = 40) -> Markup:
     """Draw the first `most` sites on a ring; the more classes two share, the stronger the line between them."""
     n = min(most, len(space.sites))
-    radius, side = 180, 580
+    names = [one_line(site, 16) for site in space.sites[:n]]
+    radius = 180
+    side = 2 * (radius + 20 + max(text_width(name, 11) for name in names))
     centre = side / 2
     angles = [2 * math.pi * i / n - math.pi / 2 for i in range(n)]
     spots = [(centre + radius * math.cos(a), centre + radius * math.sin(a)) for a in angles]
@@ -218,7 +229,7 @@ def overlap_ring(space: LabelSpace, most: int = 40) -> Markup:
             ax.text(
                 centre + (radius + 12) * math.cos(angle),
                 centre + (radius + 12) * math.sin(angle),
-                one_line(space.sites[site], 16),
+                names[site],
                 fontsize=11,
                 ha="right" if back else "left",
                 va="center_baseline",

@@ -153,7 +153,7 @@ def partition(findings: Findings) -> dict[str, Any]:
         names[:columns],
         title,
         shown=counts[:rows, :columns],
-        text=(lambda v: f"{v:,.0f}") if part is not None else (lambda v: "✓" if v else "not known"),
+        text=(lambda v: f"{v:,.0f}") if part is not None else (lambda v: "✓"),
     )
     left_out = [number_of(len(sites) - rows, "site")] if rows < len(sites) else []
     left_out += [number_of(len(names) - columns, "class", "classes")] if columns < len(names) else []

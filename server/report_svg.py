@@ -29,8 +29,10 @@ SITE_COLOURS = (
 )
 """Colours of the sites, in the order of the label space; with more sites than colours they repeat."""
 
-STYLE: dict[Any, Any] = {
+STYLE = {
     "figure.dpi": 72,
+    # The font that matplotlib brings along: what it measures by is the same everywhere. The page draws in its own.
+    "font.family": "DejaVu Sans",
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "axes.edgecolor": LINE,
@@ -50,6 +52,7 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 12,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "ytick.major.pad": 6,
     "legend.frameon": False,
     "legend.fontsize": 12,
     "svg.fonttype": "none",
@@ -69,7 +72,8 @@ def sheet(width: float, height: float, label: str) -> Iterator[Figure]:
 
     `label` says in words what is shown; no other figure of the page may have the same, for ids are made from it.
     """
-    with matplotlib.style.context("default"), matplotlib.rc_context(STYLE | {"svg.hashsalt": f"consilience {label}"}):
+    style: dict[Any, Any] = {**STYLE, "svg.hashsalt": f"consilience {label}"}
+    with matplotlib.style.context("default"), matplotlib.rc_context(style):
         yield Figure(figsize=(width / 72, height / 72), label=label)
 
 

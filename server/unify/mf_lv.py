@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from consilience.server.unify.estimate import Estimate
@@ -24,7 +25,8 @@ posed, too little to be seen where two sites share two classes or more."""
 _RICH = 2.0
 """With so many answers per unknown one start finds the lowest minimum known; with fewer, more are tried."""
 
-_MOST_OWN_STARTS = 16
+_MORE_STARTS = 8
+_SPREAD = 1.5
 
 
 class MFLV:
@@ -34,9 +36,9 @@ class MFLV:
     be seen in the answers, and by this convention the typical site is as sharp as the truth. v_i = 0 means
     that site i is ignored.
 
-    Not convex. The minimum is the one near MF-LF of the answers brought to equal size; where answers are few
-    (less than twice the unknowns) it is the lowest one reached from there, from plain MF-LF, and from the
-    answers of each of the (at most 16 largest) sites.
+    Not convex. The minimum is the one near MF-LF of the answers brought to equal size. Where answers are few
+    (less than twice the unknowns) it is the lowest of those reached from there and from a fixed handful of very
+    different slopes; then, too, a lower one may exist.
     """
 
     comparable = False
@@ -47,11 +49,11 @@ class MFLV:
         self._start = MFLF(plan, 0.0)
         groups = [(sites, classes) for sites, classes in plan.groups() if sites.size > 0]
         self._layouts = [Layout(plan, sites, classes) for sites, classes in groups]
-        self._own = [_own_starts(layout) for layout in self._layouts]
+        self._more = [_more_slopes(layout) for layout in self._layouts]
         largest = max(
             (
-                (1 + (len(own) + 1 if own else 0)) * s.size * (8 * c.size + 16 * s.size)
-                for (s, c), own in zip(groups, self._own, strict=True)
+                (1 + len(more)) * s.size * (8 * c.size + 16 * s.size)
+                for (s, c), more in zip(groups, self._more, strict=True)
             ),
             default=0,
         )
@@ -59,11 +61,10 @@ class MFLV:
 
     def __call__(self, log_probs: torch.Tensor) -> Estimate:
         """From stacked log-probabilities (K, b)."""
-        closed = self._start(log_probs)
-        iterations, converged, residual = closed.iterations, closed.converged, closed.residual
-        even = self._start(_equal_size(log_probs, self._plan)).scores
-        scores = torch.zeros_like(even)
-        for layout, own in zip(self._layouts, self._own, strict=True):
+        even = self._start(_equal_size(log_probs, self._plan))
+        scores = torch.zeros_like(even.scores)
+        iterations, converged, residual = even.iterations, even.converged, even.residual
+        for layout, more in zip(self._layouts, self._more, strict=True):
             mask, sizes = layout.mask, layout.mask.sum(1)
             logits = layout.gather(log_probs)
             # Centred per site: an offset only shifts c, and small numbers lose less to rounding.
@@ -75,11 +76,9 @@ class MFLV:
                 else torch.full_like(square, self._regularisation)
             ).clamp(min=1e-30)
             fit = Fit(layout, z, ridge)
-            levels = [even[layout.classes].t()]
-            if own:
-                plain = closed.scores[layout.classes].t()
-                levels += [plain, *(torch.where(mask[site] > 0, z[:, site], plain) for site in own)]
-            found = _lowest(fit, [_guess(fit, u) for u in levels])
+            gauge = (square / sizes.sum()).sqrt().sqrt()[:, None]
+            starts = [torch.cat([gauge * slopes, torch.zeros_like(gauge * slopes)], dim=1) for slopes in more]
+            found = _lowest(fit, [_guess(fit, even.scores[layout.classes].t()), *starts])
             n = layout.shape[0]
             v, c = found.x[:, :n], found.x[:, n:]
             u, _, _ = fit.levels(v, c)
@@ -90,13 +89,16 @@ class MFLV:
         return Estimate(scores, iterations, converged, residual)
 
 
-def _own_starts(layout: Layout) -> list[int]:
-    """The sites whose own answers serve as starts: none where answers abound."""
+def _more_slopes(layout: Layout) -> list[torch.Tensor]:
+    """Slopes (1, n) to start from besides MF-LF's: none where answers abound."""
     sites, classes = layout.shape
-    sizes = layout.mask.sum(1)
-    if float(sizes.sum()) >= _RICH * (classes + 2 * sites) or sites == 1:
+    if sites == 1 or float(layout.mask.sum()) >= _RICH * (classes + 2 * sites):
         return []
-    return torch.argsort(sizes, descending=True, stable=True)[:_MOST_OWN_STARTS].tolist()
+    random = np.random.default_rng(0)
+    return [
+        torch.from_numpy(np.exp(_SPREAD * random.normal(size=(1, sites)))).to(layout.mask.device)
+        for _ in range(_MORE_STARTS)
+    ]
 
 
 def _equal_size(log_probs: torch.Tensor, plan: Plan) -> torch.Tensor:

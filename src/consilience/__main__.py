@@ -24,6 +24,12 @@ from consilience.common.pool_cli import app as pool_app  # noqa: E402
 from consilience.deploy.cli import simulate  # noqa: E402
 from consilience.server.cli import app as student_app  # noqa: E402
 
+OTHER_CODES = {
+    0: "Success.",
+    2: "The command line itself is wrong; --help of the command shows what it takes.",
+    130: "Interrupted (Ctrl-C). The same command again goes on from there.",
+}
+
 app = typer.Typer(
     name="consilience",
     help="One classifier from many private ones.",
@@ -43,8 +49,10 @@ def explain(
     """Say what an exit code means and what to do next."""
 
     def action() -> Result:
+        if code in OTHER_CODES:
+            return {"code": code, "name": "", "explanation": OTHER_CODES[code]}, OTHER_CODES[code]
         if code not in REGISTRY:
-            known = ", ".join(str(number) for number in sorted(REGISTRY))
+            known = ", ".join(str(number) for number in sorted({*REGISTRY, *OTHER_CODES}))
             raise SettingsError(f"{code} is no exit code of consilience; known: {known}", hint="Correct the code")
         kind = REGISTRY[code]
         return {"code": code, "name": kind.name, "explanation": kind.explanation}, f"{kind.name}: {kind.explanation}"

@@ -17,7 +17,7 @@ from consilience.client import app as app_module
 from consilience.client.site import RefusedError, Site
 from consilience.common.data import from_arrays
 from consilience.common.encoding import decode, encode
-from consilience.common.errors import TeacherError
+from consilience.common.errors import DataError, TeacherError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Answer, CardRequest, Contract, Question, Refusal, SiteCard
 from consilience.common.settings import CallableTeacher, NpzData, Policy, Preprocessing, SiteSettings
@@ -125,6 +125,20 @@ def test_class_priors_are_told_only_if_the_policy_says_so(site: Site, tmp_path: 
         update={"policy": Policy(class_priors=True), "data": NpzData(kind="npz", path=tmp_path / "d.npz")}
     )
     assert Site(open_minded, teacher).card.class_priors == (0.5, 0.25, 0.25)
+
+
+def test_priors_of_other_names_are_an_error_and_accuracy_is_told_only_if_allowed(
+    site: Site, tmp_path: Path, teacher: Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((1, 2, 2), np.uint8), y=np.array([0]), names=np.array(["Cat"]))
+    data = NpzData(kind="npz", path=tmp_path / "d.npz")
+    other = site.settings.model_copy(update={"policy": Policy(class_priors=True), "data": data})
+    with pytest.raises(DataError, match="no class 'cat'; they have: Cat"):
+        Site(other, teacher).card.class_priors  # noqa: B018
+    monkeypatch.setattr("consilience.client.site.describe_teacher", lambda settings: ("a teacher", 0.75))
+    told = site.settings.model_copy(update={"policy": Policy(holdout_accuracy=True)})
+    assert Site(site.settings, teacher).card.holdout_accuracy is None
+    assert Site(told, teacher).card.holdout_accuracy == 0.75
 
 
 def contract(pool: Pool, **changes: Any) -> Contract:

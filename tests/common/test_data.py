@@ -56,6 +56,9 @@ def test_npz_without_labels(tmp_path: Path, pixels: np.ndarray) -> None:
         ({"x": np.zeros(4, np.uint8)}, ["(4,)"]),
         ({"x": np.zeros((2, 2, 2), np.uint8), "y": np.array([0])}, ["labels have shape (1,)", "(2,)"]),
         ({"x": np.zeros((1, 2, 2), np.uint8), "y": np.array([0.5])}, ["float64"]),
+        ({"x": np.zeros((1, 2, 2), np.uint8), "y": np.array([np.nan])}, ["float64"]),
+        ({"x": np.zeros((1, 2, 2), np.uint8), "y": np.array(["cat"])}, ["<U3"]),
+        ({"x": np.zeros((1, 2, 2), np.uint8), "y": np.array([10**12])}, ["label 1000000000000"]),
         (
             {"x": np.zeros((2, 2, 2), np.uint8), "y": np.array([0, 7]), "names": np.array(["a", "b"])},
             ["label 7 of sample 1", "0 to 1"],
@@ -87,6 +90,10 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(DataError, match="not an npz file"):
             open_data(NpzData(kind="npz", path=path))
+    with path.open("wb") as file:
+        np.save(file, np.zeros((1, 2, 2), np.uint8))
+    with pytest.raises(DataError, match="not an npz file"):
+        open_data(NpzData(kind="npz", path=path))
     np.savez(path, x=np.array([{}], object))
     with pytest.raises(DataError, match="plain arrays"):
         open_data(NpzData(kind="npz", path=path))
@@ -136,6 +143,21 @@ def test_folders_without_images_and_broken_images(tmp_path: Path) -> None:
         open_data(FolderData(kind="folder", path=tmp_path))
     with pytest.raises(DataError, match="no such file"):
         load_image(tmp_path / "missing.png", (4, 4, 3))
+
+
+def test_more_than_8_bits_are_refused_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 1000]], np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: has more than 8 bits a channel"):
+        open_data(FolderData(kind="folder", path=tmp_path))
+
+
+def test_hidden_folders_are_no_classes_and_loose_images_are_not_lost(tmp_path: Path, pixels: np.ndarray) -> None:
+    save(tmp_path / "cat" / "a.png", pixels[0])
+    save(tmp_path / ".checkpoints" / "a.png", pixels[0])
+    assert open_data(FolderData(kind="folder", path=tmp_path)).class_names == ("cat",)
+    save(tmp_path / "b.png", pixels[0])
+    with pytest.raises(DataError, match=r"folders of classes \(cat\) and loose images \(b\.png\)"):
+        open_data(FolderData(kind="folder", path=tmp_path))
 
 
 def test_one_image_is_brought_to_the_shape(tmp_path: Path, pixels: np.ndarray) -> None:

@@ -82,6 +82,20 @@ def test_a_shard_of_another_size_is_found_on_opening(tmp_path: Path, damage: str
         Pool.open(tmp_path)
 
 
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_building_again_mends_a_damaged_pool(tmp_path: Path, damage: str) -> None:
+    digest = Pool.build(images(), tmp_path).digest
+    shard = tmp_path / "shard-00001.bin"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(bytes(shard.stat().st_size))
+    pool = Pool.build(images(), tmp_path)
+    pool.verify()
+    assert pool.digest == digest
+
+
 @pytest.mark.parametrize(
     "change",
     [

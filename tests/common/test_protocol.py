@@ -60,6 +60,8 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
         {"classes": ()},
         {"classes": ("",)},
         {"classes": ("x" * 201,)},
+        {"classes": ("\x1b[2Jowned",)},
+        {"description": "one\ntwo"},
         {"encodings": ("f64",)},
         {"teacher": "abc"},
         {"policy": "x" * 16},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -59,6 +61,39 @@ def test_replies_name_their_message_and_are_given_once() -> None:
     assert set(by_id) == set(ids)
     assert not by_id[ids[0]].has_error()
     assert by_id[ids[1]].error.reason == "LoadClientAppError" or "secret" not in str(by_id[ids[1]].error.reason)
+
+
+def test_nodes_answer_side_by_side_and_a_node_one_message_at_a_time() -> None:
+    running: set[int] = set()
+    most, lock, together = 0, threading.Lock(), threading.Barrier(3, timeout=30)
+    app = ClientApp()
+
+    @app.query("meet")
+    def meet(message: Message, context: Context) -> Message:
+        nonlocal most
+        with lock:
+            assert context.node_id not in running
+            running.add(context.node_id)
+            most = max(most, len(running))
+        if message.content.config_records["c"]["first"]:
+            together.wait()  # passes only when all three nodes are at work at once
+        with lock:
+            running.discard(context.node_id)
+        return Message(RecordDict(), reply_to=message)
+
+    with LocalGrid(app, [{}, {}, {}], workers=3) as grid:
+        nodes = list(grid.get_node_ids())
+        messages = [
+            Message(
+                RecordDict({"c": ConfigRecord({"first": i == 0, "i": i})}), dst_node_id=node, message_type="query.meet"
+            )
+            for node in nodes  # all of the first node's messages come before the second's
+            for i in range(4)
+        ]
+        replies = list(grid.send_and_receive(messages))
+    assert not any(reply.has_error() for reply in replies)
+    assert len(replies) == 12
+    assert most == 3
 
 
 def test_what_cannot_be_serialised_does_not_pass() -> None:

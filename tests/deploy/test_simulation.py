@@ -150,6 +150,26 @@ def test_another_job_or_seed_is_not_done_in_the_same_folder(copy: Path, home: Pa
     assert (copy / "report.json").exists()
 
 
+def test_a_folder_that_a_crash_left_with_half_a_file_is_used(
+    home: Path, consilience: Command, tmp_path: Path, run: Path
+) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".job.yaml.123-456.part").write_text("name: sm")
+    assert consilience("simulate", home / "job.yaml", "--out", tmp_path).exit_code == 0
+    assert comparable(read_json(tmp_path / "report.json")) == comparable(read_json(run / "report.json"))
+    assert not list(tmp_path.rglob(".*.part"))
+
+
+def test_a_run_may_be_moved(run: Path, home: Path, consilience: Command, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "moved")
+    before = read_json(run / "report.json")
+    assert consilience("simulate", home / "job.yaml", "--out", tmp_path / "moved").exit_code == 0
+    after = read_json(tmp_path / "moved" / "report.json")
+    assert comparable(after) == comparable(before)
+    assert after["timing"] == before["timing"]
+    assert str(run) not in (tmp_path / "moved" / "job.yaml").read_text()
+
+
 def test_a_strange_folder_is_left_alone(home: Path, consilience: Command, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     result = consilience("simulate", home / "job.yaml", "--out", tmp_path)
@@ -177,8 +197,8 @@ def test_a_pool_that_changed_under_the_sites_is_refused(copy: Path, home: Path, 
     content[3] ^= 8
     shard.write_bytes(content)
     result = consilience("simulate", home / "job.yaml", "--out", copy)
-    assert result.exit_code == 9
-    assert "pool-damaged" in result.stderr
+    assert result.exit_code == 5
+    assert "bytes differ from the manifest" in result.stderr
 
 
 def test_a_full_disk_keeps_what_arrived(
@@ -224,6 +244,10 @@ def test_the_student_can_learn_from_the_answers_directly(tmp_path: Path, consili
     ("change", "code", "words"),
     [
         ({"surprise": 1}, 3, "'surprise' is unknown"),
+        ({"pool": "somewhere"}, 3, "'pool' and 'simulation' exclude each other"),
+        ({"judge": {"test": {"kind": "embedded"}}}, 3, "'judge' and 'simulation' exclude each other"),
+        ({"unify": {"prior_correction": True}, "student": {"learning": "direct-ce"}}, 3, "corrects soft labels"),
+        ({"student": {"preprocessing": {"mean": [0, 0, 0], "std": [1, 1, 1], "channels": None}}}, 3, "has 3 values"),
         ({"unify": {"method": "mean"}}, 3, "'unify.method' is 'mean'"),
         ({"unify": {"weights": {"site-9": 2}}}, 3, "names no connected site"),
         ({"labels": {"classes": ["Bag", "Boot"]}}, 6, "no site knows the class 'Boot'"),
@@ -312,7 +336,7 @@ def test_predict_evaluate_and_export(run: Path, tmp_path: Path, consilience: Com
         (["student", "predict", "x.png", "--student", "nowhere"], 12, "holds no student"),
         (["student", "evaluate", "missing.npz", "--student", "{student}"], 4, "no such file"),
         (["pool", "show", "nowhere"], 5, "holds no pool"),
-        (["pool", "verify", "{pool}", "--digest", "abc"], 3, "not abc"),
+        (["pool", "verify", "{pool}", "--digest", "abc"], 5, "not abc"),
         (["pool", "build", "nowhere", "pool", "--size", "big"], 3, "HEIGHTxWIDTH"),
         (["pool", "build", "nowhere", "pool", "--channels", "2"], 3, "allowed: 1, 3"),
         (["site", "show", "nowhere.yaml"], 3, "No such file"),
@@ -346,4 +370,5 @@ def test_pool_and_site_commands(run: Path, tmp_path: Path, consilience: Command)
 
 def test_explain_and_version(consilience: Command) -> None:
     assert "pool" in consilience("explain", 5).stdout
+    assert "Ctrl-C" in consilience("explain", 130).stdout
     assert consilience("--version").stdout.startswith("consilience ")

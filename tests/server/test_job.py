@@ -173,6 +173,22 @@ def test_a_pool_that_changed_since_the_run_began_is_refused(home: Path, reporter
         do(home, {"one": honest}, reporter)
 
 
+def test_a_test_pool_with_other_images_is_refused(home: Path, reporter: Reporter) -> None:
+    with np.load(home / "test.npz") as file:
+        held = dict(file)
+    np.savez(home / "test.npz", x=held["x"][::-1], y=held["y"], names=held["names"])
+    with pytest.raises(PoolError, match="other images than judge.test, or another order"):
+        do(home, {"one": honest}, reporter)
+
+
+def test_a_pool_whose_bytes_changed_at_the_server_is_not_learnt_from(home: Path, reporter: Reporter) -> None:
+    do(home, {"one": honest}, reporter)
+    shard = home / "pool" / "shard-00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(PoolError, match="bytes differ from the manifest"):
+        do(home, {"one": honest}, reporter)
+
+
 @pytest.mark.parametrize("method", ["sd", "mf-p", "mf-lv", "mf-lf"])
 def test_every_method_of_unification_makes_labels(home: Path, reporter: Reporter, method: str) -> None:
     report = do(home, {"one": honest, "two": honest}, reporter, unify={"method": method}, judge={"pool_labels": None})
