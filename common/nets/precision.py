@@ -35,10 +35,16 @@ def decide(
     kept = _read(path, key)
     if kept is not None:
         return kept
+
+    def waited(bf16: bool) -> None:
+        step(bf16)
+        if device.type == "cuda":  # a step is over when the GPU is done, not when it has been told
+            torch.cuda.synchronize(device)
+
     decision: dict[str, Any] = {"key": key, "precision": "f32"}
     possible = device.type != "cuda" or torch.cuda.is_bf16_supported()
     if fit.precision == "auto" and possible and steps >= MIN_STEPS:
-        f32, bf16 = measure(step, device)
+        f32, bf16 = measure(waited)
         decision |= {"f32_step_seconds": f32, "bf16_step_seconds": bf16}
         decision["precision"] = "bf16" if f32 >= WORTH * bf16 else "f32"
     if path is not None:
@@ -46,15 +52,13 @@ def decide(
     return bool(decision["precision"] == "bf16")
 
 
-def measure(step: Callable[[bool], None], device: torch.device) -> tuple[float, float]:
+def measure(step: Callable[[bool], None]) -> tuple[float, float]:
     """Return the seconds of a step in f32 and in bf16: in turn, the best of a few, after one each to warm up."""
     best = [float("inf"), float("inf")]
     for round_ in range(ROUNDS + 1):
         for bf16 in (False, True):
             began = time.perf_counter()
             step(bf16)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             if round_:
                 best[bf16] = min(best[bf16], time.perf_counter() - began)
     return best[0], best[1]

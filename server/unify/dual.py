@@ -21,7 +21,7 @@ STEP_TOLERANCE = 1e-5
 """max - min of the last Newton step. After a step of length R the distance left is of order R^2 in every
 coordinate, whatever the links weigh, so what is left is about 1e-10."""
 
-CERTAIN = 1e-9
+CERTAIN = 1e-7
 """From sums only: rounding must not move the solution by more than this, else it does not count as converged."""
 
 MAX_ITERATIONS = 500
@@ -122,7 +122,7 @@ def _newton(
                 terms = kind(overlap, masses, lam)
         step, weakest = potentials(*terms.system())
         if kind is Summed:
-            certain = weakest * CERTAIN >= torch.finfo(lam.dtype).eps * masses.sets.sum(0)
+            certain = weakest * CERTAIN >= torch.finfo(lam.dtype).eps * overlap.weights.sum()
         length = step.amax(0) - step.amin(0)
         # The third derivative of a log-sum-exp is at most max - min of the direction times the second: this
         # damping never increases Phi, and tends to 1 as the steps get short.

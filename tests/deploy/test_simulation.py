@@ -230,7 +230,7 @@ def test_a_full_disk_keeps_what_arrived(
 
 @pytest.mark.parametrize("learning", ["direct-ce", "direct-mf-lf"])
 def test_the_student_can_learn_from_the_answers_directly(tmp_path: Path, consilience: Command, learning: str) -> None:
-    fit = {"epochs": 8, "precision": "f32", "augment": False}
+    fit = {"epochs": 10, "batch_size": 16, "precision": "f32", "augment": False}
     student = {"architecture": "cnn3", "fit": fit, "learning": learning}
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(job(student=student)))

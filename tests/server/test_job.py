@@ -177,7 +177,7 @@ def test_a_test_pool_with_other_images_is_refused(home: Path, reporter: Reporter
     with np.load(home / "test.npz") as file:
         held = dict(file)
     np.savez(home / "test.npz", x=held["x"][::-1], y=held["y"], names=held["names"])
-    with pytest.raises(PoolError, match="other images than judge.test, or another order"):
+    with pytest.raises(PoolError, match=r"other images than judge\.test, or another order"):
         do(home, {"one": honest}, reporter)
 
 

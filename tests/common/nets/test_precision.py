@@ -68,7 +68,7 @@ def test_measurement_takes_turns_and_the_best(monkeypatch: pytest.MonkeyPatch) -
         clock[0] += next(lasts)
 
     monkeypatch.setattr(precision.time, "perf_counter", lambda: clock[0])
-    assert precision.measure(step, torch.device("cpu")) == (2, 7)
+    assert precision.measure(step) == (2, 7)
     assert turns == [False, True] * 4
 
 
