@@ -84,23 +84,25 @@ class Primal:
     def value(self, u: FloatArray, target: FloatArray) -> tuple[float, FloatArray]:
         """Return the objective and its gradient."""
         probs, levels = self._forward(u)
-        return float(levels.sum() - target @ u), np.bincount(self.columns, probs, self.classes) - target
+        sums = np.bincount(self.columns, probs, self.classes)
+        return float(levels.sum() - target @ u), np.asarray(sums - target, np.float64)
 
     def hessian_product(self, u: FloatArray, direction: FloatArray, _: FloatArray) -> FloatArray:
         """Return the Hessian times a direction."""
         probs, _levels = self._forward(u)
         along = direction[self.columns]
         mean = np.add.reduceat(probs * along, self.starts)
-        return np.bincount(self.columns, probs * (along - mean[self.site]), self.classes)
+        return np.asarray(np.bincount(self.columns, probs * (along - mean[self.site]), self.classes), np.float64)
 
 
 def scipy_solve(task: Task, target: FloatArray, method: str) -> tuple[float, FloatArray, float]:
     """Return seconds per sample, the labels, and the largest gradient entry that SciPy left."""
     primal = Primal(task)
-    solve: Callable[..., Any] = (
-        partial(minimize, method="L-BFGS-B", options={"gtol": TOLERANCE, "ftol": 0.0, "maxiter": 5000, "maxfun": 5000})
+    scipy: Callable[..., Any] = minimize
+    solve = (
+        partial(scipy, method="L-BFGS-B", options={"gtol": TOLERANCE, "ftol": 0.0, "maxiter": 5000, "maxfun": 5000})
         if method == "L-BFGS-B"
-        else partial(minimize, method=method, hessp=primal.hessian_product, options={"xtol": TOLERANCE})
+        else partial(scipy, method=method, hessp=primal.hessian_product, options={"xtol": TOLERANCE})
     )
     began = time.perf_counter()
     found = [solve(primal.value, np.zeros(task.num_classes), args=(row,), jac=True).x for row in target]

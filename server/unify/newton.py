@@ -17,12 +17,17 @@ GRADIENT_TOLERANCE = 1e-9
 """Converged: every |gradient_k| / sqrt(scale_k * data) is below this, `data` being the sample's sum of squares,"""
 
 STEP_TOLERANCE = 1e-6
-"""the last step was accepted, nearly undamped and with a positive definite Hessian, and changed no unknown by
-more than this (relative to max(1, |x|))."""
+"""the last step was accepted, changed no unknown by more than this (relative to max(1, |x|)), was nearly undamped
+in every direction,"""
+
+LEAST_CURVATURE = 1e-9
+"""and the Hessian, in units where the unknowns' own curvatures are 1, was positive definite by at least this.
+Below it rounding of the gradient decides where the minimum is."""
 
 MAX_ITERATIONS = 200
 
-_NEARLY_UNDAMPED = 1e-6
+_NEARLY_UNDAMPED = 1e-3  # of the least curvature
+_LEAST_DAMPING = 1e-12
 _NOISE = 1e-15
 
 
@@ -75,7 +80,7 @@ def minimise(
         torch.zeros_like(x[:, 0]),
     )
     damping = torch.full_like(x[:, 0], 1e-3)
-    settled = torch.zeros_like(out.converged)
+    settled = stuck = torch.zeros_like(out.converged)
     for iteration in range(max_iterations + 1):
         at = objective.derivatives(x)
         held = bounded & (x <= 0) & (at.gradient > 0)
@@ -83,7 +88,7 @@ def minimise(
         data = objective.data()
         residual = (gradient.abs() / torch.sqrt(at.scale * data[:, None])).amax(1)
         finished = settled & (residual <= GRADIENT_TOLERANCE)
-        stop = finished | (damping > 1e12)
+        stop = finished | stuck
         if iteration == max_iterations:
             stop = torch.ones_like(stop)
         if bool(stop.any()):
@@ -96,29 +101,32 @@ def minimise(
             objective, x, rows, damping, data = objective.select(keep), x[keep], rows[keep], damping[keep], data[keep]
             held, gradient = held[keep], gradient[keep]
             at = Derivatives(at.value[keep], at.gradient[keep], at.hessian[keep], at.scale[keep])
-        step, definite = _step(at, gradient, held, damping)
+        step, curvature = _step(at, gradient, held, damping)
         trial = x + step
         trial = torch.where(bounded, trial.clamp(min=0.0), trial)
         value = objective.value(trial)
-        better = definite & (value <= at.value + _NOISE * data)
+        better = (curvature > 0) & (value <= at.value + _NOISE * data)
         length = ((trial - x).abs() / x.abs().clamp(min=1.0)).amax(1)
-        settled = better & (damping <= _NEARLY_UNDAMPED) & (length <= STEP_TOLERANCE)
+        short = better & (length <= STEP_TOLERANCE)
+        settled = short & (damping <= _NEARLY_UNDAMPED * curvature) & (curvature >= LEAST_CURVATURE)
+        stuck = (short & ~settled & (damping <= _LEAST_DAMPING)) | (damping > 1e12)
         x = torch.where(better[:, None], trial, x)
-        damping = torch.where(better, (damping * 0.1).clamp(min=1e-12), (damping * 8.0).clamp(min=1e-6))
+        damping = torch.where(better, (damping * 0.1).clamp(min=_LEAST_DAMPING), (damping * 8.0).clamp(min=1e-6))
     return out
 
 
 def _step(
     at: Derivatives, gradient: torch.Tensor, held: torch.Tensor, damping: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-(H + damping * scale)^-1 gradient over the unknowns that are free, and whether the matrix was definite."""
+    """-(H + damping * scale)^-1 gradient over the free unknowns, and the least pivot, 0 if it is not definite."""
     # In units where every scale is 1; held unknowns become rows of the identity.
     unit = torch.rsqrt(at.scale)
     free = (~held).to(unit.dtype)
     matrix = at.hessian * (unit * free)[:, :, None] * (unit * free)[:, None]
     matrix.diagonal(dim1=1, dim2=2).add_(damping[:, None] + (1.0 - free))
     factor, info = torch.linalg.cholesky_ex(matrix)
-    definite = info == 0
-    factor[~definite] = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
+    factor[info != 0] = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     step = torch.cholesky_solve(-(gradient * unit)[:, :, None], factor)[:, :, 0] * unit
-    return step, definite & step.isfinite().all(1)
+    pivot = factor.diagonal(dim1=1, dim2=2).amin(1) ** 2 - damping
+    sound = (info == 0) & step.isfinite().all(1)
+    return step, torch.where(sound, pivot.clamp(min=1e-300), torch.zeros_like(pivot))

@@ -56,8 +56,8 @@ def draw_problem(
 ) -> Problem:
     """Draw 2 to 6 sites over 3 to 12 classes: random sets or a chain, with or without noise, weights, sharpness."""
     random = np.random.default_rng(seed)
-    noise = random.choice([0.0, 0.1, 0.5, 1.0]) if noise is None else noise
-    scale = random.choice([0.5, 1.5, 2.5]) if scale is None else scale
+    level = float(random.choice([0.0, 0.1, 0.5, 1.0])) if noise is None else noise
+    spread = float(random.choice([0.5, 1.5, 2.5])) if scale is None else scale
     chain = bool(random.random() < 0.2) if chain is None else chain
     while True:
         sites, classes = int(random.integers(2, 7)), int(random.integers(3, 13))
@@ -71,8 +71,8 @@ def draw_problem(
             break
     used = np.unique(np.concatenate(sets))
     sets = [np.searchsorted(used, s) for s in sets]
-    truth = scale * random.normal(size=(samples, used.size))
-    logits = [truth[:, s] + noise * random.normal(size=(samples, s.size)) for s in sets]
+    truth = spread * random.normal(size=(samples, used.size))
+    logits = [truth[:, s] + level * random.normal(size=(samples, s.size)) for s in sets]
     weights = np.exp(random.normal(0, 0.5, sites)) if random.random() < 0.5 else np.ones(sites)
     return Problem(logits, sets, used.size, weights, softmax(truth))
 

@@ -74,7 +74,7 @@ def test_mf_lf(draw: Draw, ridge: float) -> None:
         for row in range(SAMPLES):
             scaled = [np.sqrt(w) * z[row] for z, w in zip(problem.logits, problem.weights, strict=True)]
             given = np.concatenate([*scaled, np.zeros(classes)])
-            u = np.linalg.lstsq(matrix, given, rcond=1e-12)[0][:classes]
+            u = np.asarray(np.linalg.lstsq(matrix, given, rcond=1e-12)[0][:classes], np.float64)
             np.testing.assert_allclose(found.probs[row], softmax(u), atol=1e-6, err_msg=str(seed))
 
 

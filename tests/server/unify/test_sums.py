@@ -102,11 +102,12 @@ def test_refused(sums: Any, parts: list[str]) -> None:
 
 
 def test_options_are_checked() -> None:
-    for options, part in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"across": "best"}, "across 'best'"),
         ({"block": 0}, "block 0"),
         ({"weights": [1.0, -1.0]}, "weight -1.0 of site 1"),
         ({"device": "gpu"}, "'gpu'"),
-    ):
+    ]
+    for options, part in wrong:
         with pytest.raises(UnifyError, match=part):
             unify_sums(GOOD, [[0, 1], [1, 2]], **options)
