@@ -25,7 +25,7 @@ posed, too little to be seen where two sites share two classes or more."""
 _RICH = 2.0
 """With so many answers per unknown one start finds the lowest minimum known; with fewer, more are tried."""
 
-_MORE_STARTS = 8
+_MORE_STARTS = 4
 _SPREAD = 1.5
 
 
