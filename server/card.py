@@ -180,7 +180,9 @@ def _privacy(findings: Findings) -> str:
             "No formal guarantee: soft labels over the pool left the sites. No private sample, weight or gradient "
             "did, and no code of the server ran at a site. An answer is one log-probability for each class of the "
             "site; answers can tell something about the data that a teacher was trained on, and so can this student, "
-            "which was trained from them. Beside its card (name, class names, teacher in words) each site let out:",
+            "which was trained from them. Beside its site card (name, class names, the teacher in words and its "
+            "fingerprint, the policy's version; where the policy allows it, the teacher's accuracy on held-out private "
+            "images and the shares of the classes) each site let out:",
             table(head, rows, right=4),
         ]
     )
