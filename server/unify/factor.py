@@ -56,26 +56,30 @@ class Fit:
         """The same for some samples of the block."""
         return Fit(self.layout, self.z[rows], self.ridge[rows])
 
-    def levels(self, v: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u (b, m), the denominator D_l = lambda + sum_i w_i v_i^2 (b, m), and the residuals E (b, n, m)."""
+    def levels(self, v: torch.Tensor, c: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """u (b, m), the denominator D_l = lambda + sum_i w_i v_i^2 (b, m), and z - c (b, n, m)."""
         mask, weights = self.layout.mask, self.layout.weights
-        shifted = self.z - c[:, :, None] * mask
+        shifted = self.z if c is None else self.z - c[:, :, None] * mask
         below = self.ridge[:, None] + (weights * v**2) @ mask
-        u = torch.einsum("bn,bnm->bm", weights * v, shifted) / below
-        return u, below, shifted - v[:, :, None] * (u[:, None] * mask)
+        return ((weights * v)[:, None] @ shifted)[:, 0] / below, below, shifted
 
-    def value(self, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def _left(self, v: torch.Tensor, u: torch.Tensor, shifted: torch.Tensor) -> torch.Tensor:
+        """Residuals (b, n, m)."""
+        return shifted - v[:, :, None] * (u[:, None] * self.layout.mask)
+
+    def value(self, v: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
         """F, (b,)."""
-        u, _, left = self.levels(v, c)
-        return self._value(v, u, left)
+        u, _, shifted = self.levels(v, c)
+        return self._value(v, u, self._left(v, u, shifted))
 
     def _value(self, v: torch.Tensor, u: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
         return (left**2).sum(2) @ self.layout.weights + self.ridge * ((u**2).sum(1) + (v**2).sum(1))
 
-    def derivatives(self, v: torch.Tensor, c: torch.Tensor) -> Derivatives:
+    def derivatives(self, v: torch.Tensor, c: torch.Tensor | None = None) -> Derivatives:
         """Up to second order, u eliminated by its Schur complement."""
         mask, weights = self.layout.mask, self.layout.weights
-        u, below, left = self.levels(v, c)
+        u, below, shifted = self.levels(v, c)
+        left = self._left(v, u, shifted)
         double = 2.0 * weights
         spread = (u**2) @ mask.t()
         cross_v = -double[:, None] * (left - v[:, :, None] * (u[:, None] * mask))
@@ -92,7 +96,7 @@ class Fit:
         mixed = double * (u @ mask.t())
         hessian[:, index, n + index] += mixed
         hessian[:, n + index, index] += mixed
-        gradient_v = -double * torch.einsum("bnm,bm->bn", left, u) + 2.0 * self.ridge[:, None] * v
+        gradient_v = -double * (left @ u[:, :, None])[:, :, 0] + 2.0 * self.ridge[:, None] * v
         gradient = torch.cat([gradient_v, -double * left.sum(2)], dim=1)
         return Derivatives(self._value(v, u, left), gradient, hessian, torch.cat([diagonal_v, diagonal_c], dim=1))
 

@@ -25,8 +25,10 @@ posed, too little to be seen where two sites share two classes or more."""
 _RICH = 2.0
 """With so many answers per unknown one start finds the lowest minimum known; with fewer, more are tried."""
 
-_MORE_STARTS = 4
-_SPREAD = 1.5
+_MORE_STARTS = 8
+
+_LEAST_SLOPE = 0.3
+"""A start gives every site at least this share of the mean |slope|: a site that starts ignored tends to stay so."""
 
 
 class MFLV:
@@ -37,8 +39,8 @@ class MFLV:
     that site i is ignored.
 
     Not convex. The minimum is the one near MF-LF of the answers brought to equal size. Where answers are few
-    (less than twice the unknowns) it is the lowest of those reached from there and from a fixed handful of very
-    different slopes; then, too, a lower one may exist.
+    (less than twice the unknowns) it is the lowest of those reached from there and from a fixed handful of
+    arbitrary u; then, too, a lower one may exist.
     """
 
     comparable = False
@@ -49,7 +51,7 @@ class MFLV:
         self._start = MFLF(plan, 0.0)
         groups = [(sites, classes) for sites, classes in plan.groups() if sites.size > 0]
         self._layouts = [Layout(plan, sites, classes) for sites, classes in groups]
-        self._more = [_more_slopes(layout) for layout in self._layouts]
+        self._more = [_more_levels(layout) for layout in self._layouts]
         largest = max(
             (
                 (1 + len(more)) * s.size * (8 * c.size + 16 * s.size)
@@ -76,9 +78,9 @@ class MFLV:
                 else torch.full_like(square, self._regularisation)
             ).clamp(min=1e-30)
             fit = Fit(layout, z, ridge)
-            gauge = (square / sizes.sum()).sqrt().sqrt()[:, None]
-            starts = [torch.cat([gauge * slopes, torch.zeros_like(gauge * slopes)], dim=1) for slopes in more]
-            found = _lowest(fit, [_guess(fit, even.scores[layout.classes].t()), *starts])
+            size = (square / sizes.sum()).sqrt()[:, None]
+            levels = [even.scores[layout.classes].t(), *(size * u for u in more)]
+            found = _lowest(fit, [_guess(fit, u) for u in levels])
             n = layout.shape[0]
             v, c = found.x[:, :n], found.x[:, n:]
             u, _, _ = fit.levels(v, c)
@@ -89,16 +91,13 @@ class MFLV:
         return Estimate(scores, iterations, converged, residual)
 
 
-def _more_slopes(layout: Layout) -> list[torch.Tensor]:
-    """Slopes (1, n) to start from besides MF-LF's: none where answers abound."""
+def _more_levels(layout: Layout) -> list[torch.Tensor]:
+    """u (1, m) to start from besides MF-LF's: none where answers abound."""
     sites, classes = layout.shape
     if sites == 1 or float(layout.mask.sum()) >= _RICH * (classes + 2 * sites):
         return []
     random = np.random.default_rng(0)
-    return [
-        torch.from_numpy(np.exp(_SPREAD * random.normal(size=(1, sites)))).to(layout.mask.device)
-        for _ in range(_MORE_STARTS)
-    ]
+    return [torch.from_numpy(random.normal(size=(1, classes))).to(layout.mask.device) for _ in range(_MORE_STARTS)]
 
 
 def _equal_size(log_probs: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -116,7 +115,7 @@ def _guess(fit: Fit, u: torch.Tensor) -> torch.Tensor:
     mean = (u @ mask.t()) / mask.sum(1)
     centred = (u[:, None] - mean[:, :, None]) * mask
     slope = (fit.z * centred).sum(2) / (centred**2).sum(2).clamp(min=1e-300)
-    slope = slope.clamp(min=0.0)
+    slope = torch.maximum(slope, _LEAST_SLOPE * slope.abs().mean(1, keepdim=True))
     gauge = ((u**2).sum(1) / (slope**2).sum(1).clamp(min=1e-300)) ** 0.25
     return torch.cat([slope * gauge.clamp(min=1e-6)[:, None], -slope * mean], dim=1)
 

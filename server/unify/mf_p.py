@@ -55,7 +55,7 @@ class MFP:
                 objective, _sweeps(fit), torch.zeros(shared.shape[0], dtype=torch.bool, device=none.device)
             )
             v = torch.exp(found.x - found.x.amax(1, keepdim=True))
-            u, _, _ = Fit(everything, everything.gather(probs), none).levels(v, torch.zeros_like(v))
+            u, _, _ = Fit(everything, everything.gather(probs), none).levels(v)
             scores[everything.classes] = u.log().t()
             iterations = torch.maximum(iterations, found.iterations)
             converged = converged & found.converged
@@ -75,8 +75,8 @@ def _sweeps(fit: Fit) -> torch.Tensor:
     mask, z = fit.layout.mask, fit.z
     v = torch.ones_like(z[:, :, 0])
     for _ in range(_SWEEPS):
-        u, _, _ = fit.levels(v, torch.zeros_like(v))
-        v = torch.einsum("bnm,bm->bn", z, u) / ((u**2) @ mask.t())
+        u, _, _ = fit.levels(v)
+        v = (z @ u[:, :, None])[:, :, 0] / ((u**2) @ mask.t())
         v = v / v.amax(1, keepdim=True)
     return v.log().clamp(min=_DEEPEST)
 
@@ -93,13 +93,13 @@ class _LogScale:
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """(b,)."""
         v = self._v(x)
-        return self.fit.value(v, torch.zeros_like(v))
+        return self.fit.value(v)
 
     def derivatives(self, x: torch.Tensor) -> Derivatives:
         """By the chain rule; F does not change along (1, ..., 1), so curvature is added there."""
         v = self._v(x)
         n = v.shape[1]
-        at = self.fit.derivatives(v, torch.zeros_like(v))
+        at = self.fit.derivatives(v)
         gradient = v * at.gradient[:, :n]
         scale = v**2 * at.scale[:, :n]
         hessian = v[:, :, None] * at.hessian[:, :n, :n] * v[:, None]

@@ -24,7 +24,7 @@ LEAST_CURVATURE = 1e-9
 """and the Hessian, in units where the unknowns' own curvatures are 1, was positive definite by at least this.
 Below it rounding of the gradient decides where the minimum is."""
 
-MAX_ITERATIONS = 200
+MAX_ITERATIONS = 400
 
 _NEARLY_UNDAMPED = 1e-3  # of the least curvature
 _LEAST_DAMPING = 1e-12
