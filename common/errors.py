@@ -170,6 +170,98 @@ class RunError(ConsilienceError):
     )
 
 
+class IdentityError(ConsilienceError):
+    """A key, certificate, request or kit cannot be used."""
+
+    exit_code = 15
+    name = "identity"
+    explanation = (
+        "A key, a certificate, a request or a kit could not be used: the file is missing or damaged, its signature is "
+        "not the site's, its words are not the ones that were compared, or other users of the machine may read a "
+        "private key. The message names the file; `chmod 600` mends a key that is open too wide."
+    )
+
+
+class UnreachableError(ConsilienceError):
+    """The server cannot be reached."""
+
+    exit_code = 16
+    name = "connection"
+    explanation = (
+        "The server's name could not be resolved or its port could not be reached. `consilience site check` says which "
+        "of the two; a firewall must let the site open a TCP connection to the address in its kit."
+    )
+
+
+class CertificateError(ConsilienceError):
+    """The server's certificate was not signed by the authority in the kit, or is not for this address or time."""
+
+    exit_code = 17
+    name = "certificate"
+    explanation = (
+        "Whoever answered at the server's address could not show a certificate of the authority that the site's kit "
+        "names, or the certificate is for another address or another time. Nothing was sent. Ask the coordinator, by "
+        "telephone, for a new kit and compare its words; do not go on otherwise."
+    )
+
+
+class AdmissionError(ConsilienceError):
+    """The server does not admit this site's key."""
+
+    exit_code = 18
+    name = "admission"
+    explanation = (
+        "The server does not know this site's key: the request was not approved yet, the site was suspended, or the "
+        "key was changed since. Send the request file to the coordinator, or ask what happened to the admission."
+    )
+
+
+class DuplicateError(ConsilienceError):
+    """Another agent is connected with this site's key."""
+
+    exit_code = 19
+    name = "duplicate"
+    explanation = (
+        "Another agent is connected with this key, and one key is one agent. Stop the other one. If there should be "
+        "none, the key may have been copied: make a new one with `consilience site init --rotate` and tell the "
+        "coordinator to suspend the old one."
+    )
+
+
+class VersionError(ConsilienceError):
+    """Site and server run versions that do not go together."""
+
+    exit_code = 20
+    name = "version"
+    explanation = (
+        "Site and server must run the same minor version of Flower (flwr 1.39) and the same protocol of Consilience. "
+        "Install the version that the message names on the side that is behind."
+    )
+
+
+class ClockError(ConsilienceError):
+    """The machine's clock differs from the server's by more than authentication allows."""
+
+    exit_code = 21
+    name = "clock"
+    explanation = (
+        "A site proves its identity by signing the time, so its clock may differ from the server's by a few minutes at "
+        "most. Let the machine take its time from a time server (chrony, systemd-timesyncd) and start again."
+    )
+
+
+class ServerError(ConsilienceError):
+    """The server's processes cannot be started or reached."""
+
+    exit_code = 22
+    name = "server"
+    explanation = (
+        "The server's own processes could not be started or reached: a port is in use, `consilience server start` is "
+        "not running, or Flower's SuperLink failed. The message says which; the SuperLink's own log is superlink.log "
+        "in the server's folder."
+    )
+
+
 REGISTRY: dict[int, type[ConsilienceError]] = {
     cls.exit_code: cls
     for cls in (
@@ -186,6 +278,14 @@ REGISTRY: dict[int, type[ConsilienceError]] = {
         StudentError,
         MissingExtraError,
         RunError,
+        IdentityError,
+        UnreachableError,
+        CertificateError,
+        AdmissionError,
+        DuplicateError,
+        VersionError,
+        ClockError,
+        ServerError,
     )
 }
 """Every exit code in use. 0 is success, 2 a wrong command line, 130 an interruption. Codes are never reused."""

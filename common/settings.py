@@ -223,6 +223,12 @@ class SiteSettings(Settings):
     """Folders of public pools the site holds a copy of; a question names one by its digest."""
     state: Path = Path("state")
     """Folder of the site's own: the trained teacher lives there."""
+    key: Path = Path("site.key")
+    """The site's private key (`consilience site init` makes it). It never leaves the site."""
+    kit: Path = Path("kit.json")
+    """What the coordinator sent back: the server's address and certificate authority. No secret."""
+    health_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Port on 127.0.0.1 where a running agent says how it is (GET /health); none by default."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     batch_size: int = Field(default=256, ge=1, le=65_536)
     """Pool samples the teacher scores at once."""
