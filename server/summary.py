@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 
 CONTENDERS = {
-    "best_site": "best site",
     "naive": "naive ensemble",
+    "best_site": "best site",
     "hard_vote": "hard vote",
     "max_confidence": "max confidence",
     "unified_ensemble": "unified ensemble",

@@ -267,7 +267,8 @@ class Control:
     def sync(self, keys: Mapping[str, PublicKey], nodes: Iterable[Node]) -> list[str]:
         """Make the registered keys those of `keys` (site -> public key); returns what was done, a line each.
 
-        `nodes` are those that are registered now. A node that stays keeps its connection: adding, suspending or rotating one site touches no other.
+        `nodes` are those that are registered now. A node that stays keeps its connection: adding, suspending or
+        rotating one site touches no other.
         """
         wanted = {key_pem(key): name for name, key in keys.items()}
         done = []
