@@ -16,6 +16,7 @@ from consilience.deploy.simulation import embedded_job
 from consilience.deploy.simulation import simulate as run_simulation
 from consilience.server.summary import summary
 
+
 def simulate(
     job: Annotated[Path | None, typer.Argument(help="A job.yaml; without one, the embedded example.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME of the job.")] = None,

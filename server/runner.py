@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 from consilience.common.errors import ConsilienceError, ServerError
+from consilience.common.files import lock
 from consilience.common.progress import Reporter
 from consilience.server.app import app
 from consilience.server.grid import Claim, LinkLostError
 from consilience.server.runs import Failure, Run
+from consilience.server.settings import Home
 from consilience.server.superlink import Control, Endpoint
 
 RETRY_SECONDS = 1.0
@@ -56,7 +58,8 @@ def main(home: Path, folder: Path) -> int:
     (folder / "failure.json").unlink(missing_ok=True)
     control_port = int(os.environ["CONSILIENCE_CONTROL_PORT"])
     try:
-        do_run(Endpoint(home, control_port), run)
+        with lock(folder / "answers"):
+            do_run(Endpoint(Home(home), control_port), run)
     except ConsilienceError as error:
         (folder / "failure.json").write_text(Failure.of(error).model_dump_json())
         _say(f"Error ({error.name}, {error.exit_code}): {error}")

@@ -6,6 +6,7 @@ alone), so that no two processes write one file. Does not live here: doing a run
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from consilience.common.errors import ConsilienceError, RunError
 from consilience.common.files import canonical_json, read_json, sha256, write_json
-from consilience.common.settings import JobSettings
+from consilience.common.settings import NAME_PATTERN, JobSettings
 from consilience.common.settings_file import dump_settings, load_settings
 
 State = Literal["queued", "running", "done", "failed", "stopped"]
@@ -123,7 +124,11 @@ def submit(home: Path, job: JobSettings, *, token: str | None = None, fold_in: b
 
     Raises `RunError` when the token's run is of another job, `StorageError`.
     """
-    token = token or token_of(job)
+    token = token_of(job) if token is None else token
+    if not re.fullmatch(NAME_PATTERN, token):
+        raise RunError(
+            f"The token {token!r} is not allowed", hint="Use lower-case letters, digits and hyphens, at most 63"
+        )
     run = Run(home / "runs" / f"{job.name}-{token}")
     held = run.folder / "job.yaml"
     fresh = not (run.folder / "submitted.json").exists()

@@ -20,10 +20,12 @@ from consilience.common.errors import REGISTRY, ConsilienceError, RunError, Serv
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
 from consilience.server.admission import Register
-from consilience.server.admission_cli import Home, app, open_home
+from consilience.server.admission_cli import HomeOption, app
+from consilience.server.authority import authority_pem, renew_if_due
 from consilience.server.runs import Run, find, runs
 from consilience.server.runs import submit as submit_job
 from consilience.server.service import Service, read_service
+from consilience.server.settings import Home
 from consilience.server.summary import summary
 from consilience.server.superlink import Endpoint
 
@@ -33,18 +35,23 @@ RunName = Annotated[str | None, typer.Argument(help="A run's name or its beginni
 
 
 @app.command()
-def start(home: Home = None, as_json: AsJson = False) -> None:
+def start(home: HomeOption = None, as_json: AsJson = False) -> None:
     """Run the server until it is stopped: Flower's SuperLink for the sites, and one submitted job after another.
 
     It may be killed at any moment: started again, it goes on where it was.
     """
 
     def action() -> Result:
-        folder, settings = open_home(home)
+        place = Home.find(home)
+        folder, settings = place.folder.resolve(), place.settings()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        register = Register(folder)
-        Service(folder, Endpoint(folder, settings.control_port), settings.listen, register.keys).serve()
+        authority_pem(place)
+        reason = renew_if_due(place, settings)
+        if reason:
+            logging.getLogger(__name__).info("made the server's certificate anew: %s", reason)
+        endpoint = Endpoint(Home(folder), settings.control_port)
+        Service(endpoint, settings.listen, Register(place).keys).serve()
         return {"home": str(folder)}, "Stopped."
 
     emit(as_json, action)
@@ -53,7 +60,7 @@ def start(home: Home = None, as_json: AsJson = False) -> None:
 @app.command()
 def submit(
     job: Annotated[Path, typer.Argument(help="The job.yaml.")],
-    home: Home = None,
+    home: HomeOption = None,
     token: Annotated[
         str | None,
         typer.Option(help="The same token is the same run; by default it follows from the job's settings."),
@@ -67,7 +74,7 @@ def submit(
     """Put a job into the server's queue. The same job again is the same run: it goes on where it stopped."""
 
     def action() -> Result:
-        folder, _ = open_home(home)
+        folder = Home.find(home).folder.resolve()
         settings = load_settings(job, JobSettings)
         if settings.simulation is not None:
             raise RunError(
@@ -92,14 +99,14 @@ def submit(
 @app.command()
 def status(
     run: RunName = None,
-    home: Home = None,
+    home: HomeOption = None,
     once: Annotated[bool, typer.Option("--once", help="Print the table once, on a terminal too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the server, its sites and a run; on a terminal live until the run has ended."""
 
     def action() -> Result:
-        folder, _ = open_home(home)
+        folder = Home.find(home).folder.resolve()
         if not runs(folder) and run is None:
             return _data(folder, None), _view(folder, None)
         found = find(folder, run)
@@ -113,13 +120,13 @@ def status(
 @app.command()
 def stop(
     run: Annotated[str | None, typer.Argument(help="A run's name or its beginning; without one, the server.")] = None,
-    home: Home = None,
+    home: HomeOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Stop a run, or without a name the whole server. Nothing that had arrived is lost; `submit` goes on."""
 
     def action() -> Result:
-        folder, _ = open_home(home)
+        folder = Home.find(home).folder.resolve()
         if run is not None:
             found = find(folder, run)
             if found.state.state in ("queued", "running"):
@@ -138,11 +145,11 @@ def stop(
 
 
 @app.command()
-def report(run: RunName = None, home: Home = None, as_json: AsJson = False) -> None:
+def report(run: RunName = None, home: HomeOption = None, as_json: AsJson = False) -> None:
     """Show what a finished run found, and where its report, card and student are."""
 
     def action() -> Result:
-        folder, _ = open_home(home)
+        folder = Home.find(home).folder.resolve()
         return _ended(find(folder, run))
 
     emit(as_json, action)
@@ -223,7 +230,9 @@ def _view(home: Path, run: Run | None) -> RenderableType:
     stage = f", stage {progress['stage']}" if state.state == "running" and progress.get("stage") else ""
     lines.append(f"Run {run.name}: {state.state}{stage}, since {_span(time.time() - state.since)}")
     if state.failure is not None:
-        lines.append(f"Failed ({state.failure.name}, {state.failure.code}): {state.failure.message}. {state.failure.hint}")
+        lines.append(
+            f"Failed ({state.failure.name}, {state.failure.code}): {state.failure.message}. {state.failure.hint}"
+        )
     if progress.get("sites"):
         lines.append(_sites_table(progress["sites"], {} if service is None else service.online))
     return Group(*lines)

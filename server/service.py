@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict
 
 from consilience.common.errors import ConsilienceError, ServerError
 from consilience.common.files import lock, read_json, write_json
-from consilience.common.identity import PublicKey
 from consilience.server.runs import Failure, Run, State, runs
 from consilience.server.superlink import STOP_SECONDS, Control, Endpoint, SuperLink, die_with_parent
 
@@ -52,23 +51,19 @@ def read_service(home: Path) -> ServiceState | None:
     if not path.exists():
         return None
     state = ServiceState.model_validate(read_json(path))
-    try:
-        os.kill(state.pid, 0)
-    except ProcessLookupError:
+    try:  # the number may belong to another process by now
+        command = Path(f"/proc/{state.pid}/cmdline").read_bytes()
+    except OSError:
         return None
-    except PermissionError:
-        pass
-    return state
+    return state if b"consilience" in command else None
 
 
 class Service:
     """One server folder's server."""
 
-    def __init__(
-        self, home: Path, endpoint: Endpoint, listen: str, admitted: Callable[[], dict[str, PublicKey]]
-    ) -> None:
-        """`admitted` returns the keys that may connect, by site."""
-        self.home, self.endpoint = home, endpoint
+    def __init__(self, endpoint: Endpoint, listen: str, admitted: Callable[[], dict[str, str]]) -> None:
+        """`admitted` returns the keys that may connect: site -> OpenSSH line."""
+        self.home, self.endpoint = endpoint.home.folder, endpoint
         self._admitted = admitted
         self._superlink = SuperLink(endpoint, listen)
         self._since = time.time()
@@ -81,7 +76,7 @@ class Service:
 
     def serve(self) -> None:
         """Run until SIGTERM or SIGINT. Raises `RunError` when another server has this folder, `ServerError`."""
-        with lock(self.home):
+        with lock(self.home / "flower"):
             for sign in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(sign, self._stop)
             try:

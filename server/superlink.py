@@ -37,9 +37,10 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from consilience.common.errors import IdentityError, ServerError
+from consilience.common.errors import ServerError
 from consilience.common.files import storage_error
-from consilience.common.identity import PublicKey, read_secret, write_secret
+from consilience.common.identity import read_key_line, read_secret, write_secret
+from consilience.server.settings import Home, split_address
 
 READY_SECONDS = 60.0
 """How long a SuperLink may take to answer after its start."""
@@ -50,7 +51,7 @@ STOP_SECONDS = 10.0
 class Endpoint:
     """Where a SuperLink listens and with what it proves who it is."""
 
-    home: Path
+    home: Home
     control_port: int
     """Port on 127.0.0.1 of the control and runtime API: it has no authentication of people, so it stays there."""
 
@@ -62,12 +63,12 @@ class Endpoint:
     @property
     def ca(self) -> bytes:
         """The certificate authority's certificate, PEM."""
-        return (self.home / "ca.crt").read_bytes()
+        return self.home.ca_certificate.read_bytes()
 
     @property
     def secret_file(self) -> Path:
         """What a process must know to be given the server's part of a run: other users of the machine do not."""
-        return self.home / "runner.secret"
+        return self.home.folder / "runner.secret"
 
     @property
     def secret(self) -> bytes:
@@ -91,16 +92,16 @@ class SuperLink:
         home = self.endpoint.home
         stop_leftover(home)
         _need_port("127.0.0.1", self.endpoint.control_port)
-        _need_port(*_split(self.listen))
+        _need_port(*split_address(self.listen))
         assert self.endpoint.secret
         command = [
             str(Path(sys.executable).with_name("flower-superlink")),
             "--ssl-ca-certfile",
-            str(home / "ca.crt"),
+            str(home.ca_certificate),
             "--ssl-certfile",
-            str(home / "server.crt"),
+            str(home.server_certificate),
             "--ssl-keyfile",
-            str(home / "server.key"),
+            str(home.server_key),
             "--enable-supernode-auth",
             "--isolation",
             "process",
@@ -113,18 +114,18 @@ class SuperLink:
             "--fleet-api-address",
             self.listen,
             "--database",
-            str(home / "superlink.db"),
+            str(home.database),
             "--disable-runtime-dependency-installation",
         ]
         environment = {
             **os.environ,
-            "FLWR_HOME": str(home / "flower"),
+            "FLWR_HOME": str(home.folder / "flower"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         }
         try:
-            self._log = (home / "superlink.log").open("ab")
+            self._log = (home.folder / "superlink.log").open("ab")
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -134,9 +135,9 @@ class SuperLink:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-            (home / "superlink.pid").write_text(str(self._process.pid))
+            (home.folder / "superlink.pid").write_text(str(self._process.pid))
         except OSError as error:
-            raise storage_error(error, home, "start the SuperLink in") from error
+            raise storage_error(error, home.folder, "start the SuperLink in") from error
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
@@ -153,7 +154,7 @@ class SuperLink:
         self.stop()
         raise ServerError(
             f"The SuperLink did not come up on {self.endpoint.control} and {self.listen}",
-            hint=f"Read the end of {self.endpoint.home / 'superlink.log'}",
+            hint=f"Read the end of {self.endpoint.home.folder / 'superlink.log'}",
         )
 
     @property
@@ -177,17 +178,17 @@ class SuperLink:
                 self._process.wait()
         if self._log is not None:
             self._log.close()
-        (self.endpoint.home / "superlink.pid").unlink(missing_ok=True)
+        (self.endpoint.home.folder / "superlink.pid").unlink(missing_ok=True)
 
 
-def stop_leftover(home: Path) -> None:
+def stop_leftover(home: Home) -> None:
     """Stop a SuperLink that an earlier server of this folder left behind when it was killed."""
     try:
-        pid = int((home / "superlink.pid").read_text())
+        pid = int((home.folder / "superlink.pid").read_text())
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ValueError):
         return
-    if str(home / "superlink.db").encode() not in command:
+    if str(home.database).encode() not in command:
         return  # the number belongs to another process by now
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -201,13 +202,8 @@ def stop_leftover(home: Path) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, however that ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
+    """Ask Linux to kill this process when its parent ends, however that ends: two must never work on one folder."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _need_port(host: str, port: int) -> None:
@@ -264,8 +260,8 @@ class Control:
             if node.status != "unregistered"
         ]
 
-    def sync(self, keys: Mapping[str, PublicKey], nodes: Iterable[Node]) -> list[str]:
-        """Make the registered keys those of `keys` (site -> public key); returns what was done, a line each.
+    def sync(self, keys: Mapping[str, str], nodes: Iterable[Node]) -> list[str]:
+        """Make the registered keys those of `keys` (site -> OpenSSH line); returns what was done, a line each.
 
         `nodes` are those that are registered now. A node that stays keeps its connection: adding, suspending or
         rotating one site touches no other.
@@ -289,7 +285,7 @@ class Control:
 
     def _forget(self, pem: bytes) -> None:
         """Remove the trace of a key that was registered once: Flower would refuse to register it again."""
-        with sqlite3.connect(self._endpoint.home / "superlink.db", timeout=10) as database:
+        with sqlite3.connect(self._endpoint.home.database, timeout=10) as database:
             database.execute("DELETE FROM node WHERE public_key = ? AND status = 'unregistered'", (pem,))
         database.close()
 
@@ -304,11 +300,9 @@ class Control:
             raise _silent(error) from error
 
 
-def key_pem(key: PublicKey) -> bytes:
-    """Return a public key as Flower keeps it. Raises `IdentityError` for a curve that Flower refuses."""
-    if key.curve.name not in ("secp256r1", "secp384r1", "secp521r1"):
-        raise IdentityError(f"The key's curve is {key.curve.name}", hint="Let the site make its key with `site init`")
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+def key_pem(line: str) -> bytes:
+    """Return a public key as Flower keeps it. Raises `IdentityError`."""
+    return read_key_line(line).public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def _silent(error: httpx.HTTPError) -> ServerError:

@@ -1,0 +1,85 @@
+"""The server's list of runs: what is the same run, what goes on, what stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from consilience.common.errors import RunError
+from consilience.common.settings import JobSettings
+from consilience.server.runs import Failure, find, runs, submit
+
+JOB = JobSettings(name="leaves", pool=Path("/pool"))
+FAILURE = Failure(code=9, name="asking", message="Too few", hint="Wait")
+
+
+def test_the_same_job_is_the_same_run(tmp_path: Path) -> None:
+    first, fresh = submit(tmp_path, JOB)
+    again, fresh_again = submit(tmp_path, JOB)
+    other, fresh_other = submit(tmp_path, JOB.model_copy(update={"seed": 1}))
+    assert (fresh, fresh_again, fresh_other) == (True, False, True)
+    assert first.folder == again.folder != other.folder
+    assert first.name.startswith("leaves-")
+    assert [run.name for run in runs(tmp_path)] == [first.name, other.name]
+
+
+def test_a_token_makes_a_retry_the_same_run_and_no_other_job_may_use_it(tmp_path: Path) -> None:
+    first, _ = submit(tmp_path, JOB, token="tuesday")
+    again, fresh = submit(tmp_path, JOB, token="tuesday")
+    assert (again.name, fresh) == ("leaves-tuesday", False)
+    assert submit(tmp_path, JOB)[0].name != first.name
+    with pytest.raises(RunError, match="tuesday belongs to a run of another job"):
+        submit(tmp_path, JOB.model_copy(update={"seed": 1}), token="tuesday")
+
+
+@pytest.mark.parametrize("token", ["", "..", "a/b", "A", "x" * 64])
+def test_a_token_is_no_path(tmp_path: Path, token: str) -> None:
+    with pytest.raises(RunError, match="token"):
+        submit(tmp_path, JOB, token=token)
+    assert not list(tmp_path.iterdir())
+
+
+def test_submitting_again_goes_on_with_what_failed_or_was_stopped_and_leaves_the_rest(tmp_path: Path) -> None:
+    run, _ = submit(tmp_path, JOB)
+    assert run.state.state == "queued"
+    run.set("running")
+    submit(tmp_path, JOB)
+    assert run.state.state == "running"
+    run.set("failed", FAILURE)
+    assert run.state.failure == FAILURE
+    submit(tmp_path, JOB)
+    assert run.state.state == "queued"
+    assert run.state.failure is None
+    run.set("stopped")
+    submit(tmp_path, JOB)
+    assert run.state.state == "queued"
+    run.set("done")
+    submit(tmp_path, JOB)
+    assert run.state.state == "done"
+    submit(tmp_path, JOB, fold_in=True)
+    assert (run.state.state, run.submitted.fold_in) == ("queued", True)
+
+
+def test_a_stop_counts_until_the_next_submission(tmp_path: Path) -> None:
+    run, _ = submit(tmp_path, JOB)
+    assert not run.stop_wanted
+    run.stop()
+    assert run.stop_wanted
+    run.set("stopped")
+    submit(tmp_path, JOB)
+    assert not run.stop_wanted
+
+
+def test_runs_are_found_by_the_beginning_of_their_name(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run yet"):
+        find(tmp_path, None)
+    one, _ = submit(tmp_path, JOB, token="one")
+    two, _ = submit(tmp_path, JOB, token="two")
+    assert find(tmp_path, None).name == two.name
+    assert find(tmp_path, "leaves-o").name == one.name
+    assert find(tmp_path, "leaves-one").name == one.name
+    with pytest.raises(RunError, match="fits several runs"):
+        find(tmp_path, "leaves")
+    with pytest.raises(RunError, match=r"'trees' is no run .*known: leaves-one, leaves-two"):
+        find(tmp_path, "trees")
