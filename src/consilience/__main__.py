@@ -22,6 +22,7 @@ from consilience.common.cli import AsJson, Result, emit  # noqa: E402
 from consilience.common.errors import REGISTRY, SettingsError  # noqa: E402
 from consilience.common.pool_cli import app as pool_app  # noqa: E402
 from consilience.deploy.cli import simulate  # noqa: E402
+from consilience.server.admission_cli import app as server_app  # noqa: E402
 from consilience.server.cli import app as student_app  # noqa: E402
 
 OTHER_CODES = {
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(pool_app, name="pool")
 app.add_typer(site_app, name="site")
+app.add_typer(server_app, name="server")
 app.add_typer(student_app, name="student")
 app.command()(simulate)
 
