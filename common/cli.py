@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from consilience.common.errors import ConsilienceError, StorageError
 
@@ -45,7 +46,8 @@ def emit(as_json: bool, action: Callable[[], Result]) -> None:
     if as_json:
         typer.echo(json.dumps({"ok": True, "data": data, "error": None}))
     else:
-        Console(highlight=False).print(view)
+        # text keeps its lines as they are, for copying commands and paths; tables fit the terminal
+        Console(highlight=False).print(view, soft_wrap=isinstance(view, str | Text))
 
 
 def _fail(as_json: bool, error: ConsilienceError) -> None:

@@ -169,9 +169,10 @@ class _Paper(BaseModel):
             paper = cls.model_validate_json(data)
             paper.check()
         except ValidationError as error:
-            field = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the file"
+            field = ".".join(str(part) for part in error.errors()[0]["loc"])[:80] or "the file"
+            shown = "".join(letter if letter.isprintable() else "?" for letter in field)  # a stranger may have named it
             raise IdentityError(
-                f"{path} is no {cls.__name__.lower()}: {field[:80]} is not as it must be", hint="Ask for it anew"
+                f"{path} is no {cls.__name__.lower()}: {shown} is not as it must be", hint="Ask for it anew"
             ) from None
         except IdentityError as error:
             raise IdentityError(f"{path}: {error.message}", hint=error.hint) from error

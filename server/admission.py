@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.common.errors import IdentityError
 from consilience.common.files import storage_error, write_bytes
-from consilience.common.identity import Kit, Line, Request, key_fingerprint, read_key_line, words
+from consilience.common.identity import Kit, Line, Request, key_fingerprint, key_line, read_key_line, words
 from consilience.common.settings import NAME_PATTERN
 from consilience.server.settings import Home, ServerSettings
 
@@ -95,7 +95,7 @@ class Register:
                 Record(
                     name=request.name,
                     contact=request.contact,
-                    public_key=request.public_key,
+                    public_key=key_line(request.key),  # without what a stranger may have written behind it
                     fingerprint=request.fingerprint,
                     status="approved",
                     approved=now,

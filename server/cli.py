@@ -1,4 +1,4 @@
-"""`consilience student`: what one does with a finished student. (`consilience server` comes with real sites.)"""
+"""`consilience student`: what one does with a finished student."""
 
 from __future__ import annotations
 
