@@ -22,7 +22,6 @@ from consilience.common.cli import AsJson, Result, emit  # noqa: E402
 from consilience.common.errors import REGISTRY, SettingsError  # noqa: E402
 from consilience.common.pool_cli import app as pool_app  # noqa: E402
 from consilience.deploy.cli import simulate  # noqa: E402
-from consilience.server.admission_cli import app as server_app  # noqa: E402
 from consilience.server.cli import app as student_app  # noqa: E402
 from consilience.server.server_cli import app as server_app  # noqa: E402
 
