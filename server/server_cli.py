@@ -29,6 +29,8 @@ from consilience.server.settings import Home
 from consilience.server.summary import summary
 from consilience.server.superlink import Endpoint
 
+__all__ = ["app"]
+
 LOOK_SECONDS = 0.5
 
 RunName = Annotated[str | None, typer.Argument(help="A run's name or its beginning; by default the last one.")]
