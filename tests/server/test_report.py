@@ -397,6 +397,11 @@ class TestPage:
         assert found.text.count(EVIL) > 10
         assert "<script" not in render_html(findings, report_dict(findings))
 
+    @pytest.mark.parametrize("matrix", [None, np.full((3, 3), np.nan)])
+    def test_sites_that_cannot_be_compared_get_no_section(self, matrix: Any) -> None:
+        assert "Do the sites agree?" in page(make()).text
+        assert "Do the sites agree?" not in page(make(agreement=matrix)).text
+
     def test_bare_findings(self) -> None:
         text = words(bare())
         assert "nothing is known about" in text
