@@ -140,8 +140,8 @@ def _put_aside(key: Path, request_file: Path) -> Path:
     load_key(key)  # a key that cannot be used is for its owner to look at, not to be moved
     aside = key.with_name(f"{key.name}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     try:
+        aside.hardlink_to(key)  # fails where a file is; a rename would replace it
         request_file.unlink(missing_ok=True)
-        aside.hardlink_to(key)
         key.unlink()
         sync_folder(key.parent)
     except FileExistsError as error:

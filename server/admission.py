@@ -154,16 +154,16 @@ class Register:
         try:
             record = Record.model_validate_json(path.read_bytes())
             good = record.name == path.stem and key_fingerprint(read_key_line(record.public_key)) == record.fingerprint
+            if good:
+                return record
         except OSError as error:
             raise storage_error(error, path, "read") from error
         except (ValidationError, IdentityError):
-            good = False
-        if not good:
-            raise IdentityError(
-                f"{path} is no admission record of ours: it was changed or damaged",
-                hint="Restore it from a copy, or remove it and approve the site's request again",
-            )
-        return record
+            pass
+        raise IdentityError(
+            f"{path} is no admission record of ours: it was changed or damaged",
+            hint="Restore it from a copy, or remove it and approve the site's request again",
+        )
 
 
 def _refuse_used_key(request: Request, known: dict[str, Record]) -> None:
