@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from consilience.client.agent_cli import start
 from consilience.client.site import Site
 from consilience.client.teacher import train_teacher
 from consilience.common.cli import AsJson, Result, emit
@@ -18,6 +19,8 @@ from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import load_settings
 
 app = typer.Typer(help="A data owner's side.", no_args_is_help=True)
+
+app.command()(start)
 
 SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
