@@ -2,7 +2,7 @@
 
 Does not live here: the connection in use (client/fleet). This one is the way out when the pin on flwr 1.39 has to
 go: it stands on Flower's own connection function, so it cannot tell why a connection was refused, and its signs of
-life are Flower's. With CONSILIENCE_TEST_NEWEST_FLWR=1 tests/client/test_fleet.py looks whether the installed flwr has it.
+life are Flower's. With CONSILIENCE_TEST_NEWEST_FLWR=1 tests/client/test_fleet.py looks for it in the installed flwr.
 """
 
 from __future__ import annotations
