@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
+from consilience.client.agent_cli import start
+from consilience.client.check import Preflight
 from consilience.client.init_cli import init
 from consilience.client.site import Site
 from consilience.client.teacher import train_teacher
-from consilience.common.cli import AsJson, Result, emit
+from consilience.common.cli import AsJson, Result, emit, emit_findings
 from consilience.common.errors import SettingsError
 from consilience.common.nets import epoch_task
 from consilience.common.progress import Reporter
@@ -20,6 +23,8 @@ from consilience.common.settings_file import load_settings
 
 app = typer.Typer(help="A data owner's side.", no_args_is_help=True)
 app.command()(init)
+
+app.command()(start)
 
 SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
@@ -46,6 +51,19 @@ def train(site: SiteFile, as_json: AsJson = False) -> None:
 def show(site: SiteFile, as_json: AsJson = False) -> None:
     """Load the site's teacher and show the site card: all that the server learns before it asks."""
     emit(as_json, lambda: _about(Site.load(site)))
+
+
+@app.command()
+def check(site: SiteFile, as_json: AsJson = False) -> None:
+    """Look at everything that an agent needs, from the settings to the server, and say what to mend."""
+    preflight = Preflight(site)
+    preflight.run()
+    table = Table("check", "result", "found", "fix")
+    colours = {"ok": "green", "problem": "red", "skipped": "dim"}
+    for row in preflight.rows:
+        table.add_row(row.check, Text(row.result, colours[row.result]), Text(row.found), Text(row.fix))
+    rows = [{"check": row.check, "result": row.result, "found": row.found, "fix": row.fix} for row in preflight.rows]
+    emit_findings(as_json, ({"rows": rows}, table), preflight.error)
 
 
 def _about(site: Site) -> Result:

@@ -43,6 +43,19 @@ def emit(as_json: bool, action: Callable[[], Result]) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted. Run the same command again to go on from here.")
         raise typer.Exit(130) from None
+    _show(as_json, data, view)
+
+
+def emit_findings(as_json: bool, result: Result, error: ConsilienceError | None) -> None:
+    """Print what was found, and after it the first problem among it, if any; exits with that one's code."""
+    data, view = result
+    if error is None or not as_json:
+        _show(as_json, data, view)
+    if error is not None:
+        _fail(as_json, error, data)
+
+
+def _show(as_json: bool, data: dict[str, Any], view: RenderableType) -> None:
     if as_json:
         typer.echo(json.dumps({"ok": True, "data": data, "error": None}))
     else:
@@ -50,10 +63,10 @@ def emit(as_json: bool, action: Callable[[], Result]) -> None:
         Console(highlight=False).print(view, soft_wrap=isinstance(view, str | Text))
 
 
-def _fail(as_json: bool, error: ConsilienceError) -> None:
+def _fail(as_json: bool, error: ConsilienceError, data: dict[str, Any] | None = None) -> None:
     if as_json:
         about = {"code": error.exit_code, "name": error.name, "message": error.message, "hint": error.hint}
-        typer.echo(json.dumps({"ok": False, "data": None, "error": about}))
+        typer.echo(json.dumps({"ok": False, "data": data, "error": about}))
     else:
         console = Console(stderr=True, highlight=False)
         console.print(f"Error ({error.name}, {error.exit_code}): {error}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from consilience.common.files import read_json
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
+from consilience.deploy.processes import simulate_processes
 from consilience.deploy.simulation import embedded_job
 from consilience.deploy.simulation import simulate as run_simulation
 from consilience.server.summary import summary
@@ -21,6 +22,9 @@ def simulate(
     job: Annotated[Path | None, typer.Argument(help="A job.yaml; without one, the embedded example.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME of the job.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the job's seed.")] = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Start a server and one agent a site as processes, over TLS.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Simulate a job on one machine: make the sites, train their teachers, ask, unify, train the student, judge.
@@ -34,7 +38,10 @@ def simulate(
             settings = settings.model_copy(update={"seed": seed})
         run = out or Path("runs") / settings.name
         with Reporter() as reporter:
-            run_simulation(settings, run, reporter)
+            if processes:
+                simulate_processes(settings, run, reporter)
+            else:
+                run_simulation(settings, run, reporter)
         report: dict[str, Any] = read_json(run / "report.json")
         return {"run": str(run), "report": report}, summary(run, report)
 

@@ -46,21 +46,9 @@ def simulate(job: JobSettings, run: Path, reporter: Reporter, *, quiet: bool = F
 
     Raises `RunError` when the folder holds a run of another job, and whatever the stages raise.
     """
-    if job.simulation is None:
-        raise SettingsError(
-            "The job has no field 'simulation'", hint="Say how to make sites from one labelled data set"
-        )
     run = run.resolve()
     with lock(run):
-        settings = _with_simulated_parts(job, run)
-        _keep_job(settings, run)
-        paths = prepare(job.simulation, job, run, reporter)
-        began = time.perf_counter()
-        for path in paths:
-            train_site(path, reporter)
-        timing = run / "timing.json"
-        if not timing.exists():
-            write_json(timing, {"teachers": time.perf_counter() - began})
+        _, paths = prepare_run(job, run, reporter)
         forget_sites()
         nodes = [{"site": str(path)} for path in paths]
         with LocalGrid(client_app, nodes, workers=WORKERS) as grid:
@@ -72,6 +60,27 @@ def simulate(job: JobSettings, run: Path, reporter: Reporter, *, quiet: bool = F
                 run_config={"run": str(run), "quiet": quiet},
             )
             server_app(grid=grid, context=context)
+
+
+def prepare_run(job: JobSettings, run: Path, reporter: Reporter) -> tuple[JobSettings, list[Path]]:
+    """Make the run folder with job.yaml, and sites with trained teachers; returns the job and the sites' files.
+
+    Raises `SettingsError` when the job has no simulation, `RunError` when the folder holds a run of another job.
+    """
+    if job.simulation is None:
+        raise SettingsError(
+            "The job has no field 'simulation'", hint="Say how to make sites from one labelled data set"
+        )
+    settings = _with_simulated_parts(job, run)
+    _keep_job(settings, run)
+    paths = prepare(job.simulation, job, run, reporter)
+    began = time.perf_counter()
+    for path in paths:
+        train_site(path, reporter)
+    timing = run / "timing.json"
+    if not timing.exists():
+        write_json(timing, {"teachers": time.perf_counter() - began})
+    return settings, paths
 
 
 def _with_simulated_parts(job: JobSettings, run: Path) -> JobSettings:

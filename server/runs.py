@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from consilience.common.errors import ConsilienceError, RunError
+from consilience.common.errors import REGISTRY, ConsilienceError, RunError
 from consilience.common.files import canonical_json, read_json, sha256, write_json
 from consilience.common.settings import NAME_PATTERN, JobSettings
 from consilience.common.settings_file import dump_settings, load_settings
@@ -97,6 +97,18 @@ class Run:
     def stop(self) -> None:
         """Ask the server to stop the run."""
         write_json(self.folder / "stop.json", {"time": time.time()})
+
+    def need_done(self) -> dict[str, Any]:
+        """Return report.json of a run that is done. Raises why there is none."""
+        state, found = self.state, self.report
+        if state.failure is not None:
+            kind = REGISTRY.get(state.failure.code, ConsilienceError)
+            raise kind(f"Run {self.name} failed: {state.failure.message}", hint=state.failure.hint)
+        if state.state != "done" or found is None:
+            raise RunError(
+                f"Run {self.name} is {state.state} and has no report", hint="Type `consilience server status`"
+            )
+        return found
 
     @property
     def progress(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from consilience.common.cli import AsJson, Result, emit
-from consilience.common.errors import REGISTRY, ConsilienceError, RunError, ServerError
+from consilience.common.errors import RunError, ServerError
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
 from consilience.server.admission import Register
@@ -158,13 +158,7 @@ def report(run: RunName = None, home: HomeOption = None, as_json: AsJson = False
 
 
 def _ended(run: Run) -> Result:
-    """Return a finished run's report. Raises why it has none."""
-    state, found = run.state, run.report
-    if state.failure is not None:
-        kind = REGISTRY.get(state.failure.code, ConsilienceError)
-        raise kind(f"Run {run.name} failed: {state.failure.message}", hint=state.failure.hint)
-    if state.state != "done" or found is None:
-        raise RunError(f"Run {run.name} is {state.state} and has no report", hint="Type `consilience server status`")
+    found = run.need_done()
     return {"run": str(run.folder), "report": found}, summary(run.folder, found)
 
 

@@ -13,6 +13,8 @@ import consilience
 for _switch in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
     os.environ.setdefault(_switch, "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+# Before anything imports grpc: what it has to say reaches us as errors; its own lines name internals only.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # Before anything imports torch: its threads sleep while they wait. Spinning ones slow each other down several times
 # over as soon as sites answer side by side or the machine has other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,224 @@
+"""What `consilience site check` looks at before an agent starts: this machine, the papers, the way to the server.
+
+Lives here: the checks, in the order in which one needs another. Does not live here: how they are shown (client/cli).
+Nothing of the site leaves the machine but what every connection sends: the public key and a signed time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from consilience.client.agent_cli import papers
+from consilience.client.fleet import DroppedError, LostError, open_fleet
+from consilience.client.reach import certificate_end, connect, resolve
+from consilience.client.teacher import Teacher, load_teacher
+from consilience.common.data import open_data
+from consilience.common.errors import (
+    AdmissionError,
+    ClockError,
+    ConsilienceError,
+    RunError,
+    StorageError,
+    UnreachableError,
+    VersionError,
+)
+from consilience.common.files import lock, storage_error
+from consilience.common.identity import Kit, PrivateKey, key_fingerprint, load_key, words
+from consilience.common.pool import Pool
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import load_settings
+
+LEAST_SPACE = 100 * 2**20
+"""Bytes that the folder of state should have room for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check: what was found, and what to do when that is a problem."""
+
+    check: str
+    result: Literal["ok", "problem", "skipped"]
+    found: str
+    fix: str = ""
+    error: ConsilienceError | None = field(default=None, compare=False)
+
+
+class SkippedError(Exception):
+    """A check that has nothing to look at; the text says why."""
+
+
+class Preflight:
+    """The checks of one site; `rows` fills as `run` goes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[Row] = []
+        self._settings: SiteSettings
+        self._teacher: Teacher
+        self._pools: list[Pool] = []
+        self._key: PrivateKey
+        self._kit: Kit
+
+    def run(self) -> None:
+        """Make every check whose prerequisites hold."""
+        steps: list[tuple[str, tuple[str, ...], Callable[[], str]]] = [
+            ("settings", (), self._load_settings),
+            ("policy", ("settings",), self._tell_policy),
+            ("private data", ("settings",), self._open_data),
+            ("teacher", ("settings",), self._load_teacher),
+            ("pools", ("settings",), self._verify_pools),
+            ("answer", ("teacher", "pools"), self._answer),
+            ("state folder", ("settings",), self._look_at_state),
+            ("key", ("settings",), self._load_key),
+            ("kit", ("key",), self._load_kit),
+            ("name", ("kit",), lambda: ", ".join(resolve(self._kit))),
+            ("port", ("name",), self._connect),
+            ("certificate", ("port",), self._shake_hands),
+            ("call", ("certificate",), self._call),
+            ("version", ("call",), self._compare_version),
+            ("clock", ("version",), self._compare_clock),
+            ("admission", ("clock",), self._look_up_key),
+            ("agent", ("state folder",), self._look_for_agent),
+        ]
+        for name, needs, action in steps:
+            self.rows.append(self._step(name, needs, action))
+
+    @property
+    def error(self) -> ConsilienceError | None:
+        """The first problem's error."""
+        return next((row.error for row in self.rows if row.error is not None), None)
+
+    def _step(self, name: str, needs: tuple[str, ...], action: Callable[[], str]) -> Row:
+        missing = [row.check for row in self.rows if row.check in needs and row.result != "ok"]
+        if missing:
+            return Row(name, "skipped", f"needs: {', '.join(missing)}")
+        try:
+            return Row(name, "ok", action())
+        except SkippedError as reason:
+            return Row(name, "skipped", str(reason))
+        except ConsilienceError as error:
+            return Row(name, "problem", error.message, error.hint, error)
+
+    def _load_settings(self) -> str:
+        self._settings = load_settings(self._path, SiteSettings)
+        return f"site {self._settings.name}"
+
+    def _tell_policy(self) -> str:
+        policy = self._settings.policy
+        told = ["name, classes, kind and fingerprint of the teacher"]
+        told += [f"log-probabilities as {' or '.join(policy.encodings)}"]
+        told += ["the class shares of the private data"] if policy.class_priors else []
+        told += ["the accuracy on private images kept out of training"] if policy.holdout_accuracy else []
+        return f"lets out: {', '.join(told)}; nothing else"
+
+    def _open_data(self) -> str:
+        if self._settings.data is None:
+            raise SkippedError("the settings name none")
+        data = open_data(self._settings.data)
+        if self._settings.teacher.kind == "train":
+            data.need_labels("Training the teacher")
+        return f"{len(data):,} images of {len(data.class_names)} classes"
+
+    def _load_teacher(self) -> str:
+        self._teacher = load_teacher(self._settings)
+        return f"{len(self._teacher.classes)} classes, fingerprint {self._teacher.fingerprint[:12]}"
+
+    def _verify_pools(self) -> str:
+        if not self._settings.pools:
+            raise SkippedError("the settings name none; every question will be refused until they do")
+        for folder in self._settings.pools:
+            pool = Pool.open(folder)
+            pool.verify()
+            self._pools.append(pool)
+        return ", ".join(f"{len(pool):,} samples, digest {pool.digest[:12]}" for pool in self._pools)
+
+    def _answer(self) -> str:
+        for pool in self._pools:
+            shown = pool.read(0, min(1, len(pool))) if len(pool) else np.zeros((1, *pool.shape), np.uint8)
+            self._teacher.log_probs(shown)  # checks shape, values and sums itself
+        return "one finite row over its classes for a sample of every pool"
+
+    def _look_at_state(self) -> str:
+        folder = self._settings.state
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise storage_error(error, folder, "write") from error
+        if free < LEAST_SPACE:
+            raise StorageError(
+                f"{folder} has {free / 2**20:.0f} MB left; advised are {LEAST_SPACE / 2**20:.0f} MB",
+                hint="Make room on that disk",
+            )
+        return f"{free / 2**30:.1f} GB left"
+
+    def _load_key(self) -> str:
+        self._key = load_key(self._settings.key)
+        return f"words: {words(key_fingerprint(self._key.public_key()))}"
+
+    def _load_kit(self) -> str:
+        _, self._kit = papers(self._settings)
+        return f"server {self._kit.address}, words: {self._kit.words}"
+
+    def _connect(self) -> str:
+        connect(self._kit).close()
+        return f"{self._kit.address} takes connections"
+
+    def _shake_hands(self) -> str:
+        end = certificate_end(self._kit)
+        left = (end - datetime.now(UTC)).days
+        return f"the kit's authority signed it; it ends on {end:%Y-%m-%d}, in {left} days"
+
+    @cached_property
+    def _admitted(self) -> bool | Exception:
+        """What one call to the server gives."""
+        fleet = open_fleet(self._kit, self._key)
+        try:
+            return fleet.admitted()
+        except (ConsilienceError, LostError, DroppedError) as error:
+            return error
+        finally:
+            fleet.close()
+
+    def _call(self) -> str:
+        if isinstance(self._admitted, LostError | DroppedError):
+            raise UnreachableError(
+                f"{self._kit.address} does not answer calls: {self._admitted}",
+                hint="Something between may let only web pages through; ask the coordinator",
+            )
+        return "the server answers"
+
+    def _compare_version(self) -> str:
+        if isinstance(self._admitted, VersionError):
+            raise self._admitted
+        return f"flwr {metadata.version('flwr')}; the server takes it"
+
+    def _compare_clock(self) -> str:
+        if isinstance(self._admitted, ClockError):
+            raise self._admitted
+        return "near enough to the server's"
+
+    def _look_up_key(self) -> str:
+        if isinstance(self._admitted, Exception):
+            raise self._admitted
+        if not self._admitted:
+            raise AdmissionError(
+                "The server does not know this site's key", hint="Send the request to the coordinator, or ask them"
+            )
+        return "the server knows this site's key"
+
+    def _look_for_agent(self) -> str:
+        try:
+            with lock(self._settings.state / "agent"):
+                raise SkippedError("none is running here; `consilience site start` starts it")
+        except RunError:
+            return "one is running here"

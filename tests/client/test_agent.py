@@ -1,0 +1,185 @@
+"""The agent as a process against a real SuperLink over TLS: it answers, refuses, comes back, and ends as it should."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from consilience.common.encoding import decode
+from consilience.common.protocol import (
+    Agreement,
+    Answer,
+    CardRequest,
+    Contract,
+    Question,
+    SiteCard,
+    read_reply,
+)
+from helpers.superlink import AgentProcess, Authority, SiteFolder, SuperLink, ask, free_ports, health, until
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
+    held = SuperLink(tmp_path_factory.mktemp("superlink"))
+    held.start()
+    yield held
+    held.end()
+
+
+@pytest.fixture(scope="module")
+def site(superlink: SuperLink, tmp_path_factory: pytest.TempPathFactory) -> SiteFolder:
+    return SiteFolder(tmp_path_factory.mktemp("site") / "a", superlink, "site-a")
+
+
+@pytest.fixture(scope="module")
+def node(site: SiteFolder) -> int:
+    site.write_settings(health_port=free_ports(1)[0])
+    return site.register()
+
+
+@pytest.fixture(scope="module")
+def agent(site: SiteFolder, node: int) -> Iterator[AgentProcess]:
+    with site.start() as running:
+        running.says("connected to")
+        yield running
+
+
+def card_of(grid: object, node: int) -> SiteCard:
+    (reply,) = ask(grid, node, "query.card", CardRequest(job="job").to_content())  # type: ignore[arg-type]
+    return read_reply(reply.content, SiteCard)
+
+
+def test_it_answers_card_contract_and_questions(
+    superlink: SuperLink, site: SiteFolder, node: int, agent: AgentProcess
+) -> None:
+    with superlink.run() as grid:
+        card = card_of(grid, node)
+        assert card.name == "site-a"
+        contract = Contract(
+            job="job", labels=card.classes, class_set=(0, 1, 2), pools=(site.pool.digest,), teacher=card.teacher
+        )
+        (reply,) = ask(grid, node, "query.contract", contract.to_content())
+        assert read_reply(reply.content, Agreement).pools == (site.pool.digest,)
+        questions = [
+            Question(
+                job="job",
+                pool=site.pool.digest,
+                start=start,
+                stop=start + 5,
+                encoding="f32",
+                teacher=card.teacher,
+                policy=card.policy,
+            )
+            for start in range(0, 40, 5)
+        ]
+        replies = ask(grid, node, "query.answer", *(question.to_content() for question in questions))
+        for question, answer in zip(questions, replies, strict=True):
+            rows = decode(Answer.from_content(answer.content, question).data, 5, 3, "f32")
+            pixels = site.pool.read(question.start, question.stop)
+            assert rows.argmax(axis=1).tolist() == pixels.reshape(5, -1, 3).mean(axis=1).argmax(axis=1).tolist()
+    assert superlink.authority.pem not in agent.text()
+    status, held = health(site.raw["health_port"])
+    assert status == 200
+    assert (held["status"], held["site"], held["server"]) == ("connected", "site-a", superlink.address)
+    assert held["answered"] >= 10
+
+
+def test_what_is_none_of_our_questions_is_refused_and_the_agent_goes_on(
+    superlink: SuperLink, node: int, agent: AgentProcess
+) -> None:
+    with superlink.run() as grid:
+        for kind in ("train", "evaluate.all", "query.secrets"):
+            (reply,) = ask(grid, node, kind, RecordDict({"record": ConfigRecord({"json": "canary"})}))
+            assert reply.has_error()
+            assert reply.error.reason == "the message is none of the questions that a site answers"
+        assert card_of(grid, node).name == "site-a"
+    assert "canary" not in agent.text()
+
+
+def test_oversized_messages_are_refused_and_the_agent_goes_on(
+    superlink: SuperLink, node: int, agent: AgentProcess
+) -> None:
+    many = RecordDict({f"r{i}": ConfigRecord({"json": str(i)}) for i in range(70)})
+    large = RecordDict({"record": ConfigRecord({"json": "x" * (66 * 2**20)})})
+    parts = RecordDict({f"r{i}": ConfigRecord({"json": str(i) * (22 * 2**20)}) for i in range(3)})
+    with superlink.run() as grid:
+        for content in (many, large, parts):
+            (reply,) = ask(grid, node, "query.card", content)
+            assert reply.has_error()
+            assert reply.error.reason == "the message is too large"
+        assert card_of(grid, node).name == "site-a"
+
+
+def test_a_run_whose_bundle_carries_code_is_refused_and_recorded(
+    superlink: SuperLink, site: SiteFolder, node: int, agent: AgentProcess, tmp_path: Path
+) -> None:
+    proof = tmp_path / "executed"
+    with superlink.run({"evil.py": f"open({str(proof)!r}, 'w')".encode()}) as grid:
+        reply: Message
+        for reply in ask(grid, node, "query.card", *[CardRequest(job="job").to_content()] * 2):
+            assert reply.has_error()
+            assert "installed code only" in reply.error.reason
+        run = str(grid.run.run_id)
+    records = [json.loads(line) for line in (site.folder / "state" / "refusals.jsonl").read_text().splitlines()]
+    assert [record["run"] for record in records] == [run]
+    assert "more than its description" in records[0]["reason"]
+    assert not proof.exists()
+
+
+def test_a_second_agent_on_the_same_folder_ends_at_once(site: SiteFolder, agent: AgentProcess) -> None:
+    with site.start("--log", "json") as second:
+        assert second.wait() == 19
+        lines = [json.loads(line) for line in second.text().splitlines()]
+    assert lines[-1]["level"] == "error"
+    assert lines[-1]["code"] == 19
+    assert "running already" in lines[-1]["message"]
+
+
+def test_it_goes_on_by_itself_after_the_server_was_killed_and_restarted(
+    superlink: SuperLink, site: SiteFolder, node: int, agent: AgentProcess
+) -> None:
+    superlink.end(signal.SIGKILL)
+    until(lambda: health(site.raw["health_port"])[0] == 503, "the agent knows that it is not connected")
+    agent.says("trying again")
+    superlink.start()
+    agent.says("connected to", times=2)
+    with superlink.run() as grid:
+        assert card_of(grid, node).name == "site-a"
+
+
+def test_sigterm_ends_it_well_and_the_next_one_connects_at_once(
+    superlink: SuperLink, site: SiteFolder, node: int, agent: AgentProcess
+) -> None:
+    assert agent.end() == 0
+    assert "disconnected" in agent.text()
+    with site.start() as again:
+        again.says("connected to")
+        assert "another agent" not in again.text()
+        with superlink.run() as grid:
+            assert card_of(grid, node).name == "site-a"
+        assert again.end(signal.SIGINT) == 0
+
+
+def test_a_key_that_is_unknown_or_suspended_ends_it(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "b", superlink, "site-b")
+    with site.start() as unknown:
+        assert unknown.wait() == 18
+        assert "does not know this site's key" in unknown.text()
+    node = site.register()
+    with site.start() as admitted:
+        admitted.says("connected to")
+        superlink.unregister(node)
+        assert admitted.wait() == 18
+
+
+def test_another_authority_s_server_is_not_spoken_to(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "c", superlink, "site-c")
+    site.write_kit(ca=Authority().pem)
+    with site.start() as wary:
+        assert wary.wait() == 17
+        assert "certificate" in wary.text()

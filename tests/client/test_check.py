@@ -1,0 +1,107 @@
+"""`consilience site check` against a real SuperLink: each row, and what is skipped after a problem."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from consilience.__main__ import app
+from helpers.superlink import Authority, SiteFolder, SuperLink, free_ports
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
+    held = SuperLink(tmp_path_factory.mktemp("superlink"))
+    held.start()
+    yield held
+    held.end()
+
+
+@pytest.fixture
+def site(superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SiteFolder:
+    folder = SiteFolder(tmp_path / "site", superlink, "site-a")
+    monkeypatch.syspath_prepend(str(folder.folder))
+    return folder
+
+
+def check(site: SiteFolder) -> tuple[int, dict[str, dict[str, str]], Any]:
+    result = CliRunner().invoke(app, ["site", "check", str(site.file), "--json"])
+    held = json.loads(result.stdout)
+    assert held["ok"] == (result.exit_code == 0)
+    return result.exit_code, {row["check"]: row for row in held["data"]["rows"]}, held["error"]
+
+
+def results(rows: dict[str, dict[str, str]]) -> dict[str, str]:
+    return {name: row["result"] for name, row in rows.items()}
+
+
+def test_an_admitted_site_passes_and_the_server_does_not_take_it_to_be_online(
+    superlink: SuperLink, site: SiteFolder
+) -> None:
+    site.register()
+    code, rows, error = check(site)
+    assert (code, error) == (0, None)
+    assert {name for name, row in rows.items() if row["result"] != "ok"} == {"private data", "agent"}
+    assert "f32" in rows["policy"]["found"]
+    assert site.pool.digest[:12] in rows["pools"]["found"]
+    with superlink.run() as grid:
+        assert list(grid.get_node_ids()) == []
+
+
+def test_people_get_a_table_with_the_fix(site: SiteFolder) -> None:
+    (site.folder / "site.key").chmod(0o644)
+    result = CliRunner().invoke(app, ["site", "check", str(site.file)], env={"COLUMNS": "200"})
+    assert result.exit_code == 15
+    assert "chmod 600" in result.stdout
+    assert "skipped" in result.stdout
+
+
+def test_a_key_that_the_server_does_not_know_is_the_only_problem(site: SiteFolder) -> None:
+    code, rows, error = check(site)
+    assert code == error["code"] == 18
+    assert [name for name, row in rows.items() if row["result"] == "problem"] == ["admission"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "problem", "code"),
+    [
+        (lambda site: site.file.write_text("name: 3\n"), "settings", 3),
+        (lambda site: site.write_settings(data={"kind": "npz", "path": "none.npz"}), "private data", 4),
+        (lambda site: next((site.folder / "pool").glob("*.bin")).write_bytes(b"\1" * 40 * 48), "pools", 5),
+        (lambda site: site.write_settings(teacher={**site.raw["teacher"], "callable": "no:such"}), "teacher", 7),
+        (lambda site: (site.folder / "state").write_text(""), "state folder", 10),
+        (lambda site: (site.folder / "site.key").unlink(), "key", 15),
+        (lambda site: site.write_kit(site="another"), "kit", 15),
+        (lambda site: site.write_kit(site_fingerprint="0" * 64), "kit", 15),
+        (lambda site: site.write_kit(address="no-such-name.invalid:9"), "name", 16),
+        (lambda site: site.write_kit(address=f"127.0.0.1:{free_ports(1)[0]}"), "port", 16),
+        (lambda site: site.write_kit(ca=Authority().pem), "certificate", 17),
+    ],
+)
+def test_each_problem_has_its_row_its_fix_and_its_code(
+    site: SiteFolder, break_it: Any, problem: str, code: int
+) -> None:
+    break_it(site)
+    exit_code, rows, error = check(site)
+    assert exit_code == code
+    assert rows[problem]["result"] == "problem"
+    assert rows[problem]["fix"] == error["hint"] != ""
+    assert rows["admission"]["result"] == ("skipped" if code in (3, 15, 16, 17) else "problem")
+
+
+def test_a_machine_with_another_time_is_told_so(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datetime
+
+    from flwr.client.grpc_rere_client import node_auth_client_interceptor as authentication
+
+    late = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+    monkeypatch.setattr(authentication, "now", lambda: late)
+    code, rows, _ = check(site)
+    assert code == 21
+    assert rows["clock"]["result"] == "problem"
+    assert rows["admission"]["result"] == "skipped"
