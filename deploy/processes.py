@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from consilience.common.errors import ServerError
@@ -26,12 +26,11 @@ from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.simulation import prepare_run
 from consilience.server.admission import Register
 from consilience.server.authority import authority_pem, ensure_authority, renew_if_due
-from consilience.server.runs import Run, submit
+from consilience.server.runs import submit
 from consilience.server.service import read_service
 from consilience.server.settings import Home, ServerSettings
 from consilience.server.superlink import die_with_parent
 
-START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 LOOK_SECONDS = 0.2
 
@@ -47,11 +46,14 @@ def simulate_processes(job: JobSettings, run: Path, reporter: Reporter) -> None:
         home = make_server(Path(name) / "server")
         sites = [join(home, path, Path(name) / "sites") for path in paths]
         (home.runs / f"{job.name}-here").symlink_to(run)
-        held, _ = submit(home.folder, settings, token="here", fold_in=False)
-        server = started.enter_context(process(["server", "start", "--home", str(home.folder)]))
-        wait_for_server(home, server)
-        agents = [started.enter_context(process(["site", "start", str(path)])) for path in sites]
-        _wait_for_run(held, [server, *agents])
+        server = start(["server", "start", "--home", str(home.folder)])
+        started.callback(stop, [server])
+        agents = [start(["site", "start", str(path)]) for path in sites]
+        started.callback(stop, agents)
+        _wait(lambda: sum(online(home).values()) == len(agents), [server, *agents])
+        held, _ = submit(home.folder, settings, token="here")
+        _wait(lambda: held.state.state not in ("queued", "running"), [server, *agents])
+        held.need_done()
 
 
 def make_server(folder: Path) -> Home:
@@ -82,39 +84,44 @@ def join(home: Home, site: Path, folder: Path) -> Path:
     return place / "site.yaml"
 
 
-@contextlib.contextmanager
-def process(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command of ours as a process; it is stopped at the end, and killed when this process is."""
+def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Run a command of ours as a process, which is killed when this one is; what it says goes to our stderr."""
     command = [sys.executable, "-m", "consilience", *arguments]
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent)
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.terminate()
-            try:
-                child.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
 
 
-def wait_for_server(home: Home, server: subprocess.Popen[bytes]) -> None:
-    """Wait until a started server is up. Raises `ServerError`."""
-    until = time.monotonic() + START_SECONDS
-    while read_service(home.folder) is None:
-        if server.poll() is not None or time.monotonic() > until:
-            raise ServerError("The server did not come up", hint="Read the lines above")
-        time.sleep(LOOK_SECONDS)
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Stop processes side by side; kill those that take too long."""
+    for child in processes:
+        child.terminate()
+    until = time.monotonic() + STOP_SECONDS
+    for child in processes:
+        try:
+            child.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
-def _wait_for_run(run: Run, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    while run.state.state in ("queued", "running"):
+def online(home: Home) -> dict[str, bool]:
+    """Return which admitted sites are connected."""
+    service = read_service(home.folder)
+    return {} if service is None else service.online
+
+
+def _wait(done: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until `done()`. Raises `ServerError` when a process ends."""
+    while not done():
         for child in processes:
             if child.poll() is not None:
                 raise ServerError(f"A process ended with code {child.returncode}", hint="Read the lines above")
         time.sleep(LOOK_SECONDS)
-    run.need_done()
 
 
 def free_ports(count: int) -> list[int]:
