@@ -20,6 +20,8 @@ from consilience.deploy.simulation import embedded_job
 from consilience.deploy.simulation import simulate as run_simulation
 from consilience.server.summary import summary
 
+app = typer.Typer()
+
 
 class Engine(StrEnum):
     """What carries the messages of a simulation in one place."""
@@ -28,6 +30,7 @@ class Engine(StrEnum):
     FLOWER = "flower"
 
 
+@app.command()
 def simulate(
     job: Annotated[Path | None, typer.Argument(help="A job.yaml; without one, the embedded example.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME of the job.")] = None,
