@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
 
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, StorageError
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, Contract, Question
+from consilience.common.protocol import Answer, Contract, Question, SiteCard
 from consilience.common.settings import Ask
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server.answers import About, AnswerStore
-from consilience.server.asking import agree, ask, collect_cards
+from consilience.server.asking import ask
+from consilience.server.enrolment import agree, at_least, collect_cards
 from consilience.server.events import Events
+from consilience.server.progress import Progress
 from helpers.sites import CLASSES, DIGEST, POLICY, Handler, Sites, grid_of, honest, refusing, rows
 
 SIZE = 100
@@ -37,12 +40,21 @@ def reporter() -> Iterator[Reporter]:
 
 
 def run(tmp_path: Path, sites: Sites, reporter: Reporter, **settings: Any) -> tuple[dict[str, AnswerStore], Any]:
-    chosen = Ask(encoding="f32", question_size=16, **settings)
     with grid_of(sites) as grid:
-        cards = collect_cards(grid, "job")
-        stores = {card.name: AnswerStore(tmp_path / card.name, about(card.name)) for card in cards.values()}
-        pairs = [(node, stores[card.name]) for node, card in cards.items()]
-        states = ask(grid, "job", pairs, chosen, events=Events(tmp_path / "events.jsonl"), reporter=reporter)
+        return run_on(grid, tmp_path, reporter, **settings)
+
+
+def cards_of(grid: Grid) -> dict[int, SiteCard]:
+    return collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=True)[0]
+
+
+def run_on(grid: Grid, tmp_path: Path, reporter: Reporter, **settings: Any) -> tuple[dict[str, AnswerStore], Any]:
+    chosen = Ask(**{"encoding": "f32", "question_size": 16, **settings})
+    cards = cards_of(grid)
+    stores = {card.name: AnswerStore(tmp_path / card.name, about(card.name)) for card in cards.values()}
+    pairs = [(node, stores[card.name]) for node, card in cards.items()]
+    events, progress = Events(tmp_path / "events.jsonl"), Progress(tmp_path / "progress.json", "job")
+    states = ask(grid, "job", pairs, chosen, events=events, reporter=reporter, progress=progress)
     return stores, {state.name: state for state in states}
 
 
@@ -140,10 +152,11 @@ def test_no_more_questions_fly_than_allowed(tmp_path: Path, reporter: Reporter) 
 
     sites = Sites({"one": honest})
     with Counting(sites.app, [{"name": "one"}], workers=2) as grid:
-        (node,) = collect_cards(grid, "job")
+        (node,) = cards_of(grid)
         store = AnswerStore(tmp_path / "one", about("one"))
         settings = Ask(question_size=4, in_flight=3)
-        ask(grid, "job", [(node, store)], settings, events=Events(tmp_path / "e.jsonl"), reporter=reporter)
+        events, progress = Events(tmp_path / "e.jsonl"), Progress(tmp_path / "progress.json", "job")
+        ask(grid, "job", [(node, store)], settings, events=events, reporter=reporter, progress=progress)
     assert store.complete
     assert most == 3
 
@@ -171,21 +184,27 @@ def test_a_full_disk_stops_the_asking_and_keeps_what_arrived(
 
 
 def test_sites_that_cannot_take_part_are_named() -> None:
-    empty = Sites({})
-    with grid_of(empty) as grid, pytest.raises(AskingError, match="No site is connected"):
-        collect_cards(grid, "job")
-    twins = Sites({"one": honest, "two": honest}, cards={"two": "one"})
-    with grid_of(twins) as grid, pytest.raises(AskingError, match="Two connected sites are called one"):
-        collect_cards(grid, "job")
-    rude = Sites({"one": honest}, cards={"one": "../one"})
-    with grid_of(rude) as grid, pytest.raises(AskingError, match="Node 100 cannot take part"):
-        collect_cards(grid, "job")
-    stubborn = Sites({"stubborn": honest})
-    with grid_of(stubborn) as grid:
-        cards = collect_cards(grid, "job")
+    def collect(sites: Sites) -> None:
+        with grid_of(sites) as grid:
+            collect_cards(grid, "job", lacking=at_least(1), wait=0.1, strict=True)
+
+    with pytest.raises(AskingError, match="No site is connected"):
+        collect(Sites({}))
+    with (
+        grid_of(Sites({"one": honest, "two": honest}, cards={"two": "one"})) as grid,
+        pytest.raises(AskingError, match="called one"),
+    ):
+        cards_of(grid)
+    with (
+        grid_of(Sites({"one": honest}, cards={"one": "../one"})) as grid,
+        pytest.raises(AskingError, match="Node 100 cannot"),
+    ):
+        cards_of(grid)
+    with grid_of(Sites({"stubborn": honest})) as grid:
         contract = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1, 2), pools=(DIGEST,), teacher=DIGEST)
-        with pytest.raises(AskingError, match=r"Site stubborn cannot take part.*unknown-pool"):
-            agree(grid, dict.fromkeys(cards, contract), cards)
+        reasons = agree(grid, dict.fromkeys(cards_of(grid), contract), wait=30)
+    assert list(reasons) == [100]
+    assert "unknown-pool" in reasons[100]
 
 
 def test_events_survive_a_torn_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question, SiteCard
 from consilience.common.settings import Unify
-from consilience.server import labelling
+from consilience.server import answered, labelling
 from consilience.server.answers import About, AnswerStore
 from consilience.server.labelling import unify_pool
 from consilience.server.unify import Prior, unify
@@ -82,7 +82,7 @@ def test_labels_do_not_depend_on_the_block(
     monkeypatch: pytest.MonkeyPatch,
     values: int,
 ) -> None:
-    monkeypatch.setattr(labelling, "BLOCK_VALUES", values)
+    monkeypatch.setattr(answered, "BLOCK_VALUES", values)
     labels = run(tmp_path / "labels", space, stores, cards, Unify())
     assert np.allclose(labels, unify(answers(), space.class_sets).probs, atol=1e-7)
 
