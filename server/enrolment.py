@@ -24,6 +24,8 @@ from consilience.server.messages import Backoff, compose, content_of, is_absence
 
 ASK_AGAIN_AFTER = 5.0
 """Seconds after which a site that could not present itself is asked for its card again, while too few are there."""
+PATIENCE = 60.0
+"""Seconds that a site which is there has for its card and for its agreement, however short `ask.wait` is."""
 HINT = "See that site's log, mend it, run the same command again"
 
 Lacking = Callable[[Collection[str]], str]
@@ -68,6 +70,7 @@ def collect_cards(
     cards: dict[int, SiteCard] = {}
     failed: dict[int, tuple[str, float]] = {}
     sent: dict[str, int] = {}
+    patience = max(wait, PATIENCE)
     began, backoff, said = time.monotonic(), Backoff(longest=1.0), ""
     while True:
         now, online = time.monotonic(), set(grid.get_node_ids())
@@ -76,7 +79,7 @@ def collect_cards(
         sent = {identifier: node for identifier, node in sent.items() if node in online}
         again = {node for node, (_, when) in failed.items() if now - when >= ASK_AGAIN_AFTER}
         new = sorted((online - cards.keys() - failed.keys() | again) - set(sent.values()))
-        messages = [compose(CardRequest(job=job).to_content(), CARD, node, max(wait, ASK_AGAIN_AFTER)) for node in new]
+        messages = [compose(CardRequest(job=job).to_content(), CARD, node, patience) for node in new]
         for node, identifier in zip(new, push(grid, messages), strict=True):
             if identifier is None:
                 failed[node] = ("the server could not reach it", now)
@@ -97,19 +100,19 @@ def collect_cards(
                 if strict:
                     raise AskingError(f"Node {spoke} cannot take part: {error.message}", hint=HINT) from error
         names = [card.name for card in cards.values()]
-        for name in names:
-            if names.count(name) > 1:
-                raise AskingError(f"Two connected sites are called {name}", hint="Rename one of them in its site.yaml")
+        if len(set(names)) < len(names):
+            name = next(name for name in names if names.count(name) > 1)
+            raise AskingError(f"Two connected sites are called {name}", hint="Rename one of them in its site.yaml")
         still = lacking(names)
-        over = time.monotonic() - began >= wait
-        if (not still and not sent) or over:
+        passed = time.monotonic() - began
+        if passed >= (patience if sent else wait) or not (still or sent):
             break
-        if still and reporter is not None and still != said and time.monotonic() - began > 1:
+        if still and reporter is not None and still != said and passed > 1:
             reporter.say(f"Waiting for sites: {still}")
             said = still
         backoff.pause()
     reasons = {node: reason for node, (reason, _) in failed.items()}
-    reasons |= {node: f"it sent no card within {wait:,g} s" for node in sent.values() if node not in cards}
+    reasons |= {node: f"it sent no card within {patience:,g} s" for node in sent.values() if node not in cards}
     if still:
         others = "".join(f"; node {node}: {reason}" for node, reason in sorted(reasons.items()))
         there = f"; there: {', '.join(sorted(names))}" if names else ""
@@ -124,8 +127,8 @@ def collect_cards(
 
 def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> dict[int, str]:
     """Send each node its contract; returns, by node, why those that do not agree within `wait` seconds do not."""
-    nodes = sorted(contracts)
-    messages = [compose(contracts[node].to_content(), CONTRACT, node, max(wait, ASK_AGAIN_AFTER)) for node in nodes]
+    nodes, wait = sorted(contracts), max(wait, PATIENCE)
+    messages = [compose(contracts[node].to_content(), CONTRACT, node, wait) for node in nodes]
     waiting: dict[str, int] = {}
     reasons: dict[int, str] = {}
     for node, identifier in zip(nodes, push(grid, messages), strict=True):

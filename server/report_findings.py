@@ -122,7 +122,8 @@ class Findings:
 
     `space` holds the sites that took part to the end, in the order of every array here; `sites` may list more.
     `learning` has the curves `student` and, where there is one, `oracle`. `agreement` is what `judge.agreement`
-    gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is the job as a plain mapping.
+    gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
+    the job as a plain mapping.
     """
 
     job: str
