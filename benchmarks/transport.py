@@ -45,7 +45,7 @@ def teacher(images: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np
 def make_sites(home: Home, folder: Path, sites: int, samples: int) -> list[Path]:
     """Make the pool and admitted sites; returns their settings."""
     images = np.random.default_rng(1).integers(0, 256, (samples, 4, 4, 1), np.uint8)
-    Pool.build(ImageData.of(images), folder / "pool")
+    Pool.build(ImageData((4, 4, 1), None, (), samples, lambda ids: images[ids]), folder / "pool")
     paths = []
     for i in range(sites):
         settings = SiteSettings(
