@@ -53,7 +53,7 @@ def make_sites(home: Home, folder: Path, sites: int, samples: int) -> list[Path]
             teacher=CallableTeacher(
                 kind="callable",
                 callable="transport:teacher",
-                classes=tuple(f"class-{(3 * i + k) % (3 * sites)}" for k in range(CLASSES)),
+                classes=tuple(f"class-{3 * i + k}" for k in range(CLASSES)),
                 preprocessing=Preprocessing(),
             ),
             policy=Policy(precision="f16"),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -90,7 +91,9 @@ def collect_cards(
                 continue
             backoff.reset()
             try:
-                cards[spoke] = read_reply(content_of(message), SiteCard)
+                card = read_reply(content_of(message), SiteCard)
+                _need_own_name(card, admitted(grid).get(spoke))
+                cards[spoke] = card
                 failed.pop(spoke, None)
             except ProtocolError as error:
                 if is_absence(message):
@@ -123,6 +126,25 @@ def collect_cards(
         node = min(sent.values())
         raise AskingError(f"Node {node} cannot take part: {reasons[node]}", hint=HINT)
     return cards, reasons
+
+
+@runtime_checkable
+class Admitting(Protocol):
+    """A grid whose nodes were admitted under a name."""
+
+    def admitted(self) -> dict[int, str]:
+        """Return the name under which each online node's key was admitted."""
+
+
+def admitted(grid: Grid) -> dict[int, str]:
+    """Return the names under which nodes were admitted; empty where nobody is (a simulation in one process)."""
+    return grid.admitted() if isinstance(grid, Admitting) else {}
+
+
+def _need_own_name(card: SiteCard, name: str | None) -> None:
+    """Raise `ProtocolError` when a site presents itself by another name than its key was admitted under."""
+    if name is not None and card.name != name:
+        raise ProtocolError(f"its card names the site {card.name}; its key was admitted as {name}")
 
 
 def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> dict[int, str]:

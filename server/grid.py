@@ -68,6 +68,10 @@ class SuperLinkGrid(HttpGrid):
         """Return the nodes that are online."""
         return self._linked(lambda: super(SuperLinkGrid, self).get_nodes())
 
+    def admitted(self) -> dict[int, str]:
+        """Return the name under which each online node's key was admitted."""
+        return {node.node_id: node.name for node in self.get_nodes()}
+
     def _linked(self, call: Callable[[], Result]) -> Result:
         try:
             return call()
