@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from consilience.common.errors import ProtocolError
@@ -140,11 +139,14 @@ class Answer:
     seconds: float
 
     def to_content(self) -> RecordDict:
-        """Return the message content: the question, the time, and the bytes as a uint8 array."""
-        content = self.question.to_content()
-        content["timing"] = ConfigRecord({"seconds": float(self.seconds)})
-        content["answer"] = ArrayRecord({"data": Array(np.frombuffer(self.data, np.uint8))})
-        return content
+        """Return the message content: one record, since each costs a round trip to carry."""
+        return RecordDict(
+            {
+                "record": ConfigRecord(
+                    {"json": self.question.model_dump_json(), "seconds": float(self.seconds), "data": self.data}
+                )
+            }
+        )
 
     @classmethod
     def from_content(cls, content: RecordDict, expected: Question) -> Answer:
@@ -156,19 +158,14 @@ class Answer:
         for name in type(question).model_fields:
             if getattr(question, name) != getattr(expected, name):
                 raise ProtocolError(f"An answer's {name} is not the question's")
-        seconds = _config(content, "timing").get("seconds")
+        if len(content) != 1:
+            raise ProtocolError("An answer carries more than one record")
+        record = _config(content, "record")
+        seconds, data = record.get("seconds"), record.get("data")
         if not isinstance(seconds, float) or not 0 <= seconds < float("inf"):
             raise ProtocolError("An answer's seconds are no time")
-        arrays = content.get("answer")
-        if not isinstance(arrays, ArrayRecord) or list(arrays) != ["data"]:
+        if not isinstance(data, bytes):
             raise ProtocolError("An answer carries no data")
-        array = arrays["data"]
-        if array.dtype != "uint8" or len(array.shape) != 1:
-            raise ProtocolError("An answer's data are no bytes")
-        try:
-            data = array.numpy().tobytes()
-        except Exception as error:  # the bytes are a stranger's: whatever fails to parse is a bad answer
-            raise ProtocolError("An answer's data cannot be read") from error
         return cls(question, data, seconds)
 
 

@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx
-from flwr.app import Context, Message
-from flwr.common.constant import SubStatus
+from flwr.app import Context, Error, Message, Metadata
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import Metadata as AnnouncedMetadata
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -41,6 +50,14 @@ from consilience.server.superlink import Endpoint
 PATIENCE_SECONDS = 10.0
 """How long one call is tried again while the SuperLink does not answer; a restarted one knows no earlier run."""
 CLAIM_SECONDS = 30.0
+UPLOAD_SECONDS = 60.0
+"""How long the rest of a reply may take that a site has begun to send."""
+MOST_OBJECTS = 64
+"""Objects of one reply: ours has three."""
+MOST_BYTES = 64 * 2**20
+"""Bytes of one reply; questions are cut so that an answer stays well below."""
+AT_ONCE = 8
+"""Objects on their way at once: each costs a round trip."""
 
 Result = TypeVar("Result")
 
@@ -61,8 +78,64 @@ class SuperLinkGrid(HttpGrid):
         return self._linked(lambda: super(SuperLinkGrid, self).push_messages(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there."""
-        return self._linked(lambda: super(SuperLinkGrid, self).pull_messages(message_ids))
+        """Return the replies that are there; one that is too large or cannot be read comes as an error message."""
+        request = PullAppMessagesRequest(message_ids=message_ids)
+        response = self._linked(lambda: self._runtime_client.PullMessages(request))
+        return [
+            self._linked(partial(self._fetch, announced.metadata, tree))
+            for announced, tree in zip(response.messages_list, response.message_object_trees, strict=True)
+        ]
+
+    def _fetch(self, announced: AnnouncedMetadata, tree: ObjectTree) -> Message:
+        """Return one reply with its content.
+
+        Flower's own way pauses a second when a site has not sent all of a reply yet, and takes whatever size comes.
+        """
+        identifiers = [part.object_id for part in iterate_object_tree(tree)]
+        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self.run.run_id)
+        try:
+            if len(identifiers) > MOST_OBJECTS:
+                raise ObjectPullError(tree.object_id, "too many objects")
+            contents = pull_objects(
+                identifiers,
+                _budgeted(pull),
+                max_concurrent_pulls=AT_ONCE,
+                max_time=UPLOAD_SECONDS,
+                max_tries_per_object=None,
+                initial_backoff=0.02,
+                backoff_cap=0.5,
+            )
+            message = inflate_object_from_contents(tree.object_id, contents)
+            if not isinstance(message, Message):
+                raise TypeError("no message")
+        except (httpx.HTTPError, RunNotRunningException):
+            raise
+        except Exception:  # a stranger's bytes, parsed by code of others
+            return self._unreadable(announced)
+        finally:
+            self._runtime_client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=self.node, run_id=self.run.run_id, message_object_id=announced.message_id
+                )
+            )
+        message.metadata.__dict__["_message_id"] = announced.message_id
+        message.metadata.__dict__["_reply_to_message_id"] = announced.reply_to_message_id
+        return message
+
+    def _unreadable(self, announced: AnnouncedMetadata) -> Message:
+        metadata = Metadata(
+            run_id=self.run.run_id,
+            message_id="",
+            src_node_id=announced.src_node_id,
+            dst_node_id=self.node.node_id,
+            message_type=SYSTEM_MESSAGE_TYPE,
+            group_id="",
+            ttl=0,
+            reply_to_message_id=announced.reply_to_message_id,
+            created_at=0.0,
+        )
+        reason = "The reply is not whole, larger than any answer, or no message"
+        return make_message(metadata=metadata, error=Error(code=ErrorCode.UNKNOWN, reason=reason))
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Return the nodes that are online."""
@@ -122,6 +195,21 @@ class Claim:
         except (httpx.HTTPError, RunNotRunningException):
             return False
         return True
+
+
+def _budgeted(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """Return `pull` for one reply, which may not be larger than any answer."""
+    left = MOST_BYTES
+
+    def checked(identifier: str) -> bytes:
+        nonlocal left
+        content = pull(identifier)
+        left -= len(content)
+        if left < 0:
+            raise ObjectPullError(identifier, "too large")
+        return content
+
+    return checked
 
 
 def _acquire(endpoint: Endpoint, run_id: int) -> str:

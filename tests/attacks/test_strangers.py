@@ -25,7 +25,7 @@ GOOD = Answer(QUESTION, encode(ROWS, "f32"), 0.1)
 scalars = st.one_of(
     st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=20), st.binary(max_size=20)
 )
-configs = st.dictionaries(st.sampled_from(["json", "seconds", "code", "x"]), scalars, max_size=3).map(
+configs = st.dictionaries(st.sampled_from(["json", "seconds", "data", "code", "x"]), scalars, max_size=3).map(
     lambda held: ConfigRecord({**held})
 )
 metrics = st.dictionaries(st.sampled_from(["json", "seconds"]), st.floats(), max_size=2).map(
@@ -40,7 +40,7 @@ arrays = st.builds(
 )
 array_records = st.dictionaries(st.sampled_from(["data", "x"]), arrays, max_size=2).map(ArrayRecord)
 records = st.one_of(configs, metrics, array_records)
-keys = st.sampled_from(["record", "timing", "answer", "refusal", "x"])
+keys = st.sampled_from(["record", "refusal", "x"])
 
 
 def content(base: RecordDict, changes: dict[str, Any], missing: set[str]) -> RecordDict:

@@ -122,6 +122,11 @@ def replaced(key: str, value: Any) -> RecordDict:
     return content
 
 
+def changed(**fields: Any) -> RecordDict:
+    held = {**Answer(question(), b"ab", 0.0).to_content().config_records["record"], **fields}
+    return RecordDict({"record": ConfigRecord({key: value for key, value in held.items() if value is not None})})
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -130,18 +135,16 @@ def replaced(key: str, value: Any) -> RecordDict:
         replaced("record", ConfigRecord({"json": "{"})),
         replaced("record", ConfigRecord({"json": 7})),
         replaced("record", MetricRecord({"json": 1.0})),
-        replaced("timing", None),
-        replaced("timing", ConfigRecord({"seconds": "1"})),
-        replaced("timing", ConfigRecord({"seconds": float("nan")})),
-        replaced("timing", ConfigRecord({"seconds": -1.0})),
-        replaced("answer", None),
-        replaced("answer", ConfigRecord({"data": b"ab"})),
-        replaced("answer", ArrayRecord({"other": Array(np.zeros(2, np.uint8))})),
-        replaced("answer", ArrayRecord({"data": Array(np.zeros(2, np.float32))})),
-        replaced("answer", ArrayRecord({"data": Array(np.zeros((2, 1), np.uint8))})),
-        replaced(
-            "answer", ArrayRecord({"data": Array(dtype="uint8", shape=(2,), stype="numpy.ndarray", data=b"junk")})
-        ),
+        changed(seconds=None),
+        changed(seconds="1"),
+        changed(seconds=1),
+        changed(seconds=float("nan")),
+        changed(seconds=-1.0),
+        changed(data=None),
+        changed(data="ab"),
+        changed(data=[1, 2]),
+        replaced("more", ConfigRecord({"data": b"ab"})),
+        replaced("record", ArrayRecord({"data": Array(np.zeros(2, np.uint8))})),
         replaced("refusal", ConfigRecord({"json": "{}"})),
         replaced("refusal", ConfigRecord({"json": '{"code": "rm -rf", "reason": ""}'})),
     ],
@@ -150,20 +153,6 @@ def test_anything_else_is_refused_without_its_words(content: RecordDict) -> None
     with pytest.raises(ProtocolError) as caught:
         Answer.from_content(content, question())
     assert "rm -rf" not in str(caught.value)
-
-
-def test_a_pickled_array_is_not_loaded() -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (pytest.fail, ("a pickle from the wire was loaded",))
-
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([Bomb()], object), allow_pickle=True)
-    array = Array(dtype="uint8", shape=(1,), stype="numpy.ndarray", data=buffer.getvalue())
-    with pytest.raises(ProtocolError, match="cannot be read"):
-        Answer.from_content(replaced("answer", ArrayRecord({"data": array})), question())
 
 
 def test_a_refusal_says_its_code_and_reason() -> None:
