@@ -199,7 +199,7 @@ def enrol(
         if new and not fold_in:
             reporter.say(
                 f"Warning: {', '.join(new)} joined after this run began and {_are(new)} not asked; run the same "
-                "command with --fold-in to ask"
+                "command with --fold-in to ask there too"
             )
             cards = {node: card for node, card in cards.items() if card.name in known}
     while True:
