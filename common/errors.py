@@ -108,9 +108,9 @@ class AskingError(ConsilienceError):
     exit_code = 9
     name = "asking"
     explanation = (
-        "Sites failed to answer, more often than the job's retries allow. The answers that arrived are in the "
-        "run folder and are not asked for again: mend the sites that the message names and run the same "
-        "command again."
+        "Too few sites were there in time, agreed to the contract, or answered every question within the job's "
+        "retries and deadline. The answers that arrived are in the run folder and are not asked for again: mend the "
+        "sites that the message names and run the same command again."
     )
 
 

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -61,7 +61,7 @@ class LocalGrid(Grid):
         self._replies: dict[str, Future[Message]] = {}
         self._run: Any = None
 
-    def __enter__(self) -> LocalGrid:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -23,6 +23,8 @@ from consilience.server.contract import RunContract
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, pull, push
 
+LOOK_EVERY = 1.0
+"""Seconds between two looks at who is back."""
 ASK_AGAIN_AFTER = 5.0
 """Seconds after which a site that could not present itself is asked for its card again, while too few are there."""
 PATIENCE = 60.0
@@ -35,7 +37,7 @@ Lacking = Callable[[Collection[str]], str]
 
 @dataclass
 class Enrolment:
-    """Who was found: `cards` by node, `left_out` who -> reason, and the run's contract."""
+    """The run's contract, and which of its sites can be asked now."""
 
     contract: RunContract
     nodes: dict[str, int] = field(default_factory=dict)
@@ -148,26 +150,34 @@ def _need_own_name(card: SiteCard, name: str | None) -> None:
 
 
 def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> dict[int, str]:
-    """Send each node its contract; returns, by node, why those that do not agree within `wait` seconds do not."""
-    nodes, wait = sorted(contracts), max(wait, PATIENCE)
-    messages = [compose(contracts[node].to_content(), CONTRACT, node, wait) for node in nodes]
-    waiting: dict[str, int] = {}
+    """Send each node its contract; returns, by node, why those that do not agree within `wait` seconds do not.
+
+    A node that goes away meanwhile is asked again when it is back within `PATIENCE` seconds.
+    """
+    wait, began, looked, backoff = max(wait, PATIENCE), time.monotonic(), float("-inf"), Backoff()
+    unsent, waiting = set(contracts), dict[str, int]()
     reasons: dict[int, str] = {}
-    for node, identifier in zip(nodes, push(grid, messages), strict=True):
-        if identifier is None:
-            reasons[node] = "the server could not reach it"
-        else:
-            waiting[identifier] = node
-    began, backoff = time.monotonic(), Backoff()
-    while waiting and time.monotonic() - began < wait:
+    while True:
+        passed = time.monotonic() - began
+        if (not waiting and (not unsent or passed > PATIENCE)) or passed > wait:
+            break
+        if unsent and passed - looked >= LOOK_EVERY:
+            looked, nodes = passed, sorted(unsent & set(grid.get_node_ids()))
+            messages = [compose(contracts[node].to_content(), CONTRACT, node, wait) for node in nodes]
+            given = zip(push(grid, messages), nodes, strict=True)
+            waiting |= {identifier: node for identifier, node in given if identifier is not None}
+            unsent -= set(waiting.values())
         for identifier, message in list(pull(grid, waiting)):
-            if (node_or_none := waiting.pop(identifier, None)) is not None:
-                backoff.reset()
-                reason = _disagreement(message, contracts[node_or_none])
-                if reason:
-                    reasons[node_or_none] = reason
-        if waiting:
+            if (spoke := waiting.pop(identifier, None)) is None:
+                continue
+            backoff.reset()
+            if is_absence(message):
+                unsent.add(spoke)
+            elif reason := _disagreement(message, contracts[spoke]):
+                reasons[spoke] = reason
+        if waiting or unsent:
             backoff.pause()
+    reasons |= dict.fromkeys(unsent, "it went away before it agreed to the contract")
     return reasons | dict.fromkeys(waiting.values(), f"it did not agree to the contract within {wait:,g} s")
 
 
@@ -211,7 +221,7 @@ def enrol(
         if new and not fold_in:
             reporter.say(
                 f"Warning: {', '.join(new)} joined after this run began and {_are(new)} not asked; run the same "
-                "command with --fold-in to ask"
+                "command with --fold-in to ask there too"
             )
             cards = {node: card for node, card in cards.items() if card.name in known}
     while True:

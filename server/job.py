@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from consilience.common.data import open_data
-from consilience.common.errors import AskingError, DataError, PoolError, SettingsError
+from consilience.common.errors import AskingError, PoolError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
@@ -35,7 +35,7 @@ from consilience.server.labelling import labels_key, unify_pool
 from consilience.server.learning import check_student, direct_loss, learn, oracle_loss, soft_label_loss
 from consilience.server.progress import Progress
 from consilience.server.publishing import Outcome, gather, publish
-from consilience.server.truth import pool_truth
+from consilience.server.truth import check_test, pool_truth
 
 
 class Job:
@@ -49,7 +49,7 @@ class Job:
         self.pool = Pool.open(settings.pool)
         self.test = open_data(settings.judge.test) if settings.judge.test else None
         self.test_pool = Pool.open(settings.judge.test_pool) if settings.judge.test_pool else None
-        self._check_test()
+        check_test(self.test, self.test_pool, self.pool)
         check_student(settings.student, self.pool.shape)
         timing = run / "timing.json"
         self.timing: dict[str, float] = dict(read_json(timing)) if timing.exists() else {}
@@ -59,34 +59,6 @@ class Job:
     def open(cls, run: Path, reporter: Reporter) -> Job:
         """Open the job of a run folder. Raises `SettingsError`, `PoolError`, `DataError`."""
         return cls(run, load_settings(run / "job.yaml", JobSettings), reporter)
-
-    def _check_test(self) -> None:
-        if self.test is None:
-            return
-        self.test.need_labels("judge.test")
-        if not len(self.test):
-            raise DataError("judge.test holds no images", hint="Name labelled images, or leave judge.test out")
-        if self.test.shape != self.pool.shape:
-            raise DataError(
-                f"judge.test: images have shape {self.test.shape}; the pool's have {self.pool.shape}",
-                hint="Bring both to one shape",
-            )
-        if self.test_pool is not None and (len(self.test_pool), self.test_pool.shape) != (
-            len(self.test),
-            self.test.shape,
-        ):
-            raise PoolError(
-                f"judge.test_pool has {len(self.test_pool)} samples of shape {self.test_pool.shape}; "
-                f"judge.test has {len(self.test)} of {self.test.shape}",
-                hint="Build the test pool from judge.test",
-            )
-        if self.test_pool is not None:
-            for start, images in self.test_pool.blocks(4096):
-                if not np.array_equal(images, self.test.read(np.arange(start, start + len(images)))):
-                    raise PoolError(
-                        f"judge.test_pool holds other images than judge.test, or another order, from sample {start} on",
-                        hint="Build the test pool from judge.test",
-                    )
 
     def do(self, grid: Grid, *, fold_in: bool = False) -> None:
         """Do every stage that is not done. Raises any `ConsilienceError`; what had arrived stays.
@@ -143,7 +115,7 @@ class Job:
         """Find the sites and agree with them; on a resumed run only if there is still to ask, or to fold in."""
         path = self.run / "contract.json"
         pools = tuple(pool.digest for pool in self._pools())
-        finished = False
+        finished = reported = False
         if path.exists():
             contract = RunContract.load(path)
             if contract.pools != pools:
@@ -154,6 +126,7 @@ class Job:
             finished = self._complete(contract) == {card.name for card in contract.sites}
             if finished and not fold_in:
                 return Enrolment(contract)
+            reported = self._reported(contract)
         return enrol(
             grid,
             self.settings,
@@ -161,7 +134,7 @@ class Job:
             pools,
             complete=self._complete,
             fold_in=fold_in,
-            wait_for_new=finished and self._reported(contract),
+            wait_for_new=finished and reported,
             events=self.events,
             reporter=self.reporter,
         )
@@ -179,6 +152,8 @@ class Job:
         """Ask every site that is there about what its stores lack; returns site -> why it left samples unanswered."""
         held = self._all_answers(enrolment.contract)
         self.progress.watch(held)
+        for name, site in self.progress.sites.items():
+            site.online, site.reason = name in enrolment.nodes, enrolment.away.get(name)
         to_ask = [
             (enrolment.nodes[name], store)
             for name, stores in held.items()

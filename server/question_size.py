@@ -10,6 +10,8 @@ STEP = 256
 FIRST = 2 * STEP
 WANTED_SECONDS = 2.0
 """Work of the teacher that a question should make: little is lost with it, and the way there is not felt."""
+GROWTH = 32
+"""A question speaks of at most this many times the samples of an answer that has come: each costs round trips."""
 MOST_SAMPLES = 65_536
 MOST_BYTES = 16_000_000
 
@@ -33,12 +35,19 @@ class QuestionSize:
         self.size = min(FIRST if samples >= FIRST * in_flight else STEP, self._most)
 
     def learn(self, samples: int, seconds: float) -> None:
-        """Take into account that `samples` samples took the teacher `seconds`: at most one step up or down."""
+        """Take into account that `samples` samples took the teacher `seconds`.
+
+        The first answers may be slow for other reasons (a pool is opened, a model warms up), and a short one says
+        little: `GROWTH` bounds a step up, and a step down halves.
+        """
         if not self._tuned:
             return
         wanted = samples * WANTED_SECONDS / seconds if seconds > 0 else float(MOST_SAMPLES)
-        if wanted >= 2 * self.size:
-            self.size = min(2 * self.size, self._most)
+        grown = self.size
+        while 2 * grown <= min(wanted, self._most, GROWTH * samples):
+            grown *= 2
+        if grown > self.size:
+            self.size = grown
         elif wanted <= self.size / 2 and self.size > STEP:
             self.size //= 2
 

@@ -12,10 +12,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.common.data import ImageData
-from consilience.common.errors import DataError
+from consilience.common.errors import DataError, PoolError
 from consilience.common.labels import LabelSpace
+from consilience.common.pool import Pool
 
 Synonyms = Mapping[str, Sequence[str]]
+
+
+def check_test(test: ImageData | None, test_pool: Pool | None, pool: Pool) -> None:
+    """Check before anything is asked that the test images can be judged with. Raises `DataError`, `PoolError`."""
+    if test is None:
+        return
+    test.need_labels("judge.test")
+    if not len(test):
+        raise DataError("judge.test holds no images", hint="Name labelled images, or leave judge.test out")
+    if test.shape != pool.shape:
+        raise DataError(
+            f"judge.test: images have shape {test.shape}; the pool's have {pool.shape}", hint="Bring both to one shape"
+        )
+    if test_pool is None:
+        return
+    if (len(test_pool), test_pool.shape) != (len(test), test.shape):
+        raise PoolError(
+            f"judge.test_pool has {len(test_pool)} samples of shape {test_pool.shape}; "
+            f"judge.test has {len(test)} of {test.shape}",
+            hint="Build the test pool from judge.test",
+        )
+    for start, images in test_pool.blocks(4096):
+        if not np.array_equal(images, test.read(np.arange(start, start + len(images)))):
+            raise PoolError(
+                f"judge.test_pool holds other images than judge.test, or another order, from sample {start} on",
+                hint="Build the test pool from judge.test",
+            )
 
 
 def test_truth(test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int64]:

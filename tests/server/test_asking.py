@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, StorageError
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, Contract, Question, SiteCard
+from consilience.common.protocol import CONTRACT, Answer, Contract, Question, SiteCard
 from consilience.common.settings import Ask
 from consilience.deploy.local_grid import LocalGrid
-from consilience.server import asking
+from consilience.server import asking, enrolment
 from consilience.server.answers import About, AnswerStore
 from consilience.server.asking import ask
 from consilience.server.enrolment import agree, at_least, collect_cards
@@ -358,6 +358,35 @@ def test_a_node_without_a_card_is_left_out_where_enough_others_are_there() -> No
             collect_cards(grid, "job", lacking=at_least(2), wait=0.1, strict=False)
 
 
+def test_a_site_that_goes_away_before_it_agreed_may_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1, 2), pools=(DIGEST,), teacher=DIGEST)
+
+    class Short(ScriptedGrid):
+        """Its node is listed, but gone at the first contract, and back at the second."""
+
+        contracts = 0
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            held = list(messages)
+            if held and held[0].metadata.message_type == CONTRACT:
+                self.contracts += 1
+                self.away = {100} if self.contracts == 1 else set()
+            identifiers = super().push_messages(held)
+            self.away.clear()
+            return identifiers
+
+    with Short(Sites({"one": honest})) as grid:
+        contracts = dict.fromkeys(cards_of(grid), contract)
+        assert agree(grid, contracts, wait=30) == {}
+        assert grid.contracts == 2
+    with ScriptedGrid(Sites({"one": honest, "two": honest})) as grid:
+        contracts = dict.fromkeys(cards_of(grid), contract)
+        grid.leave(101)
+        monkeypatch.setattr(enrolment, "PATIENCE", 0.2)
+        reasons = agree(grid, contracts, wait=30)
+    assert reasons == {101: "it went away before it agreed to the contract"}
+
+
 def test_absence_is_what_flower_calls_it() -> None:
     codes = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
     assert codes == UNAVAILABLE
@@ -376,8 +405,8 @@ def test_questions_grow_to_two_seconds_of_the_teachers_work(tmp_path: Path, repo
         pairs = [(node, store) for node in cards_of(grid)]
         events, progress = Events(tmp_path / "e.jsonl"), Progress(tmp_path / "progress.json", "job")
         ask(grid, "job", pairs, Ask(in_flight=1), events=events, reporter=reporter, progress=progress)
-    # 2,200 samples in two seconds: from 512 by powers of two to 2,048, every cut at a multiple of the size.
-    assert asked == [(0, 512), (512, 1024), (1024, 2048), *((s, s + 2048) for s in range(2048, size, 2048))]
+    # 2,200 samples in two seconds: from 512 at once to 2,048, every cut at a multiple of the size.
+    assert asked == [(0, 512), (512, 2048), *((s, s + 2048) for s in range(2048, size, 2048))]
     assert store.complete
 
 
