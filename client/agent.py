@@ -254,8 +254,9 @@ class Agent:
                 continue
             try:
                 envelope = fleet.pull()
-            except OversizedError as error:
+            except (OversizedError, MalformedError) as error:
                 log.warning("dropped a message: %s", error)
+                self._wake.wait(IDLE_POLL)
                 continue
             if envelope is None:
                 self._wake.wait(pause)
@@ -285,6 +286,10 @@ class Agent:
             self._refuse(envelope, "the message cannot be read")
         except DroppedError as error:
             log.warning("dropped a message of run %d: %s", envelope.run, error)
+        except (LostError, ConsilienceError):
+            raise
+        except Exception:  # a stranger's message must not end the agent
+            log.exception("dropped a message of run %d", envelope.run)
 
     def _about(self, fleet: Fleet, identifier: int) -> _Run:
         """Look into a run's bundle, once."""
@@ -342,12 +347,9 @@ class Agent:
             began = time.perf_counter()
             try:
                 reply = app(message, context)
-            except Exception:
-                log.exception("an unforeseen failure while answering")
-                reply = Message(
-                    Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the site cannot answer now"), reply_to=message
-                )
-            self._outbox.put(_Reply(reply, time.perf_counter() - began))
+                self._outbox.put(_Reply(reply, time.perf_counter() - began))
+            except Exception:  # the app answers for its own failures; here it is the message that cannot be replied to
+                log.exception("dropped a message of run %d", message.metadata.run_id)
             self._working = False
 
     def _push(self, fleet: Fleet) -> None:
@@ -371,4 +373,8 @@ class Agent:
                 log.warning("dropped a reply to run %d after %d tries", reply.message.metadata.run_id, TRIES)
                 self._unsent = None
                 raise
+            except ConsilienceError:
+                raise
+            except Exception:
+                log.exception("dropped a reply to run %d", reply.message.metadata.run_id)
             self._unsent = None

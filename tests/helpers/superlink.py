@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -65,20 +66,24 @@ SWITCHES = {
 }
 TEACHER = '''"""A teacher for tests."""
 import time
+from pathlib import Path
 
 import numpy as np
 
 
 def scores(images):
-    """Probabilities from mean colours; a file named after SLOW makes it slow."""
+    """Probabilities from mean colours."""
     means = images.reshape(len(images), 3, -1).mean(axis=2)
     odds = np.exp(means - means.max(axis=1, keepdims=True))
     return odds / odds.sum(axis=1, keepdims=True)
 
 
-def slow(images):
-    """As `scores`, but it takes its time."""
-    time.sleep(30)
+def paced(images):
+    """As `scores`, but it waits until a test lets it go on."""
+    here = Path(__file__).parent
+    (here / "begun").touch()
+    while not (here / "go").exists():
+        time.sleep(0.02)
     return scores(images)
 '''
 
@@ -380,3 +385,69 @@ def health(port: int) -> tuple[int, dict[str, Any]]:
         return 0, {}
     finally:
         connection.close()
+
+
+class Proxy:
+    """Carries TCP between agents and a server, until a test cuts it."""
+
+    def __init__(self, target: int) -> None:
+        self._target, self._held = target, list[socket.socket]()
+        (self.port,) = free_ports(1)
+        self.mend()
+
+    def mend(self) -> None:
+        """Carry connections, from now on."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """End every connection and take no new one."""
+        for held in (self._listener, *self._held):
+            with suppress(OSError):
+                held.shutdown(socket.SHUT_RDWR)
+            held.close()
+        self._held.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._held += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _carry(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65_536):
+                sink.sendall(data)
+        for held in (source, sink):
+            with suppress(OSError):
+                held.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def stock_supernode(site: SiteFolder) -> Iterator[None]:
+    """Run Flower's own SuperNode with the site's key, which starts a process per message."""
+    (port,) = free_ports(1)
+    tools = Path(sys.executable).parent
+    (site.folder / "ca.crt").write_text(site.superlink.authority.pem)
+    command = [str(tools / "flower-supernode"), "--root-certificates", str(site.folder / "ca.crt")]
+    command += ["--superlink", site.superlink.address, "--auth-supernode-private-key", str(site.folder / "site.key")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--node-config", f'site="{site.file}"']
+    path = os.pathsep.join([str(site.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        **os.environ,
+        **SWITCHES,
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": path,
+        "FLWR_HOME": str(site.folder / "home"),
+    }
+    with (site.folder / "supernode.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE)
