@@ -26,7 +26,8 @@ from consilience.client.bundle import bundle_problem
 from consilience.common.errors import AdmissionError, ClockError, ConsilienceError, VersionError
 from consilience.common.protocol import CardRequest, SiteCard, read_reply
 from helpers.fake_fleet import NODE, FakeFleet
-from helpers.superlink import PYPROJECT, SiteFolder, SuperLink, until
+from helpers.site_folder import SiteFolder
+from helpers.superlink import PYPROJECT, SuperLink, until
 
 QUESTION = CardRequest(job="job").to_content()
 
@@ -212,7 +213,7 @@ def test_bundles_with_anything_but_names_are_refused_and_recorded_once(running: 
             fake.put(fake.announce(fake.message("query.card", QUESTION, run=run)))
             reply = fake.reply()
             assert reply.has_error()
-            assert reply.error.reason.startswith("the run's bundle")
+            assert str(reply.error.reason).startswith("the run's bundle")
     fake.bundles[99], fake.hashes[99] = GOOD, "0" * 64
     fake.put(fake.announce(fake.message("query.card", QUESTION, run=99)))
     assert fake.reply().error.reason == "the run's bundle cannot be read"

@@ -23,18 +23,8 @@ from consilience.common.protocol import (
     SiteCard,
     read_reply,
 )
-from helpers.superlink import (
-    AgentProcess,
-    Authority,
-    Proxy,
-    SiteFolder,
-    SuperLink,
-    ask,
-    free_ports,
-    health,
-    stock_supernode,
-    until,
-)
+from helpers.site_folder import AgentProcess, Proxy, SiteFolder, ask, health, stock_supernode
+from helpers.superlink import Authority, SuperLink, free_ports, until
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +48,7 @@ def node(site: SiteFolder) -> int:
 
 @pytest.fixture(scope="module")
 def agent(site: SiteFolder, node: int) -> Iterator[AgentProcess]:
-    with site.start() as running:
+    with site.start("--log", "json") as running:
         running.says("connected to")
         yield running
 
@@ -150,7 +140,7 @@ def test_a_run_whose_bundle_carries_code_is_refused_and_recorded(
         reply: Message
         for reply in ask(grid, node, "query.card", *[CardRequest(job="job").to_content()] * 2):
             assert reply.has_error()
-            assert "installed code only" in reply.error.reason
+            assert "installed code only" in str(reply.error.reason)
         run = str(grid.run.run_id)
     records = [json.loads(line) for line in (site.folder / "state" / "refusals.jsonl").read_text().splitlines()]
     assert [record["run"] for record in records] == [run]
@@ -184,6 +174,8 @@ def test_sigterm_ends_it_well_and_the_next_one_connects_at_once(
 ) -> None:
     assert agent.end() == 0
     assert "disconnected" in agent.text()
+    for line in agent.text().splitlines():  # nothing but the agent's own lines, whatever happened to it
+        assert set(json.loads(line)) == {"time", "level", "message"}, line
     with site.start() as again:
         again.says("connected to")
         assert "another agent" not in again.text()

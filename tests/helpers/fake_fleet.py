@@ -103,6 +103,12 @@ class FakeFleet(FleetServicer):
             context.abort(*self.refuse[method])
         return response
 
+    def RegisterNode(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    def UnregisterNode(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     def ActivateNode(self, request: Any, context: Any) -> Any:
         return self._answer(context, "ActivateNode", ActivateNodeResponse(node_id=NODE))
 
