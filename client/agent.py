@@ -10,14 +10,11 @@ the server's queue stays the server's. What a server sends that is not one of ou
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import queue
 import random
 import threading
 import time
-from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,11 +26,7 @@ from flwr.app.user_config import UserConfig
 from flwr.common.constant import ErrorCode
 
 from consilience.client.app import app, site_of
-from consilience.client.bundle import bundle_problem
-from consilience.client.fleet import (
-    FORGOTTEN,
-    HEARTBEAT,
-    SERVER_NODE,
+from consilience.client.connection import (
     BusyError,
     DroppedError,
     Envelope,
@@ -41,11 +34,11 @@ from consilience.client.fleet import (
     LostError,
     MalformedError,
     OversizedError,
-    open_fleet,
 )
+from consilience.client.fleet import FORGOTTEN, HEARTBEAT, SERVER_NODE, open_fleet
 from consilience.client.reach import why_unreachable
+from consilience.client.runs import Runs
 from consilience.common.errors import ConsilienceError, DuplicateError
-from consilience.common.files import storage_error
 from consilience.common.identity import Kit, PrivateKey
 from consilience.common.protocol import ANSWER, CARD, CONTRACT
 
@@ -62,8 +55,6 @@ GRACE = 4.0
 """Seconds that a stopping agent gives the question in hand."""
 TRIES = 3
 """How often a reply is sent before it is dropped; the server asks again."""
-RUNS = 32
-"""Runs remembered."""
 
 State = Literal["starting", "connecting", "connected", "stopping", "stopped"]
 log = logging.getLogger(__name__)
@@ -76,25 +67,17 @@ class _Reply:
     tries: int = 0
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What is remembered of a run: its context, or why it is refused."""
-
-    context: Context
-    problem: str | None
-
-
 class Agent:
     """A site's agent. `run` blocks until `stop` is called from another thread or a signal handler."""
 
     def __init__(self, site: Path, state: Path, kit: Kit, key: PrivateKey, *, patience: float = PATIENCE) -> None:
         """`patience`: seconds to wait for another agent of this key, which may be a dead one of this site, to go."""
         self._config: UserConfig = {"site": str(site)}
-        self._refusals, self._kit, self._key, self._patience = state / "refusals.jsonl", kit, key, patience
+        self._kit, self._key, self._patience = kit, key, patience
         self._inbox: queue.Queue[tuple[Message, Context]] = queue.Queue()
         self._outbox: queue.Queue[_Reply] = queue.Queue()
         self._unsent: _Reply | None = None
-        self._runs: OrderedDict[int, _Run] = OrderedDict()
+        self._runs = Runs(state / "refusals.jsonl", self._config)
         self._stop, self._wake, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._flaps = 0
         self._failures: list[Exception] = []
@@ -254,8 +237,9 @@ class Agent:
                 continue
             try:
                 envelope = fleet.pull()
-            except OversizedError as error:
+            except (OversizedError, MalformedError) as error:
                 log.warning("dropped a message: %s", error)
+                self._wake.wait(IDLE_POLL)
                 continue
             if envelope is None:
                 self._wake.wait(pause)
@@ -272,7 +256,7 @@ class Agent:
             elif envelope.kind not in QUESTIONS:
                 self._refuse(envelope, "the message is none of the questions that a site answers")
             else:
-                run = self._about(fleet, envelope.run)
+                run = self._runs.look_into(fleet, envelope.run, metadata.dst_node_id)
                 if run.problem is not None:
                     self._refuse(envelope, run.problem, ErrorCode.INVALID_FAB)
                 else:
@@ -285,48 +269,16 @@ class Agent:
             self._refuse(envelope, "the message cannot be read")
         except DroppedError as error:
             log.warning("dropped a message of run %d: %s", envelope.run, error)
-
-    def _about(self, fleet: Fleet, identifier: int) -> _Run:
-        """Look into a run's bundle, once."""
-        if identifier not in self._runs:
-            try:
-                problem = bundle_problem(fleet.bundle(identifier))
-            except OversizedError:
-                problem = "the run's bundle is too large"
-            except MalformedError:
-                problem = "the run's bundle cannot be read"
-            context = Context(
-                run_id=identifier,
-                node_id=self._node or 0,
-                node_config=dict(self._config),
-                state=RecordDict(),
-                run_config={},
-            )
-            self._runs[identifier] = _Run(context, problem)
-            if problem is None:
-                log.info("answering run %d", identifier)
-            else:
-                self._record(identifier, problem)
-            while len(self._runs) > RUNS:
-                self._runs.popitem(last=False)
-        return self._runs[identifier]
+        except (LostError, ConsilienceError):
+            raise
+        except Exception as error:  # a stranger's message must not end the agent, nor its text enter the log
+            log.error("dropped a message of run %d: %s", envelope.run, type(error).__name__)
 
     def _refuse(self, envelope: Envelope, reason: str, code: int = ErrorCode.MOD_FAILED_PRECONDITION) -> None:
         """Reply with a constant reason."""
         self._refused += 1
         log.warning("refused a message of run %d, type %.80r: %s", envelope.run, envelope.kind, reason)
         self._outbox.put(_Reply(Message(Error(code, reason), reply_to=envelope.message)))
-
-    def _record(self, run: int, reason: str) -> None:
-        """Add a refused run to the site's record: one line of JSON."""
-        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "run": str(run), "reason": reason}
-        try:
-            with self._refusals.open("ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            log.error("%s", storage_error(error, self._refusals, "write"))
 
     def _work(self) -> None:
         """Answer questions, one at a time, for as long as the process lives."""
@@ -342,12 +294,9 @@ class Agent:
             began = time.perf_counter()
             try:
                 reply = app(message, context)
-            except Exception:
-                log.exception("an unforeseen failure while answering")
-                reply = Message(
-                    Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the site cannot answer now"), reply_to=message
-                )
-            self._outbox.put(_Reply(reply, time.perf_counter() - began))
+                self._outbox.put(_Reply(reply, time.perf_counter() - began))
+            except Exception as error:  # the app answers for its own failures: this message cannot be replied to
+                log.error("dropped a message of run %d: %s", message.metadata.run_id, type(error).__name__)
             self._working = False
 
     def _push(self, fleet: Fleet) -> None:
@@ -371,4 +320,8 @@ class Agent:
                 log.warning("dropped a reply to run %d after %d tries", reply.message.metadata.run_id, TRIES)
                 self._unsent = None
                 raise
+            except ConsilienceError:
+                raise
+            except Exception as error:
+                log.error("dropped a reply to run %d: %s", reply.message.metadata.run_id, type(error).__name__)
             self._unsent = None

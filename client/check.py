@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 
 from consilience.client.agent_cli import papers
-from consilience.client.fleet import DroppedError, LostError, open_fleet
+from consilience.client.connection import DroppedError, LostError
+from consilience.client.fleet import open_fleet
 from consilience.client.reach import certificate_end, connect, resolve
 from consilience.client.teacher import Teacher, load_teacher
 from consilience.common.data import open_data

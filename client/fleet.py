@@ -13,9 +13,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 from flwr.app import Message
@@ -26,7 +25,6 @@ from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -53,6 +51,15 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
+from consilience.client.connection import (
+    BusyError,
+    DroppedError,
+    Envelope,
+    Fleet,
+    LostError,
+    MalformedError,
+    OversizedError,
+)
 from consilience.common.errors import AdmissionError, ClockError, VersionError
 from consilience.common.files import sha256
 from consilience.common.identity import Kit, PrivateKey
@@ -76,87 +83,6 @@ _OURS_TO_DROP = {
     ApiErrorCode.FLEET_GET_FAB_FAILED,
 }
 _UNREACHED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
-
-Reply = TypeVar("Reply")
-
-
-class LostError(Exception):
-    """The server does not answer, or no longer."""
-
-
-class DroppedError(Exception):
-    """The server answers but will not do this: the run is over, or it failed. The connection is as good as before."""
-
-
-class OversizedError(DroppedError):
-    """What the server sends is larger than any question."""
-
-
-class MalformedError(DroppedError):
-    """What the server sends is no message."""
-
-
-class BusyError(Exception):
-    """The server knows the key, but takes another agent of it to be connected."""
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """A message that was announced: its metadata, and the objects that hold its content."""
-
-    message: Message
-    tree: ObjectTree
-
-    @property
-    def run(self) -> int:
-        """The run it belongs to."""
-        return self.message.metadata.run_id
-
-    @property
-    def kind(self) -> str:
-        """The message's type."""
-        return self.message.metadata.message_type
-
-
-class Fleet(Protocol):
-    """A connection of one site. Every call may raise `LostError`, `DroppedError` and what ends an agent:
-    `AdmissionError`, `ClockError`, `VersionError`."""
-
-    def admitted(self) -> bool:
-        """Say whether the server knows the key; changes nothing there."""
-        ...
-
-    def activate(self) -> int:
-        """Go online; return the node's id. Raises `BusyError`."""
-        ...
-
-    def heartbeat(self) -> None:
-        """Tell the server that the agent lives."""
-        ...
-
-    def pull(self) -> Envelope | None:
-        """Return the next message for this node, if any."""
-        ...
-
-    def bundle(self, run: int) -> bytes:
-        """Return the run's app bundle. Raises `OversizedError`."""
-        ...
-
-    def fetch(self, envelope: Envelope) -> Message:
-        """Return the announced message with its content. Raises `OversizedError`, `MalformedError`."""
-        ...
-
-    def send(self, reply: Message, seconds: float) -> None:
-        """Send a reply; `seconds` is what the answer took."""
-        ...
-
-    def deactivate(self) -> None:
-        """Go offline."""
-        ...
-
-    def close(self) -> None:
-        """End the connection; calls under way raise `LostError`."""
-        ...
 
 
 def open_fleet(kit: Kit, key: PrivateKey, node: int | None = None) -> Fleet:
@@ -325,11 +251,12 @@ class _VersionInterceptor(grpc.UnaryUnaryClientInterceptor):  # type: ignore[mis
     def __init__(self) -> None:
         self._metadata = RuntimeVersionMetadata.from_local_component("SuperNode")
 
-    def intercept_unary_unary(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+    def intercept_unary_unary(
+        self, continuation: Callable[[Any, Any], Any], client_call_details: Any, request: Any
+    ) -> Any:
         """Add the version to a call."""
-        return continuation(
-            details._replace(metadata=self._metadata.append_to_grpc_metadata(details.metadata)), request
-        )
+        metadata = self._metadata.append_to_grpc_metadata(client_call_details.metadata)
+        return continuation(client_call_details._replace(metadata=metadata), request)
 
 
 def inflate(envelope: Envelope, contents: dict[str, bytes]) -> Message:

@@ -21,15 +21,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_objects
 
-from consilience.client.fleet import (
-    MOST_OBJECTS,
-    DroppedError,
-    Envelope,
-    LostError,
-    OversizedError,
-    budgeted,
-    inflate,
-)
+from consilience.client.connection import DroppedError, Envelope, LostError, OversizedError
+from consilience.client.fleet import MOST_OBJECTS, budgeted, inflate
 from consilience.common.identity import Kit, PrivateKey
 
 Result = TypeVar("Result")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
@@ -63,7 +63,7 @@ def _show(as_json: bool, data: dict[str, Any], view: RenderableType) -> None:
         Console(highlight=False).print(view, soft_wrap=isinstance(view, str | Text))
 
 
-def _fail(as_json: bool, error: ConsilienceError, data: dict[str, Any] | None = None) -> None:
+def _fail(as_json: bool, error: ConsilienceError, data: dict[str, Any] | None = None) -> NoReturn:
     if as_json:
         about = {"code": error.exit_code, "name": error.name, "message": error.message, "hint": error.hint}
         typer.echo(json.dumps({"ok": False, "data": data, "error": about}))

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from consilience.client.agent import Agent
 from consilience.common.encoding import decode
+from consilience.common.errors import DuplicateError
+from consilience.common.identity import Kit
 from consilience.common.protocol import (
     Agreement,
     Answer,
@@ -20,7 +23,8 @@ from consilience.common.protocol import (
     SiteCard,
     read_reply,
 )
-from helpers.superlink import AgentProcess, Authority, SiteFolder, SuperLink, ask, free_ports, health, until
+from helpers.site_folder import AgentProcess, Proxy, SiteFolder, ask, health, stock_supernode
+from helpers.superlink import Authority, SuperLink, free_ports, until
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +48,22 @@ def node(site: SiteFolder) -> int:
 
 @pytest.fixture(scope="module")
 def agent(site: SiteFolder, node: int) -> Iterator[AgentProcess]:
-    with site.start() as running:
+    with site.start("--log", "json") as running:
         running.says("connected to")
         yield running
+
+
+def question_of(site: SiteFolder, card: SiteCard) -> RecordDict:
+    question = Question(
+        job="job",
+        pool=site.pool.digest,
+        start=0,
+        stop=5,
+        encoding="f32",
+        teacher=card.teacher,
+        policy=card.policy,
+    )
+    return question.to_content()
 
 
 def card_of(grid: object, node: int) -> SiteCard:
@@ -123,7 +140,7 @@ def test_a_run_whose_bundle_carries_code_is_refused_and_recorded(
         reply: Message
         for reply in ask(grid, node, "query.card", *[CardRequest(job="job").to_content()] * 2):
             assert reply.has_error()
-            assert "installed code only" in reply.error.reason
+            assert "installed code only" in str(reply.error.reason)
         run = str(grid.run.run_id)
     records = [json.loads(line) for line in (site.folder / "state" / "refusals.jsonl").read_text().splitlines()]
     assert [record["run"] for record in records] == [run]
@@ -157,6 +174,8 @@ def test_sigterm_ends_it_well_and_the_next_one_connects_at_once(
 ) -> None:
     assert agent.end() == 0
     assert "disconnected" in agent.text()
+    for line in agent.text().splitlines():  # nothing but the agent's own lines, whatever happened to it
+        assert set(json.loads(line)) == {"time", "level", "message"}, line
     with site.start() as again:
         again.says("connected to")
         assert "another agent" not in again.text()
@@ -183,3 +202,93 @@ def test_another_authority_s_server_is_not_spoken_to(superlink: SuperLink, tmp_p
     with site.start() as wary:
         assert wary.wait() == 17
         assert "certificate" in wary.text()
+
+
+def test_an_answer_whose_way_is_cut_arrives_when_the_way_is_back(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "d", superlink, "site-d", teacher="paced")
+    node = site.register()
+    proxy = Proxy(superlink.fleet_port)
+    site.write_kit(address=f"127.0.0.1:{proxy.port}")
+    with site.start() as running, superlink.run() as grid:
+        running.says("connected to")
+        content = question_of(site, card_of(grid, node))
+        (sent,) = grid.push_messages([Message(content, node, "query.answer")])
+        until((site.folder / "begun").exists, "the teacher works")
+        proxy.cut()
+        running.says("connection lost")
+        (site.folder / "go").touch()
+        running.says("trying again")
+        proxy.mend()
+        (reply,) = until(lambda: list(grid.pull_messages([sent])), "the answer")
+        assert not reply.has_error()
+        assert running.end() == 0
+
+
+def test_sigterm_in_the_middle_of_an_answer_goes_offline_and_drops_it(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "e", superlink, "site-e", teacher="paced")
+    node = site.register()
+    with site.start() as running, superlink.run() as grid:
+        running.says("connected to")
+        content = question_of(site, card_of(grid, node))
+        (sent,) = grid.push_messages([Message(content, node, "query.answer")])
+        until((site.folder / "begun").exists, "the teacher works")
+        assert running.end() == 0
+        (reply,) = until(lambda: list(grid.pull_messages([sent])), "word that the site is gone")
+        assert reply.has_error()
+        assert list(grid.get_node_ids()) == []
+
+
+def test_another_agent_of_the_key_is_waited_for_and_then_an_error(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = SiteFolder(tmp_path / "f", superlink, "site-f")
+    site.register()
+    monkeypatch.syspath_prepend(str(site.folder))
+    kit = Kit.read(site.folder / "kit.json")
+    with site.start() as running:
+        running.says("connected to")
+        with pytest.raises(DuplicateError, match="Another agent is connected"):
+            Agent(site.file, tmp_path / "elsewhere", kit, site.key, patience=0.5).run()
+        assert running.process.poll() is None
+
+
+@pytest.mark.slow
+def test_an_agent_that_was_killed_is_followed_by_the_next_one(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "g", superlink, "site-g")
+    site.register()
+    with site.start() as first:
+        first.says("connected to")
+        first.end(signal.SIGKILL)
+    with site.start() as second:
+        second.says("takes another agent of this key to be connected")
+        second.says("connected to")
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "h", superlink, "site-h")
+    site.register()
+    proxy = Proxy(superlink.fleet_port)
+    proxy.cut()
+    site.write_kit(address=f"127.0.0.1:{proxy.port}")
+    with site.start() as running:
+        running.says("trying again", times=2)
+        proxy.mend()
+        running.says("connected to")
+        assert running.end() == 0
+
+
+def test_without_papers_it_does_not_start(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "i", superlink, "site-i")
+    (site.folder / "kit.json").unlink()
+    with site.start() as running:
+        assert running.wait() == 15
+        assert "kit.json does not exist" in running.text()
+
+
+@pytest.mark.slow
+def test_the_same_app_answers_under_a_stock_supernode(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "j", superlink, "site-j")
+    node = site.register()
+    with stock_supernode(site), superlink.run() as grid:
+        until(lambda: node in list(grid.get_node_ids()), "the node is online")
+        assert card_of(grid, node).name == "site-j"

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
-from helpers.superlink import Authority, SiteFolder, SuperLink, free_ports
+from helpers.site_folder import SiteFolder
+from helpers.superlink import Authority, SuperLink, free_ports
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import http.client
 import ipaddress
 import os
 import signal
@@ -18,13 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from flwr.app import Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto
@@ -39,10 +35,6 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
-
-from consilience.common.data import from_arrays
-from consilience.common.identity import Kit, key_fingerprint, load_key, make_key
-from consilience.common.pool import Pool
 
 PYPROJECT = b"""[project]
 name = "consilience-app"
@@ -63,24 +55,6 @@ SWITCHES = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-TEACHER = '''"""A teacher for tests."""
-import time
-
-import numpy as np
-
-
-def scores(images):
-    """Probabilities from mean colours; a file named after SLOW makes it slow."""
-    means = images.reshape(len(images), 3, -1).mean(axis=2)
-    odds = np.exp(means - means.max(axis=1, keepdims=True))
-    return odds / odds.sum(axis=1, keepdims=True)
-
-
-def slow(images):
-    """As `scores`, but it takes its time."""
-    time.sleep(30)
-    return scores(images)
-'''
 
 
 def until(condition: Any, what: str) -> Any:
@@ -251,132 +225,3 @@ class SuperLink:
     def _acquire(runtime: Any) -> Any:
         response = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-serverapp"]))
         return response if response.HasField("task") and response.token else None
-
-
-class SiteFolder:
-    """A site's folder: settings, teacher, pool, key and kit."""
-
-    def __init__(self, folder: Path, superlink: SuperLink, name: str, *, teacher: str = "scores") -> None:
-        self.folder, self.name, self.superlink = folder, name, superlink
-        folder.mkdir(parents=True)
-        (folder / "agent_teacher.py").write_text(TEACHER)
-        pixels = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), np.uint8)
-        self.pool = Pool.build(from_arrays(pixels, None, (), where="test"), folder / "pool")
-        self.key = make_key(folder / "site.key")
-        self.raw: dict[str, Any] = {
-            "name": name,
-            "teacher": {
-                "kind": "callable",
-                "callable": f"agent_teacher:{teacher}",
-                "classes": ["red", "green", "blue"],
-                "preprocessing": {},
-            },
-            "pools": ["pool"],
-        }
-        self.write_settings()
-        self.write_kit()
-
-    @property
-    def file(self) -> Path:
-        """The site's site.yaml."""
-        return self.folder / "site.yaml"
-
-    def write_settings(self, **changes: Any) -> None:
-        """Write site.yaml anew."""
-        self.raw.update(changes)
-        self.file.write_text(yaml.safe_dump(self.raw))
-
-    def write_kit(self, **changes: Any) -> Kit:
-        """Write kit.json anew."""
-        fields: dict[str, Any] = {
-            "site": self.name,
-            "site_fingerprint": key_fingerprint(load_key(self.folder / "site.key").public_key()),
-            "address": self.superlink.address,
-            "ca": self.superlink.authority.pem,
-        }
-        kit = Kit(**{**fields, **changes})
-        kit.write(self.folder / "kit.json")
-        return kit
-
-    def register(self) -> int:
-        """Admit the site; return its node's id."""
-        return self.superlink.register(self.key.public_key(), self.name)
-
-    def start(self, *options: str) -> AgentProcess:
-        """Start its agent."""
-        return AgentProcess(self, options)
-
-
-class AgentProcess:
-    """`consilience site start` as a process; its log is in a file."""
-
-    count = 0
-
-    def __init__(self, site: SiteFolder, options: tuple[str, ...] = ()) -> None:
-        AgentProcess.count += 1
-        self.log = site.folder / f"agent-{AgentProcess.count}.log"
-        path = os.pathsep.join([str(site.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "consilience", "site", "start", str(site.file), *options],
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": path, "FLWR_HOME": str(site.folder / "home")},
-            )
-
-    def text(self) -> str:
-        """What it logged."""
-        return self.log.read_text()
-
-    def says(self, text: str, times: int = 1) -> None:
-        """Wait until its log holds `text` so many times."""
-
-        def held() -> bool:
-            assert self.process.poll() is None or text in self.text(), self.text()
-            return self.text().count(text) >= times
-
-        until(held, f"the agent says {text!r}; it said:\n{self.text()}")
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        """Send it a signal and return its exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
-
-    def wait(self) -> int:
-        """Return its exit code once it ended by itself."""
-        return self.process.wait(PATIENCE)
-
-    def __enter__(self) -> AgentProcess:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(PATIENCE)
-
-
-def ask(grid: HttpGrid, node: int, kind: str, *contents: RecordDict) -> list[Message]:
-    """Send messages to a node and return the replies in order."""
-    sent = list(grid.push_messages([Message(content, node, kind) for content in contents]))
-    replies: dict[str, Message] = {}
-
-    def arrived() -> bool:
-        for reply in grid.pull_messages(set(sent) - set(replies)):
-            replies[reply.metadata.reply_to_message_id] = reply
-        return len(replies) == len(sent)
-
-    until(arrived, f"replies to {kind}")
-    return [replies[identifier] for identifier in sent]
-
-
-def health(port: int) -> tuple[int, dict[str, Any]]:
-    """GET /health; status 0 while nobody listens."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/health")
-        response = connection.getresponse()
-        return response.status, yaml.safe_load(response.read())
-    except OSError:
-        return 0, {}
-    finally:
-        connection.close()
