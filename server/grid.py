@@ -1,29 +1,40 @@
 """The Grid that a job talks through when sites are real: Flower's own, with losses of the link told plainly.
 
-Lives here: claiming the server's part of a Flower run, and one exception for "this run of Flower's is over, start
-another". Does not live here: the SuperLink's process and its control API (server/superlink), what is asked. Private
-flwr modules are used here and in server/superlink (pinned by tests/server/test_flower_contract.py).
+Lives here: claiming the server's part of a Flower run, one exception for "this run of Flower's is over, start
+another", and taking in replies, whose every byte is a stranger's. Does not live here: the SuperLink's process and its
+control API (server/superlink), what is asked, what a reply says. Private flwr modules are used here and in
+server/superlink (pinned by tests/server/test_flwr_contract.py).
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx
-from flwr.app import Context, Message
-from flwr.common.constant import SubStatus
+from flwr.app import Context, Error, Message, Metadata
+from flwr.app.message import make_message
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import Metadata as Announced
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -41,6 +52,17 @@ from consilience.server.superlink import Endpoint
 PATIENCE_SECONDS = 10.0
 """How long one call is tried again while the SuperLink does not answer; a restarted one knows no earlier run."""
 CLAIM_SECONDS = 30.0
+MOST_OBJECTS = 128
+"""Objects of one reply: Flower cuts an answer into pieces of 5 MB."""
+MOST_BYTES = 256 * 2**20
+"""Bytes of one reply."""
+UPLOAD_SECONDS = 900.0
+"""How long a reply that was announced may take to arrive. One whose sender goes away is given up by Flower sooner."""
+AT_ONCE = 64
+"""Replies taken in side by side: one whose bytes do not come must not hold up the others."""
+LOOK_SECONDS = 0.02
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -55,24 +77,109 @@ class SuperLinkGrid(HttpGrid):
     def __init__(self, endpoint: Endpoint, token: str) -> None:
         super().__init__(endpoint.control, insecure=False, root_certificates=endpoint.ca, token=token)
         self._retry_invoker = _patience()
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="reply")
+        self._arriving: dict[str, Future[Message]] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; returns their ids in order."""
         return self._linked(lambda: super(SuperLinkGrid, self).push_messages(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there."""
-        return self._linked(lambda: super(SuperLinkGrid, self).pull_messages(message_ids))
+        """Return the replies that are there, whole; one that cannot be taken is an error message."""
+        return self._linked(lambda: self._arrived(list(message_ids)))
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Return the nodes that are online."""
         return self._linked(lambda: super(SuperLinkGrid, self).get_nodes())
+
+    def close(self) -> None:
+        """End the connection; replies under way are given up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    def _arrived(self, wanted: list[str]) -> list[Message]:
+        """Begin to take in what is announced; return what has arrived since."""
+        asked = [identifier for identifier in wanted if identifier not in self._arriving]
+        if asked:
+            found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+            for held, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                if held.metadata.reply_to_message_id in asked:  # a site may announce whatever it likes
+                    reply = self._threads.submit(self._take, self._runtime_client, held.metadata, tree)
+                    self._arriving[held.metadata.reply_to_message_id] = reply
+        if self._arriving:
+            wait(self._arriving.values(), LOOK_SECONDS, FIRST_COMPLETED)
+        done = [
+            identifier for identifier in wanted if identifier in self._arriving and self._arriving[identifier].done()
+        ]
+        return [self._arriving.pop(identifier).result() for identifier in done]
+
+    def _take(self, client: RuntimeHttpClient, about: Announced, tree: ObjectTree) -> Message:
+        """Return a reply, or an error message in its place."""
+        try:
+            reply = self._fetch(client, about, tree)
+        except (httpx.HTTPError, RunNotRunningException):
+            raise
+        except ObjectPullError:
+            reason = "it was announced, and then its content did not come"
+        except _RefusedError as error:
+            reason = str(error)
+        except Exception:  # a stranger's bytes, parsed by code of others
+            reason = "it cannot be read"
+        else:
+            return reply
+        if self._client is client:
+            who = {node.node_id: node.name for node in super().get_nodes()}.get(about.src_node_id, "that has gone")
+            log.warning("refused a reply of site %s: %s", who, reason)
+        metadata = Metadata(
+            run_id=about.run_id,
+            message_id="",
+            src_node_id=SUPERLINK_NODE_ID,
+            dst_node_id=SUPERLINK_NODE_ID,
+            reply_to_message_id=about.reply_to_message_id,
+            group_id="",
+            created_at=time.time(),
+            ttl=0,
+            message_type=SYSTEM_MESSAGE_TYPE,
+        )
+        return make_message(metadata=metadata, error=Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason))
+
+    def _fetch(self, client: RuntimeHttpClient, about: Announced, tree: ObjectTree) -> Message:
+        identifiers = [part.object_id for part in iterate_object_tree(tree)]
+        if len(identifiers) > MOST_OBJECTS:
+            raise _RefusedError(f"it has {len(identifiers):,} objects; allowed: {MOST_OBJECTS}")
+        left = MOST_BYTES
+        pull = make_pull_object_fn_protobuf(client.PullObject, self.node, about.run_id)
+
+        def pull_some(identifier: str) -> bytes:
+            nonlocal left
+            content = pull(identifier)
+            left -= len(content)
+            if left < 0:
+                raise _RefusedError(f"it is larger than {MOST_BYTES:,} bytes")
+            return content
+
+        contents = pull_objects(
+            identifiers, pull_some, max_time=UPLOAD_SECONDS, initial_backoff=LOOK_SECONDS, backoff_cap=1
+        )
+        client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self.node, run_id=about.run_id, message_object_id=about.message_id)
+        )
+        reply = inflate_object_from_contents(about.message_id, contents)
+        names = ("run_id", "src_node_id", "reply_to_message_id")
+        if not isinstance(reply, Message) or any(getattr(reply.metadata, n) != getattr(about, n) for n in names):
+            raise _RefusedError("it is not the one that was announced")
+        reply.metadata.__dict__["_message_id"] = about.message_id
+        return reply
 
     def _linked(self, call: Callable[[], Result]) -> Result:
         try:
             return call()
         except (httpx.HTTPError, RunNotRunningException) as error:
             raise _lost(error) from error
+
+
+class _RefusedError(Exception):
+    """A reply is not taken."""
 
 
 class Claim:
