@@ -159,7 +159,12 @@ class SuperLinkGrid(HttpGrid):
             return content
 
         contents = pull_objects(
-            identifiers, pull_some, max_time=UPLOAD_SECONDS, initial_backoff=LOOK_SECONDS, backoff_cap=1
+            identifiers,
+            pull_some,
+            max_time=UPLOAD_SECONDS,
+            max_tries_per_object=None,
+            initial_backoff=LOOK_SECONDS,
+            backoff_cap=1,
         )
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=about.run_id, message_object_id=about.message_id)
