@@ -25,8 +25,10 @@ from consilience.common.settings import Ask, Preprocessing, SiteSettings, StateD
 from consilience.common.settings_file import dump_settings
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server.answers import About, AnswerStore
-from consilience.server.asking import ask, collect_cards
+from consilience.server.asking import ask
+from consilience.server.enrolment import at_least, collect_cards
 from consilience.server.events import Events
+from consilience.server.progress import Progress
 from harness import options, show
 
 BATCH = 256
@@ -47,7 +49,8 @@ def plain_loop(model: torch.nn.Module, pool: Pool, classes: int) -> float:
 def whole_path(grid: LocalGrid, pool: Pool, folder: Path) -> float:
     """Return the seconds from the first question to the last stored answer."""
     with Reporter(quiet=True) as reporter:
-        ((node, card),) = collect_cards(grid, "benchmark").items()
+        cards, _ = collect_cards(grid, "benchmark", lacking=at_least(1), wait=60, strict=True)
+        ((node, card),) = cards.items()
         about = About(
             site=card.name,
             pool=pool.digest,
@@ -59,7 +62,9 @@ def whole_path(grid: LocalGrid, pool: Pool, folder: Path) -> float:
         )
         store = AnswerStore(folder, about)
         began = time.perf_counter()
-        ask(grid, "benchmark", [(node, store)], Ask(), events=Events(folder / "events.jsonl"), reporter=reporter)
+        progress = Progress(folder / "progress.json", "benchmark")
+        events = Events(folder / "events.jsonl")
+        ask(grid, "benchmark", [(node, store)], Ask(), events=events, reporter=reporter, progress=progress)
         seconds = time.perf_counter() - began
     assert store.complete
     return seconds

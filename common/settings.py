@@ -253,15 +253,23 @@ class Ask(Settings):
     """How the pool is asked about."""
 
     encoding: Encoding = "f16"
-    question_size: int = Field(default=512, ge=1, le=1_000_000)
-    """Pool samples a question speaks of."""
+    question_size: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Pool samples a question speaks of; by default tuned for each site, to about two seconds of its teacher's work."""
     in_flight: int = Field(default=4, ge=1, le=64)
     """Questions on their way to one site at a time."""
     retries: int = Field(default=2, ge=0, le=100)
-    """How often a failed question is sent again."""
+    """How often a failed question is sent again. A site that is away uses none of them up."""
+    wait_for: int | None = Field(default=None, ge=1)
+    """How many sites must be there before the job begins; by default it begins with whoever is there, at least one and
+    at least `min_sites`."""
+    wait: float = Field(default=3600.0, ge=0)
+    """Seconds the job waits for sites that are not there yet, and, without a deadline, for one that has gone silent."""
+    deadline: float | None = Field(default=None, gt=0)
+    """Seconds after asking began at which it ends, with whatever was answered; by default it ends when all is asked."""
     min_sites: int | None = Field(default=None, ge=1)
-    """With fewer sites that answered every question the job stops; by default it needs them all. A site that cannot
-    present itself, or lacks a pool, stops the job whatever stands here."""
+    """With fewer sites that answered every question the job stops; by default it needs them all. With this or
+    `wait_for`, a site that cannot present itself or does not agree to the contract is left out as long as enough
+    others remain; with neither it stops the job."""
 
 
 class Unify(Settings):

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from consilience.common.cli import AsJson, Result, emit
+from consilience.common.errors import SettingsError
 from consilience.common.files import read_json
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
+from consilience.deploy.flower_engine import simulate_on_flower
 from consilience.deploy.processes import simulate_processes
 from consilience.deploy.simulation import embedded_job
 from consilience.deploy.simulation import simulate as run_simulation
 from consilience.server.summary import summary
 
+app = typer.Typer()
 
+
+class Engine(StrEnum):
+    """What carries the messages of a simulation in one place."""
+
+    THREADS = "threads"
+    FLOWER = "flower"
+
+
+@app.command()
 def simulate(
     job: Annotated[Path | None, typer.Argument(help="A job.yaml; without one, the embedded example.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME of the job.")] = None,
@@ -25,6 +38,9 @@ def simulate(
     processes: Annotated[
         bool, typer.Option("--processes", help="Start a server and one agent a site as processes, over TLS.")
     ] = False,
+    engine: Annotated[
+        Engine | None, typer.Option(help="What carries the messages: threads of this process, or Flower's Ray engine.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Simulate a job on one machine: make the sites, train their teachers, ask, unify, train the student, judge.
@@ -33,6 +49,8 @@ def simulate(
     """
 
     def action() -> Result:
+        if processes and engine is not None:
+            raise SettingsError("--processes and --engine exclude each other", hint="Leave one of them out")
         settings = embedded_job() if job is None else load_settings(job, JobSettings)
         if seed is not None:
             settings = settings.model_copy(update={"seed": seed})
@@ -40,6 +58,8 @@ def simulate(
         with Reporter() as reporter:
             if processes:
                 simulate_processes(settings, run, reporter)
+            elif engine is Engine.FLOWER:
+                simulate_on_flower(settings, run, reporter)
             else:
                 run_simulation(settings, run, reporter)
         report: dict[str, Any] = read_json(run / "report.json")

@@ -206,6 +206,28 @@ class AnswerStore:
             at, place = until, place + 1
         return out
 
+    def answered(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return (stop - start,) bool: which of the samples start..stop-1 are answered."""
+        out = np.zeros(stop - start, np.bool_)
+        for low, high in self._ranges(start, stop):
+            out[low - start : high - start] = True
+        return out
+
+    def read_answered(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return what `read` does, with zeros in the rows of samples that are not answered. Raises `StorageError`."""
+        out = np.zeros((stop - start, self.about.classes), np.float32)
+        for low, high in self._ranges(start, stop):
+            out[low - start : high - start] = self.read(low, high)
+        return out
+
+    def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the stored ranges within start..stop-1, in order."""
+        for entry in self._entries[max(0, bisect_right(self._starts, start) - 1) :]:
+            if entry.start >= stop:
+                break
+            if entry.stop > start:
+                yield max(entry.start, start), min(entry.stop, stop)
+
     def _bytes(self, low: int, high: int) -> NDArray[np.uint8]:
         if high > len(self._map):
             self._map = np.memmap(self.folder / "answers.bin", np.uint8, "r")

@@ -18,7 +18,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the job in the folder `context.run_config["run"]` to its end, from wherever an earlier run stopped."""
+    """Run the job in the folder `context.run_config["run"]` to its end, from wherever an earlier run stopped.
+
+    With `fold-in` in the run configuration, sites that were not there when the run began join it.
+    """
     quiet = bool(context.run_config.get("quiet", False))
+    fold_in = bool(context.run_config.get("fold-in", False))
     with Reporter(quiet=quiet) as reporter:
-        Job.open(Path(str(context.run_config["run"])), reporter).do(grid)
+        Job.open(Path(str(context.run_config["run"])), reporter).do(grid, fold_in=fold_in)

@@ -1,85 +1,50 @@
-"""The send loop: cards, contracts and questions over a Flower Grid, answers into the stores.
+"""The send loop: questions over a Flower Grid, answers into the stores, whatever the sites do meanwhile.
 
-Lives here: who is asked what and when, how failures are counted. Does not live here: which samples a job wants
-(server/job) and how messages travel (the Grid is whatever the caller has: in-process or Flower's own).
+Lives here: who is asked what and when, how failures, absence and silence are counted. Does not live here: which
+samples a job wants (server/job), who takes part (server/enrolment), how messages travel (the Grid is whatever the
+caller has: in-process or Flower's own).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
-from consilience.common.errors import AskingError, ProtocolError
+from consilience.common.encoding import row_bytes
+from consilience.common.errors import ProtocolError
 from consilience.common.progress import Reporter, Task
-from consilience.common.protocol import (
-    ANSWER,
-    CARD,
-    CONTRACT,
-    Agreement,
-    Answer,
-    CardRequest,
-    Contract,
-    Question,
-    Record,
-    SiteCard,
-    read_reply,
-)
+from consilience.common.protocol import ANSWER, Answer, Question
 from consilience.common.settings import Ask
 from consilience.server.answers import AnswerStore
 from consilience.server.events import Events
+from consilience.server.messages import Backoff, compose, content_of, is_absence, pull, push
+from consilience.server.progress import Progress, SiteProgress
+from consilience.server.question_size import QuestionSize
 
-POLL_SECONDS = 0.002
-"""Pause between two looks for replies: far below the time of a question, far above the cost of a look."""
-
-Reply = TypeVar("Reply", bound=Record)
+TTL_SECONDS = 300.0
+"""How long a question waits for its answer before it counts as lost on the way (its site was restarted, or the grid
+forgot it) and is sent again, with twice the time."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at who is online."""
 
 
 @dataclass
 class SiteState:
-    """How asking one site goes."""
+    """How asking one site went."""
 
     name: str
     node: int
     asked: int = 0
-    """Samples asked about in this session."""
+    """Samples that were not answered before."""
     failures: list[str] = field(default_factory=list)
-    """Reasons of failed questions, oldest first."""
+    """Reasons of failed questions, oldest first, and why the site was given up, if it was."""
     lost: int = 0
-    """Samples given up after the last retry."""
-
-
-def collect_cards(grid: Grid, job: str) -> dict[int, SiteCard]:
-    """Ask every connected node for its site card; node id -> card.
-
-    Raises `AskingError` when no node is connected, one fails to present itself, or two have one name.
-    """
-    nodes = list(grid.get_node_ids())
-    if not nodes:
-        raise AskingError("No site is connected", hint="Start the sites, then run the same command again")
-    requests = {node: CardRequest(job=job).to_content() for node in nodes}
-    cards: dict[int, SiteCard] = {}
-    for node, content in _ask_all(grid, CARD, requests).items():
-        cards[node] = _read(content, SiteCard, f"Node {node}")
-    names = [card.name for card in cards.values()]
-    for name in names:
-        if names.count(name) > 1:
-            raise AskingError(f"Two connected sites are called {name}", hint="Rename one of them in its site.yaml")
-    return cards
-
-
-def agree(grid: Grid, contracts: Mapping[int, Contract], cards: Mapping[int, SiteCard]) -> None:
-    """Send each node its contract. Raises `AskingError` naming the first site that does not agree, and why."""
-    replies = _ask_all(grid, CONTRACT, {node: contract.to_content() for node, contract in contracts.items()})
-    for node, content in replies.items():
-        agreement = _read(content, Agreement, f"Site {cards[node].name}")
-        if agreement.pools != contracts[node].pools:
-            raise AskingError(f"Site {cards[node].name} agreed to other pools", hint="Update that site's software")
+    """Samples given up."""
 
 
 def ask(
@@ -90,145 +55,243 @@ def ask(
     *,
     events: Events,
     reporter: Reporter,
+    progress: Progress,
 ) -> list[SiteState]:
-    """Ask until every store is complete or its site has used up its retries; answers are stored as they arrive.
+    """Ask until every store is complete, its site is given up, or `settings.deadline` has passed.
 
     `stores` pairs a node id with a store; a node may stand in several pairs (several pools). Questions to one node
-    keep at most `settings.in_flight` on their way. Raises `StorageError` when an answer cannot be stored: what had
-    arrived before is safe, and nothing more is asked.
+    keep at most `settings.in_flight` on their way; answers are stored as they arrive. A question that fails is sent
+    again `settings.retries` times. A node that is away keeps its questions waiting, at no cost of retries, until it
+    is back; without a deadline it is given up after `settings.wait` seconds, as is one that is there and says
+    nothing (but not before `TTL_SECONDS`). Raises `StorageError` when an answer cannot be stored: what had arrived
+    before is safe, and nothing more is asked.
     """
-    session = _Session(grid, job, settings, events, reporter)
+    asking = _Asking(grid, job, settings, events, reporter, progress)
     for node, store in stores:
-        session.add(node, store)
-    session.run()
-    return list(session.states.values())
+        asking.add(node, store)
+    asking.run()
+    return [site.state for site in asking.sites.values()]
 
 
 @dataclass
 class _Pending:
     question: Question
     store: AnswerStore
-    node: int
-    tries: int
+    size: QuestionSize
+    tries: int = 0
+    sent: float = 0.0
+    ttl: float = 0.0
 
 
-class _Session:
+@dataclass
+class _Span:
+    """Samples low..high-1 of a store's pool, not yet cut into questions."""
+
+    store: AnswerStore
+    size: QuestionSize
+    low: int
+    high: int
+
+
+class _Site:
+    """What is still to ask one site, and how it behaves."""
+
+    def __init__(self, state: SiteState, progress: SiteProgress, now: float) -> None:
+        self.state, self.progress = state, progress
+        self.first: deque[_Pending] = deque()  # questions that found nobody there, to be sent before all else
+        self.spans: deque[_Span] = deque()
+        self.last: deque[_Pending] = deque()  # questions that failed, to be sent after all else
+        self.flying: dict[str, _Pending] = {}
+        self.listed = True  # the grid says that the node is online
+        self.paused = False  # the grid refused or returned a question since the last look
+        self.heard = self.seen = now
+        self.ttl = TTL_SECONDS
+        self.task: Task | None = None
+
+    def take(self, job: str) -> _Pending | None:
+        """Return the next question to send."""
+        if self.first:
+            return self.first.popleft()
+        if not self.spans:
+            return self.last.popleft() if self.last else None
+        span = self.spans[0]
+        about, stop = span.store.about, span.size.end(span.low, span.high)
+        question = Question(
+            job=job,
+            pool=about.pool,
+            start=span.low,
+            stop=stop,
+            encoding=about.encoding,
+            teacher=about.teacher,
+            policy=about.policy,
+        )
+        span.low = stop
+        if span.low == span.high:
+            self.spans.popleft()
+        return _Pending(question, span.store, span.size)
+
+    @property
+    def open(self) -> bool:
+        return bool(self.first or self.spans or self.last or self.flying)
+
+    def drop(self) -> int:
+        """Forget every question; returns how many samples they were about."""
+        questions = [*self.first, *self.last, *self.flying.values()]
+        dropped = sum(len(p.question) for p in questions) + sum(span.high - span.low for span in self.spans)
+        for held in (self.first, self.last, self.spans, self.flying):
+            held.clear()
+        return dropped
+
+
+class _Asking:
     """Bookkeeping of one call of `ask`."""
 
-    def __init__(self, grid: Grid, job: str, settings: Ask, events: Events, reporter: Reporter) -> None:
+    def __init__(
+        self, grid: Grid, job: str, settings: Ask, events: Events, reporter: Reporter, progress: Progress
+    ) -> None:
         self._grid, self._job, self._settings = grid, job, settings
-        self._events, self._reporter = events, reporter
-        self._queues: dict[int, deque[_Pending]] = {}
-        self._flying: dict[str, _Pending] = {}
-        self._tasks: dict[int, Task] = {}
-        self.states: dict[int, SiteState] = {}
+        self._events, self._reporter, self._progress = events, reporter, progress
+        self._looked = float("-inf")
+        self._began = time.monotonic()
+        self.sites: dict[int, _Site] = {}
 
     def add(self, node: int, store: AnswerStore) -> None:
-        about = store.about
-        state = self.states.setdefault(node, SiteState(about.site, node))
-        queue = self._queues.setdefault(node, deque())
+        about, chosen = store.about, self._settings
+        if node not in self.sites:
+            progress = self._progress.sites.setdefault(about.site, SiteProgress(about.site, [store]))
+            self.sites[node] = _Site(SiteState(about.site, node), progress, self._began)
+        site = self.sites[node]
+        width = row_bytes(about.classes, about.encoding)
+        size = QuestionSize(chosen.question_size, about.size, width, chosen.in_flight)
         for low, high in store.missing():
-            start = low
-            while start < high:
-                stop = min(high, start - start % self._settings.question_size + self._settings.question_size)
-                question = Question(
-                    job=self._job,
-                    pool=about.pool,
-                    start=start,
-                    stop=stop,
-                    encoding=about.encoding,
-                    teacher=about.teacher,
-                    policy=about.policy,
-                )
-                queue.append(_Pending(question, store, node, tries=0))
-                state.asked += stop - start
-                start = stop
+            site.spans.append(_Span(store, size, low, high))
+            site.state.asked += high - low
 
     def run(self) -> None:
-        for node, state in self.states.items():
-            if state.asked:
-                self._tasks[node] = self._reporter.start(f"asking {state.name}", state.asked)
-        while any(self._queues.values()) or self._flying:
-            self._send()
-            replies = list(self._grid.pull_messages(list(self._flying)))
-            for message in replies:
-                self._receive(message)
+        for site in self.sites.values():
+            if site.open:
+                site.task = self._reporter.start(f"asking {site.state.name}", site.state.asked)
+        backoff = Backoff()
+        while any(site.open for site in self.sites.values()):
+            now = time.monotonic()
+            self._look(now)
+            for site in self.sites.values():
+                self._send(site, now)
+            owners = {identifier: site for site in self.sites.values() for identifier in site.flying}
+            replies = list(pull(self._grid, owners))
+            for identifier, message in replies:
+                if identifier in owners:  # else a late or strange reply: nobody waits for it
+                    self._receive(owners[identifier], identifier, message)
+            if replies:
+                backoff.reset()
+            for site in self.sites.values():
+                self._check_time(site, time.monotonic())
+            self._progress.tick()
             if not replies:
-                time.sleep(POLL_SECONDS)
+                backoff.pause()
+        self._progress.write()
 
-    def _send(self) -> None:
-        for node, queue in self._queues.items():
-            flying = sum(pending.node == node for pending in self._flying.values())
-            batch = [queue.popleft() for _ in range(min(len(queue), self._settings.in_flight - flying))]
-            if not batch:
-                continue
-            messages = [_message(p.question.to_content(), ANSWER, node) for p in batch]
-            for pending, identifier in zip(batch, self._grid.push_messages(messages), strict=True):
-                self._flying[identifier] = pending
-                self._note("asked", pending)
-
-    def _receive(self, message: Message) -> None:
-        pending = self._flying.pop(message.metadata.reply_to_message_id, None)
-        if pending is None:
-            return  # a late or strange reply: nobody waits for it
-        try:
-            if message.has_error():
-                raise ProtocolError(f"The message failed with Flower's code {message.error.code}")
-            pending.store.append(Answer.from_content(message.content, pending.question))
-        except ProtocolError as error:
-            self._failed(pending, error.message)
+    def _look(self, now: float) -> None:
+        """See who is online, from time to time; questions to a site that went away wait for it."""
+        if now - self._looked < LOOK_EVERY:
             return
-        self._note("answered", pending)
-        self._tasks[pending.node].advance(len(pending.question))
+        self._looked, online = now, set(self._grid.get_node_ids())
+        for node, site in self.sites.items():
+            listed = node in online
+            if listed and not site.listed:
+                site.heard = now
+            if listed != site.listed and site.open:
+                self._events.add("back" if listed else "away", site=site.state.name)
+            if not listed:
+                for identifier in reversed(list(site.flying)):
+                    site.first.appendleft(site.flying.pop(identifier))
+            site.listed, site.paused = listed, False
+            site.seen = now if listed else site.seen
+            site.progress.online = listed
 
-    def _failed(self, pending: _Pending, reason: str) -> None:
-        state = self.states[pending.node]
-        state.failures.append(reason)
-        self._note("failed", pending, reason=reason)
+    def _send(self, site: _Site, now: float) -> None:
+        if not site.listed or site.paused:
+            return
+        batch: list[_Pending] = []
+        while len(site.flying) + len(batch) < self._settings.in_flight and (pending := site.take(self._job)):
+            batch.append(pending)
+        left = float("inf") if self._settings.deadline is None else self._began + self._settings.deadline - now
+        for pending in batch:
+            pending.sent, pending.ttl = now, max(min(site.ttl, left), 1.0)
+        messages = [compose(p.question.to_content(), ANSWER, site.state.node, p.ttl) for p in batch]
+        refused = []
+        for pending, identifier in zip(batch, push(self._grid, messages), strict=True):
+            if identifier is None:
+                refused.append(pending)
+                continue
+            site.flying[identifier] = pending
+            self._note("asked", site, pending)
+        if refused:
+            site.paused = True
+            site.first.extendleft(reversed(refused))
+
+    def _receive(self, site: _Site, identifier: str, message: Message) -> None:
+        pending = site.flying.pop(identifier)
+        if is_absence(message):
+            site.paused = True
+            self._return(site, pending, time.monotonic())
+            return
+        site.heard = time.monotonic()
+        try:
+            answer = Answer.from_content(content_of(message), pending.question)
+            pending.store.append(answer)
+        except ProtocolError as error:
+            self._failed(site, pending, error.message)
+            return
+        self._note("answered", site, pending)
+        pending.size.learn(len(pending.question), answer.seconds)
+        site.progress.add(len(pending.question), len(answer.data))
+        if site.task is not None:
+            site.task.advance(len(pending.question))
+
+    def _return(self, site: _Site, pending: _Pending, now: float) -> None:
+        """Put a question that nobody answered back to the front; if its time had run out, allow more from now on."""
+        if now - pending.sent >= pending.ttl:
+            site.ttl = max(site.ttl, 2 * pending.ttl)
+        self._note("unanswered", site, pending)
+        site.first.append(pending)
+
+    def _failed(self, site: _Site, pending: _Pending, reason: str) -> None:
+        site.state.failures.append(reason)
+        site.progress.fail(reason)
+        self._note("failed", site, pending, reason=reason)
         if pending.tries < self._settings.retries:
             pending.tries += 1
-            self._queues[pending.node].append(pending)
+            site.last.append(pending)
         else:
-            state.lost += len(pending.question)
+            site.state.lost += len(pending.question)
 
-    def _note(self, event: str, pending: _Pending, **more: str) -> None:
+    def _check_time(self, site: _Site, now: float) -> None:
+        """Send again what was lost on the way; give a site up that is away or silent for too long, or at the end."""
+        if not site.open:
+            return
+        for identifier, pending in list(site.flying.items()):
+            if now - pending.sent > pending.ttl + LOOK_EVERY:  # Flower itself gives it up a moment earlier
+                del site.flying[identifier]
+                self._return(site, pending, now)
+        chosen = self._settings
+        if chosen.deadline is not None:
+            if now - self._began >= chosen.deadline:
+                self._give_up(site, f"it had not answered when the deadline of {chosen.deadline:,g} s passed")
+        elif not site.listed and now - site.seen > chosen.wait:
+            self._give_up(site, f"it was away for more than {chosen.wait:,g} s")
+        elif now - site.heard > (limit := max(chosen.wait, TTL_SECONDS)):
+            self._give_up(site, f"it said nothing for more than {limit:,g} s")
+
+    def _give_up(self, site: _Site, reason: str) -> None:
+        site.state.failures.append(reason)
+        site.progress.fail(reason)
+        lost = site.drop()
+        site.state.lost += lost
+        self._events.add("given-up", site=site.state.name, samples=lost, reason=reason)
+
+    def _note(self, event: str, site: _Site, pending: _Pending, **more: str) -> None:
         question = pending.question
         self._events.add(
-            event,
-            site=pending.store.about.site,
-            pool=question.pool[:12],
-            start=question.start,
-            stop=question.stop,
-            **more,
+            event, site=site.state.name, pool=question.pool[:12], start=question.start, stop=question.stop, **more
         )
-
-
-def _ask_all(grid: Grid, kind: str, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict | None]:
-    """Send one message a node and wait for all replies; node id -> content, None for an error of Flower's."""
-    nodes = list(contents)
-    identifiers = list(grid.push_messages([_message(contents[node], kind, node) for node in nodes]))
-    waiting = dict(zip(identifiers, nodes, strict=True))
-    replies: dict[int, RecordDict | None] = {}
-    while waiting:
-        for message in grid.pull_messages(list(waiting)):
-            node = waiting.pop(message.metadata.reply_to_message_id, None)
-            if node is not None:
-                replies[node] = None if message.has_error() else message.content
-        if waiting:
-            time.sleep(POLL_SECONDS)
-    return {node: replies[node] for node in nodes}
-
-
-def _read(content: RecordDict | None, record: type[Reply], who: str) -> Reply:
-    try:
-        if content is None:
-            raise ProtocolError("it failed to answer")
-        return read_reply(content, record)
-    except ProtocolError as error:
-        raise AskingError(
-            f"{who} cannot take part: {error.message}", hint="See that site's log, mend it, run the same command again"
-        ) from error
-
-
-def _message(content: RecordDict, kind: str, node: int) -> Message:
-    return Message(content, dst_node_id=node, message_type=kind)

@@ -1,11 +1,12 @@
 """contract.json: what the sites and the server agreed on before the first question.
 
-Lives here: the label space, the site cards and the pools of a run, written once. Does not live here: sending it.
+Lives here: the label space, the site cards and the pools of a run; written once, and again when a site is folded in.
+Does not live here: sending it, and who takes part (server/enrolment).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -32,11 +33,13 @@ class RunContract(BaseModel):
     """Class -> the sites that know it."""
     components: tuple[int, ...]
     warnings: tuple[str, ...]
+    left_out: dict[str, str] = {}
+    """Who was there and does not take part (a site, or a node that presented no card) -> reason."""
 
     @classmethod
-    def build(cls, job: JobSettings, cards: Mapping[int, SiteCard], pools: tuple[str, ...]) -> RunContract:
+    def build(cls, job: JobSettings, cards: Iterable[SiteCard], pools: tuple[str, ...]) -> RunContract:
         """Align the cards' classes. Raises `LabelError`, or `SettingsError` for weights of unknown sites."""
-        sites = sorted(cards.values(), key=lambda card: card.name)
+        sites = sorted(cards, key=lambda card: card.name)
         space = LabelSpace.build({card.name: card.classes for card in sites}, job.labels.synonyms, job.labels.classes)
         unknown = sorted(set(job.unify.weights) - set(space.sites))
         if unknown:
@@ -82,29 +85,34 @@ class RunContract(BaseModel):
             teacher=self.sites[at].teacher,
         )
 
-    def keep(self, path: Path) -> None:
-        """Write contract.json, or compare with the one that is there.
+    def write(self, path: Path) -> None:
+        """Write contract.json. Raises `StorageError`."""
+        write_json(path, self.model_dump(mode="json"))
 
-        Raises `RunError` when the run began under another contract: a site, its classes, its teacher or its policy
-        has changed, or a pool.
+    def check_same(self, other: RunContract, path: Path) -> None:
+        """Compare with what the job would agree on now for the same sites and pools.
+
+        Raises `RunError` when that is something else: a pool or how the job names classes has changed.
         """
-        if not path.exists():
-            write_json(path, self.model_dump(mode="json"))
-            return
-        earlier = RunContract.load(path)
-        if earlier == self:
-            return
         for name in type(self).model_fields:
-            if getattr(earlier, name) != getattr(self, name):
-                before = {card.name: card for card in earlier.sites}
-                changed = [card.name for card in self.sites if before.get(card.name) != card]
-                what = f"site {', '.join(changed)}" if changed and name != "pools" else name
-                raise RunError(
-                    f"{path.parent}: this run began under another contract; changed: {what}",
-                    hint="Start a new run in another folder with --out",
-                )
+            if name != "left_out" and getattr(self, name) != getattr(other, name):
+                raise _changed(path, name)
+
+    def check_unchanged(self, cards: Iterable[SiteCard], path: Path) -> None:
+        """Compare cards with those of the same sites here. Raises `RunError` when one has changed."""
+        before = {card.name: card for card in self.sites}
+        changed = sorted(card.name for card in cards if before.get(card.name, card) != card)
+        if changed:
+            raise _changed(path, f"site {', '.join(changed)}")
 
     @classmethod
     def load(cls, path: Path) -> RunContract:
         """Read contract.json. Raises `StorageError`."""
         return cls.model_validate(read_json(path), strict=False)
+
+
+def _changed(path: Path, what: str) -> RunError:
+    return RunError(
+        f"{path.parent}: this run began under another contract; changed: {what}",
+        hint="Start a new run in another folder with --out",
+    )

@@ -99,6 +99,8 @@ class SuperLinkGrid(HttpGrid):
 
     def _arrived(self, wanted: list[str]) -> list[Message]:
         """Begin to take in what is announced; return what has arrived since."""
+        for forgotten in self._arriving.keys() - set(wanted):
+            self._arriving.pop(forgotten).cancel()
         asked = [identifier for identifier in wanted if identifier not in self._arriving]
         if asked:
             found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
@@ -119,17 +121,16 @@ class SuperLinkGrid(HttpGrid):
             reply = self._fetch(client, about, tree)
         except (httpx.HTTPError, RunNotRunningException):
             raise
-        except ObjectPullError:
-            reason = "it was announced, and then its content did not come"
+        except ObjectPullError:  # as when its agent was killed: nobody is there
+            code, reason = ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "it was announced, and then its content did not come"
         except _RefusedError as error:
-            reason = str(error)
+            code, reason = ErrorCode.UNKNOWN, str(error)
         except Exception:  # a stranger's bytes, parsed by code of others
-            reason = "it cannot be read"
+            code, reason = ErrorCode.UNKNOWN, "it cannot be read"
         else:
             return reply
         if self._client is client:
-            who = {node.node_id: node.name for node in super().get_nodes()}.get(about.src_node_id, "that has gone")
-            log.warning("refused a reply of site %s: %s", who, reason)
+            log.warning("no reply of site %s: %s", self.admitted().get(about.src_node_id, "that has gone"), reason)
         metadata = Metadata(
             run_id=about.run_id,
             message_id="",
@@ -141,7 +142,7 @@ class SuperLinkGrid(HttpGrid):
             ttl=0,
             message_type=SYSTEM_MESSAGE_TYPE,
         )
-        return make_message(metadata=metadata, error=Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason))
+        return make_message(metadata=metadata, error=Error(code, reason))
 
     def _fetch(self, client: RuntimeHttpClient, about: Announced, tree: ObjectTree) -> Message:
         identifiers = [part.object_id for part in iterate_object_tree(tree)]
@@ -175,6 +176,10 @@ class SuperLinkGrid(HttpGrid):
             raise _RefusedError("it is not the one that was announced")
         reply.metadata.__dict__["_message_id"] = about.message_id
         return reply
+
+    def admitted(self) -> dict[int, str]:
+        """Return the name under which each online node's key was admitted."""
+        return {node.node_id: node.name for node in self.get_nodes()}
 
     def _linked(self, call: Callable[[], Result]) -> Result:
         try:

@@ -7,7 +7,7 @@ stage a crash interrupts, doing the same job in the same folder goes on from wha
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
+from consilience.server.answered import Usable, usable
 from consilience.server.answers import About, AnswerStore
-from consilience.server.asking import SiteState, agree, ask, collect_cards
+from consilience.server.asking import ask
 from consilience.server.contract import RunContract
+from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
-from consilience.server.labelling import unify_pool
+from consilience.server.labelling import labels_key, unify_pool
 from consilience.server.learning import check_student, direct_loss, learn, oracle_loss, soft_label_loss
+from consilience.server.progress import Progress
 from consilience.server.publishing import Outcome, gather, publish
 from consilience.server.truth import pool_truth
 
@@ -50,7 +53,7 @@ class Job:
         check_student(settings.student, self.pool.shape)
         timing = run / "timing.json"
         self.timing: dict[str, float] = dict(read_json(timing)) if timing.exists() else {}
-        self._nodes: dict[str, int] = {}
+        self.progress = Progress(run / "progress.json", settings.name)
 
     @classmethod
     def open(cls, run: Path, reporter: Reporter) -> Job:
@@ -85,22 +88,28 @@ class Job:
                         hint="Build the test pool from judge.test",
                     )
 
-    def do(self, grid: Grid) -> None:
-        """Do every stage that is not done. Raises any `ConsilienceError`; what had arrived stays."""
+    def do(self, grid: Grid, *, fold_in: bool = False) -> None:
+        """Do every stage that is not done. Raises any `ConsilienceError`; what had arrived stays.
+
+        `fold_in`: sites that were not there when the run began join its contract; they are asked, and what follows
+        from the answers is done anew. Without it a run keeps the sites it began with.
+        """
         self.events.add("begin", job=self.settings.name)
         for pool in self._pools():  # the sites verify their copies; a changed copy here would be learnt from
             pool.verify()
         with self._stage("ask"):
-            contract = self.contract(grid)
-            states = self.ask(grid, contract)
-            space, cards = self.participants(contract, states)
-        stores = [self.store(card, self.pool) for card in cards]
+            enrolment = self.enrol(grid, fold_in)
+            contract, reasons = enrolment.contract, enrolment.away | self.ask(grid, enrolment)
+            space, cards = self.participants(contract, reasons)
+            stores = [self.store(card, self.pool) for card in cards]
+            samples = self._usable(stores, space)
+        self._forget_timing(space, stores)
         with self._stage("unify"):
             labels, diagnostics = unify_pool(
-                self.run / "labels", space, stores, cards, self.settings.unify, self.reporter
+                self.run / "labels", space, stores, cards, self.settings.unify, self.reporter, samples
             )
         with self._stage("learn"):
-            curves = {"student": self.learn(space, stores, labels, diagnostics.key)}
+            curves = {"student": self.learn(space, stores, labels, diagnostics.key, samples.ids)}
         with self._stage("oracle"):
             oracle = self.learn_oracle(space)
             if oracle is not None:
@@ -115,23 +124,26 @@ class Job:
                 space=space,
                 cards=cards,
                 stores=stores,
+                samples=samples,
                 test_stores=[self.store(card, self.test_pool) for card in cards] if self.test_pool else None,
                 labels=labels,
                 diagnostics=diagnostics,
                 curves=curves,
-                failures={state.name: state.failures[-1] for state in states if state.lost},
+                failures=reasons,
             )
             findings = gather(outcome, self._all_answers(contract))
         publish(self.run, findings, self.timing)
+        self.progress.stage("done")
         self.events.add("end", job=self.settings.name)
 
     def _all_answers(self, contract: RunContract) -> dict[str, list[AnswerStore]]:
         return {card.name: [self.store(card, pool) for pool in self._pools()] for card in contract.sites}
 
-    def contract(self, grid: Grid) -> RunContract:
-        """Collect the site cards and agree with every site; on a resumed run only if there is still to ask."""
+    def enrol(self, grid: Grid, fold_in: bool = False) -> Enrolment:
+        """Find the sites and agree with them; on a resumed run only if there is still to ask, or to fold in."""
         path = self.run / "contract.json"
         pools = tuple(pool.digest for pool in self._pools())
+        finished = False
         if path.exists():
             contract = RunContract.load(path)
             if contract.pools != pools:
@@ -139,64 +151,124 @@ class Job:
                     f"{self.run}: a pool has changed since this run began",
                     hint="Restore it, or start a new run in another folder with --out",
                 )
-            if all(store.complete for store in self._stores(contract)):
-                return contract
-        cards = collect_cards(grid, self.settings.name)
-        contract = RunContract.build(self.settings, cards, pools)
-        contract.keep(path)
-        for warning in contract.warnings:
-            self.reporter.say(f"Warning: {warning}")
-        agree(grid, {node: contract.for_site(card.name) for node, card in cards.items()}, cards)
-        self._nodes = {card.name: node for node, card in cards.items()}
-        return contract
-
-    def ask(self, grid: Grid, contract: RunContract) -> list[SiteState]:
-        """Ask every site about what its stores lack."""
-        open_stores = [store for store in self._stores(contract) if not store.complete]
-        if not open_stores:
-            return []
-        return ask(
+            finished = self._complete(contract) == {card.name for card in contract.sites}
+            if finished and not fold_in:
+                return Enrolment(contract)
+        return enrol(
             grid,
-            self.settings.name,
-            [(self._nodes[store.about.site], store) for store in open_stores],
-            self.settings.ask,
+            self.settings,
+            path,
+            pools,
+            complete=self._complete,
+            fold_in=fold_in,
+            wait_for_new=finished and self._reported(contract),
             events=self.events,
             reporter=self.reporter,
         )
 
-    def participants(self, contract: RunContract, states: list[SiteState]) -> tuple[LabelSpace, list[SiteCard]]:
-        """Return the label space and the cards of the sites that answered everything.
+    def _complete(self, contract: RunContract) -> set[str]:
+        """Return the sites that answered everything."""
+        return {name for name, stores in self._all_answers(contract).items() if all(s.complete for s in stores)}
 
-        Raises `AskingError` when they are fewer than `ask.min_sites`.
+    def _reported(self, contract: RunContract) -> bool:
+        """Whether the report speaks of just these sites: a run that was folding in others may have been stopped."""
+        path = self.run / "report.json"
+        return path.exists() and {site["name"] for site in read_json(path)["sites"]} == {c.name for c in contract.sites}
+
+    def ask(self, grid: Grid, enrolment: Enrolment) -> dict[str, str]:
+        """Ask every site that is there about what its stores lack; returns site -> why it left samples unanswered."""
+        held = self._all_answers(enrolment.contract)
+        self.progress.watch(held)
+        to_ask = [
+            (enrolment.nodes[name], store)
+            for name, stores in held.items()
+            for store in stores
+            if name in enrolment.nodes and not store.complete
+        ]
+        if not to_ask:
+            return {}
+        states = ask(
+            grid,
+            self.settings.name,
+            to_ask,
+            self.settings.ask,
+            events=self.events,
+            reporter=self.reporter,
+            progress=self.progress,
+        )
+        return {state.name: state.failures[-1] for state in states if state.lost}
+
+    def participants(self, contract: RunContract, reasons: Mapping[str, str]) -> tuple[LabelSpace, list[SiteCard]]:
+        """Return the label space and the cards of the sites that answered anything about the pool.
+
+        Raises `AskingError` when fewer than `ask.min_sites` (by default all) answered everything.
         """
-        complete = [card for card in contract.sites if all(self.store(card, pool).complete for pool in self._pools())]
+        complete = self._complete(contract)
         needed = self.settings.ask.min_sites or len(contract.sites)
         if len(complete) < needed:
-            reasons = [f"{s.name} lacks {s.lost:,} samples ({s.failures[-1]})" for s in states if s.lost]
+            lacking = [
+                f"{name} lacks {sum(store.about.size - len(store) for store in stores):,} samples "
+                f"({reasons.get(name, 'unknown')})"
+                for name, stores in self._all_answers(contract).items()
+                if name not in complete
+            ]
+            lacking += [f"{who} was left out ({reason})" for who, reason in sorted(contract.left_out.items())]
             raise AskingError(
                 f"{len(complete)} of {len(contract.sites)} sites answered every question, {needed} are needed: "
-                + "; ".join(reasons),
+                + "; ".join(lacking),
                 hint="Mend those sites and run the same command again, or lower ask.min_sites",
             )
-        labels = self.settings.labels
-        if len(complete) == len(contract.sites):
-            space = contract.space
-        else:
-            space = LabelSpace.build({card.name: card.classes for card in complete}, labels.synonyms)
-        return space, complete
+        cards = [c for c in contract.sites if c.name in complete or len(self.store(c, self.pool))]
+        if len(cards) == len(contract.sites):
+            return contract.space, cards
+        labels, classes = self.settings.labels, {card.name: card.classes for card in cards}
+        space = LabelSpace.build(classes, labels.synonyms)
+        if labels.classes is not None:
+            order = [name for name in contract.labels if name in space.names]
+            space = LabelSpace.build(classes, labels.synonyms, order)
+        return space, cards
+
+    def _usable(self, stores: list[AnswerStore], space: LabelSpace) -> Usable:
+        """Return the samples that can be learnt from. Raises `AskingError` when there is none."""
+        samples = usable(stores, space)
+        if samples.unknown and not samples.count:
+            listed = ", ".join(list(samples.unknown)[:5])
+            raise AskingError(
+                f"No pool sample was answered by sites that together know every class; for all {samples.size:,} no "
+                f"such site knows one of: {listed}",
+                hint="Run the same command again to ask for the rest",
+            )
+        if samples.mask is not None:
+            left_out = samples.size - samples.count
+            self.reporter.say(f"Warning: {left_out:,} of {samples.size:,} samples are left out of learning")
+        return samples
+
+    def _forget_timing(self, space: LabelSpace, stores: list[AnswerStore]) -> None:
+        """Drop what earlier stages took if their work is done anew because answers have come in since."""
+        notes = self.run / "labels" / "diagnostics.json"
+        if notes.exists() and read_json(notes).get("key") != labels_key(space, stores, self.settings.unify):
+            for name in ("unify", "learn", "oracle", "judge"):
+                self.timing.pop(name, None)
 
     def learn(
-        self, space: LabelSpace, stores: list[AnswerStore], labels: NDArray[np.float32], key: str
+        self,
+        space: LabelSpace,
+        stores: list[AnswerStore],
+        labels: NDArray[np.float32],
+        key: str,
+        samples: NDArray[np.int64] | None = None,
     ) -> list[dict[str, Any]]:
-        """Train the student in RUN/student."""
+        """Train the student in RUN/student, on the whole pool or on `samples` of it."""
         settings, unify = self.settings.student, self.settings.unify
         folder = self.run / "student"
         if settings.learning == "soft-labels":
-            loss = soft_label_loss(labels, unify.temperature, key)
+            loss = soft_label_loss(labels, unify.temperature, key, samples)
         else:
             weights = [unify.weights.get(site, 1.0) for site in space.sites]
-            loss = direct_loss(self.run / "labels", settings.learning, space, stores, weights, unify.temperature, key)
-        images = self.pool.read(0, len(self.pool))
+            loss = direct_loss(
+                self.run / "labels", settings.learning, space, stores, weights, unify.temperature, key, samples
+            )
+        images = self.pool.read(0, len(self.pool)) if samples is None else self.pool.take(samples)
         return learn(folder, images, space, loss, settings, self.settings.seed, self.reporter, "student")
 
     def learn_oracle(self, space: LabelSpace) -> list[dict[str, Any]] | None:
@@ -233,14 +305,12 @@ class Job:
     def _pools(self) -> list[Pool]:
         return [self.pool] if self.test_pool is None else [self.pool, self.test_pool]
 
-    def _stores(self, contract: RunContract) -> list[AnswerStore]:
-        return [self.store(card, pool) for card in contract.sites for pool in self._pools()]
-
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         """Count the seconds of a stage once: a repeat that finds the work done adds nothing."""
         began = time.perf_counter()
         self.events.add("stage", name=name)
+        self.progress.stage(name)
         yield
         if name not in self.timing:
             self.timing[name] = time.perf_counter() - began

@@ -7,7 +7,7 @@ mathematics (server/unify). Nothing of size samples x classes is held in memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,9 @@ from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import Unify
+from consilience.server.answered import Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.unify import Prior, Unifier
-
-BLOCK_VALUES = 2**21
-"""Label values (samples x classes) unified at a time."""
 
 
 class Diagnostics(BaseModel):
@@ -33,43 +31,51 @@ class Diagnostics(BaseModel):
 
     key: str
     samples: int
+    """Samples that have labels."""
     seconds: float
     not_converged: int
     largest_residual: float
     mean_iterations: float
+    apart: int = 0
+    """Samples for which the sites that answered share fewer classes than all sites do, so that the rule
+    `unify.across` decides more about them than about the others."""
 
 
-def block_size(space: LabelSpace) -> int:
-    """Return how many samples make a block."""
-    return max(1, BLOCK_VALUES // len(space))
-
-
-def blocks(stores: Sequence[AnswerStore], size: int) -> Iterator[tuple[int, list[NDArray[np.float32]]]]:
-    """Yield (start, one (b, k_i) block of log-probabilities a site), in order of samples."""
-    total = stores[0].about.size
-    for start in range(0, total, size):
-        stop = min(start + size, total)
-        yield start, [store.read(start, stop) for store in stores]
-
-
-def unifier(space: LabelSpace, settings: Unify, cards: Sequence[SiteCard]) -> Unifier:
-    """Build the unifier that the job's settings describe."""
+def unifier(
+    space: LabelSpace, settings: Unify, cards: Sequence[SiteCard], sites: Sequence[int] | None = None
+) -> Unifier:
+    """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`."""
+    chosen = range(len(space.sites)) if sites is None else sites
     prior = None
     if settings.prior_correction:
         target = np.full(len(space), 1 / len(space))
-        known = [
-            np.asarray(card.class_priors) if card.class_priors is not None else target[list(classes)]
-            for card, classes in zip(cards, space.class_sets, strict=True)
-        ]
+        known = []
+        for i in chosen:
+            told = cards[i].class_priors
+            known.append(target[list(space.class_sets[i])] if told is None else np.asarray(told))
         prior = Prior(target, known)
     return Unifier(
-        space.class_sets,
+        [space.class_sets[i] for i in chosen],
         len(space),
         method=settings.method,
-        weights=[settings.weights.get(site, 1.0) for site in space.sites],
+        weights=[settings.weights.get(space.sites[i], 1.0) for i in chosen],
         temperature=settings.temperature,
         prior=prior,
         across=settings.across,
+    )
+
+
+def labels_key(space: LabelSpace, stores: Sequence[AnswerStore], settings: Unify) -> str:
+    """Return what tells one pool's labels from others: settings, classes, and which samples each site answered."""
+    return sha256(
+        canonical_json(
+            {
+                "settings": settings.model_dump(mode="json"),
+                "labels": space.names,
+                "stores": [store.about.model_dump(mode="json") for store in stores],
+                "missing": [list(store.missing()) for store in stores],
+            }
+        )
     )
 
 
@@ -80,48 +86,64 @@ def unify_pool(
     cards: Sequence[SiteCard],
     settings: Unify,
     reporter: Reporter,
+    samples: Usable | None = None,
 ) -> tuple[NDArray[np.float32], Diagnostics]:
     """Write `folder`/q.npy, (n, L) float32 memory-mapped, unless it is there for the same answers and settings.
 
-    Returns the labels and the diagnostics. Raises `UnifyError`, `StorageError`.
+    Each sample's label comes from the sites that answered it. Rows of samples that are not usable are zero: they
+    have no label. Returns the labels and the diagnostics. Raises `UnifyError`, `StorageError`.
     """
-    key = sha256(
-        canonical_json(
-            {
-                "settings": settings.model_dump(mode="json"),
-                "labels": space.names,
-                "stores": [store.about.model_dump(mode="json") for store in stores],
-            }
-        )
-    )
+    key = labels_key(space, stores, settings)
     path, notes = folder / "q.npy", folder / "diagnostics.json"
     if notes.exists() and path.exists():
         done = Diagnostics.model_validate(read_json(notes))
         if done.key == key:
             return np.load(path, mmap_mode="r"), done
         notes.unlink()
-    total = stores[0].about.size
-    solve = unifier(space, settings, cards)
-    labels = create_array(path, np.float32, (total, len(space)))
+    samples = samples or usable(stores, space)
+    solvers = _Solvers(space, settings, cards)
+    labels = create_array(path, np.float32, (samples.size, len(space)))
     began = time.perf_counter()
-    failed, largest, steps = 0, 0.0, 0.0
-    task = reporter.start("unifying", total)
-    for start, answers in blocks(stores, block_size(space)):
-        unified = solve(answers)
-        stop = start + len(unified.probs)
-        labels[start:stop] = unified.probs
+    failed, largest, steps, apart = 0, 0.0, 0.0, 0
+    task = reporter.start("unifying", samples.count)
+    for block in blocks(stores, block_size(space)):
+        if samples.mask is not None and not samples.mask[block.ids[0]]:  # one pattern: usable all or none
+            continue
+        solve = solvers(block.sites)
+        unified = solve([rows for rows in block.answers if rows is not None])
+        labels[block.ids] = unified.probs
         failed += int(np.sum(~unified.converged))
         largest = max(largest, float(np.max(unified.residual, initial=0.0)))
-        steps += float(np.sum(np.broadcast_to(unified.iterations, (stop - start,))))
-        task.advance(stop - start)
+        steps += float(np.sum(np.broadcast_to(unified.iterations, block.ids.shape)))
+        apart += len(block.ids) if max(solve.components) > max(space.components) else 0
+        task.advance(len(block.ids))
     labels.flush()
     diagnostics = Diagnostics(
         key=key,
-        samples=total,
+        samples=samples.count,
         seconds=time.perf_counter() - began,
         not_converged=failed,
         largest_residual=largest,
-        mean_iterations=steps / max(total, 1),
+        mean_iterations=steps / max(samples.count, 1),
+        apart=apart,
     )
     write_json(notes, diagnostics.model_dump(mode="json"))
     return np.load(path, mmap_mode="r"), diagnostics
+
+
+class _Solvers:
+    """One unifier for each set of sites that answered the same samples, made when it is first needed."""
+
+    MOST = 64
+    """Unifiers kept: a site that fails now and then makes few sets, many such sites may make a great many."""
+
+    def __init__(self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard]) -> None:
+        self._space, self._settings, self._cards = space, settings, cards
+        self._made: dict[tuple[int, ...], Unifier] = {}
+
+    def __call__(self, sites: tuple[int, ...]) -> Unifier:
+        if sites not in self._made:
+            if len(self._made) >= self.MOST:
+                self._made.clear()
+            self._made[sites] = unifier(self._space, self._settings, self._cards, sites)
+        return self._made[sites]

@@ -23,8 +23,8 @@ from consilience.common.nets import Supervised, build, default_device, epoch_tas
 from consilience.common.preprocessing import Images
 from consilience.common.progress import Reporter
 from consilience.common.settings import Preprocessing, Student
+from consilience.server.answered import block_size, blocks
 from consilience.server.answers import AnswerStore
-from consilience.server.labelling import block_size, blocks
 from consilience.server.student.direct import DirectCE, DirectMFLF
 from consilience.server.student.soft_labels import SoftLabels
 
@@ -139,9 +139,11 @@ def check_student(settings: Student, shape: tuple[int, int, int]) -> None:
     build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
 
 
-def soft_label_loss(labels: NDArray[np.float32], temperature: float, fingerprint: str) -> FingerprintedLoss:
-    """Return the loss of the -X route."""
-    return SoftLabels(labels, default_device(), temperature, fingerprint)
+def soft_label_loss(
+    labels: NDArray[np.float32], temperature: float, fingerprint: str, samples: NDArray[np.int64] | None = None
+) -> FingerprintedLoss:
+    """Return the loss of the -X route, for all of `labels` or the rows `samples`."""
+    return SoftLabels(labels, default_device(), temperature, fingerprint, samples)
 
 
 def direct_loss(
@@ -152,18 +154,27 @@ def direct_loss(
     weights: Sequence[float],
     temperature: float,
     fingerprint: str,
+    samples: NDArray[np.int64] | None = None,
 ) -> FingerprintedLoss:
-    """Return the loss of a -BP route; the answers are decoded once into memory-mapped files in `folder`."""
+    """Return the loss of a -BP route, for all samples or `samples`.
+
+    The answers are decoded once into memory-mapped files in `folder`. Sites that did not answer a sample have no
+    part in its loss.
+    """
     total = stores[0].about.size
     maps = [
         create_array(folder / f"answers-{site}.npy", np.float32, (total, len(classes)))
         for site, classes in zip(space.sites, space.class_sets, strict=True)
     ]
-    for start, answers in blocks(stores, block_size(space)):
-        for held, rows in zip(maps, answers, strict=True):
-            held[start : start + len(rows)] = rows
+    for block in blocks(stores, block_size(space)):
+        for held, rows in zip(maps, block.answers, strict=True):
+            if rows is not None:
+                held[block.ids] = rows
+    answered = None
+    if not all(store.complete for store in stores):
+        answered = np.stack([store.answered(0, total) for store in stores], axis=1)
     loss = DirectCE if kind == "direct-ce" else DirectMFLF
-    return loss(maps, space.class_sets, weights, default_device(), temperature, fingerprint)
+    return loss(maps, space.class_sets, weights, default_device(), temperature, fingerprint, answered, samples)
 
 
 def oracle_loss(labels: NDArray[np.int64]) -> FingerprintedLoss:

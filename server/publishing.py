@@ -23,11 +23,12 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
+from consilience.server.answered import Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.card import card_markdown
 from consilience.server.contract import RunContract
 from consilience.server.judge import Judgement, agreement, judge
-from consilience.server.labelling import Diagnostics, block_size, blocks, unifier
+from consilience.server.labelling import Diagnostics, unifier
 from consilience.server.learning import StudentModel
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
@@ -46,7 +47,7 @@ SAMPLES_SHOWN = 24
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stages before judging left: paths, settings, and the sites that answered everything."""
+    """What the stages before judging left: paths, settings, and the sites that answered anything about the pool."""
 
     run: Path
     settings: JobSettings
@@ -56,11 +57,13 @@ class Outcome:
     space: LabelSpace
     cards: Sequence[SiteCard]
     stores: Sequence[AnswerStore]
+    samples: Usable
     test_stores: Sequence[AnswerStore] | None
     labels: NDArray[np.float32]
     diagnostics: Diagnostics
     curves: Mapping[str, Sequence[Mapping[str, Any]]]
     failures: Mapping[str, str]
+    """Site -> why it left samples unanswered."""
 
 
 def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Findings:
@@ -78,11 +81,23 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             f"The student learnt by {settings.student.learning}, which says nothing about the odds between components; "
             "student.learning: soft-labels would follow the rule unify.across."
         )
+    if diagnostics.apart:
+        warnings.append(
+            f"For {diagnostics.apart:,} samples the sites that answered fall apart into more components than all sites "
+            "do: about the odds between those the rule unify.across decides."
+        )
+    judgement, about_test = _judgement(outcome, student)
     return Findings(
         job=settings.name,
         seed=settings.seed,
         settings=settings.model_dump(mode="json", exclude={"pool": True, "judge": True}),
-        pool=PoolFindings(outcome.pool.digest, len(outcome.pool), outcome.pool.shape),
+        pool=PoolFindings(
+            outcome.pool.digest,
+            len(outcome.pool),
+            outcome.pool.shape,
+            len(outcome.pool) - outcome.samples.count,
+            outcome.samples.unknown,
+        ),
         space=space,
         sites=[_site(card, answers[card.name], outcome) for card in outcome.contract.sites],
         unify=UnifyFindings(
@@ -98,10 +113,11 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             settings.student.learning,
             sum(parameter.numel() for parameter in student.model.parameters()),
         ),
-        warnings=warnings,
-        judgement=_judgement(outcome, student),
+        warnings=[*warnings, *about_test],
+        left_out=outcome.contract.left_out,
+        judgement=judgement,
         learning=outcome.curves,
-        agreement=agreement((rows for _, rows in blocks(outcome.stores, block_size(space))), space),
+        agreement=agreement((block.answers for block in blocks(outcome.stores, block_size(space))), space),
         partition=_partition(outcome.run),
         samples=_samples(outcome, student),
         versions=versions(),
@@ -149,19 +165,29 @@ def _site(card: SiteCard, stores: Sequence[AnswerStore], outcome: Outcome) -> Si
     )
 
 
-def _judgement(outcome: Outcome, student: StudentModel) -> Judgement | None:
+def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | None, list[str]]:
+    """Judge; returns with it what is to say about sites that did not answer the whole test pool."""
     test = outcome.test
     if test is None:
-        return None
+        return None, []
     space, settings = outcome.space, outcome.settings
     answers: list[NDArray[np.float32] | None] = [None] * len(space.sites)
-    unified = None
+    unified, warnings = None, []
     if outcome.test_stores is not None:
-        given = [store.read(0, len(test)) for store in outcome.test_stores]
-        answers = [*given]
-        unified = unifier(space, settings.unify, outcome.cards)(given).probs
+        whole = [i for i, store in enumerate(outcome.test_stores) if store.complete]
+        given = {i: outcome.test_stores[i].read(0, len(test)) for i in whole}
+        answers = [given.get(i) for i in range(len(space.sites))]
+        if len(whole) < len(answers):
+            absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
+            warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
+        if len({label for i in whole for label in space.class_sets[i]}) == len(space):
+            unified = unifier(space, settings.unify, outcome.cards, whole)(list(given.values())).probs
+        else:
+            warnings.append(
+                "There is no unified ensemble: the sites that answered the whole test pool do not know every class."
+            )
     oracle = StudentModel(outcome.run / "oracle") if "oracle" in outcome.curves else None
-    return judge(
+    judgement = judge(
         test_truth(test, space, settings.labels.synonyms),
         space,
         answers,
@@ -169,6 +195,7 @@ def _judgement(outcome: Outcome, student: StudentModel) -> Judgement | None:
         _predictions(student, test),
         None if oracle is None else _predictions(oracle, test),
     )
+    return judgement, warnings
 
 
 def _predictions(model: StudentModel, test: ImageData) -> NDArray[np.float32]:
@@ -183,9 +210,11 @@ def _chunks(total: int, size: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _samples(outcome: Outcome, student: StudentModel) -> Samples:
-    """Return a few pool samples spread evenly over the pool: no choice, so nothing is picked to look good."""
-    count = min(SAMPLES_SHOWN, len(outcome.pool))
-    ids = np.linspace(0, len(outcome.pool) - 1, count).astype(np.int64)
+    """Return a few samples spread evenly over those learnt from: no choice, so nothing is picked to look good."""
+    usable = outcome.samples.ids
+    total = outcome.samples.count
+    ids = np.linspace(0, total - 1, min(SAMPLES_SHOWN, total)).astype(np.int64)
+    ids = ids if usable is None else usable[ids]
     images = outcome.pool.take(ids)
     truth = None
     judge_settings = outcome.settings.judge
@@ -196,10 +225,17 @@ def _samples(outcome: Outcome, student: StudentModel) -> Samples:
         ids=ids,
         images=images,
         soft_labels=np.asarray(outcome.labels[ids]),
-        answers=[np.concatenate([store.read(int(i), int(i) + 1) for i in ids]) for store in outcome.stores],
+        answers=[_rows(store, ids) for store in outcome.stores],
         student=student.log_probs(images),
         truth=truth,
     )
+
+
+def _rows(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the answers about a few samples, NaN where there is none."""
+    rows = [store.read_answered(int(i), int(i) + 1) for i in ids]
+    known = [store.answered(int(i), int(i) + 1) for i in ids]
+    return np.where(np.concatenate(known)[:, None], np.concatenate(rows), np.float32(np.nan))
 
 
 def _partition(run: Path) -> Partition | None:

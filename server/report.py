@@ -39,7 +39,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
         "seed": findings.seed,
         "headline": headline(findings),
         "settings": _without_folders(findings.settings),
-        "pool": {"digest": findings.pool.digest, "size": findings.pool.size, "shape": findings.pool.shape},
+        "pool": vars(findings.pool),
         "labels": {
             "names": space.names,
             "owners": {
@@ -53,6 +53,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
         "test": None if judged is None else {"count": judged.count, "outside": judged.outside},
         "baselines": _baselines(judged),
         "sites": [_site(site, scores.get(site.name), site.name in space.sites) for site in findings.sites],
+        "left_out": findings.left_out,
         "unify": {
             "method": findings.unify.method,
             "across": findings.unify.across,
@@ -122,6 +123,14 @@ def derived_warnings(findings: Findings) -> list[str]:
             found.append(f"Site {site.name} is left out{': ' + lacking if lacking else ''}{why}.")
         elif site.missed:
             found.append(f"Site {site.name}: {lacking}{why}.")
+    found += [f"{who[0].upper()}{who[1:]} does not take part: {why}." for who, why in findings.left_out.items()]
+    pool = findings.pool
+    if pool.left_out:
+        worst = sorted(pool.unknown, key=lambda name: -pool.unknown[name])
+        found.append(
+            f"{number_of(pool.left_out, 'sample')} of {pool.size:,} in the pool are left out of learning: no site that "
+            f"answered them knows {listing(worst)}."
+        )
     judged = findings.judgement
     if judged is None:
         return [*found, "There was no labelled test set: nothing is known about the student’s accuracy."]

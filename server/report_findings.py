@@ -22,11 +22,17 @@ Curve = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class PoolFindings:
-    """The public pool: digest, number of samples, shape (H, W, C) of one."""
+    """The public pool: digest, number of samples, shape (H, W, C) of one.
+
+    `left_out` samples were not learnt from, because no site that answered them knows some class; `unknown` says
+    class -> for how many samples it was such a class.
+    """
 
     digest: str
     size: int
     shape: tuple[int, ...]
+    left_out: int = 0
+    unknown: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ class Samples:
     """A few pool samples to look at.
 
     `ids` (k,) their numbers in the pool; `images` (k, H, W, C) or (k, H, W) uint8; `soft_labels` (k, L) unified
-    probabilities; `answers[i]` (k, k_i) log-probabilities of site i of the label space, None where it has none;
+    probabilities; `answers[i]` (k, k_i) log-probabilities of site i of the label space, None where it has none,
+    NaN in the rows of samples it did not answer;
     `student` (k, L) log-probabilities; `truth` (k,) indices into the label space, -1 unknown, or None.
     """
 
@@ -115,7 +122,8 @@ class Findings:
 
     `space` holds the sites that took part to the end, in the order of every array here; `sites` may list more.
     `learning` has the curves `student` and, where there is one, `oracle`. `agreement` is what `judge.agreement`
-    gives. `timing` are seconds by stage. `settings` is the job as a plain mapping.
+    gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
+    the job as a plain mapping.
     """
 
     job: str
@@ -127,6 +135,7 @@ class Findings:
     unify: UnifyFindings
     student: StudentFindings
     warnings: Sequence[str] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     judgement: Judgement | None = None
     learning: Mapping[str, Curve] = field(default_factory=dict)
     agreement: NDArray[np.float64] | None = None

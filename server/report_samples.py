@@ -51,7 +51,7 @@ def _view(findings: Findings, samples: Samples, k: int) -> dict[str, Any]:
     said: dict[int, list[dict[str, str]]] = {}
     few = len(space.sites) <= len(SITE_COLOURS)
     for site, (answers, known) in enumerate(zip(samples.answers, space.class_sets, strict=True)):
-        if answers is None:
+        if answers is None or not np.isfinite(answers[k]).any():
             continue
         for value, c in zip(softmax(np.asarray(answers[k : k + 1], np.float64))[0], known, strict=True):
             dot = {

@@ -1,12 +1,14 @@
-"""One run of a job over a SuperLink, in a process of its own: `python -m consilience.server.runner HOME RUN`.
+"""One run of a job over a SuperLink, in a process of its own: `python -m consilience.server.runner HOME`.
+
+The process reads the run's folder from standard input, so that it can be started, and torch imported, before there is
+a run. It may be killed at any moment.
 
 Lives here: a Flower run for the job, another one whenever the link is lost, the same ServerApp as everywhere. Does not
-live here: the stages (server/job), which run is next (server/service). The process may be killed at any moment.
+live here: the stages (server/job), which run is next (server/service).
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -52,11 +54,10 @@ def _say(line: str) -> None:
         reporter.say(line)
 
 
-def main(home: Path, folder: Path) -> int:
+def main(home: Path, control_port: int, folder: Path) -> int:
     """Do the run and return the exit code; a failure is left in RUN/failure.json for the server."""
     run = Run(folder)
     (folder / "failure.json").unlink(missing_ok=True)
-    control_port = int(os.environ["CONSILIENCE_CONTROL_PORT"])
     try:
         with lock(folder / "answers"):
             do_run(Endpoint(Home(home), control_port), run)
@@ -71,4 +72,5 @@ def main(home: Path, folder: Path) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    given = sys.stdin.readline().strip()
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), Path(given)) if given else 0)

@@ -6,6 +6,7 @@ it knows is in files of the server's folder, so that it may be killed at any mom
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -71,6 +72,7 @@ class Service:
         self._synced = 0.0
         self._run: Run | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._spare: subprocess.Popen[bytes] | None = None
         self._crashes = 0
         self._stopping = False
 
@@ -145,6 +147,7 @@ class Service:
                 else:
                     self._begin(run)
                     return
+            self._warm_up()
             return
         if self._run.stop_wanted:
             self._end_process()
@@ -156,12 +159,23 @@ class Service:
         log.info("run %s begins", run.name)
         run.set("running")
         self._run = run
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "consilience.server.runner", str(self.home), str(run.folder)],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "CONSILIENCE_CONTROL_PORT": str(self.endpoint.control_port)},
-            preexec_fn=die_with_parent,
-        )
+        self._warm_up()
+        process, self._spare = self._spare, None
+        assert process is not None
+        assert process.stdin is not None
+        self._process = process
+        with contextlib.suppress(BrokenPipeError):  # it ended while it waited; the next look sees that
+            process.stdin.write(f"{run.folder}\n".encode())
+            process.stdin.close()
+
+    def _warm_up(self) -> None:
+        """Have a process ready that waits for a run: importing torch takes longer than many a run's questions."""
+        if self._spare is None or self._spare.poll() is not None:
+            self._spare = subprocess.Popen(
+                [sys.executable, "-m", "consilience.server.runner", str(self.home), str(self.endpoint.control_port)],
+                stdin=subprocess.PIPE,
+                preexec_fn=die_with_parent,
+            )
 
     def _ended(self, code: int) -> None:
         assert self._run is not None
@@ -188,11 +202,12 @@ class Service:
         self._run, self._process, self._crashes = None, None, 0
 
     def _end_process(self) -> None:
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        for process in (self._process, self._spare):
+            if process is None or process.poll() is not None:
+                continue
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

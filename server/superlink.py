@@ -136,6 +136,7 @@ class SuperLink:
                 env=environment,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
+                umask=0o077,  # messages on their way lie in its database in clear
             )
             (home.folder / "superlink.pid").write_text(str(self._process.pid))
         except OSError as error:

@@ -21,6 +21,11 @@ class _Direct(ABC):
     `answers[i]` (n, k_i) floating log-probabilities, typically a memory map; `class_sets[i]` their classes;
     `weights[i]` the site's weight. `fingerprint` names what the answers are, so that a training is not resumed with
     others.
+
+    Sites need not have answered every sample: `answered` (n, N) bool says who did, None when all did. A sample's
+    loss is then the weighted mean over the sites that answered it, as its unified label would be; rows of `answers`
+    that no site gave only have to be finite. `samples` (m,) are the rows that are learnt from, where not all are:
+    training's sample j has the answers `answers[i][samples[j]]`; each needs a site that answered.
     """
 
     def __init__(
@@ -31,32 +36,49 @@ class _Direct(ABC):
         device: torch.device,
         temperature: float = 1.0,
         fingerprint: str = "",
+        answered: NDArray[np.bool_] | None = None,
+        samples: NDArray[np.int64] | None = None,
     ) -> None:
         self.fingerprint = f"{type(self).__name__} {temperature} {list(weights)} {fingerprint}"
         self._answers, self._weights, self._device, self._temperature = answers, weights, device, temperature
         self._class_sets = [torch.tensor(classes, dtype=torch.int64, device=device) for classes in class_sets]
+        self._answered, self._samples = answered, samples
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
         rows = ids.cpu().numpy()
+        if self._samples is not None:
+            rows = self._samples[rows]
+        shares = None if self._answered is None else self._shares(self._answered[rows])
         total = logits.new_zeros(())
-        for answers, classes, weight in zip(self._answers, self._class_sets, self._weights, strict=True):
+        for i, (answers, classes, weight) in enumerate(
+            zip(self._answers, self._class_sets, self._weights, strict=True)
+        ):
             given = torch.from_numpy(np.asarray(answers[rows], np.float32)).to(self._device)
-            total = total + weight * self._site(given / self._temperature, logits[:, classes] / self._temperature)
-        return total * (self._temperature**2 / sum(self._weights))
+            terms = self._terms(given / self._temperature, logits[:, classes] / self._temperature)
+            if shares is None:
+                total = total + weight * terms.mean()
+            else:
+                total = total + (shares[:, i] * terms.reshape(len(rows), -1).mean(dim=1)).mean()
+        return total * (self._temperature**2 / (sum(self._weights) if shares is None else 1.0))
+
+    def _shares(self, answered: NDArray[np.bool_]) -> Tensor:
+        """Return (b, N): each site's share of a sample's loss, 0 where it did not answer; rows sum to 1."""
+        weights = answered * np.asarray(self._weights, np.float32)
+        return torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)).to(self._device)
 
     @abstractmethod
-    def _site(self, given: Tensor, own: Tensor) -> Tensor:
-        """Return one site's loss from (b, k) answers and the student's logits for the same classes."""
+    def _terms(self, given: Tensor, own: Tensor) -> Tensor:
+        """Return one site's loss, (b,) or (b, k), from (b, k) answers and the student's logits for the same classes."""
 
 
 class DirectCE(_Direct):
     """sum_i w_i KL(p_i || softmax(s restricted to L_i)) / sum_i w_i, mean over the batch (methods.md 6.8, CE-BP)."""
 
-    def _site(self, given: Tensor, own: Tensor) -> Tensor:
+    def _terms(self, given: Tensor, own: Tensor) -> Tensor:
         log_p = torch.log_softmax(given, dim=1)
         log_q = torch.log_softmax(own, dim=1)
-        return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+        return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
 class DirectMFLF(_Direct):
@@ -65,6 +87,6 @@ class DirectMFLF(_Direct):
     methods.md 6.8, MF-LF-BP; the mean over classes instead of the sum keeps the step size independent of k_i.
     """
 
-    def _site(self, given: Tensor, own: Tensor) -> Tensor:
+    def _terms(self, given: Tensor, own: Tensor) -> Tensor:
         difference = given - own
-        return (difference - difference.mean(dim=1, keepdim=True)).square().mean()
+        return (difference - difference.mean(dim=1, keepdim=True)).square()

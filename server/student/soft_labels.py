@@ -16,7 +16,8 @@ class SoftLabels:
 
     `probs` is (n, L) floating, rows sum to 1, typically a memory map; `temperature` is the T at which the labels
     were estimated (Vongkulbhisal et al., CVPR 2019; the factor T^2 keeps the gradient's size). `fingerprint` names
-    what the labels are, so that a training is not resumed with others.
+    what the labels are, so that a training is not resumed with others. `samples` (m,) are the rows of `probs` that
+    are learnt from, where not all are: training's sample j has the label `probs[samples[j]]`.
     """
 
     def __init__(
@@ -25,12 +26,14 @@ class SoftLabels:
         device: torch.device,
         temperature: float = 1.0,
         fingerprint: str = "",
+        samples: NDArray[np.int64] | None = None,
     ) -> None:
         self.fingerprint = f"soft-labels {temperature} {fingerprint}"
-        self._probs, self._device, self._temperature = probs, device, temperature
+        self._probs, self._device, self._temperature, self._samples = probs, device, temperature, samples
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
-        rows = torch.from_numpy(self._probs[ids.cpu().numpy()]).to(self._device, torch.float32, non_blocking=True)
+        at = ids.cpu().numpy() if self._samples is None else self._samples[ids.cpu().numpy()]
+        rows = torch.from_numpy(self._probs[at]).to(self._device, torch.float32, non_blocking=True)
         log_probs = torch.log_softmax(logits / self._temperature, dim=1)
         return -(rows * log_probs).sum(dim=1).mean() * self._temperature**2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperGroup
 
 import consilience
 
@@ -19,13 +22,17 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # over as soon as sites answer side by side or the machine has other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from consilience.client.cli import app as site_app  # noqa: E402
 from consilience.common.cli import AsJson, Result, emit  # noqa: E402
 from consilience.common.errors import REGISTRY, SettingsError  # noqa: E402
-from consilience.common.pool_cli import app as pool_app  # noqa: E402
-from consilience.deploy.cli import simulate  # noqa: E402
-from consilience.server.cli import app as student_app  # noqa: E402
-from consilience.server.server_cli import app as server_app  # noqa: E402
+
+PARTS = {
+    "simulate": "consilience.deploy.cli",
+    "pool": "consilience.common.pool_cli",
+    "site": "consilience.client.cli",
+    "server": "consilience.server.server_cli",
+    "student": "consilience.server.cli",
+}
+"""Command -> the module whose `app` it is, imported when it is called: torch alone takes seconds."""
 
 OTHER_CODES = {
     0: "Success.",
@@ -33,17 +40,28 @@ OTHER_CODES = {
     130: "Interrupted (Ctrl-C). The same command again goes on from there.",
 }
 
+
+class _Parts(TyperGroup):
+    """The root's group: its own commands, and those of `PARTS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*PARTS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in PARTS:
+            return super().get_command(ctx, cmd_name)
+        command = typer.main.get_command(importlib.import_module(PARTS[cmd_name]).app)
+        command.name = cmd_name
+        return command
+
+
 app = typer.Typer(
+    cls=_Parts,
     name="consilience",
     help="One classifier from many private ones.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.add_typer(pool_app, name="pool")
-app.add_typer(site_app, name="site")
-app.add_typer(server_app, name="server")
-app.add_typer(student_app, name="student")
-app.command()(simulate)
 
 
 @app.command()

@@ -59,12 +59,14 @@ def done(*words: str | Path) -> dict[str, Any]:
     return data
 
 
-def processes_about(folder: Path) -> list[int]:
-    """Return the processes that have a path below `folder` in their command line, apart from this one."""
+def processes_about(folder: Path, module: str = "") -> list[int]:
+    """Return the processes of `module` that have a path below `folder` in their command line, apart from this one."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if str(folder).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+            line = path.read_bytes()
+            ours = str(folder).encode() in line and module.encode() in line
+            if ours and int(path.parent.name) != os.getpid():
                 found.append(int(path.parent.name))
     return found
 
@@ -166,7 +168,7 @@ class Deployment:
             {
                 "name": name,
                 "pool": str(self.pool.folder),
-                "ask": {"question_size": 16, "retries": 1, **fields.pop("ask", {})},
+                "ask": {"question_size": 16, "retries": 1, "wait": 60, **fields.pop("ask", {})},
                 "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32"}},
                 **fields,
             }
@@ -205,6 +207,13 @@ class Deployment:
     def online(self) -> set[str]:
         """Return the sites that the server says are connected."""
         return {name for name, there in online(self.home).items() if there}
+
+    def samples(self, run: str, kind: str) -> dict[str, list[int]]:
+        """Return the pool samples that a run's events of one kind are about, by site, sorted."""
+        found: dict[str, list[int]] = {}
+        for event in self.events(run, kind):
+            found.setdefault(event["site"], []).extend(range(event["start"], event["stop"]))
+        return {site: sorted(samples) for site, samples in found.items()}
 
     def wait_online(self, *names: str) -> None:
         """Wait until just these sites are connected."""

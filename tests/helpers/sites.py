@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from consilience.common.encoding import encode
@@ -32,8 +32,13 @@ def honest(question: Question, attempt: int) -> RecordDict:
 class Sites:
     """A ClientApp whose sites answer by the given handlers; counts questions and how many run at once."""
 
-    def __init__(self, handlers: dict[str, Handler], cards: dict[str, str] | None = None) -> None:
-        self.handlers, self.cards = handlers, cards or {}
+    def __init__(
+        self,
+        handlers: dict[str, Handler],
+        cards: dict[str, str] | None = None,
+        classes: dict[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        self.handlers, self.cards, self.classes = handlers, cards or {}, classes or {}
         self.attempts: dict[tuple[str, int], int] = {}
         self.lock = threading.Lock()
         self.app = ClientApp()
@@ -46,7 +51,7 @@ class Sites:
         name = str(context.node_config["name"])
         card = SiteCard(
             name=self.cards.get(name, name),
-            classes=("a", "b", "c"),
+            classes=self.classes.get(name, ("a", "b", "c")),
             encodings=("f32", "f16"),
             teacher=DIGEST,
             description="",
@@ -75,6 +80,68 @@ class Sites:
 def grid_of(sites: Sites) -> LocalGrid:
     """Return a grid with one node a site."""
     return LocalGrid(sites.app, [{"name": name} for name in sites.handlers], workers=3)
+
+
+class ScriptedGrid(LocalGrid):
+    """A grid whose nodes go away and come back as a test says.
+
+    `away` nodes are not listed; what they were asked comes back as Flower's error NODE_UNAVAILABLE, or, when `silent`,
+    not at all. `refuses` nodes take no message. `swallow` counts messages to a node that are still to get lost.
+    """
+
+    def __init__(self, sites: Sites) -> None:
+        super().__init__(sites.app, [{"name": name} for name in sites.handlers], workers=3)
+        self.away: set[int] = set()
+        self.refuses: set[int] = set()
+        self.swallow: dict[int, int] = {}
+        self.silent = False
+        self.looks = 0
+        self.sent: dict[str, Message] = {}
+        self.gone: set[str] = set()
+
+    def looked(self) -> None:
+        """Called at every look at who is online: a script changes things here."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are not away."""
+        self.looks += 1
+        self.looked()
+        return [node for node in super().get_node_ids() if node not in self.away]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hand over what can be handed over."""
+        identifiers: list[str] = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if node in self.refuses:
+                identifiers.append(None)  # type: ignore[arg-type]  # as Flower's own grid does
+                continue
+            lost = node in self.away or self.swallow.get(node, 0) > 0
+            if lost:
+                self.swallow[node] = self.swallow.get(node, 1) - 1
+                message.metadata.__dict__["_message_id"] = identifier = message.object_id
+                if node in self.away:
+                    self.gone.add(identifier)
+            else:
+                (identifier,) = super().push_messages([message])
+            self.sent[identifier] = message
+            identifiers.append(identifier)
+        return identifiers
+
+    def leave(self, node: int) -> None:
+        """Let a node go away, and with it what it was asked."""
+        self.away.add(node)
+        self.gone |= {i for i, message in self.sent.items() if message.metadata.dst_node_id == node}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there, and errors for what nobody will answer."""
+        wanted = list(message_ids)
+        replies = list(super().pull_messages([i for i in wanted if i not in self.gone]))
+        if not self.silent:
+            for identifier in [i for i in wanted if i in self.gone]:
+                replies.append(Message(Error(code=5, reason="away"), reply_to=self.sent[identifier]))
+                self.gone.discard(identifier)
+        return replies
 
 
 def refusing(question: Question, attempt: int) -> RecordDict:

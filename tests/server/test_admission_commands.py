@@ -15,6 +15,7 @@ from click.testing import Result
 from cryptography.hazmat.primitives import serialization
 from typer.testing import CliRunner
 
+import consilience
 from consilience.__main__ import app
 from consilience.common.identity import Kit, Request, certificate_fingerprint, load_key, make_key, words
 from consilience.common.settings import SiteSettings
@@ -267,6 +268,7 @@ def test_at_a_terminal_the_words_are_shown_and_asked_about(here: Path, answer: s
         os.write(ours, f"{answer}\n".encode())
         result = subprocess.run(
             [sys.executable, "-m", "consilience", "server", "approve", "site/request.json"],
+            env={**os.environ, "PYTHONPATH": str(Path(consilience.__file__).parents[1])},
             stdin=theirs,
             capture_output=True,
             text=True,

@@ -11,17 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
 
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, StorageError
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, Contract, Question
+from consilience.common.protocol import Answer, Contract, Question, SiteCard
 from consilience.common.settings import Ask
 from consilience.deploy.local_grid import LocalGrid
+from consilience.server import asking
 from consilience.server.answers import About, AnswerStore
-from consilience.server.asking import agree, ask, collect_cards
+from consilience.server.asking import ask
+from consilience.server.enrolment import agree, at_least, collect_cards
 from consilience.server.events import Events
-from helpers.sites import CLASSES, DIGEST, POLICY, Handler, Sites, grid_of, honest, refusing, rows
+from consilience.server.messages import UNAVAILABLE
+from consilience.server.progress import Progress
+from consilience.server.question_size import QuestionSize
+from helpers.sites import CLASSES, DIGEST, POLICY, Handler, ScriptedGrid, Sites, grid_of, honest, refusing, rows
 
 SIZE = 100
 
@@ -37,12 +44,23 @@ def reporter() -> Iterator[Reporter]:
 
 
 def run(tmp_path: Path, sites: Sites, reporter: Reporter, **settings: Any) -> tuple[dict[str, AnswerStore], Any]:
-    chosen = Ask(encoding="f32", question_size=16, **settings)
     with grid_of(sites) as grid:
-        cards = collect_cards(grid, "job")
-        stores = {card.name: AnswerStore(tmp_path / card.name, about(card.name)) for card in cards.values()}
-        pairs = [(node, stores[card.name]) for node, card in cards.items()]
-        states = ask(grid, "job", pairs, chosen, events=Events(tmp_path / "events.jsonl"), reporter=reporter)
+        return run_on(grid, tmp_path, reporter, **settings)
+
+
+def cards_of(grid: Grid) -> dict[int, SiteCard]:
+    return collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=True)[0]
+
+
+def run_on(
+    grid: Grid, tmp_path: Path, reporter: Reporter, cards: dict[int, SiteCard] | None = None, **settings: Any
+) -> tuple[dict[str, AnswerStore], Any]:
+    chosen = Ask(**{"encoding": "f32", "question_size": 16, **settings})
+    cards = cards or cards_of(grid)
+    stores = {card.name: AnswerStore(tmp_path / card.name, about(card.name)) for card in cards.values()}
+    pairs = [(node, stores[card.name]) for node, card in cards.items()]
+    events, progress = Events(tmp_path / "events.jsonl"), Progress(tmp_path / "progress.json", "job")
+    states = ask(grid, "job", pairs, chosen, events=events, reporter=reporter, progress=progress)
     return stores, {state.name: state for state in states}
 
 
@@ -140,10 +158,11 @@ def test_no_more_questions_fly_than_allowed(tmp_path: Path, reporter: Reporter) 
 
     sites = Sites({"one": honest})
     with Counting(sites.app, [{"name": "one"}], workers=2) as grid:
-        (node,) = collect_cards(grid, "job")
+        (node,) = cards_of(grid)
         store = AnswerStore(tmp_path / "one", about("one"))
         settings = Ask(question_size=4, in_flight=3)
-        ask(grid, "job", [(node, store)], settings, events=Events(tmp_path / "e.jsonl"), reporter=reporter)
+        events, progress = Events(tmp_path / "e.jsonl"), Progress(tmp_path / "progress.json", "job")
+        ask(grid, "job", [(node, store)], settings, events=events, reporter=reporter, progress=progress)
     assert store.complete
     assert most == 3
 
@@ -171,21 +190,238 @@ def test_a_full_disk_stops_the_asking_and_keeps_what_arrived(
 
 
 def test_sites_that_cannot_take_part_are_named() -> None:
-    empty = Sites({})
-    with grid_of(empty) as grid, pytest.raises(AskingError, match="No site is connected"):
-        collect_cards(grid, "job")
-    twins = Sites({"one": honest, "two": honest}, cards={"two": "one"})
-    with grid_of(twins) as grid, pytest.raises(AskingError, match="Two connected sites are called one"):
-        collect_cards(grid, "job")
-    rude = Sites({"one": honest}, cards={"one": "../one"})
-    with grid_of(rude) as grid, pytest.raises(AskingError, match="Node 100 cannot take part"):
-        collect_cards(grid, "job")
-    stubborn = Sites({"stubborn": honest})
-    with grid_of(stubborn) as grid:
-        cards = collect_cards(grid, "job")
+    def collect(sites: Sites) -> None:
+        with grid_of(sites) as grid:
+            collect_cards(grid, "job", lacking=at_least(1), wait=0.1, strict=True)
+
+    with pytest.raises(AskingError, match="No site is connected"):
+        collect(Sites({}))
+    with (
+        grid_of(Sites({"one": honest, "two": honest}, cards={"two": "one"})) as grid,
+        pytest.raises(AskingError, match="called one"),
+    ):
+        cards_of(grid)
+    with (
+        grid_of(Sites({"one": honest}, cards={"one": "../one"})) as grid,
+        pytest.raises(AskingError, match="Node 100 cannot"),
+    ):
+        cards_of(grid)
+    with grid_of(Sites({"stubborn": honest})) as grid:
         contract = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1, 2), pools=(DIGEST,), teacher=DIGEST)
-        with pytest.raises(AskingError, match=r"Site stubborn cannot take part.*unknown-pool"):
-            agree(grid, dict.fromkeys(cards, contract), cards)
+        reasons = agree(grid, dict.fromkeys(cards_of(grid), contract), wait=30)
+    assert list(reasons) == [100]
+    assert "unknown-pool" in reasons[100]
+
+
+class Leaves(ScriptedGrid):
+    """Its second node goes away after `after` of its questions and comes back once the first has answered all."""
+
+    def __init__(self, sites: Sites, after: int = 2) -> None:
+        super().__init__(sites)
+        self.sites, self.after, self.left, self.missed = sites, after, False, False
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        if not self.left and sum(name == "two" for name, _ in self.sites.attempts) >= self.after:
+            self.left = True
+            self.leave(101)
+        return super().pull_messages(message_ids)
+
+    def looked(self) -> None:
+        if self.missed and sum(name == "one" for name, _ in self.sites.attempts) == 7:
+            self.away.clear()
+        self.missed = self.left
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_site_that_goes_away_and_returns_is_asked_the_rest(tmp_path: Path, reporter: Reporter, silent: bool) -> None:
+    sites = Sites({"one": honest, "two": honest})
+    with Leaves(sites) as grid:
+        grid.silent = silent
+        stores, states = run_on(grid, tmp_path, reporter, retries=0)
+    for name in ("one", "two"):
+        assert np.array_equal(stores[name].read(0, SIZE), everything())
+        assert (states[name].lost, states[name].failures) == (0, [])
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert not [e for e in events if e["event"] == "failed"]
+    if silent:  # nothing but the list of nodes told that the site was away
+        assert [e["event"] for e in events if e["event"] in ("away", "back")] == ["away", "back"]
+
+
+def test_a_site_that_stays_away_is_given_up_and_what_it_answered_stays(tmp_path: Path, reporter: Reporter) -> None:
+    class Gone(Leaves):
+        def looked(self) -> None:
+            pass
+
+    def slow(question: Question, attempt: int) -> RecordDict:
+        if question.start >= 32:
+            released.wait(30)
+        return honest(question, attempt)
+
+    released = threading.Event()
+    sites = Sites({"one": honest, "two": slow})
+    with Gone(sites, after=3) as grid:
+        stores, states = run_on(grid, tmp_path, reporter, retries=0, wait=0.3)
+        released.set()
+    assert stores["one"].complete
+    lost = SIZE - len(stores["two"])
+    assert lost >= SIZE - 32
+    assert states["two"].lost == lost
+    assert "it was away for more than 0.3 s" in states["two"].failures[-1]
+
+
+def test_a_frozen_site_does_not_hold_up_the_end_past_the_deadline(tmp_path: Path, reporter: Reporter) -> None:
+    released = threading.Event()
+
+    def freezes(question: Question, attempt: int) -> RecordDict:
+        if question.start >= 32:
+            released.wait(30)
+        return honest(question, attempt)
+
+    with grid_of(Sites({"frozen": freezes, "good": honest})) as grid:
+        stores, states = run_on(grid, tmp_path, reporter, deadline=1.0)
+        released.set()
+    assert np.array_equal(stores["good"].read(0, SIZE), everything())
+    assert np.array_equal(stores["frozen"].read(0, 32), everything()[:32])
+    assert (len(stores["frozen"]), states["frozen"].lost) == (32, SIZE - 32)
+    assert "the deadline of 1 s passed" in states["frozen"].failures[-1]
+    assert (states["good"].lost, states["good"].failures) == (0, [])
+
+
+def test_a_site_that_never_says_anything_is_given_up_without_a_deadline(
+    tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "TTL_SECONDS", 0.2)
+    with ScriptedGrid(Sites({"deaf": honest, "good": honest})) as grid:
+        cards = cards_of(grid)
+        grid.swallow[100] = 1000
+        stores, states = run_on(grid, tmp_path, reporter, cards, wait=0.2)
+    assert (states["deaf"].lost, len(stores["deaf"])) == (SIZE, 0)
+    assert "it said nothing" in states["deaf"].failures[-1]
+    assert stores["good"].complete
+
+
+def test_a_question_lost_on_the_way_is_sent_again_at_no_cost(
+    tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "TTL_SECONDS", 0.1)
+    monkeypatch.setattr(asking, "LOOK_EVERY", 0.1)
+    sites = Sites({"one": honest})
+    with ScriptedGrid(sites) as grid:
+        cards = cards_of(grid)
+        grid.swallow[100] = 2  # an agent that was restarted took them along
+        stores, states = run_on(grid, tmp_path, reporter, cards, retries=0)
+    assert np.array_equal(stores["one"].read(0, SIZE), everything())
+    assert (states["one"].lost, states["one"].failures) == (0, [])
+
+
+def test_a_message_that_the_grid_does_not_take_waits(tmp_path: Path, reporter: Reporter) -> None:
+    class Refuses(ScriptedGrid):
+        def looked(self) -> None:
+            self.refuses.clear()
+
+    with Refuses(Sites({"one": honest})) as grid:
+        cards = cards_of(grid)
+        looks = grid.looks
+        grid.looked = lambda: grid.refuses.clear() if grid.looks > looks + 1 else None  # type: ignore[method-assign]
+        grid.refuses.add(100)
+        store = AnswerStore(tmp_path / "one", about("one"))
+        events, progress = Events(tmp_path / "e.jsonl"), Progress(tmp_path / "progress.json", "job")
+        pairs = [(node, store) for node in cards]
+        (state,) = ask(grid, "job", pairs, Ask(retries=0), events=events, reporter=reporter, progress=progress)
+    assert store.complete
+    assert (state.lost, state.failures) == (0, [])
+
+
+def test_the_job_waits_for_the_sites_it_is_told_to_wait_for() -> None:
+    class Late(ScriptedGrid):
+        def looked(self) -> None:
+            if self.looks == 10:
+                self.away.clear()
+
+    with Late(Sites({"one": honest, "two": honest})) as grid:
+        grid.away.add(101)
+        cards, reasons = collect_cards(grid, "job", lacking=at_least(2), wait=30, strict=True)
+    assert sorted(card.name for card in cards.values()) == ["one", "two"]
+    assert reasons == {}
+    with ScriptedGrid(Sites({"one": honest, "two": honest})) as grid:
+        grid.away.add(101)
+        with pytest.raises(AskingError, match="1 of 2 sites are connected; there: one"):
+            collect_cards(grid, "job", lacking=at_least(2), wait=0.1, strict=True)
+
+
+def test_a_node_without_a_card_is_left_out_where_enough_others_are_there() -> None:
+    with grid_of(Sites({"one": honest, "two": honest}, cards={"two": "../two"})) as grid:
+        cards, reasons = collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=False)
+        assert [card.name for card in cards.values()] == ["one"]
+        assert "Flower's code 2" in reasons[101]
+        with pytest.raises(AskingError, match=r"1 of 2 sites are connected; there: one; node 101: .*code 2"):
+            collect_cards(grid, "job", lacking=at_least(2), wait=0.1, strict=False)
+
+
+def test_absence_is_what_flower_calls_it() -> None:
+    codes = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
+    assert codes == UNAVAILABLE
+
+
+def test_questions_grow_to_two_seconds_of_the_teachers_work(tmp_path: Path, reporter: Reporter) -> None:
+    size = 8192
+    asked: list[tuple[int, int]] = []
+
+    def timed(question: Question, attempt: int) -> RecordDict:
+        asked.append((question.start, question.stop))
+        return Answer(question, encode(rows(question), "f32"), len(question) / 1100).to_content()
+
+    store = AnswerStore(tmp_path / "one", about("one").model_copy(update={"size": size}))
+    with grid_of(Sites({"one": timed})) as grid:
+        pairs = [(node, store) for node in cards_of(grid)]
+        events, progress = Events(tmp_path / "e.jsonl"), Progress(tmp_path / "progress.json", "job")
+        ask(grid, "job", pairs, Ask(in_flight=1), events=events, reporter=reporter, progress=progress)
+    # 2,200 samples in two seconds: from 512 by powers of two to 2,048, every cut at a multiple of the size.
+    assert asked == [(0, 512), (512, 1024), (1024, 2048), *((s, s + 2048) for s in range(2048, size, 2048))]
+    assert store.complete
+
+
+@pytest.mark.parametrize(
+    ("samples", "row", "rate", "size"),
+    [
+        (10**6, 20, 1e9, 65_536),  # no more than this, however fast
+        (10**6, 2_000, 1e9, 4_096),  # 16 MB of answers at most: 8,000 rows
+        (10**6, 200_000, 1e9, 64),
+        (10**6, 20, 1, 256),  # nor less than a batch, however slow
+        (10**6, 20, 1_000, 1_024),
+        (100, 20, None, 256),
+        (10**6, 20, None, 512),
+    ],
+)
+def test_tuned_question_sizes_have_limits(samples: int, row: int, rate: float | None, size: int) -> None:
+    tuned = QuestionSize(None, samples, row, in_flight=4)
+    for _ in range(20 if rate else 0):
+        tuned.learn(tuned.size, tuned.size / (rate or 1))
+    assert tuned.size == size
+
+
+def test_a_size_that_is_given_stays() -> None:
+    fixed = QuestionSize(100, 10**6, 20, in_flight=4)
+    fixed.learn(100, 1e-6)
+    assert [fixed.end(0, 1000), fixed.end(130, 1000), fixed.end(130, 150)] == [100, 200, 150]
+
+
+def test_progress_can_be_read_while_asking(tmp_path: Path, reporter: Reporter) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def looks(question: Question, attempt: int) -> RecordDict:
+        if question.start == 96:
+            seen.append(json.loads((tmp_path / "progress.json").read_text()))
+        return refusing(question, attempt) if question.start == 0 else honest(question, attempt)
+
+    run(tmp_path, Sites({"one": looks}), reporter, retries=0)
+    final = json.loads((tmp_path / "progress.json").read_text())
+    (during,), (after,) = seen[0]["sites"], final["sites"]
+    assert (during["name"], during["online"], during["asked"]) == ("one", True, SIZE)
+    assert (after["answered"], after["asked"], after["failures"]) == (84, SIZE, 1)
+    assert after["bytes"] == 84 * CLASSES * 4
+    assert after["rate"] > 0
+    assert "teacher-failed" in after["reason"]
 
 
 def test_events_survive_a_torn_line(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ FIELDS: dict[str, set[str]] = {
 CONSTANTS = {
     "flwr.common.constant:SUPERLINK_NODE_ID": 1,
     "flwr.common.constant:ErrorCode.REPLY_MESSAGE_UNAVAILABLE": 4,
+    "flwr.common.constant:ErrorCode.UNKNOWN": 0,
     "flwr.common.constant:SubStatus.COMPLETED": "completed",
     "flwr.common.constant:SubStatus.FAILED": "failed",
     "flwr.supercore.constant:SYSTEM_MESSAGE_TYPE": "system",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,15 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
+from rich.console import Console
 
 from consilience.common.data import from_arrays
 from consilience.common.errors import AskingError, DataError, PoolError, RunError, SettingsError
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
+from consilience.common.protocol import Question
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.server.app import app as server_app
 from consilience.server.job import Job
+from consilience.server.report import comparable
 from helpers.sites import Handler, Sites, grid_of, honest, refusing
 
 SAMPLES, TEST = 40, 12
@@ -59,13 +65,29 @@ def settings(home: Path, **changes: Any) -> JobSettings:
     return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
 
 
-def do(home: Path, handlers: dict[str, Handler], reporter: Reporter, **changes: Any) -> dict[str, Any]:
-    run = home / "run"
-    run.mkdir(exist_ok=True)
-    dump_settings(settings(home, **changes), run / "job.yaml")
-    with grid_of(Sites(handlers)) as grid:
-        Job.open(run, reporter).do(grid)
-    report: dict[str, Any] = read_json(run / "report.json")
+def do(
+    home: Path,
+    handlers: dict[str, Handler],
+    reporter: Reporter,
+    *,
+    classes: dict[str, tuple[str, ...]] | None = None,
+    cards: dict[str, str] | None = None,
+    run: str = "run",
+    fold_in: bool = False,
+    **changes: Any,
+) -> dict[str, Any]:
+    return do_with(home, Sites(handlers, cards, classes), reporter, run=run, fold_in=fold_in, **changes)
+
+
+def do_with(
+    home: Path, sites: Sites, reporter: Reporter, *, run: str = "run", fold_in: bool = False, **changes: Any
+) -> dict[str, Any]:
+    folder = home / run
+    folder.mkdir(exist_ok=True)
+    dump_settings(settings(home, **changes), folder / "job.yaml")
+    with grid_of(sites) as grid:
+        Job.open(folder, reporter).do(grid, fold_in=fold_in)
+    report: dict[str, Any] = read_json(folder / "report.json")
     return report
 
 
@@ -196,3 +218,165 @@ def test_every_method_of_unification_makes_labels(home: Path, reporter: Reporter
     labels = np.load(home / "run" / "labels" / "q.npy")
     assert labels.shape == (SAMPLES, 3)
     assert np.allclose(labels.sum(axis=1), 1, atol=1e-5)
+
+
+OTHER = {"other": ("c", "d", "e")}
+
+
+def first_half(question: Question, attempt: int) -> RecordDict:
+    return refusing(question, attempt) if question.start >= 16 else honest(question, attempt)
+
+
+def not_the_test_pool(question: Question, attempt: int) -> RecordDict:
+    return refusing(question, attempt) if question.stop == TEST else honest(question, attempt)
+
+
+@pytest.mark.parametrize("learning", ["soft-labels", "direct-ce", "direct-mf-lf"])
+def test_partial_answers_are_used_and_completed_later(home: Path, reporter: Reporter, learning: str) -> None:
+    changes: dict[str, Any] = {"ask": {"min_sites": 1}, "student": {"learning": learning}, "classes": OTHER}
+    partial = do(home, {"other": first_half, "good": honest}, reporter, **changes)
+    assert partial["labels"]["names"] == ["a", "b", "c", "d", "e"]
+    assert partial["pool"]["left_out"] == SAMPLES - 16
+    assert partial["pool"]["unknown"] == {"d": SAMPLES - 16, "e": SAMPLES - 16}
+    other = next(site for site in partial["sites"] if site["name"] == "other")
+    assert (other["took_part"], other["answers"], other["missed"]) == (True, 16 + TEST, SAMPLES - 16)
+    assert "teacher-failed" in other["reason"]
+    assert any("left out of learning" in warning for warning in partial["warnings"])
+    assert partial["baselines"]["unified_ensemble"]["accuracy"] is not None
+    labels = np.load(home / "run" / "labels" / "q.npy")
+    assert np.allclose(labels[:16].sum(axis=1), 1, atol=1e-5)
+    assert not labels[16:].any()
+
+    completed = do(home, {"other": honest, "good": honest}, reporter, **changes)
+    fresh = do(home, {"other": honest, "good": honest}, reporter, run="fresh", **changes)
+    assert comparable(completed) == comparable(fresh)
+    assert comparable(completed)["learning"] != comparable(partial)["learning"]
+    student = ["student", "model.safetensors"]
+    assert home.joinpath("run", *student).read_bytes() == home.joinpath("fresh", *student).read_bytes()
+
+
+def test_without_a_sample_that_can_be_learnt_from_the_job_stops(home: Path, reporter: Reporter) -> None:
+    def last_half(question: Question, attempt: int) -> RecordDict:
+        return honest(question, attempt) if question.start >= 16 else refusing(question, attempt)
+
+    handlers = {"one": honest, "two": first_half, "three": last_half}
+    classes = {"two": ("c", "d", "b"), "three": ("c", "e", "b")}
+    with pytest.raises(AskingError, match=r"No pool sample was answered by sites that together know every class.*d, e"):
+        do(home, handlers, reporter, classes=classes, ask={"min_sites": 1})
+
+
+def test_baselines_are_judged_with_the_sites_that_answered_the_whole_test_pool(home: Path, reporter: Reporter) -> None:
+    handlers = {"good": honest, "other": not_the_test_pool}
+    report = do(home, handlers, reporter, classes=OTHER, ask={"min_sites": 1})
+    assert report["pool"]["left_out"] == 0
+    assert report["baselines"]["unified_ensemble"]["accuracy"] is None
+    assert report["baselines"]["best_site"]["site"] == "good"
+    assert any("judged without other" in warning for warning in report["warnings"])
+    assert any("no unified ensemble" in warning for warning in report["warnings"])
+
+
+def test_a_site_that_does_not_agree_is_left_out_where_enough_others_are_there(home: Path, reporter: Reporter) -> None:
+    report = do(home, {"good": honest, "stubborn": honest}, reporter, ask={"min_sites": 1})
+    assert [site["name"] for site in report["sites"]] == ["good"]
+    assert "unknown-pool" in report["left_out"]["stubborn"]
+    assert any(warning.startswith("Stubborn does not take part") for warning in report["warnings"])
+    events = [json.loads(line) for line in (home / "run" / "events.jsonl").read_text().splitlines()]
+    assert [e["who"] for e in events if e["event"] == "left-out"] == ["stubborn"]
+    assert "stubborn" not in {card["name"] for card in read_json(home / "run" / "contract.json")["sites"]}
+    again = do(home, {"good": honest, "stubborn": honest}, reporter, ask={"min_sites": 1})
+    assert comparable(again) == comparable(report)
+
+
+def test_where_too_few_remain_each_reason_is_told(home: Path, reporter: Reporter) -> None:
+    handlers = {"good": honest, "rude": honest, "stubborn": honest}
+    with pytest.raises(AskingError, match=r"1 of 2 sites.*node 101: .*; stubborn: .*unknown-pool"):
+        do(home, handlers, reporter, cards={"rude": "../rude"}, ask={"min_sites": 2})
+    assert not (home / "run" / "contract.json").exists()
+    with pytest.raises(AskingError, match=r"Site stubborn cannot take part.*unknown-pool"):
+        do(home, {"good": honest, "stubborn": honest}, reporter, run="strict")
+
+
+def test_a_resumed_run_waits_for_its_sites_and_names_those_that_are_not_there(home: Path, reporter: Reporter) -> None:
+    with pytest.raises(AskingError, match="two lacks 24 samples"):
+        do(home, {"one": honest, "two": first_half}, reporter, ask={"wait": 0})
+    with pytest.raises(AskingError, match=r"1 of the 2 sites this run needs.*not there: two"):
+        do(home, {"one": honest}, reporter, ask={"wait": 0})
+    sites = Sites({"two": honest})  # a site that is done need not be there
+    report = do_with(home, sites, reporter, ask={"wait": 0})
+    assert [site["missed"] for site in report["sites"]] == [0, 0]
+    assert sites.attempts == {("two", 16): 1, ("two", 32): 1}
+
+
+def test_with_fewer_sites_needed_a_resumed_run_uses_what_an_absent_site_gave(home: Path, reporter: Reporter) -> None:
+    with pytest.raises(AskingError):
+        do(home, {"one": first_half, "two": first_half}, reporter, ask={"min_sites": 1})
+    report = do(home, {"one": honest}, reporter, ask={"min_sites": 1})
+    two = next(site for site in report["sites"] if site["name"] == "two")
+    assert (two["took_part"], two["missed"], two["reason"]) == (True, 24, "it was not connected")
+
+
+NEW = {"new": ("c", "d", "e")}
+
+
+@pytest.mark.parametrize("learning", ["soft-labels", "direct-ce"])
+def test_a_site_that_joins_later_is_folded_in_by_asking_only_it(home: Path, reporter: Reporter, learning: str) -> None:
+    student = {"learning": learning}
+    before = do(home, {"one": honest, "two": honest}, reporter, student=student)
+    sites = Sites({"new": honest, "two": honest}, classes=NEW)  # one is not there
+    report = do_with(home, sites, reporter, fold_in=True, student=student)
+    assert {name for name, _ in sites.attempts} == {"new"}
+    assert report["labels"]["names"] == ["c", "d", "e", "a", "b"]
+    everybody = {"one": honest, "two": honest, "new": honest}
+    fresh = do(home, everybody, reporter, run="fresh", classes=NEW, student=student)
+    assert comparable(report) == comparable(fresh)
+    assert comparable(report) != comparable(before)
+    assert read_json(home / "run" / "contract.json") == read_json(home / "fresh" / "contract.json")
+
+
+def test_without_fold_in_a_new_site_is_not_asked(home: Path, reporter: Reporter) -> None:
+    with pytest.raises(AskingError):
+        do(home, {"one": first_half}, reporter)
+    shown = io.StringIO()
+    sites = Sites({"one": honest, "new": honest})
+    with Reporter(console=Console(file=shown, width=200)) as loud:
+        report = do_with(home, sites, loud)
+    assert [site["name"] for site in report["sites"]] == ["one"]
+    assert {name for name, _ in sites.attempts} == {"one"}
+    assert "new joined after this run began" in shown.getvalue()
+    assert "--fold-in" in shown.getvalue()
+
+
+def test_folding_in_waits_for_a_new_site_and_says_when_none_came(home: Path, reporter: Reporter) -> None:
+    do(home, {"one": honest}, reporter, ask={"wait": 0})
+    with pytest.raises(AskingError, match="No new site is connected"):
+        do(home, {"one": honest}, reporter, fold_in=True, ask={"wait": 0})
+
+
+def test_a_fold_in_that_was_stopped_goes_on(home: Path, reporter: Reporter) -> None:
+    do(home, {"one": honest}, reporter, ask={"wait": 0})
+    with pytest.raises(AskingError, match="1 of 2 sites answered every question"):
+        do(home, {"one": honest, "new": first_half}, reporter, fold_in=True, ask={"wait": 0})
+    report = do(home, {"new": honest}, reporter, fold_in=True, ask={"wait": 0})
+    assert [(site["name"], site["missed"]) for site in report["sites"]] == [("new", 0), ("one", 0)]
+
+
+def test_a_site_that_changed_is_not_folded_in(home: Path, reporter: Reporter) -> None:
+    do(home, {"one": honest}, reporter)
+    with pytest.raises(RunError, match="changed: site one"):
+        do(home, {"one": honest, "new": honest}, reporter, fold_in=True, classes={"one": ("x", "y", "z")})
+
+
+def test_the_server_app_takes_fold_in_from_the_run_configuration(home: Path, reporter: Reporter) -> None:
+    do(home, {"one": honest}, reporter)
+    run_config: dict[str, str | bool] = {"run": str(home / "run"), "quiet": True, "fold-in": True}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
+    with grid_of(Sites({"one": honest, "two": honest})) as grid:
+        server_app(grid=grid, context=context)
+    assert [site["name"] for site in read_json(home / "run" / "report.json")["sites"]] == ["one", "two"]
+
+
+def test_progress_names_the_stage_and_ends_with_done(home: Path, reporter: Reporter) -> None:
+    do(home, {"one": honest}, reporter)
+    progress = read_json(home / "run" / "progress.json")
+    assert progress["stage"] == "done"
+    assert [(site["name"], site["answered"], site["asked"]) for site in progress["sites"]] == [("one", 52, 52)]

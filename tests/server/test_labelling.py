@@ -13,7 +13,8 @@ from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question, SiteCard
 from consilience.common.settings import Unify
-from consilience.server import labelling
+from consilience.server import answered, labelling
+from consilience.server.answered import usable
 from consilience.server.answers import About, AnswerStore
 from consilience.server.labelling import unify_pool
 from consilience.server.unify import Prior, unify
@@ -82,7 +83,7 @@ def test_labels_do_not_depend_on_the_block(
     monkeypatch: pytest.MonkeyPatch,
     values: int,
 ) -> None:
-    monkeypatch.setattr(labelling, "BLOCK_VALUES", values)
+    monkeypatch.setattr(answered, "BLOCK_VALUES", values)
     labels = run(tmp_path / "labels", space, stores, cards, Unify())
     assert np.allclose(labels, unify(answers(), space.class_sets).probs, atol=1e-7)
 
@@ -112,3 +113,101 @@ def test_labels_are_kept_until_the_settings_change(
     assert not np.allclose(other, first, atol=1e-3)
     (tmp_path / "labels" / "diagnostics.json").unlink()
     assert np.array_equal(run(tmp_path / "labels", space, stores, cards, Unify()), first)
+
+
+def store_of(folder: Path, site: str, rows: np.ndarray, ranges: list[tuple[int, int]]) -> AnswerStore:
+    about = About(
+        site=site, pool=DIGEST, size=SIZE, teacher=DIGEST, policy=POLICY, encoding="f32", classes=rows.shape[1]
+    )
+    store = AnswerStore(folder / site, about)
+    for start, stop in ranges:
+        give(store, rows, start, stop)
+    return store
+
+
+def give(store: AnswerStore, rows: np.ndarray, start: int, stop: int) -> None:
+    question = Question(
+        job="job", pool=DIGEST, start=start, stop=stop, encoding="f32", teacher=DIGEST, policy=store.about.policy
+    )
+    store.append(Answer(question, encode(rows[start:stop], "f32"), 0.0))
+
+
+def cards_for(classes: dict[str, list[str]]) -> list[SiteCard]:
+    return [
+        SiteCard(name=n, classes=tuple(c), encodings=("f32",), teacher=DIGEST, description="", policy=POLICY)
+        for n, c in classes.items()
+    ]
+
+
+@pytest.mark.parametrize("values", [12, 10**6])
+def test_a_sample_is_labelled_by_the_sites_that_answered_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int
+) -> None:
+    """Sites that know the same classes: cross-entropy gives the weighted mean of those who answered."""
+    monkeypatch.setattr(answered, "BLOCK_VALUES", values)
+    classes = {"one": ["a", "b", "c"], "two": ["a", "b", "c"]}
+    rng = np.random.default_rng(1)
+    one, two = (log_softmax(rng.normal(0, 2, (SIZE, 3)), axis=1).astype(np.float32) for _ in range(2))
+    held = [
+        store_of(tmp_path, "one", one, [(0, 30), (40, 45)]),
+        store_of(tmp_path, "two", two, [(20, 44)]),
+    ]
+    space = LabelSpace.build(classes)
+    with Reporter(quiet=True) as reporter:
+        labels, diagnostics = unify_pool(
+            tmp_path / "q", space, held, cards_for(classes), Unify(weights={"two": 3.0}), reporter
+        )
+    both = [*range(20, 30), *range(40, 44)]
+    expected = np.zeros((SIZE, 3))
+    expected[:20], expected[44] = np.exp(one[:20]), np.exp(one[44])
+    expected[30:40] = np.exp(two[30:40])
+    expected[both] = np.exp(one[both]) / 4 + np.exp(two[both]) * 3 / 4
+    assert np.allclose(labels, expected, atol=1e-5)
+    assert (diagnostics.samples, diagnostics.apart) == (45, 0)
+    found = usable(held, space)
+    assert found.count == 45
+    assert found.unknown == {"a": 5, "b": 5, "c": 5}
+    assert found.ids is not None
+    assert found.ids.tolist() == [*range(45)]
+
+
+def test_samples_that_nobody_who_knows_a_class_answered_have_no_label(tmp_path: Path, space: LabelSpace) -> None:
+    one, two = answers()
+    held = [store_of(tmp_path, "one", one, [(0, 40)]), store_of(tmp_path, "two", two, [(10, SIZE)])]
+    found = usable(held, space)
+    assert found.unknown == {"a": 10, "b": 10, "d": 10}
+    with Reporter(quiet=True) as reporter:
+        labels, diagnostics = unify_pool(tmp_path / "q", space, held, cards_for(CLASSES), Unify(), reporter)
+    expected = unify([one[10:40], two[10:40]], space.class_sets).probs
+    assert np.allclose(labels[10:40], expected, atol=1e-7)
+    assert not labels[:10].any()
+    assert not labels[40:].any()
+    assert diagnostics.samples == 30
+
+
+def test_answers_that_come_in_later_are_unified_anew(
+    tmp_path: Path, space: LabelSpace, stores: list[AnswerStore], cards: list[SiteCard]
+) -> None:
+    one, two = answers()
+    held = [store_of(tmp_path, "one", one, [(0, SIZE)]), store_of(tmp_path, "two", two, [(0, 20)])]
+    with Reporter(quiet=True) as reporter:
+        _, before = unify_pool(tmp_path / "q", space, held, cards, Unify(), reporter)
+        give(held[1], two, 20, SIZE)
+        labels, after = unify_pool(tmp_path / "q", space, held, cards, Unify(), reporter)
+    assert (before.samples, after.samples) == (20, SIZE)
+    assert before.key != after.key
+    assert np.array_equal(labels, run(tmp_path / "labels", space, stores, cards, Unify()))
+
+
+def test_samples_that_fewer_sites_link_are_counted(tmp_path: Path) -> None:
+    classes = {"one": ["a", "b"], "three": ["b", "c"], "two": ["c", "d"]}
+    rng = np.random.default_rng(2)
+    rows = log_softmax(rng.normal(0, 1, (SIZE, 2)), axis=1).astype(np.float32)
+    ranges = {"one": [(0, SIZE)], "three": [(0, 35)], "two": [(0, SIZE)]}
+    held = [store_of(tmp_path, name, rows, ranges[name]) for name in classes]
+    with Reporter(quiet=True) as reporter:
+        labels, diagnostics = unify_pool(
+            tmp_path / "q", LabelSpace.build(classes), held, cards_for(classes), Unify(), reporter
+        )
+    assert (diagnostics.samples, diagnostics.apart) == (SIZE, 15)
+    assert np.allclose(labels.sum(axis=1), 1, atol=1e-5)

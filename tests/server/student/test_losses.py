@@ -85,6 +85,43 @@ def test_direct_ce_is_zero_for_a_student_that_agrees(answers: list[np.ndarray]) 
     assert loss(torch.from_numpy(-truth), torch.arange(4)).item() > 0.1
 
 
+ANSWERED = np.array([[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 1], [1, 1, 0]], bool)
+
+
+def test_direct_ce_learns_a_sample_from_the_sites_that_answered_it(answers: list[np.ndarray]) -> None:
+    given = [np.where(ANSWERED[:, i : i + 1], rows, 0) for i, rows in enumerate(answers)]
+    learnt = [0, 1, 3, 5]
+    loss = DirectCE(given, CLASS_SETS, WEIGHTS, CPU, answered=ANSWERED, samples=np.array(learnt))
+    found = minimise(loss, 4, 5)
+    all_three = unify([rows[[0, 3]] for rows in answers], CLASS_SETS, weights=WEIGHTS).probs
+    first_two = unify([rows[[1, 5]] for rows in answers[:2]], CLASS_SETS[:2], weights=WEIGHTS[:2]).probs
+    assert np.allclose(found[[0, 2]], all_three, atol=1e-4)
+    assert np.allclose(found[[1, 3]], first_two, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [DirectCE, DirectMFLF])
+def test_a_direct_loss_masks_as_if_the_absent_site_did_not_exist(
+    answers: list[np.ndarray], kind: type[DirectCE] | type[DirectMFLF]
+) -> None:
+    logits = torch.from_numpy(np.random.default_rng(5).normal(0, 2, (6, 5)))
+    ids = torch.arange(6)
+    everybody = np.ones((6, 3), bool)
+    whole = kind(answers, CLASS_SETS, WEIGHTS, CPU, 2.0)(logits, ids).item()
+    assert kind(answers, CLASS_SETS, WEIGHTS, CPU, 2.0, answered=everybody)(logits, ids).item() == pytest.approx(whole)
+    without = everybody.copy()
+    without[:, 1] = False
+    two = kind([answers[0], answers[2]], [CLASS_SETS[0], CLASS_SETS[2]], [WEIGHTS[0], WEIGHTS[2]], CPU, 2.0)
+    masked = kind(answers, CLASS_SETS, WEIGHTS, CPU, 2.0, answered=without)
+    assert masked(logits, ids).item() == pytest.approx(two(logits, ids).item())
+
+
+def test_soft_labels_are_taken_from_the_samples_that_are_learnt() -> None:
+    probs = np.random.default_rng(6).dirichlet(np.ones(4), 9).astype(np.float32)
+    logits = torch.from_numpy(np.random.default_rng(7).normal(0, 2, (2, 4)).astype(np.float32))
+    some = SoftLabels(probs, CPU, samples=np.array([2, 5, 8]))
+    assert some(logits, torch.tensor([2, 0])).item() == SoftLabels(probs, CPU)(logits, torch.tensor([8, 2])).item()
+
+
 def test_fingerprints_tell_what_is_learnt_from(answers: list[np.ndarray]) -> None:
     probs = np.ones((1, 1), np.float32)
     prints = {

@@ -1,0 +1,114 @@
+"""Which samples which sites answered: blocks of answers by pattern, and the samples that can be learnt from.
+
+Lives here: streaming over stores some of which lack answers. Does not live here: the stores (server/answers) and
+what is done with the answers. Nothing of size samples x classes is held in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.common.labels import LabelSpace
+from consilience.server.answers import AnswerStore
+
+BLOCK_VALUES = 2**21
+"""Label values (samples x classes) read at a time."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Samples `ids` (b,) int64, ascending, that the same sites answered.
+
+    `answers[i]` (b, k_i) float32 log-probabilities of site i, None for a site that answered none of them.
+    """
+
+    ids: NDArray[np.int64]
+    answers: list[NDArray[np.float32] | None]
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """The sites that answered."""
+        return tuple(i for i, rows in enumerate(self.answers) if rows is not None)
+
+
+@dataclass(frozen=True)
+class Usable:
+    """The pool samples that labels are made for and the student learns from.
+
+    A sample can be used when every class of the label space is known to a site that answered the sample: else its
+    label would deny a class that nobody was asked about. `mask` (n,) bool, None when all can. `unknown`: class ->
+    samples that are left out because no site that answered them knows the class.
+    """
+
+    size: int
+    mask: NDArray[np.bool_] | None
+    unknown: dict[str, int]
+
+    @property
+    def ids(self) -> NDArray[np.int64] | None:
+        """The usable samples, ascending; None when all are."""
+        return None if self.mask is None else np.flatnonzero(self.mask)
+
+    @property
+    def count(self) -> int:
+        """How many samples can be used."""
+        return self.size if self.mask is None else int(self.mask.sum())
+
+
+def block_size(space: LabelSpace) -> int:
+    """Return how many samples make a block."""
+    return max(1, BLOCK_VALUES // len(space))
+
+
+def blocks(stores: Sequence[AnswerStore], size: int) -> Iterator[Block]:
+    """Yield every sample that a site answered, `size` samples of the pool at a time, by who answered.
+
+    Where every site answered everything, these are the pool's samples in order.
+    """
+    complete = [store.complete for store in stores]
+    for start, stop in _cuts(stores, size):
+        whole = np.arange(start, stop)
+        if all(complete):
+            yield Block(whole, [store.read(start, stop) for store in stores])
+            continue
+        held = [store.read_answered(start, stop) for store in stores]
+        for pattern, rows in _patterns(stores, start, stop):
+            if pattern.any():
+                yield Block(whole[rows], [a[rows] if p else None for a, p in zip(held, pattern, strict=True)])
+
+
+def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
+    """Find the samples that can be learnt from. `stores` are those of the sites of `space`, about one pool."""
+    total = stores[0].about.size
+    if all(store.complete for store in stores):
+        return Usable(total, None, {})
+    mask, lacking = np.zeros(total, np.bool_), Counter[int]()
+    everything = set(range(len(space)))
+    for start, stop in _cuts(stores, block_size(space)):
+        for pattern, rows in _patterns(stores, start, stop):
+            unknown = everything.difference(*(space.class_sets[i] for i in np.flatnonzero(pattern)))
+            mask[start + rows] = not unknown
+            lacking.update(dict.fromkeys(unknown, len(rows)))
+    return Usable(total, None if mask.all() else mask, {space.names[i]: lacking[i] for i in sorted(lacking)})
+
+
+def _cuts(stores: Sequence[AnswerStore], size: int) -> Iterator[tuple[int, int]]:
+    total = stores[0].about.size
+    for start in range(0, total, size):
+        yield start, min(start + size, total)
+
+
+def _patterns(
+    stores: Sequence[AnswerStore], start: int, stop: int
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+    """Yield (which sites answered, (b,) rows that exactly they answered) for the samples start..stop-1."""
+    given = np.stack([store.answered(start, stop) for store in stores], axis=1)
+    kinds, which = np.unique(np.packbits(given, axis=1), axis=0, return_inverse=True)
+    for kind in range(len(kinds)):
+        rows = np.flatnonzero(which.reshape(-1) == kind)
+        yield given[rows[0]], rows

@@ -1,0 +1,294 @@
+"""Who takes part: waiting for sites, their cards, and their agreement to the contract.
+
+Lives here: who is waited for, who is left out and why, which sites a resumed run or one that folds in a new site
+needs. Does not live here: what a contract says (server/contract), questions about the pool (server/asking).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from consilience.common.errors import AskingError, ProtocolError
+from consilience.common.progress import Reporter
+from consilience.common.protocol import CARD, CONTRACT, Agreement, CardRequest, Contract, SiteCard, read_reply
+from consilience.common.settings import Ask, JobSettings
+from consilience.server.contract import RunContract
+from consilience.server.events import Events
+from consilience.server.messages import Backoff, compose, content_of, is_absence, pull, push
+
+ASK_AGAIN_AFTER = 5.0
+"""Seconds after which a site that could not present itself is asked for its card again, while too few are there."""
+PATIENCE = 60.0
+"""Seconds that a site which is there has for its card and for its agreement, however short `ask.wait` is."""
+HINT = "See that site's log, mend it, run the same command again"
+
+Lacking = Callable[[Collection[str]], str]
+"""Says what is still lacking when the sites of these names are there; empty when that is enough."""
+
+
+@dataclass
+class Enrolment:
+    """Who was found: `cards` by node, `left_out` who -> reason, and the run's contract."""
+
+    contract: RunContract
+    nodes: dict[str, int] = field(default_factory=dict)
+    """Site -> node, for the sites of the contract that are there."""
+    away: dict[str, str] = field(default_factory=dict)
+    """Site -> reason, for the sites of the contract that cannot be asked now."""
+
+
+def is_strict(settings: Ask) -> bool:
+    """Whether every connected site must do: nothing says how many are enough."""
+    return settings.min_sites is None and settings.wait_for is None
+
+
+def at_least(needed: int) -> Lacking:
+    """Return the rule that `needed` sites must be there."""
+
+    def lacking(names: Collection[str]) -> str:
+        if len(names) >= needed:
+            return ""
+        return f"{len(names)} of {needed} sites are connected" if names or needed > 1 else "no site is connected"
+
+    return lacking
+
+
+def collect_cards(
+    grid: Grid, job: str, *, lacking: Lacking, wait: float, strict: bool, reporter: Reporter | None = None
+) -> tuple[dict[int, SiteCard], dict[int, str]]:
+    """Ask every node that is there for its card until nothing is lacking and every node there has spoken.
+
+    Returns the cards by node, and by node the reasons why others could not present themselves. Raises `AskingError`:
+    something is still lacking after `wait` seconds; two sites have one name; `strict`, and a node fails.
+    """
+    cards: dict[int, SiteCard] = {}
+    failed: dict[int, tuple[str, float]] = {}
+    sent: dict[str, int] = {}
+    patience = max(wait, PATIENCE)
+    began, backoff, said = time.monotonic(), Backoff(longest=1.0), ""
+    while True:
+        now, online = time.monotonic(), set(grid.get_node_ids())
+        cards = {node: card for node, card in cards.items() if node in online}
+        failed = {node: held for node, held in failed.items() if node in online}
+        sent = {identifier: node for identifier, node in sent.items() if node in online}
+        again = {node for node, (_, when) in failed.items() if now - when >= ASK_AGAIN_AFTER}
+        new = sorted((online - cards.keys() - failed.keys() | again) - set(sent.values()))
+        messages = [compose(CardRequest(job=job).to_content(), CARD, node, patience) for node in new]
+        for node, identifier in zip(new, push(grid, messages), strict=True):
+            if identifier is None:
+                failed[node] = ("the server could not reach it", now)
+            else:
+                sent[identifier] = node
+        for identifier, message in list(pull(grid, sent)):
+            if (spoke := sent.pop(identifier, None)) is None:
+                continue
+            backoff.reset()
+            try:
+                card = read_reply(content_of(message), SiteCard)
+                _need_own_name(card, admitted(grid).get(spoke))
+                cards[spoke] = card
+                failed.pop(spoke, None)
+            except ProtocolError as error:
+                if is_absence(message):
+                    failed[spoke] = ("it went away", now)
+                    continue
+                failed[spoke] = (error.message, now)
+                if strict:
+                    raise AskingError(f"Node {spoke} cannot take part: {error.message}", hint=HINT) from error
+        names = [card.name for card in cards.values()]
+        if len(set(names)) < len(names):
+            name = next(name for name in names if names.count(name) > 1)
+            raise AskingError(f"Two connected sites are called {name}", hint="Rename one of them in its site.yaml")
+        still = lacking(names)
+        passed = time.monotonic() - began
+        if passed >= (patience if sent else wait) or not (still or sent):
+            break
+        if still and reporter is not None and still != said and passed > 1:
+            reporter.say(f"Waiting for sites: {still}")
+            said = still
+        backoff.pause()
+    reasons = {node: reason for node, (reason, _) in failed.items()}
+    reasons |= {node: f"it sent no card within {patience:,g} s" for node in sent.values() if node not in cards}
+    if still:
+        others = "".join(f"; node {node}: {reason}" for node, reason in sorted(reasons.items()))
+        there = f"; there: {', '.join(sorted(names))}" if names else ""
+        raise AskingError(
+            f"{still[0].upper()}{still[1:]}{there}{others}", hint="Start the sites, then run the same command again"
+        )
+    if strict and sent:
+        node = min(sent.values())
+        raise AskingError(f"Node {node} cannot take part: {reasons[node]}", hint=HINT)
+    return cards, reasons
+
+
+@runtime_checkable
+class Admitting(Protocol):
+    """A grid whose nodes were admitted under a name."""
+
+    def admitted(self) -> dict[int, str]:
+        """Return the name under which each online node's key was admitted."""
+
+
+def admitted(grid: Grid) -> dict[int, str]:
+    """Return the names under which nodes were admitted; empty where nobody is (a simulation in one process)."""
+    return grid.admitted() if isinstance(grid, Admitting) else {}
+
+
+def _need_own_name(card: SiteCard, name: str | None) -> None:
+    """Raise `ProtocolError` when a site presents itself by another name than its key was admitted under."""
+    if name is not None and card.name != name:
+        raise ProtocolError(f"its card names the site {card.name}; its key was admitted as {name}")
+
+
+def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> dict[int, str]:
+    """Send each node its contract; returns, by node, why those that do not agree within `wait` seconds do not."""
+    nodes, wait = sorted(contracts), max(wait, PATIENCE)
+    messages = [compose(contracts[node].to_content(), CONTRACT, node, wait) for node in nodes]
+    waiting: dict[str, int] = {}
+    reasons: dict[int, str] = {}
+    for node, identifier in zip(nodes, push(grid, messages), strict=True):
+        if identifier is None:
+            reasons[node] = "the server could not reach it"
+        else:
+            waiting[identifier] = node
+    began, backoff = time.monotonic(), Backoff()
+    while waiting and time.monotonic() - began < wait:
+        for identifier, message in list(pull(grid, waiting)):
+            if (node_or_none := waiting.pop(identifier, None)) is not None:
+                backoff.reset()
+                reason = _disagreement(message, contracts[node_or_none])
+                if reason:
+                    reasons[node_or_none] = reason
+        if waiting:
+            backoff.pause()
+    return reasons | dict.fromkeys(waiting.values(), f"it did not agree to the contract within {wait:,g} s")
+
+
+def enrol(
+    grid: Grid,
+    settings: JobSettings,
+    path: Path,
+    pools: tuple[str, ...],
+    *,
+    complete: Callable[[RunContract], set[str]],
+    fold_in: bool,
+    wait_for_new: bool,
+    events: Events,
+    reporter: Reporter,
+) -> Enrolment:
+    """Make, resume or (with `fold_in`) grow the contract in the file `path`.
+
+    `complete` names the sites of a contract whose stores are complete: they need not be there. A resumed run needs
+    as many of its sites, complete or there, as `min_sites` says, by default all. `wait_for_new`: a run that folds in
+    has nothing else to do, so it waits for a new site. Raises `AskingError`, `RunError`, `LabelError`, `SettingsError`.
+    """
+    asking = settings.ask
+    strict = is_strict(asking)
+    earlier = RunContract.load(path) if path.exists() else None
+    done: set[str] = set()
+    if earlier is None:
+        lacking = at_least(max(asking.wait_for or 1, asking.min_sites or 1))
+    else:
+        earlier.check_same(RunContract.build(settings, earlier.sites, pools), path)
+        done = complete(earlier)
+        lacking = _resumed(earlier, done, asking.min_sites or len(earlier.sites), fold_in and wait_for_new)
+    cards, reasons = collect_cards(
+        grid, settings.name, lacking=lacking, wait=asking.wait, strict=strict, reporter=reporter
+    )
+    left_out = {f"node {node}": reason for node, reason in reasons.items()}
+    known: set[str] = set()
+    if earlier is not None:
+        known = {card.name for card in earlier.sites}
+        earlier.check_unchanged(cards.values(), path)
+        new = sorted(card.name for card in cards.values() if card.name not in known)
+        if new and not fold_in:
+            reporter.say(
+                f"Warning: {', '.join(new)} joined after this run began and {_are(new)} not asked; run the same "
+                "command with --fold-in to ask"
+            )
+            cards = {node: card for node, card in cards.items() if card.name in known}
+    while True:
+        sites = [*(earlier.sites if earlier else ()), *(c for c in cards.values() if c.name not in known)]
+        contract = RunContract.build(settings, sites, pools)
+        asked = {node: card for node, card in cards.items() if card.name not in done}
+        refusals = agree(grid, {node: contract.for_site(card.name) for node, card in asked.items()}, asking.wait)
+        if not refusals:
+            break
+        for node, reason in refusals.items():
+            name = cards.pop(node).name
+            if strict:
+                raise AskingError(f"Site {name} cannot take part: {reason}", hint=HINT)
+            left_out[name] = reason
+        lacked = lacking([card.name for card in cards.values()])
+        if lacked:
+            others = "; ".join(f"{who}: {reason}" for who, reason in sorted(left_out.items()))
+            raise AskingError(f"{lacked[0].upper()}{lacked[1:]}; left out: {others}", hint=HINT)
+    for who, reason in sorted(left_out.items()):
+        events.add("left-out", who=who, reason=reason)
+        reporter.say(f"Warning: {who} is left out: {reason}")
+    return _enrolled(contract, earlier, cards, left_out, done, path, events, reporter)
+
+
+def _enrolled(
+    contract: RunContract,
+    earlier: RunContract | None,
+    cards: Mapping[int, SiteCard],
+    left_out: Mapping[str, str],
+    done: Collection[str],
+    path: Path,
+    events: Events,
+    reporter: Reporter,
+) -> Enrolment:
+    """Write the contract where it is new or has grown, and say who is there and who is not."""
+    known = {card.name for card in earlier.sites} if earlier else set()
+    joined = [card.name for card in contract.sites if card.name not in known]
+    if joined:
+        names = {card.name for card in contract.sites}
+        held = {**(earlier.left_out if earlier else {}), **left_out}
+        kept = {who: reason for who, reason in held.items() if who not in names}
+        contract = contract.model_copy(update={"left_out": kept})
+        contract.write(path)
+        events.add("contract", sites=joined)
+        for warning in contract.warnings:
+            reporter.say(f"Warning: {warning}")
+    elif earlier is not None:
+        contract = earlier
+    nodes = {card.name: node for node, card in cards.items()}
+    away = {
+        card.name: left_out.get(card.name, "it was not connected")
+        for card in contract.sites
+        if card.name not in nodes and card.name not in done
+    }
+    return Enrolment(contract, nodes, away)
+
+
+def _resumed(earlier: RunContract, done: set[str], needed: int, new: bool) -> Lacking:
+    known = {card.name for card in earlier.sites}
+
+    def lacking(names: Collection[str]) -> str:
+        there = known & (set(names) | done)
+        if len(there) < needed:
+            missing = ", ".join(sorted(known - there))
+            return f"{len(there)} of the {needed} sites this run needs are connected or done; not there: {missing}"
+        return "no new site is connected" if new and not set(names) - known else ""
+
+    return lacking
+
+
+def _disagreement(message: Message, contract: Contract) -> str:
+    try:
+        agreement = read_reply(content_of(message), Agreement)
+    except ProtocolError as error:
+        return error.message
+    return "" if agreement.pools == contract.pools else "it agreed to other pools"
+
+
+def _are(names: Collection[str]) -> str:
+    return "is" if len(names) == 1 else "are"

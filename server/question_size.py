@@ -1,0 +1,47 @@
+"""How many pool samples a question speaks of, tuned for each site.
+
+Does not live here: which samples are asked about (server/asking). Answers do not depend on how questions are cut.
+"""
+
+from __future__ import annotations
+
+STEP = 256
+"""Tuned sizes are this times a power of two; only where one answer would grow too large are they a part of it."""
+FIRST = 2 * STEP
+WANTED_SECONDS = 2.0
+"""Work of the teacher that a question should make: little is lost with it, and the way there is not felt."""
+MOST_SAMPLES = 65_536
+MOST_BYTES = 16_000_000
+
+
+class QuestionSize:
+    """The size of one site's next question about one pool.
+
+    `fixed` is the job's own size, or None to tune. `samples` is the pool's size, `row_bytes` the bytes of one
+    answered sample, `in_flight` how many questions are on their way at a time.
+    """
+
+    def __init__(self, fixed: int | None, samples: int, row_bytes: int, in_flight: int) -> None:
+        self._tuned = fixed is None
+        if fixed is not None:
+            self.size = fixed
+            return
+        self._most = MOST_SAMPLES
+        while self._most > 1 and self._most * row_bytes > MOST_BYTES:
+            self._most //= 2
+        # A small pool is cut so that every question that may be on its way has samples to ask about.
+        self.size = min(FIRST if samples >= FIRST * in_flight else STEP, self._most)
+
+    def learn(self, samples: int, seconds: float) -> None:
+        """Take into account that `samples` samples took the teacher `seconds`: at most one step up or down."""
+        if not self._tuned:
+            return
+        wanted = samples * WANTED_SECONDS / seconds if seconds > 0 else float(MOST_SAMPLES)
+        if wanted >= 2 * self.size:
+            self.size = min(2 * self.size, self._most)
+        elif wanted <= self.size / 2 and self.size > STEP:
+            self.size //= 2
+
+    def end(self, start: int, stop: int) -> int:
+        """Return where a question that begins at `start` ends: at the next multiple of the size, or at `stop`."""
+        return min(stop, start - start % self.size + self.size)
