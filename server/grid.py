@@ -1,25 +1,27 @@
 """The Grid that a job talks through when sites are real: Flower's own, with losses of the link told plainly.
 
-Lives here: claiming the server's part of a Flower run, and one exception for "this run of Flower's is over, start
-another". Does not live here: the SuperLink's process and its control API (server/superlink), what is asked. Private
-flwr modules are used here and in server/superlink (pinned by tests/server/test_flower_contract.py).
+Lives here: claiming the server's part of a Flower run, one exception for "this run of Flower's is over, start
+another", and taking in replies, whose every byte is a stranger's. Does not live here: the SuperLink's process and its
+control API (server/superlink), what is asked, what a reply says. Private flwr modules are used here and in
+server/superlink (pinned by tests/server/test_flwr_contract.py).
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx
 from flwr.app import Context, Error, Message, Metadata
 from flwr.app.message import make_message
-from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
-from flwr.proto.message_pb2 import Metadata as AnnouncedMetadata
+from flwr.proto.message_pb2 import Metadata as Announced
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -50,14 +52,17 @@ from consilience.server.superlink import Endpoint
 PATIENCE_SECONDS = 10.0
 """How long one call is tried again while the SuperLink does not answer; a restarted one knows no earlier run."""
 CLAIM_SECONDS = 30.0
-UPLOAD_SECONDS = 60.0
-"""How long the rest of a reply may take that a site has begun to send."""
-MOST_OBJECTS = 64
-"""Objects of one reply: ours has three."""
-MOST_BYTES = 64 * 2**20
-"""Bytes of one reply; questions are cut so that an answer stays well below."""
-AT_ONCE = 8
-"""Objects on their way at once: each costs a round trip."""
+MOST_OBJECTS = 128
+"""Objects of one reply: Flower cuts an answer into pieces of 5 MB."""
+MOST_BYTES = 256 * 2**20
+"""Bytes of one reply."""
+UPLOAD_SECONDS = 900.0
+"""How long a reply that was announced may take to arrive. One whose sender goes away is given up by Flower sooner."""
+AT_ONCE = 64
+"""Replies taken in side by side: one whose bytes do not come must not hold up the others."""
+LOOK_SECONDS = 0.02
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -72,74 +77,105 @@ class SuperLinkGrid(HttpGrid):
     def __init__(self, endpoint: Endpoint, token: str) -> None:
         super().__init__(endpoint.control, insecure=False, root_certificates=endpoint.ca, token=token)
         self._retry_invoker = _patience()
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="reply")
+        self._arriving: dict[str, Future[Message]] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; returns their ids in order."""
         return self._linked(lambda: super(SuperLinkGrid, self).push_messages(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there; one that is too large or cannot be read comes as an error message."""
-        request = PullAppMessagesRequest(message_ids=message_ids)
-        response = self._linked(lambda: self._runtime_client.PullMessages(request))
-        return [
-            self._linked(partial(self._fetch, announced.metadata, tree))
-            for announced, tree in zip(response.messages_list, response.message_object_trees, strict=True)
-        ]
-
-    def _fetch(self, announced: AnnouncedMetadata, tree: ObjectTree) -> Message:
-        """Return one reply with its content.
-
-        Flower's own way pauses a second when a site has not sent all of a reply yet, and takes whatever size comes.
-        """
-        identifiers = [part.object_id for part in iterate_object_tree(tree)]
-        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self.run.run_id)
-        try:
-            if len(identifiers) > MOST_OBJECTS:
-                raise ObjectPullError(tree.object_id, "too many objects")
-            contents = pull_objects(
-                identifiers,
-                _budgeted(pull),
-                max_concurrent_pulls=AT_ONCE,
-                max_time=UPLOAD_SECONDS,
-                max_tries_per_object=None,
-                initial_backoff=0.02,
-                backoff_cap=0.5,
-            )
-            message = inflate_object_from_contents(tree.object_id, contents)
-            if not isinstance(message, Message):
-                raise TypeError("no message")
-        except (httpx.HTTPError, RunNotRunningException):
-            raise
-        except Exception:  # a stranger's bytes, parsed by code of others
-            return self._unreadable(announced)
-        finally:
-            self._runtime_client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(
-                    node=self.node, run_id=self.run.run_id, message_object_id=announced.message_id
-                )
-            )
-        message.metadata.__dict__["_message_id"] = announced.message_id
-        message.metadata.__dict__["_reply_to_message_id"] = announced.reply_to_message_id
-        return message
-
-    def _unreadable(self, announced: AnnouncedMetadata) -> Message:
-        metadata = Metadata(
-            run_id=self.run.run_id,
-            message_id="",
-            src_node_id=announced.src_node_id,
-            dst_node_id=self.node.node_id,
-            message_type=SYSTEM_MESSAGE_TYPE,
-            group_id="",
-            ttl=0,
-            reply_to_message_id=announced.reply_to_message_id,
-            created_at=0.0,
-        )
-        reason = "The reply is not whole, larger than any answer, or no message"
-        return make_message(metadata=metadata, error=Error(code=ErrorCode.UNKNOWN, reason=reason))
+        """Return the replies that are there, whole; one that cannot be taken is an error message."""
+        return self._linked(lambda: self._arrived(list(message_ids)))
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Return the nodes that are online."""
         return self._linked(lambda: super(SuperLinkGrid, self).get_nodes())
+
+    def close(self) -> None:
+        """End the connection; replies under way are given up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    def _arrived(self, wanted: list[str]) -> list[Message]:
+        """Begin to take in what is announced; return what has arrived since."""
+        for forgotten in self._arriving.keys() - set(wanted):
+            self._arriving.pop(forgotten).cancel()
+        asked = [identifier for identifier in wanted if identifier not in self._arriving]
+        if asked:
+            found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+            for held, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                if held.metadata.reply_to_message_id in asked:  # a site may announce whatever it likes
+                    reply = self._threads.submit(self._take, self._runtime_client, held.metadata, tree)
+                    self._arriving[held.metadata.reply_to_message_id] = reply
+        if self._arriving:
+            wait(self._arriving.values(), LOOK_SECONDS, FIRST_COMPLETED)
+        done = [
+            identifier for identifier in wanted if identifier in self._arriving and self._arriving[identifier].done()
+        ]
+        return [self._arriving.pop(identifier).result() for identifier in done]
+
+    def _take(self, client: RuntimeHttpClient, about: Announced, tree: ObjectTree) -> Message:
+        """Return a reply, or an error message in its place."""
+        try:
+            reply = self._fetch(client, about, tree)
+        except (httpx.HTTPError, RunNotRunningException):
+            raise
+        except ObjectPullError:  # as when its agent was killed: nobody is there
+            code, reason = ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "it was announced, and then its content did not come"
+        except _RefusedError as error:
+            code, reason = ErrorCode.UNKNOWN, str(error)
+        except Exception:  # a stranger's bytes, parsed by code of others
+            code, reason = ErrorCode.UNKNOWN, "it cannot be read"
+        else:
+            return reply
+        if self._client is client:
+            log.warning("no reply of site %s: %s", self.admitted().get(about.src_node_id, "that has gone"), reason)
+        metadata = Metadata(
+            run_id=about.run_id,
+            message_id="",
+            src_node_id=SUPERLINK_NODE_ID,
+            dst_node_id=SUPERLINK_NODE_ID,
+            reply_to_message_id=about.reply_to_message_id,
+            group_id="",
+            created_at=time.time(),
+            ttl=0,
+            message_type=SYSTEM_MESSAGE_TYPE,
+        )
+        return make_message(metadata=metadata, error=Error(code, reason))
+
+    def _fetch(self, client: RuntimeHttpClient, about: Announced, tree: ObjectTree) -> Message:
+        identifiers = [part.object_id for part in iterate_object_tree(tree)]
+        if len(identifiers) > MOST_OBJECTS:
+            raise _RefusedError(f"it has {len(identifiers):,} objects; allowed: {MOST_OBJECTS}")
+        left = MOST_BYTES
+        pull = make_pull_object_fn_protobuf(client.PullObject, self.node, about.run_id)
+
+        def pull_some(identifier: str) -> bytes:
+            nonlocal left
+            content = pull(identifier)
+            left -= len(content)
+            if left < 0:
+                raise _RefusedError(f"it is larger than {MOST_BYTES:,} bytes")
+            return content
+
+        contents = pull_objects(
+            identifiers,
+            pull_some,
+            max_time=UPLOAD_SECONDS,
+            max_tries_per_object=None,
+            initial_backoff=LOOK_SECONDS,
+            backoff_cap=1,
+        )
+        client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self.node, run_id=about.run_id, message_object_id=about.message_id)
+        )
+        reply = inflate_object_from_contents(about.message_id, contents)
+        names = ("run_id", "src_node_id", "reply_to_message_id")
+        if not isinstance(reply, Message) or any(getattr(reply.metadata, n) != getattr(about, n) for n in names):
+            raise _RefusedError("it is not the one that was announced")
+        reply.metadata.__dict__["_message_id"] = about.message_id
+        return reply
 
     def admitted(self) -> dict[int, str]:
         """Return the name under which each online node's key was admitted."""
@@ -150,6 +186,10 @@ class SuperLinkGrid(HttpGrid):
             return call()
         except (httpx.HTTPError, RunNotRunningException) as error:
             raise _lost(error) from error
+
+
+class _RefusedError(Exception):
+    """A reply is not taken."""
 
 
 class Claim:
@@ -195,21 +235,6 @@ class Claim:
         except (httpx.HTTPError, RunNotRunningException):
             return False
         return True
-
-
-def _budgeted(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    """Return `pull` for one reply, which may not be larger than any answer."""
-    left = MOST_BYTES
-
-    def checked(identifier: str) -> bytes:
-        nonlocal left
-        content = pull(identifier)
-        left -= len(content)
-        if left < 0:
-            raise ObjectPullError(identifier, "too large")
-        return content
-
-    return checked
 
 
 def _acquire(endpoint: Endpoint, run_id: int) -> str:

@@ -1,7 +1,7 @@
 """Flower's SuperLink as a process of ours, and what we tell it over its control API.
 
 Lives here: starting, watching and stopping the process; registering keys; one Flower run at a time. All private flwr
-modules of the server are used here and in server/grid (pinned by tests/server/test_flower_contract.py). Does not live
+modules of the server are used here and in server/grid (pinned by tests/server/test_flwr_contract.py). Does not live
 here: what a run does (server/app), which keys and which runs (server/service).
 """
 
@@ -95,7 +95,9 @@ class SuperLink:
         _need_port(*split_address(self.listen))
         assert self.endpoint.secret
         command = [
-            str(Path(sys.executable).with_name("flower-superlink")),
+            sys.executable,
+            "-m",
+            "consilience.server.superlink_process",
             "--ssl-ca-certfile",
             str(home.ca_certificate),
             "--ssl-certfile",
