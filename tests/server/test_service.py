@@ -143,7 +143,7 @@ def test_a_submitted_job_is_done_once_however_often_it_is_submitted(place: Deplo
     data = place.done("status")
     assert data["runs"] == [{"name": run, "state": "done"}]
     assert data["run"]["failure"] is None
-    everything = dict.fromkeys(("ant-hill", "bee-hive", "cow-shed"), list(range(64)))
+    everything = {key: list(range(64)) for key in ("ant-hill", "bee-hive", "cow-shed")}
     assert place.samples(run, "asked") == place.samples(run, "answered") == everything
     assert {site["name"] for site in submitted["report"]["sites"]} == {"ant-hill", "bee-hive", "cow-shed"}
 
@@ -211,7 +211,7 @@ def test_a_killed_server_leaves_no_process_and_goes_on_with_its_runs_when_it_is_
     place.hold.unlink()
     place.start()
     assert place.ended(first) == place.ended(second) == "done"
-    assert place.samples(first, "answered") == dict.fromkeys(("ant-hill", "bee-hive", "cow-shed"), list(range(64)))
+    assert place.samples(first, "answered") == {key: list(range(64)) for key in ("ant-hill", "bee-hive", "cow-shed")}
 
 
 @pytest.mark.parametrize("way", ["SIGTERM", "stop"])
