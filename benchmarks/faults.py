@@ -66,7 +66,8 @@ class Place:
         self.home: Home = make_server(folder / "server")
         images = np.random.default_rng(1).integers(0, 256, (SAMPLES, SIZE, SIZE, 1), np.uint8)
         self.pool = Pool.build(ImageData((SIZE, SIZE, 1), None, (), SAMPLES, lambda ids: images[ids]), folder / "pool")
-        self.expected = np.log(probabilities((images / np.float32(255) - 0.5).transpose(0, 3, 1, 2) / 0.5))
+        scaled = (images / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+        self.expected = np.log(probabilities(scaled.astype(np.float32)))
         self.sites = {name: self.make_site(name, i) for i, name in enumerate(SITES)}
         self.server = start(["server", "start", "--home", str(self.home.folder)])
         wait(lambda: len(online(self.home)) == len(SITES))
