@@ -219,8 +219,8 @@ def later(coordinator: Person, engineer: Person, agent: subprocess.Popen[bytes])
     again = Person(engineer.folder, SITE, "The path")
     again.left = again.left[-1:]
     second = again.starts("consilience site start")
-    engineer.running.append(second)
     engineer.says("connected to", 2)
+    coordinator.says("hospital-a is online", 2)
 
     stopping = Person(coordinator.folder, SERVER, "Stopping and crashing")
     stopping.asks("consilience server stop")
