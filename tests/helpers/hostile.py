@@ -92,7 +92,7 @@ class HostileFleet(GrpcFleet):
                 self._announce(reply, os.urandom(32).hex(), [])
                 return None
             if self.behaviour == "garbage":
-                return self._push(reply, b"Message  7\x00garbage")
+                return self._push(reply, b"Message  17\x00\xff" + os.urandom(16))
             if self.behaviour == "cuckoo":
                 return self._push(reply, self._of_another(reply).deflate())
             if self.behaviour == "heavy":

@@ -79,7 +79,7 @@ def test_a_suspended_site_s_agent_ends_and_comes_back_only_when_it_is_resumed_or
     before = undisturbed(place, "ant-hill", "bee-hive")
     place.done("suspend", "cow-shed")
     assert place.agents["cow-shed"].wait() == 18
-    assert "no longer admits this site" in place.agents["cow-shed"].text()
+    assert "Error (admission, 18)" in place.agents["cow-shed"].text()
     assert "Ask the coordinator" in place.agents["cow-shed"].text()
     assert place.agent("cow-shed").wait() == 18
     place.done("resume", "cow-shed")
