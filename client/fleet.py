@@ -77,6 +77,9 @@ AT_ONCE = 8
 """Objects on their way at once: each costs a round trip."""
 SHORT, LONG = 5.0, 120.0
 """Seconds after which a small call, and one that carries an object, counts as lost."""
+CONTENT_SECONDS = 15.0
+"""How long the content of a message that was announced may take to be there. A server that was killed while it sent
+one never sends the rest, and the messages of the next one wait behind it."""
 _OURS_TO_DROP = {
     ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED,
     ApiErrorCode.FLEET_GET_RUN_FAILED,
@@ -179,7 +182,14 @@ class GrpcFleet:
             raise OversizedError(f"a message has {len(identifiers)} objects; allowed: {MOST_OBJECTS}")
         pull = make_pull_object_fn_protobuf(partial(_call, stub.PullObject, seconds=LONG), self._node, run)
         try:
-            contents = pull_objects(identifiers, budgeted(pull), max_concurrent_pulls=AT_ONCE)
+            contents = pull_objects(
+                identifiers,
+                budgeted(pull),
+                max_concurrent_pulls=AT_ONCE,
+                max_time=CONTENT_SECONDS,
+                initial_backoff=0.05,
+                backoff_cap=1,
+            )
         except ObjectPullError as error:
             raise DroppedError("a message's content is no longer there") from error
         confirm = make_confirm_message_received_fn_protobuf(

@@ -134,9 +134,9 @@ class Deployment:
         self.server = self.process("server.log", ["server", "start", "--home", self.home.folder])
         return self.server
 
-    def process(self, log: str, arguments: Sequence[str | Path], **options: str) -> Process:
+    def process(self, log: str, arguments: Sequence[str | Path], *, module: str = "consilience") -> Process:
         """Start a process that `stop` stops."""
-        self.started.append(Process(self.folder / log, arguments, **{HOLD: str(self.hold), **options}))
+        self.started.append(Process(self.folder / log, arguments, module=module, **{HOLD: str(self.hold)}))
         return self.started[-1]
 
     def add(self, name: str, *, teacher: str = "fixed", admit: bool = True, **fields: Any) -> Path:
