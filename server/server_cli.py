@@ -238,7 +238,7 @@ def _sites_table(sites: list[dict[str, Any]], online: dict[str, bool]) -> Table:
     table = Table("site", "online", "answered", "asked", "MB", "samples/s", "left", "failures", "last failure")
     for site in sites:
         there = online.get(site["name"], site.get("online"))
-        left = site.get("left")
+        left = site.get("seconds_left")
         table.add_row(
             site["name"],
             "yes" if there else "no",
