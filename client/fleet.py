@@ -88,12 +88,16 @@ _OURS_TO_DROP = {
 _UNREACHED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
 
 
+SPEAKS_GRPC = importlib.util.find_spec("flwr.client.grpc_rere_client") is not None
+"""Whether the installed flwr has gRPC between site and server; if not, sites dial the SuperLink's HTTP port."""
+
+
 def open_fleet(kit: Kit, key: PrivateKey, node: int | None = None) -> Fleet:
     """Return a connection by the transport that the installed flwr has. Nothing is sent yet.
 
     `node` is the node's id, where an earlier connection of this agent is taken up.
     """
-    if importlib.util.find_spec("flwr.client.grpc_rere_client") is None:
+    if not SPEAKS_GRPC:
         from consilience.client.fleet_http import HttpFleet
 
         return HttpFleet(kit, key)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from consilience.client.fleet import SPEAKS_GRPC
 from consilience.common.errors import ServerError
 from consilience.common.files import lock
 from consilience.common.identity import Request, load_key, make_key
@@ -61,7 +62,8 @@ def make_server(folder: Path) -> Home:
     """Make a server's folder for loopback, on free ports."""
     home = Home(folder)
     fleet, control = free_ports(2)
-    settings = ServerSettings(address=f"127.0.0.1:{fleet}", listen=f"127.0.0.1:{fleet}", control_port=control)
+    dialled = fleet if SPEAKS_GRPC else control
+    settings = ServerSettings(address=f"127.0.0.1:{dialled}", listen=f"127.0.0.1:{fleet}", control_port=control)
     home.runs.mkdir(parents=True)
     dump_settings(settings, home.settings_file)
     ensure_authority(home)
