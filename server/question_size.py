@@ -5,6 +5,8 @@ Does not live here: which samples are asked about (server/asking). Answers do no
 
 from __future__ import annotations
 
+from consilience.server.superlink_process import MOST_BYTES as MOST_CALL_BYTES
+
 STEP = 256
 """Tuned sizes are this times a power of two; only where one answer would grow too large are they a part of it."""
 FIRST = 2 * STEP
@@ -26,7 +28,7 @@ class QuestionSize:
     def __init__(self, fixed: int | None, samples: int, row_bytes: int, in_flight: int) -> None:
         self._tuned = fixed is None
         if fixed is not None:
-            self.size = fixed
+            self.size = max(1, min(fixed, MOST_CALL_BYTES // 2 // row_bytes))  # more would be refused on arrival
             return
         self._most = MOST_SAMPLES
         while self._most > 1 and self._most * row_bytes > MOST_BYTES:

@@ -59,7 +59,7 @@ def node_of(place: Deployment, name: str) -> Node:
     return Node(node_id=place.nodes()[name].identifier)
 
 
-def refusal(call: object, request: object) -> tuple[grpc.StatusCode, str]:
+def refusal(call: object, request: object) -> tuple[grpc.StatusCode, str | None]:
     with pytest.raises(grpc.RpcError) as caught:
         call(request, timeout=10)  # type: ignore[operator]
     return caught.value.code(), caught.value.details()
