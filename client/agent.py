@@ -38,7 +38,7 @@ from consilience.client.connection import (
 from consilience.client.fleet import FORGOTTEN, HEARTBEAT, SERVER_NODE, open_fleet
 from consilience.client.reach import why_unreachable
 from consilience.client.runs import Runs
-from consilience.common.errors import ConsilienceError, DuplicateError
+from consilience.common.errors import AdmissionError, ConsilienceError, DuplicateError
 from consilience.common.identity import Kit, PrivateKey
 from consilience.common.protocol import ANSWER, CARD, CONTRACT
 
@@ -51,6 +51,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before a lost connection is tried again: doubled each time, and at most."""
 PATIENCE = FORGOTTEN * 1.5
 """Seconds that an agent waits for another one of its key to go."""
+ADMISSION_PATIENCE = 5.0
+"""Seconds for which an unknown key is tried again: a server that has just started is still told who is admitted."""
 GRACE = 4.0
 """Seconds that a stopping agent gives the question in hand."""
 TRIES = 3
@@ -131,7 +133,7 @@ class Agent:
     def _connect(self) -> Fleet | None:
         """Return a connection on which this node is online; None when stopped meanwhile."""
         self._enter("connecting")
-        wait, refused_until = FIRST_WAIT, None
+        wait, refused_until, unknown_until = FIRST_WAIT, None, None
         if self._flaps > 1:
             self._stop.wait(min(FIRST_WAIT * 2**self._flaps, LONGEST_WAIT) * random.uniform(0.7, 1.3))
         while not self._stop.is_set():
@@ -156,6 +158,12 @@ class Agent:
                         hint="Stop it; if there should be none, see `consilience explain 19`",
                     ) from None
                 reason, wait = "the server takes another agent of this key to be connected", 2.0
+            except AdmissionError as error:
+                unknown_until = unknown_until or time.monotonic() + ADMISSION_PATIENCE
+                if time.monotonic() > unknown_until:
+                    fleet.close()
+                    raise
+                reason, wait = error.message, 1.0
             except (LostError, DroppedError) as error:
                 fleet.close()
                 reason = why_unreachable(self._kit).message if isinstance(error, LostError) else str(error)

@@ -212,7 +212,8 @@ class AdmissionError(ConsilienceError):
     name = "admission"
     explanation = (
         "The server does not know this site's key: the request was not approved yet, the site was suspended, or the "
-        "key was changed since. Send the request file to the coordinator, or ask what happened to the admission."
+        "key was changed since. Send the request file to the coordinator, or ask what happened to the admission, and "
+        "start the agent again. The coordinator sees the site in `consilience server sites`."
     )
 
 

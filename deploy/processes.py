@@ -48,6 +48,7 @@ def simulate_processes(job: JobSettings, run: Path, reporter: Reporter) -> None:
         (home.runs / f"{job.name}-here").symlink_to(run)
         server = start(["server", "start", "--home", str(home.folder)])
         started.callback(stop, [server])
+        _wait(lambda: len(online(home)) == len(sites), [server])  # admitted: an unknown key would be sent away
         agents = [start(["site", "start", str(path)]) for path in sites]
         started.callback(stop, agents)
         _wait(lambda: sum(online(home).values()) == len(agents), [server, *agents])

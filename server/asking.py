@@ -77,7 +77,6 @@ def ask(
 class _Pending:
     question: Question
     store: AnswerStore
-    size: QuestionSize
     tries: int = 0
     sent: float = 0.0
     ttl: float = 0.0
@@ -88,7 +87,6 @@ class _Span:
     """Samples low..high-1 of a store's pool, not yet cut into questions."""
 
     store: AnswerStore
-    size: QuestionSize
     low: int
     high: int
 
@@ -96,8 +94,8 @@ class _Span:
 class _Site:
     """What is still to ask one site, and how it behaves."""
 
-    def __init__(self, state: SiteState, progress: SiteProgress, now: float) -> None:
-        self.state, self.progress = state, progress
+    def __init__(self, state: SiteState, progress: SiteProgress, size: QuestionSize, now: float) -> None:
+        self.state, self.progress, self.size = state, progress, size
         self.first: deque[_Pending] = deque()  # questions that found nobody there, to be sent before all else
         self.spans: deque[_Span] = deque()
         self.last: deque[_Pending] = deque()  # questions that failed, to be sent after all else
@@ -115,7 +113,7 @@ class _Site:
         if not self.spans:
             return self.last.popleft() if self.last else None
         span = self.spans[0]
-        about, stop = span.store.about, span.size.end(span.low, span.high)
+        about, stop = span.store.about, self.size.end(span.low, span.high)
         question = Question(
             job=job,
             pool=about.pool,
@@ -128,7 +126,7 @@ class _Site:
         span.low = stop
         if span.low == span.high:
             self.spans.popleft()
-        return _Pending(question, span.store, span.size)
+        return _Pending(question, span.store)
 
     @property
     def open(self) -> bool:
@@ -159,12 +157,11 @@ class _Asking:
         about, chosen = store.about, self._settings
         if node not in self.sites:
             progress = self._progress.sites.setdefault(about.site, SiteProgress(about.site, [store]))
-            self.sites[node] = _Site(SiteState(about.site, node), progress, self._began)
+            size = QuestionSize(chosen.question_size, row_bytes(about.classes, about.encoding))
+            self.sites[node] = _Site(SiteState(about.site, node), progress, size, self._began)
         site = self.sites[node]
-        width = row_bytes(about.classes, about.encoding)
-        size = QuestionSize(chosen.question_size, about.size, width, chosen.in_flight)
         for low, high in store.missing():
-            site.spans.append(_Span(store, size, low, high))
+            site.spans.append(_Span(store, low, high))
             site.state.asked += high - low
 
     def run(self) -> None:
@@ -213,7 +210,8 @@ class _Asking:
         if not site.listed or site.paused:
             return
         batch: list[_Pending] = []
-        while len(site.flying) + len(batch) < self._settings.in_flight and (pending := site.take(self._job)):
+        most = self._settings.in_flight if site.size.known else 1
+        while len(site.flying) + len(batch) < most and (pending := site.take(self._job)):
             batch.append(pending)
         left = float("inf") if self._settings.deadline is None else self._began + self._settings.deadline - now
         for pending in batch:
@@ -244,7 +242,7 @@ class _Asking:
             self._failed(site, pending, error.message)
             return
         self._note("answered", site, pending)
-        pending.size.learn(len(pending.question), answer.seconds)
+        site.size.learn(len(pending.question), answer.seconds)
         site.progress.add(len(pending.question), len(answer.data))
         if site.task is not None:
             site.task.advance(len(pending.question))

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("client", "common", "deploy", "server")
+TEMPLATES = tuple(f"deploy/{name}" for name in ("docker", "kubernetes", "systemd"))
+"""For whoever sets up machines: in the source distribution, not in the wheel."""
 LIBRARIES = Path(sysconfig.get_path("purelib"))
 
 IMPORT_ALL = """
@@ -91,7 +93,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         f"consilience/{path.relative_to(source).as_posix()}": path.read_bytes()
         for folder in FOLDERS
         for path in sorted((source / folder).rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.relative_to(source).parent.as_posix() not in TEMPLATES
     }
     both, direct = source / "dist", source / "direct"
     # The wheel of `both` is built from its source distribution; the other one straight from the folders.
@@ -180,6 +182,9 @@ def test_the_source_distribution_holds_files_and_no_links_or_tests(built: Built)
         names = {PurePosixPath(*PurePosixPath(entry.name).parts[1:]).as_posix() for entry in entries if entry.isreg()}
     assert {f"src/{name}" for name in built.files} <= names
     assert {"LICENSE", "deploy/example/LICENSE-fashion-mnist", "CHANGELOG.md", "README.md", "pyproject.toml"} <= names
+    templates = {path.relative_to(ROOT).as_posix() for folder in TEMPLATES for path in (ROOT / folder).iterdir()}
+    assert len(templates) >= 8
+    assert templates <= names
     assert [name for name in names if name.startswith(("tests", "benchmarks", "docs", "."))] == []
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from consilience.client.agent import Agent
+from consilience.client.agent_cli import serve
 from consilience.common.encoding import decode
-from consilience.common.errors import DuplicateError
+from consilience.common.errors import AdmissionError, CertificateError, DuplicateError, IdentityError
 from consilience.common.identity import Kit
 from consilience.common.protocol import (
     Agreement,
@@ -157,6 +159,16 @@ def test_a_second_agent_on_the_same_folder_ends_at_once(site: SiteFolder, agent:
     assert "running already" in lines[-1]["message"]
 
 
+def test_another_agent_of_the_key_is_waited_for_and_then_an_error(
+    site: SiteFolder, agent: AgentProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(site.folder))
+    kit = Kit.read(site.folder / "kit.json")
+    with pytest.raises(DuplicateError, match="Another agent is connected"):
+        Agent(site.file, tmp_path / "elsewhere", kit, site.key, patience=0.5).run()
+    assert health(site.raw["health_port"])[0] == 200
+
+
 def test_it_goes_on_by_itself_after_the_server_was_killed_and_restarted(
     superlink: SuperLink, site: SiteFolder, node: int, agent: AgentProcess
 ) -> None:
@@ -184,74 +196,6 @@ def test_sigterm_ends_it_well_and_the_next_one_connects_at_once(
         assert again.end(signal.SIGINT) == 0
 
 
-def test_a_key_that_is_unknown_or_suspended_ends_it(superlink: SuperLink, tmp_path: Path) -> None:
-    site = SiteFolder(tmp_path / "b", superlink, "site-b")
-    with site.start() as unknown:
-        assert unknown.wait() == 18
-        assert "does not know this site's key" in unknown.text()
-    node = site.register()
-    with site.start() as admitted:
-        admitted.says("connected to")
-        superlink.unregister(node)
-        assert admitted.wait() == 18
-
-
-def test_another_authority_s_server_is_not_spoken_to(superlink: SuperLink, tmp_path: Path) -> None:
-    site = SiteFolder(tmp_path / "c", superlink, "site-c")
-    site.write_kit(ca=Authority().pem)
-    with site.start() as wary:
-        assert wary.wait() == 17
-        assert "certificate" in wary.text()
-
-
-def test_an_answer_whose_way_is_cut_arrives_when_the_way_is_back(superlink: SuperLink, tmp_path: Path) -> None:
-    site = SiteFolder(tmp_path / "d", superlink, "site-d", teacher="paced")
-    node = site.register()
-    proxy = Proxy(superlink.fleet_port)
-    site.write_kit(address=f"127.0.0.1:{proxy.port}")
-    with site.start() as running, superlink.run() as grid:
-        running.says("connected to")
-        content = question_of(site, card_of(grid, node))
-        (sent,) = grid.push_messages([Message(content, node, "query.answer")])
-        until((site.folder / "begun").exists, "the teacher works")
-        proxy.cut()
-        running.says("connection lost")
-        (site.folder / "go").touch()
-        running.says("trying again")
-        proxy.mend()
-        (reply,) = until(lambda: list(grid.pull_messages([sent])), "the answer")
-        assert not reply.has_error()
-        assert running.end() == 0
-
-
-def test_sigterm_in_the_middle_of_an_answer_goes_offline_and_drops_it(superlink: SuperLink, tmp_path: Path) -> None:
-    site = SiteFolder(tmp_path / "e", superlink, "site-e", teacher="paced")
-    node = site.register()
-    with site.start() as running, superlink.run() as grid:
-        running.says("connected to")
-        content = question_of(site, card_of(grid, node))
-        (sent,) = grid.push_messages([Message(content, node, "query.answer")])
-        until((site.folder / "begun").exists, "the teacher works")
-        assert running.end() == 0
-        (reply,) = until(lambda: list(grid.pull_messages([sent])), "word that the site is gone")
-        assert reply.has_error()
-        assert list(grid.get_node_ids()) == []
-
-
-def test_another_agent_of_the_key_is_waited_for_and_then_an_error(
-    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site = SiteFolder(tmp_path / "f", superlink, "site-f")
-    site.register()
-    monkeypatch.syspath_prepend(str(site.folder))
-    kit = Kit.read(site.folder / "kit.json")
-    with site.start() as running:
-        running.says("connected to")
-        with pytest.raises(DuplicateError, match="Another agent is connected"):
-            Agent(site.file, tmp_path / "elsewhere", kit, site.key, patience=0.5).run()
-        assert running.process.poll() is None
-
-
 @pytest.mark.slow
 def test_an_agent_that_was_killed_is_followed_by_the_next_one(superlink: SuperLink, tmp_path: Path) -> None:
     site = SiteFolder(tmp_path / "g", superlink, "site-g")
@@ -264,27 +208,6 @@ def test_an_agent_that_was_killed_is_followed_by_the_next_one(superlink: SuperLi
         second.says("connected to")
 
 
-def test_a_server_that_is_not_there_yet_is_waited_for(superlink: SuperLink, tmp_path: Path) -> None:
-    site = SiteFolder(tmp_path / "h", superlink, "site-h")
-    site.register()
-    proxy = Proxy(superlink.fleet_port)
-    proxy.cut()
-    site.write_kit(address=f"127.0.0.1:{proxy.port}")
-    with site.start() as running:
-        running.says("trying again", times=2)
-        proxy.mend()
-        running.says("connected to")
-        assert running.end() == 0
-
-
-def test_without_papers_it_does_not_start(superlink: SuperLink, tmp_path: Path) -> None:
-    site = SiteFolder(tmp_path / "i", superlink, "site-i")
-    (site.folder / "kit.json").unlink()
-    with site.start() as running:
-        assert running.wait() == 15
-        assert "kit.json does not exist" in running.text()
-
-
 @pytest.mark.slow
 def test_the_same_app_answers_under_a_stock_supernode(superlink: SuperLink, tmp_path: Path) -> None:
     site = SiteFolder(tmp_path / "j", superlink, "site-j")
@@ -292,3 +215,87 @@ def test_the_same_app_answers_under_a_stock_supernode(superlink: SuperLink, tmp_
     with stock_supernode(site), superlink.run() as grid:
         until(lambda: node in list(grid.get_node_ids()), "the node is online")
         assert card_of(grid, node).name == "site-j"
+
+
+def test_a_key_that_is_unknown_or_suspended_ends_it(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = SiteFolder(tmp_path / "b", superlink, "site-b")
+    monkeypatch.syspath_prepend(str(site.folder))
+    with site.start() as unknown:
+        assert unknown.wait() == 18
+        assert "does not know this site's key" in unknown.text()
+    node = site.register()
+    admitted = Agent(site.file, site.folder / "state", Kit.read(site.folder / "kit.json"), site.key)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(admitted.run)
+        until(lambda: admitted.status()["status"] == "connected", "the agent is connected")
+        superlink.unregister(node)
+        with pytest.raises(AdmissionError):
+            ended.result()
+
+
+def test_another_authority_s_server_is_not_spoken_to(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = SiteFolder(tmp_path / "c", superlink, "site-c")
+    site.register()
+    monkeypatch.syspath_prepend(str(site.folder))
+    with pytest.raises(CertificateError, match="shows a certificate that the kit does not allow"):
+        Agent(site.file, site.folder / "state", site.write_kit(ca=Authority().pem), site.key).run()
+
+
+def test_an_answer_outlives_a_cut_and_sigterm_in_the_middle_of_one_goes_offline(
+    superlink: SuperLink, tmp_path: Path
+) -> None:
+    site = SiteFolder(tmp_path / "d", superlink, "site-d", teacher="paced")
+    node = site.register()
+    proxy = Proxy(superlink.fleet_port)
+    site.write_kit(address=f"127.0.0.1:{proxy.port}")
+    begun, go = site.folder / "begun", site.folder / "go"
+    with site.start() as running, superlink.run() as grid:
+        running.says("connected to")
+        content = question_of(site, card_of(grid, node))
+        (sent,) = grid.push_messages([Message(content, node, "query.answer")])
+        until(begun.exists, "the teacher works")
+        proxy.cut()
+        running.says("connection lost")
+        go.touch()
+        running.says("trying again")
+        proxy.mend()
+        (reply,) = until(lambda: list(grid.pull_messages([sent])), "the answer")
+        assert not reply.has_error()
+        go.unlink()
+        begun.unlink()
+        (sent,) = grid.push_messages([Message(content, node, "query.answer")])
+        until(begun.exists, "the teacher works again")
+        assert running.end() == 0
+        (reply,) = until(lambda: list(grid.pull_messages([sent])), "word that the site is gone")
+        assert reply.has_error()
+        assert list(grid.get_node_ids()) == []
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = SiteFolder(tmp_path / "h", superlink, "site-h")
+    site.register()
+    monkeypatch.syspath_prepend(str(site.folder))
+    proxy = Proxy(superlink.fleet_port)
+    proxy.cut()
+    kit = site.write_kit(address=f"127.0.0.1:{proxy.port}")
+    patient = Agent(site.file, site.folder / "state", kit, site.key)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(patient.run)
+        until(lambda: patient.status()["status"] == "connecting", "the agent tries")
+        proxy.mend()
+        until(lambda: patient.status()["status"] == "connected", "the agent is connected")
+        patient.stop()
+        ended.result()
+
+
+def test_without_papers_it_does_not_start(superlink: SuperLink, tmp_path: Path) -> None:
+    site = SiteFolder(tmp_path / "i", superlink, "site-i")
+    (site.folder / "kit.json").unlink()
+    with pytest.raises(IdentityError, match=r"kit\.json does not exist"):
+        serve(site.file)

@@ -1,4 +1,7 @@
-"""Every command that the README shows is run, in its order, in a folder with the files that it names."""
+"""Every command that the README shows is run, in its order, in a folder with the files that it names.
+
+The three paths' commands (console blocks) are taken by the command line as they stand here, and run in test_paths.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
@@ -18,9 +23,8 @@ from consilience.client.app import forget_sites
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import parse_settings
 from consilience.deploy import cli
+from helpers.pages import PAGES, ROOT, blocks, typed
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIT = {"epochs": 1, "precision": "f32", "augment": False}
 JOB = {
     "name": "small",
@@ -33,11 +37,6 @@ JOB = {
     },
     "student": {"architecture": "cnn3", "fit": FIT},
 }
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return [text for name, text in fenced if name == language]
 
 
 def commands(page: Path) -> list[str]:
@@ -87,3 +86,32 @@ def test_links_of_the_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_line_of_the_paths_is_one_that_the_command_line_takes() -> None:
+    lines = [line for page in PAGES for line in typed(page)]
+    assert len(lines) >= 20
+    for line in lines:
+        program, *words = shlex.split(line)
+        if program != "consilience":
+            assert line in ("python3 -m venv consilience", ". consilience/bin/activate", "pip install consilience"), (
+                line
+            )
+            continue
+        command, name = get_command(app), program
+        context = click.Context(command, info_name=name)
+        while isinstance(command, click.Group):
+            name = words.pop(0)
+            found = command.get_command(context, name)
+            assert found is not None, line
+            command = found
+        command.make_context(name, words)  # refuses what the command would refuse
+
+
+def test_every_inline_command_of_the_paths_exists() -> None:
+    for page in PAGES:
+        for line in re.findall(r"`((?:consilience )?(?:site|server|pool|student) [a-z]+)", page.read_text()):
+            group, name = line.removeprefix("consilience ").split()
+            command = get_command(app)
+            assert isinstance(command, click.Group)
+            assert name in command.commands[group].commands, f"{page.name}: {line}"  # type: ignore[attr-defined]

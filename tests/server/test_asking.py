@@ -405,33 +405,63 @@ def test_questions_grow_to_two_seconds_of_the_teachers_work(tmp_path: Path, repo
         pairs = [(node, store) for node in cards_of(grid)]
         events, progress = Events(tmp_path / "e.jsonl"), Progress(tmp_path / "progress.json", "job")
         ask(grid, "job", pairs, Ask(in_flight=1), events=events, reporter=reporter, progress=progress)
-    # 2,200 samples in two seconds: from 512 at once to 2,048, every cut at a multiple of the size.
-    assert asked == [(0, 512), (512, 2048), *((s, s + 2048) for s in range(2048, size, 2048))]
+    # 2,200 samples in two seconds: from 256 at once to 2,048, every cut at a multiple of the size.
+    assert asked == [(0, 256), (256, 2048), *((s, s + 2048) for s in range(2048, size, 2048))]
+    assert store.complete
+
+
+def test_the_first_question_is_alone_until_it_says_how_fast_the_site_is(tmp_path: Path, reporter: Reporter) -> None:
+    sites, asked, first = Sites({"one": honest}), [], threading.Event()
+
+    def slow(question: Question, attempt: int) -> RecordDict:
+        asked.append(question.start)
+        if question.start == 0:
+            first.wait(0.3)
+            assert asked == [0]
+        return Answer(question, encode(rows(question), "f32"), 1e-3).to_content()
+
+    sites.handlers["one"] = slow
+    store = AnswerStore(tmp_path / "one", about("one").model_copy(update={"size": 200_000}))
+    with grid_of(sites) as grid:
+        pairs = [(node, store) for node in cards_of(grid)]
+        events, progress = Events(tmp_path / "e.jsonl"), Progress(tmp_path / "progress.json", "job")
+        ask(grid, "job", pairs, Ask(), events=events, reporter=reporter, progress=progress)
+    assert asked == [0, 256, 65_536, 131_072, 196_608]
     assert store.complete
 
 
 @pytest.mark.parametrize(
-    ("samples", "row", "rate", "size"),
+    ("row", "rate", "size"),
     [
-        (10**6, 20, 1e9, 65_536),  # no more than this, however fast
-        (10**6, 2_000, 1e9, 4_096),  # 16 MB of answers at most: 8,000 rows
-        (10**6, 200_000, 1e9, 64),
-        (10**6, 20, 1, 256),  # nor less than a batch, however slow
-        (10**6, 20, 1_000, 1_024),
-        (100, 20, None, 256),
-        (10**6, 20, None, 512),
+        (20, 1e9, 65_536),  # no more than this, however fast
+        (2_000, 1e9, 4_096),  # 16 MB of answers at most: 8,000 rows
+        (200_000, 1e9, 64),
+        (20, 1, 256),  # nor less than a batch, however slow
+        (20, 1_000, 1_024),
+        (20, None, 256),
     ],
 )
-def test_tuned_question_sizes_have_limits(samples: int, row: int, rate: float | None, size: int) -> None:
-    tuned = QuestionSize(None, samples, row, in_flight=4)
+def test_tuned_question_sizes_have_limits(row: int, rate: float | None, size: int) -> None:
+    tuned = QuestionSize(None, row)
     for _ in range(20 if rate else 0):
         tuned.learn(tuned.size, tuned.size / (rate or 1))
     assert tuned.size == size
 
 
+def test_a_site_that_slows_down_is_asked_less_at_once() -> None:
+    tuned = QuestionSize(None, 20)
+    tuned.learn(256, 0.01)
+    sizes = [tuned.size]
+    for _ in range(3):
+        tuned.learn(tuned.size, tuned.size / 1000)
+        sizes.append(tuned.size)
+    assert sizes == [32_768, 16_384, 8_192, 4_096]
+
+
 def test_a_size_that_is_given_stays() -> None:
-    fixed = QuestionSize(100, 10**6, 20, in_flight=4)
+    fixed = QuestionSize(100, 20)
     fixed.learn(100, 1e-6)
+    assert fixed.known
     assert [fixed.end(0, 1000), fixed.end(130, 1000), fixed.end(130, 150)] == [100, 200, 150]
 
 

@@ -1,0 +1,104 @@
+"""The whole job with real processes over TLS: the same report as in one process, and nothing is left running."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from consilience.common.files import read_json
+from consilience.server.report import comparable
+
+JOB: dict[str, Any] = {
+    "name": "five",
+    "simulation": {
+        "data": {"kind": "embedded"},
+        "test": {"kind": "embedded", "split": "test"},
+        "pool_share": 0.2,
+        "partition": {
+            "kind": "class-lists",
+            "classes": [[0, 1, 2], [2, 3, 4], [4, 5, 6], [6, 7, 8], [8, 9, 0]],
+        },
+        "teachers": [
+            {"kind": "train", "architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32"}},
+            {"kind": "train", "architecture": "resnet8", "fit": {"epochs": 1, "precision": "f32"}},
+        ],
+    },
+    "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32"}},
+}
+# Takes away every network but a fresh loopback, then becomes the command: no interface, no route, nothing to reach.
+ALONE = """
+import ctypes, fcntl, os, socket, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.unshare(0x40000000) and libc.unshare(0x40000000 | 0x10000000):
+    sys.exit(77)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as loopback:
+    fcntl.ioctl(loopback, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
+assert open("/proc/net/route").read().count("\\n") == 1, "there is a route"
+os.execv(sys.executable, [sys.executable, "-m", "consilience", *sys.argv[1:]])
+"""
+
+
+def simulate(job: Path, out: Path, *options: str, alone: bool = False) -> subprocess.CompletedProcess[str]:
+    start = ["-c", ALONE] if alone else ["-m", "consilience"]
+    command = [sys.executable, *start, "simulate", str(job), "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+
+
+def ours() -> set[str]:
+    """Return the command lines of processes that a simulation starts."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if "consilience-" in line and ("site start" in line or "server start" in line or "superlink" in line):
+            found.add(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    job = folder / "job.yaml"
+    job.write_text(yaml.safe_dump(JOB))
+    before = ours()
+    alone = simulate(job, folder / "processes", "--processes", alone=True)
+    if alone.returncode == 77:
+        pytest.skip("this account may not make a network namespace")
+    assert alone.returncode == 0, alone.stderr
+    assert ours() == before
+    threads = simulate(job, folder / "threads")
+    assert threads.returncode == 0, threads.stderr
+    return {"processes": folder / "processes", "threads": folder / "threads"}
+
+
+@pytest.mark.slow
+def test_five_sites_without_any_route_give_the_report_of_one_process_bit_for_bit(runs: dict[str, Path]) -> None:
+    reports = {name: comparable(read_json(run / "report.json")) for name, run in runs.items()}
+    assert reports["processes"] == reports["threads"]
+    assert len(reports["processes"]["sites"]) == 5
+    for name in ("labels/q.npy", "student/model.safetensors"):
+        assert (runs["processes"] / name).read_bytes() == (runs["threads"] / name).read_bytes()
+    assert np.load(runs["processes"] / "labels" / "q.npy").shape == (1000, 10)
+
+
+@pytest.mark.slow
+def test_the_sites_keys_and_certificates_are_gone_with_the_processes(runs: dict[str, Path]) -> None:
+    names = {path.name for path in runs["processes"].rglob("*")}
+    assert not names & {"site.key", "kit.json", "ca.key", "server.key", "runner.secret", "superlink.db"}
+
+
+def test_processes_and_an_engine_exclude_each_other(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(JOB))
+    refused = simulate(job, tmp_path / "out", "--processes", "--engine", "flower")
+    assert refused.returncode == 3
+    assert "exclude each other" in refused.stderr
+    assert not (tmp_path / "out").exists()
