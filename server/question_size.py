@@ -5,6 +5,8 @@ Does not live here: which samples are asked about (server/asking). Answers do no
 
 from __future__ import annotations
 
+from consilience.server.superlink_process import MOST_BYTES as MOST_CALL_BYTES
+
 STEP = 256
 """Tuned sizes are this times a power of two; only where one answer would grow too large are they a part of it."""
 WANTED_SECONDS = 2.0
@@ -27,7 +29,8 @@ class QuestionSize:
         self._most = MOST_SAMPLES
         while self._most > 1 and self._most * row_bytes > MOST_BYTES:
             self._most //= 2
-        self.size = min(STEP, self._most) if fixed is None else fixed
+        carried = MOST_CALL_BYTES // 2 // row_bytes  # a larger answer would be refused on arrival
+        self.size = min(STEP, self._most) if fixed is None else max(1, min(fixed, carried))
 
     def learn(self, samples: int, seconds: float) -> None:
         """Take into account that `samples` samples took the teacher `seconds`: up at once, down by halves."""

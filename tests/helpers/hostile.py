@@ -73,7 +73,7 @@ def respond(message: Message, context: Context) -> Message:
         first = kept.setdefault(site, reply)
         return reply if first is reply else Message(first.content, reply_to=message)
     if behaviour == "raising":
-        return Message(Error(2, f"Traceback: canary-of-an-exception in {site}"), reply_to=message)
+        return Message(Error(2, "canary-of-a-traceback"), reply_to=message)
     return reply
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,22 +47,25 @@ class Recorder(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._port = self._server.add_secure_port("127.0.0.1:0", credentials)
         self._server.start()
         self._relay = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._streams: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._begin(self._accept)
 
     @property
     def address(self) -> str:
         """What an agent's kit must name."""
         return f"127.0.0.1:{self._relay.getsockname()[1]}"
 
-    def service(self, details: Any) -> Any:
+    def service(self, handler_call_details: Any) -> Any:
         """Return how a call is answered: any call, by passing it on."""
+        method = handler_call_details.method
 
         def answer(request: bytes, context: Any) -> bytes:
-            held = [(key, value) for key, value in context.invocation_metadata() if key != "user-agent"]
+            held = tuple((key, value) for key, value in context.invocation_metadata() if key != "user-agent")
             headers = tuple((key, value if isinstance(value, bytes) else value.encode()) for key, value in held)
-            self.calls.append(Call(details.method.rpartition("/")[2], request, headers))
+            self.calls.append(Call(method.rpartition("/")[2], request, headers))
             try:
-                return bytes(self._onward.unary_unary(details.method)(request, metadata=held, timeout=60))
+                return bytes(self._onward.unary_unary(method)(request, metadata=held, timeout=60))
             except grpc.RpcError as error:
                 context.abort(error.code(), error.details())
                 raise
@@ -73,8 +77,13 @@ class Recorder(grpc.GenericRpcHandler):  # type: ignore[misc]
             while True:
                 near, _ = self._relay.accept()
                 far = socket.create_connection(("127.0.0.1", self._port))
-                threading.Thread(target=self._copy, args=(near, far, True), daemon=True).start()
-                threading.Thread(target=self._copy, args=(far, near, False), daemon=True).start()
+                self._streams += [near, far]
+                self._begin(self._copy, near, far, True)
+                self._begin(self._copy, far, near, False)
+
+    def _begin(self, action: Callable[..., None], *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=action, args=arguments, daemon=True))
+        self._threads[-1].start()
 
     def _copy(self, source: socket.socket, target: socket.socket, count: bool) -> None:
         with suppress(OSError):
@@ -85,6 +94,11 @@ class Recorder(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def close(self) -> None:
         """Stop listening."""
-        self._relay.close()
         self._server.stop(None).wait()
         self._onward.close()
+        for held in (self._relay, *self._streams):
+            with suppress(OSError):
+                held.shutdown(socket.SHUT_RDWR)
+            held.close()
+        for thread in self._threads:
+            thread.join()

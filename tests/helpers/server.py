@@ -23,7 +23,7 @@ from consilience.common.settings import CallableTeacher, JobSettings, Preprocess
 from consilience.common.settings_file import dump_settings
 from consilience.deploy.processes import join, make_server, online
 from consilience.server.service import ServiceState, read_service
-from consilience.server.superlink import Control, Endpoint, Node, die_with_parent
+from consilience.server.superlink import Control, Endpoint, Node
 from helpers.teachers import HOLD
 
 PATIENCE = 90.0
@@ -79,12 +79,11 @@ class Process:
         path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)],
+                [sys.executable, "-m", "helpers.launch", module, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 env={**os.environ, "PYTHONPATH": path, **variables},
-                preexec_fn=die_with_parent,
             )
 
     def text(self) -> str:
