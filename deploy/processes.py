@@ -11,13 +11,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from consilience.client.fleet import SPEAKS_GRPC
+from consilience.common.child import child_command
 from consilience.common.errors import ServerError
 from consilience.common.files import lock
 from consilience.common.identity import Request, load_key, make_key
@@ -30,7 +30,6 @@ from consilience.server.authority import authority_pem, ensure_authority, renew_
 from consilience.server.runs import submit
 from consilience.server.service import read_service
 from consilience.server.settings import Home, ServerSettings
-from consilience.server.superlink import die_with_parent
 
 STOP_SECONDS = 15.0
 LOOK_SECONDS = 0.2
@@ -89,13 +88,11 @@ def join(home: Home, site: Path, folder: Path) -> Path:
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     """Run a command of ours as a process, which is killed when this one is; what it says goes to our stderr."""
-    command = [sys.executable, "-m", "consilience", *arguments]
     return subprocess.Popen(
-        command,
+        child_command("consilience", *arguments),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=die_with_parent,
     )
 
 

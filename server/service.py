@@ -11,17 +11,17 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from consilience.common.child import child_command
 from consilience.common.errors import ConsilienceError, ServerError
 from consilience.common.files import lock, read_json, write_json
 from consilience.server.runs import Failure, Run, State, runs
-from consilience.server.superlink import STOP_SECONDS, Control, Endpoint, SuperLink, die_with_parent
+from consilience.server.superlink import STOP_SECONDS, Control, Endpoint, SuperLink
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +172,8 @@ class Service:
         """Have a process ready that waits for a run: importing torch takes longer than many a run's questions."""
         if self._spare is None or self._spare.poll() is not None:
             self._spare = subprocess.Popen(
-                [sys.executable, "-m", "consilience.server.runner", str(self.home), str(self.endpoint.control_port)],
+                child_command("consilience.server.runner", str(self.home), str(self.endpoint.control_port)),
                 stdin=subprocess.PIPE,
-                preexec_fn=die_with_parent,
             )
 
     def _ended(self, code: int) -> None:

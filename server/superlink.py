@@ -7,7 +7,6 @@ here: what a run does (server/app), which keys and which runs (server/service).
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import secrets
@@ -15,7 +14,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from consilience.common.child import child_command
 from consilience.common.errors import ServerError
 from consilience.common.files import storage_error
 from consilience.common.identity import read_key_line, read_secret, write_secret
@@ -94,9 +93,7 @@ class SuperLink:
         _need_port("127.0.0.1", self.endpoint.control_port)
         _need_port(*split_address(self.listen))
         assert self.endpoint.secret
-        command = [
-            sys.executable,
-            "-m",
+        command = child_command(
             "consilience.server.superlink_process",
             "--ssl-ca-certfile",
             str(home.ca_certificate),
@@ -118,7 +115,7 @@ class SuperLink:
             "--database",
             str(home.database),
             "--disable-runtime-dependency-installation",
-        ]
+        )
         environment = {
             **os.environ,
             "FLWR_HOME": str(home.folder / "flower"),
@@ -135,7 +132,6 @@ class SuperLink:
                 stderr=self._log,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
                 umask=0o077,  # messages on their way lie in its database in clear
             )
             (home.folder / "superlink.pid").write_text(str(self._process.pid))
@@ -202,11 +198,6 @@ def stop_leftover(home: Home) -> None:
                 time.sleep(0.05)
         except ProcessLookupError:
             return
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, however that ends: two must never work on one folder."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _need_port(host: str, port: int) -> None:

@@ -123,14 +123,14 @@ def test_torch_and_sockets_work_under_what_a_unit_forbids() -> None:
 import pathlib, socket, ssl, subprocess, sys
 import grpc, torch
 from consilience.common.identity import make_key
-from consilience.server.superlink import die_with_parent
+from consilience.common.child import child_command
 net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(2704, 2))
 loss = net(torch.rand(8, 1, 28, 28)).square().mean(); loss.backward(); torch.optim.SGD(net.parameters(), 0.1).step()
 socket.create_server(("127.0.0.1", 0)); socket.getaddrinfo("localhost", 1)
 import concurrent.futures as f
 server = grpc.server(f.ThreadPoolExecutor()); port = server.add_insecure_port("127.0.0.1:0"); server.start()
 grpc.channel_ready_future(grpc.insecure_channel(f"127.0.0.1:{port}")).result(20)
-assert subprocess.run([sys.executable, "-c", "print(1)"], preexec_fn=die_with_parent).returncode == 0
+assert subprocess.run(child_command("this")).returncode == 0
 refused = 0
 for forbidden in (lambda: pathlib.Path("/etc/consilience").write_text(""), lambda: socket.socket(socket.AF_PACKET),
                   lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW), lambda: __import__("os").chroot("/")):

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
+from consilience.common.child import child_command
 from consilience.common.data import from_arrays
 from consilience.common.pool import Pool
 from consilience.common.settings import CallableTeacher, JobSettings, Preprocessing, SiteSettings
@@ -79,7 +79,7 @@ class Process:
         path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "helpers.launch", module, *map(str, arguments)],
+                child_command(module, *map(str, arguments)),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
