@@ -272,7 +272,7 @@ def test_an_answer_outlives_a_cut_and_sigterm_in_the_middle_of_one_goes_offline(
         assert running.end() == 0
         (reply,) = until(lambda: list(grid.pull_messages([sent])), "word that the site is gone")
         assert reply.has_error()
-        assert list(grid.get_node_ids()) == []
+        assert node not in list(grid.get_node_ids())
 
 
 def test_a_server_that_is_not_there_yet_is_waited_for(

@@ -114,4 +114,6 @@ def test_every_inline_command_of_the_paths_exists() -> None:
             group, name = line.removeprefix("consilience ").split()
             command = get_command(app)
             assert isinstance(command, click.Group)
-            assert name in command.commands[group].commands, f"{page.name}: {line}"  # type: ignore[attr-defined]
+            part = command.get_command(click.Context(command), group)
+            assert isinstance(part, click.Group)
+            assert name in part.commands, f"{page.name}: {line}"
