@@ -73,6 +73,7 @@ def seconds_to_all_answers(home: Home, pool: Path, sites: int, samples: int, que
         pool=pool,
         ask=Ask(encoding="f16", question_size=question_size, wait_for=sites),
     )
+    time.sleep(5)  # the server is idle: the process for the next run is warm
     began = time.time()
     run, _ = submit(home.folder, job, token=f"run-{int(began * 1000)}")
     while True:

@@ -251,7 +251,7 @@ class Agent:
                 continue
             if envelope is None:
                 self._wake.wait(pause)
-                pause = min(pause * 1.1, IDLE_POLL)
+                pause = min(pause * 1.5, IDLE_POLL)
                 continue
             pause = BUSY_POLL
             self._take(fleet, envelope)

@@ -69,6 +69,7 @@ class Site:
     def agree(self, contract: Contract) -> Agreement:
         """Check that the site can take part: same teacher, its classes in place, every pool here and intact.
 
+        The teacher is tried on the first batch, so that one that does not work is known before anybody counts on it.
         Raises `RefusedError`.
         """
         if contract.teacher != self.teacher.fingerprint:
@@ -76,9 +77,12 @@ class Site:
         within = all(label < len(contract.labels) for label in contract.class_set)
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
-        for digest in contract.pools:
-            self._pool(digest)
-        return Agreement(pools=contract.pools)
+        pools = [self._pool(digest) for digest in contract.pools]
+        tried = min(self.settings.batch_size, len(pools[0]))
+        began = time.perf_counter()
+        with self._lock:
+            self._score(pools[0], 0, tried)
+        return Agreement(pools=contract.pools, samples=tried, seconds=time.perf_counter() - began)
 
     def answer(self, question: Question) -> Answer:
         """Score the samples a question asks about and encode them as it asks.

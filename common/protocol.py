@@ -103,9 +103,12 @@ class Contract(Record):
 
 
 class Agreement(Record):
-    """The site holds every pool of the contract, verified, and will answer."""
+    """The site holds every pool of the contract, verified, its teacher works, and it will answer."""
 
     pools: tuple[Digest, ...]
+    samples: int = Field(default=0, ge=0)
+    """Pool samples that the teacher was tried on; the server sizes its questions by how long that took."""
+    seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class Question(Record):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -56,6 +57,7 @@ def ask(
     events: Events,
     reporter: Reporter,
     progress: Progress,
+    tried: Mapping[str, tuple[int, float]] = MappingProxyType({}),
 ) -> list[SiteState]:
     """Ask until every store is complete, its site is given up, or `settings.deadline` has passed.
 
@@ -63,12 +65,16 @@ def ask(
     keep at most `settings.in_flight` on their way; answers are stored as they arrive. A question that fails is sent
     again `settings.retries` times. A node that is away keeps its questions waiting, at no cost of retries, until it
     is back; without a deadline it is given up after `settings.wait` seconds, as is one that is there and says
-    nothing (but not before `TTL_SECONDS`). Raises `StorageError` when an answer cannot be stored: what had arrived
+    nothing (but not before `TTL_SECONDS`). `tried` says for some sites how many samples took their teacher how many
+    seconds: questions are sized by it. Raises `StorageError` when an answer cannot be stored: what had arrived
     before is safe, and nothing more is asked.
     """
     asking = _Asking(grid, job, settings, events, reporter, progress)
     for node, store in stores:
         asking.add(node, store)
+    for site in asking.sites.values():
+        if (samples_seconds := tried.get(site.state.name, (0, 0.0)))[0]:
+            site.size.learn(*samples_seconds)
     asking.run()
     return [site.state for site in asking.sites.values()]
 

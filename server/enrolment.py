@@ -44,6 +44,8 @@ class Enrolment:
     """Site -> node, for the sites of the contract that are there."""
     away: dict[str, str] = field(default_factory=dict)
     """Site -> reason, for the sites of the contract that cannot be asked now."""
+    tried: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Site -> the samples that its teacher was tried on, and the seconds that took."""
 
 
 def is_strict(settings: Ask) -> bool:
@@ -74,9 +76,12 @@ def collect_cards(
     failed: dict[int, tuple[str, float]] = {}
     sent: dict[str, int] = {}
     patience = max(wait, PATIENCE)
-    began, backoff, said = time.monotonic(), Backoff(longest=1.0), ""
+    began, backoff, said = time.monotonic(), Backoff(), ""
+    looked, online, names_of = float("-inf"), set[int](), dict[int, str]()
     while True:
-        now, online = time.monotonic(), set(grid.get_node_ids())
+        now = time.monotonic()
+        if now - looked >= LOOK_EVERY:
+            looked, online, names_of = now, set(grid.get_node_ids()), admitted(grid)
         cards = {node: card for node, card in cards.items() if node in online}
         failed = {node: held for node, held in failed.items() if node in online}
         sent = {identifier: node for identifier, node in sent.items() if node in online}
@@ -94,7 +99,7 @@ def collect_cards(
             backoff.reset()
             try:
                 card = read_reply(content_of(message), SiteCard)
-                _need_own_name(card, admitted(grid).get(spoke))
+                _need_own_name(card, names_of.get(spoke))
                 cards[spoke] = card
                 failed.pop(spoke, None)
             except ProtocolError as error:
@@ -149,13 +154,14 @@ def _need_own_name(card: SiteCard, name: str | None) -> None:
         raise ProtocolError(f"its card names the site {card.name}; its key was admitted as {name}")
 
 
-def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> dict[int, str]:
-    """Send each node its contract; returns, by node, why those that do not agree within `wait` seconds do not.
+def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> tuple[dict[int, Agreement], dict[int, str]]:
+    """Send each node its contract; returns, by node, the agreements, and why the others do not agree in `wait` seconds.
 
     A node that goes away meanwhile is asked again when it is back within `PATIENCE` seconds.
     """
     wait, began, looked, backoff = max(wait, PATIENCE), time.monotonic(), float("-inf"), Backoff()
     unsent, waiting = set(contracts), dict[str, int]()
+    agreements: dict[int, Agreement] = {}
     reasons: dict[int, str] = {}
     while True:
         passed = time.monotonic() - began
@@ -173,12 +179,16 @@ def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> dict[in
             backoff.reset()
             if is_absence(message):
                 unsent.add(spoke)
-            elif reason := _disagreement(message, contracts[spoke]):
-                reasons[spoke] = reason
+                continue
+            try:
+                agreements[spoke] = _agreement(message, contracts[spoke])
+            except ProtocolError as error:
+                reasons[spoke] = error.message
         if waiting or unsent:
             backoff.pause()
     reasons |= dict.fromkeys(unsent, "it went away before it agreed to the contract")
-    return reasons | dict.fromkeys(waiting.values(), f"it did not agree to the contract within {wait:,g} s")
+    reasons |= dict.fromkeys(waiting.values(), f"it did not agree to the contract within {wait:,g} s")
+    return agreements, reasons
 
 
 def enrol(
@@ -228,7 +238,9 @@ def enrol(
         sites = [*(earlier.sites if earlier else ()), *(c for c in cards.values() if c.name not in known)]
         contract = RunContract.build(settings, sites, pools)
         asked = {node: card for node, card in cards.items() if card.name not in done}
-        refusals = agree(grid, {node: contract.for_site(card.name) for node, card in asked.items()}, asking.wait)
+        agreements, refusals = agree(
+            grid, {node: contract.for_site(card.name) for node, card in asked.items()}, asking.wait
+        )
         if not refusals:
             break
         for node, reason in refusals.items():
@@ -243,7 +255,9 @@ def enrol(
     for who, reason in sorted(left_out.items()):
         events.add("left-out", who=who, reason=reason)
         reporter.say(f"Warning: {who} is left out: {reason}")
-    return _enrolled(contract, earlier, cards, left_out, done, path, events, reporter)
+    enrolment = _enrolled(contract, earlier, cards, left_out, done, path, events, reporter)
+    enrolment.tried = {cards[node].name: (held.samples, held.seconds) for node, held in agreements.items()}
+    return enrolment
 
 
 def _enrolled(
@@ -292,12 +306,12 @@ def _resumed(earlier: RunContract, done: set[str], needed: int, new: bool) -> La
     return lacking
 
 
-def _disagreement(message: Message, contract: Contract) -> str:
-    try:
-        agreement = read_reply(content_of(message), Agreement)
-    except ProtocolError as error:
-        return error.message
-    return "" if agreement.pools == contract.pools else "it agreed to other pools"
+def _agreement(message: Message, contract: Contract) -> Agreement:
+    """Read a reply to a contract. Raises `ProtocolError`."""
+    agreement = read_reply(content_of(message), Agreement)
+    if agreement.pools != contract.pools:
+        raise ProtocolError("it agreed to other pools")
+    return agreement
 
 
 def _are(names: Collection[str]) -> str:

@@ -61,6 +61,8 @@ UPLOAD_SECONDS = 900.0
 AT_ONCE = 64
 """Replies taken in side by side: one whose bytes do not come must not hold up the others."""
 LOOK_SECONDS = 0.02
+UPLOAD_LOOK_SECONDS = 0.1
+"""Seconds before the first second look for what a site has not sent yet: each look costs the SuperLink as much."""
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +166,7 @@ class SuperLinkGrid(HttpGrid):
             pull_some,
             max_time=UPLOAD_SECONDS,
             max_tries_per_object=None,
-            initial_backoff=LOOK_SECONDS,
+            initial_backoff=UPLOAD_LOOK_SECONDS,
             backoff_cap=1,
         )
         client.ConfirmMessageReceived(

@@ -170,6 +170,7 @@ class Job:
             events=self.events,
             reporter=self.reporter,
             progress=self.progress,
+            tried=enrolment.tried,
         )
         return {state.name: state.failures[-1] for state in states if state.lost}
 

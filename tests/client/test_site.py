@@ -147,7 +147,22 @@ def contract(pool: Pool, **changes: Any) -> Contract:
 
 
 def test_it_agrees_to_a_contract_about_what_it_has(site: Site, pool: Pool) -> None:
-    assert site.agree(contract(pool)).pools == (pool.digest,)
+    agreement = site.agree(contract(pool))
+    assert agreement.pools == (pool.digest,)
+    assert agreement.samples == min(len(pool), site.settings.batch_size)
+    assert agreement.seconds > 0
+
+
+def test_a_teacher_that_does_not_work_is_known_before_the_first_question(site: Site, pool: Pool) -> None:
+    class Broken:
+        classes, fingerprint = site.teacher.classes, site.teacher.fingerprint
+
+        def log_probs(self, images: Any) -> Any:
+            raise TeacherError("it gave NaN")
+
+    with pytest.raises(RefusedError) as caught:
+        Site(site.settings, Broken()).agree(contract(pool))
+    assert caught.value.code == "teacher-failed"
 
 
 @pytest.mark.parametrize(

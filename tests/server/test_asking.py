@@ -208,7 +208,7 @@ def test_sites_that_cannot_take_part_are_named() -> None:
         cards_of(grid)
     with grid_of(Sites({"stubborn": honest})) as grid:
         contract = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1, 2), pools=(DIGEST,), teacher=DIGEST)
-        reasons = agree(grid, dict.fromkeys(cards_of(grid), contract), wait=30)
+        _, reasons = agree(grid, dict.fromkeys(cards_of(grid), contract), wait=30)
     assert list(reasons) == [100]
     assert "unknown-pool" in reasons[100]
 
@@ -377,13 +377,14 @@ def test_a_site_that_goes_away_before_it_agreed_may_return(monkeypatch: pytest.M
 
     with Short(Sites({"one": honest})) as grid:
         contracts = dict.fromkeys(cards_of(grid), contract)
-        assert agree(grid, contracts, wait=30) == {}
+        agreements, reasons = agree(grid, contracts, wait=30)
+        assert (agreements.keys(), reasons) == (contracts.keys(), {})
         assert grid.contracts == 2
     with ScriptedGrid(Sites({"one": honest, "two": honest})) as grid:
         contracts = dict.fromkeys(cards_of(grid), contract)
         grid.leave(101)
         monkeypatch.setattr(enrolment, "PATIENCE", 0.2)
-        reasons = agree(grid, contracts, wait=30)
+        _, reasons = agree(grid, contracts, wait=30)
     assert reasons == {101: "it went away before it agreed to the contract"}
 
 
@@ -428,6 +429,23 @@ def test_the_first_question_is_alone_until_it_says_how_fast_the_site_is(tmp_path
         ask(grid, "job", pairs, Ask(), events=events, reporter=reporter, progress=progress)
     assert asked == [0, 256, 65_536, 131_072, 196_608]
     assert store.complete
+
+
+def test_a_site_whose_speed_is_known_is_asked_at_once(tmp_path: Path, reporter: Reporter) -> None:
+    asked: list[int] = []
+
+    def fast(question: Question, attempt: int) -> RecordDict:
+        asked.append(question.start)
+        return Answer(question, encode(rows(question), "f32"), 1e-3).to_content()
+
+    store = AnswerStore(tmp_path / "one", about("one").model_copy(update={"size": 100_000}))
+    with grid_of(Sites({"one": fast})) as grid:
+        pairs = [(node, store) for node in cards_of(grid)]
+        events, progress = Events(tmp_path / "e.jsonl"), Progress(tmp_path / "progress.json", "job")
+        tried = {"one": (256, 256 / 20_000)}
+        ask(grid, "job", pairs, Ask(), events=events, reporter=reporter, progress=progress, tried=tried)
+    assert asked[0] == 0
+    assert asked[1:] == [32_768, 65_536, 98_304]
 
 
 @pytest.mark.parametrize(
