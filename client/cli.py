@@ -71,5 +71,5 @@ def _about(site: Site) -> Result:
     table = Table(show_header=False)
     for field, value in card.items():
         if value is not None:
-            table.add_row(field, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+            table.add_row(field, Text(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return card, table

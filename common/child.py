@@ -16,8 +16,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs `module` as `python -m` does, and is killed when this process ends, however."""
-    return [sys.executable, "-m", "consilience.common.child", str(os.getpid()), module, *arguments]
+    """Return the command that runs `module` as `python -m` does, and is killed when this process ends, however.
+
+    `-P`: unlike there, nothing is imported from the current folder, which may be anybody's.
+    """
+    return [sys.executable, "-P", "-m", "consilience.common.child", str(os.getpid()), module, *arguments]
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def _show(as_json: bool, data: dict[str, Any], view: RenderableType) -> None:
         typer.echo(json.dumps({"ok": True, "data": data, "error": None}))
     else:
         # text keeps its lines as they are, for copying commands and paths; tables fit the terminal
-        Console(highlight=False).print(view, soft_wrap=isinstance(view, str | Text))
+        Console(highlight=False).print(view, markup=False, soft_wrap=isinstance(view, str | Text))
 
 
 def _fail(as_json: bool, error: ConsilienceError, data: dict[str, Any] | None = None) -> NoReturn:

@@ -57,8 +57,9 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            field = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the record"
-            raise ProtocolError(f"A message's {cls.__name__} is not as it must be: {field[:80]}") from None
+            first = str((*error.errors()[0]["loc"], "")[0])
+            field = first if first in cls.model_fields else "a field it has not"  # a stranger may have named it
+            raise ProtocolError(f"A message's {cls.__name__} is not as it must be: {field}") from None
 
 
 class SiteCard(Record):

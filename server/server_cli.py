@@ -164,7 +164,7 @@ def _ended(run: Run) -> Result:
 
 def _follow(home: Path, run: Run, *, live: bool) -> Run:
     """Wait until a run has ended; on a terminal with a live table. Raises `ServerError` when the server ends."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     if not live or not console.is_terminal:
         while run.state.state in ("queued", "running"):
             if read_service(home) is None:

@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from consilience.common.child import child_command
+
 PARENT = """
 import subprocess, sys, time
 from consilience.common.child import child_command
@@ -45,3 +49,12 @@ def test_a_child_whose_parent_is_gone_already_does_nothing(tmp_path: Path) -> No
     command = [sys.executable, "-m", "consilience.common.child", "1", "helpers.idle", str(tmp_path / "pid")]
     assert subprocess.run(command, check=False, timeout=30).returncode == 1
     assert not (tmp_path / "pid").exists()
+
+
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ctypes", "runpy", "signal", "consilience"):
+        (tmp_path / f"{name}.py").write_text("import os; os._exit(66)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    ended = subprocess.run(child_command("consilience", "--version"), check=False, timeout=60, capture_output=True)
+    assert (ended.returncode, ended.stdout[:11]) == (0, b"consilience")

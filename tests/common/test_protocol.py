@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,13 @@ def test_a_refusal_says_its_code_and_reason() -> None:
     for read in (lambda: Answer.from_content(content, question()), lambda: read_reply(content, SiteCard)):
         with pytest.raises(ProtocolError, match="unknown-pool, the site has no copy"):
             read()
+
+
+def test_a_name_that_a_stranger_gave_a_field_is_not_repeated() -> None:
+    fields = {**json.loads(question().model_dump_json()), "\x1b]0;owned\x07\x1b[2J": 1}
+    with pytest.raises(ProtocolError) as caught:
+        Question.from_content(RecordDict({"record": ConfigRecord({"json": json.dumps(fields)})}))
+    assert str(caught.value) == "A message's Question is not as it must be: a field it has not"
 
 
 @given(st.text(max_size=200))
