@@ -64,7 +64,10 @@ def start(
 
 
 def papers(settings: SiteSettings) -> tuple[PrivateKey, Kit]:
-    """Return the site's key and kit. Raises `IdentityError` when one is missing or they are not of this site."""
+    """Return the site's key and kit. Raises `IdentityError` when one is missing or they are not of this site.
+
+    While a new key waits for its kit, the key that `site init --rotate` put aside still goes with the old one.
+    """
     key, kit = load_key(settings.key), Kit.read(settings.kit)
     if kit.site != settings.name:
         raise IdentityError(
@@ -72,6 +75,11 @@ def papers(settings: SiteSettings) -> tuple[PrivateKey, Kit]:
             hint="Put the kit of this site there, or correct the name",
         )
     if kit.site_fingerprint != key_fingerprint(key.public_key()):
+        for aside in sorted(settings.key.parent.glob(f"{settings.key.name}.*"), reverse=True):
+            older = load_key(aside)
+            if kit.site_fingerprint == key_fingerprint(older.public_key()):
+                log.warning("the kit is that of an earlier key, %s: put the new kit at %s", aside, settings.kit)
+                return older, kit
         raise IdentityError(
             f"{settings.kit} was made for another key than {settings.key}",
             hint="Put back the key that was approved, or send the coordinator a request with this one",

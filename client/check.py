@@ -167,7 +167,7 @@ class Preflight:
         return f"words: {words(key_fingerprint(self._key.public_key()))}"
 
     def _load_kit(self) -> str:
-        _, self._kit = papers(self._settings)
+        self._key, self._kit = papers(self._settings)
         return f"server {self._kit.address}, words: {self._kit.words}"
 
     def _connect(self) -> str:

@@ -69,6 +69,8 @@ def init(
         old = Request.read(request_file) if request_file.exists() else None
         line = _contact(contact, old, request_file, rotate=rotate)
         aside = _put_aside(settings.key, request_file) if rotate and settings.key.exists() else None
+        if rotate and aside is None:  # the key is lost: its request is of no use
+            request_file.unlink(missing_ok=True)
         key = load_key(settings.key) if settings.key.exists() else make_key(settings.key)
         request = _request(key, settings.name, line, request_file)
         data = {
@@ -81,7 +83,7 @@ def init(
         }
         view = Text.assemble(
             f"Site {settings.name}: settings {settings_file}, key {settings.key}, request {request_file}\n",
-            f"The old key is {aside}; remove it when the new one is approved.\n" if aside else "",
+            f"The old key is {aside}; the agent uses it until the new kit is there. Then remove it.\n" if aside else "",
             f"\nWords of the key:\n  {request.words}\n\n",
             f"Next: send {request_file} to the coordinator, and read these words out when you are called.\n",
             f"Put the kit that comes back at {settings.kit}. The key stays here: nobody else needs it.",

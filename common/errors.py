@@ -236,7 +236,7 @@ class VersionError(ConsilienceError):
     name = "version"
     explanation = (
         "Site and server must run the same minor version of Flower (flwr 1.39) and the same protocol of Consilience. "
-        "Install the version that the message names on the side that is behind."
+        "The message names this site's version; ask the coordinator for theirs, and install one for both."
     )
 
 

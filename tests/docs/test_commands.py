@@ -25,6 +25,12 @@ from consilience.common.settings_file import parse_settings
 from consilience.deploy import cli
 from helpers.pages import PAGES, ROOT, blocks, typed
 
+SETTING_UP = (
+    "python3 -m venv consilience",
+    ". consilience/bin/activate",
+    "pip install consilience",
+    "pip install 'consilience[simulation]'",
+)
 FIT = {"epochs": 1, "precision": "f32", "augment": False}
 JOB = {
     "name": "small",
@@ -94,9 +100,7 @@ def test_every_line_of_the_paths_is_one_that_the_command_line_takes() -> None:
     for line in lines:
         program, *words = shlex.split(line)
         if program != "consilience":
-            assert line in ("python3 -m venv consilience", ". consilience/bin/activate", "pip install consilience"), (
-                line
-            )
+            assert line in SETTING_UP, line
             continue
         command, name = get_command(app), program
         context = click.Context(command, info_name=name)
