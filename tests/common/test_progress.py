@@ -13,7 +13,9 @@ from consilience.common.progress import Reporter
 
 def shown(*, terminal: bool, quiet: bool = False) -> str:
     file = io.StringIO()
-    with Reporter(quiet=quiet, console=Console(file=file, force_terminal=terminal, width=100)) as reporter:
+    with Reporter(
+        quiet=quiet, console=Console(file=file, force_terminal=terminal, width=100, highlight=False, no_color=True)
+    ) as reporter:
         task = reporter.start("asking site-1", 200)
         task.advance(50)
         task.advance(150, note="loss 0.1")
