@@ -151,7 +151,7 @@ def test_a_stranger_gets_from_nothing_to_a_report_by_the_pages_alone(tmp_path: P
     began = time.monotonic()
     with ending(coordinator, engineer):
         before = Person(coordinator.folder, SERVER, "")
-        assert before.left.pop(0) == "pip install consilience"
+        assert [before.left.pop(0) for _ in SETTING_UP] == SETTING_UP
         before.types("consilience pool build")
         coordinator.types("consilience server init")
         settings = coordinator.folder / "server" / "server.yaml"
