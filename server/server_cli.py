@@ -24,7 +24,7 @@ from consilience.server.admission_cli import HomeOption, app
 from consilience.server.authority import authority_pem, renew_if_due
 from consilience.server.runs import Run, find, runs
 from consilience.server.runs import submit as submit_job
-from consilience.server.service import Service, read_service
+from consilience.server.service import OLD_SECONDS, Service, read_service
 from consilience.server.settings import Home
 from consilience.server.summary import summary
 from consilience.server.superlink import Endpoint
@@ -134,7 +134,11 @@ def stop(
             if found.state.state in ("queued", "running"):
                 found.stop()
                 _wait(lambda: found.state.state not in ("queued", "running"), folder)
-            return _data(folder, found), f"Run {found.name}: {found.state.state}"
+            state = found.state.state
+            if state not in ("queued", "running"):
+                return _data(folder, found), f"Run {found.name}: {state}"
+            when = "" if read_service(folder) is not None else " once the server runs"
+            return _data(folder, found), f"Run {found.name} will stop{when}; it is {state}"
         service = read_service(folder)
         if service is None:
             return {"running": False}, "The server does not run."
@@ -215,7 +219,12 @@ def _view(home: Path, run: Run | None) -> RenderableType:
     lines: list[RenderableType] = []
     if service is None:
         lines.append("The server does not run: type `consilience server start`")
+    elif service.superlink is None:
+        lines.append("The server is starting")
     else:
+        age = time.time() - service.now
+        if age > OLD_SECONDS:
+            lines.append(f"The server wrote how it stands {_span(age)} ago: read its log")
         online = [name for name, is_online in service.online.items() if is_online]
         lines.append(f"Server up for {_span(time.time() - service.since)}; {len(online)} of {len(service.online)} "
                      f"sites online{': ' + ', '.join(sorted(online)[:20]) if online else ''}")  # fmt: skip

@@ -6,6 +6,7 @@ One server and three sites for all tests of the file; each leaves them as it fou
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -19,7 +20,8 @@ from consilience.common.files import lock
 from consilience.common.settings_file import dump_settings
 from consilience.deploy.processes import make_server
 from consilience.deploy.simulation import embedded_job
-from consilience.server.service import MOST_CRASHES
+from consilience.server.runs import Run
+from consilience.server.service import MOST_CRASHES, read_service
 from consilience.server.settings import ServerSettings
 from helpers.server import Deployment, deployment, done, processes_about, until
 
@@ -163,6 +165,71 @@ def test_a_run_is_stopped_and_goes_on_when_it_is_submitted_again(place: Deployme
     place.hold.unlink()
     assert place.submit(job) == run
     assert place.ended(run) == "done"
+
+
+def test_a_fold_in_during_the_run_is_done_after_it_and_a_queued_run_is_stopped_meanwhile(place: Deployment) -> None:
+    assert place.server is not None
+    job = place.job("folded")
+    place.hold.touch()
+    run, waiting = place.submit(job), place.submit(place.job("waiting"))
+    until(lambda: place.events(run, "asked"), "questions are on their way")
+    assert place.done("submit", job, "--fold-in")["run"]["state"] == "running"
+    assert place.done("stop", waiting)["run"]["state"] == "stopped"
+    assert place.state(run) == "running"
+    place.hold.unlink()
+    place.server.says(f"run {run} is done", 2)
+    assert place.server.text().count(f"run {run} begins") == 2
+    assert f"run {waiting} begins" not in place.server.text()
+    assert place.state(run) == "done"
+
+
+def test_damaged_files_of_a_run_and_of_a_site_touch_no_other(place: Deployment) -> None:
+    run, record = place.home.runs / "damaged", place.home.sites / "damaged.json"
+    run.mkdir()
+    (run / "submitted.json").write_text("{}")
+    record.write_text("{}")
+    place.done("suspend", "cow-shed")
+    assert place.agents["cow-shed"].wait() == 18
+    place.done("resume", "cow-shed")
+    place.agent("cow-shed")
+    place.wait_online("ant-hill", "bee-hive", "cow-shed")
+    assert place.ended(place.submit(place.job("sound"))) == "done"
+    assert place.server is not None
+    text = place.server.text()
+    assert text.count(f"{run} is left out") == text.count("site damaged is not admitted") == 1
+    record.unlink()
+    shutil.rmtree(run)
+
+
+def test_what_cannot_be_written_ends_no_server_and_is_said_once(place: Deployment) -> None:
+    state = place.home.folder / "service.json"
+    assert place.server is not None
+    state.unlink()
+    (state / "in the way").mkdir(parents=True)
+    place.server.says(f"Cannot write {state}")
+    run = Run(place.home.runs / place.submit(place.job("unseen")))
+    until(lambda: run.state.state == "done", "the run ends")
+    assert place.server.text().count(f"Cannot write {state}") == 1
+    shutil.rmtree(state)
+    place.wait_online("ant-hill", "bee-hive", "cow-shed")
+
+
+def test_a_waiting_process_that_ends_by_itself_is_replaced_more_and_more_rarely(place: Deployment) -> None:
+    assert place.server is not None
+    for seconds in (1, 2):
+        (pid,) = until(lambda: processes_about(place.home.folder, "consilience.server.runner"), "a process waits")
+        os.kill(pid, signal.SIGKILL)
+        place.server.says(f"ended with code -9; next try in {seconds} s")
+
+
+def test_a_server_can_be_asked_and_stopped_while_it_starts(place: Deployment, tmp_path: Path) -> None:
+    home = make_server(tmp_path / "server")
+    server = place.process("starting.log", ["server", "start", "--home", home.folder])
+    first = until(lambda: read_service(home.folder), "the server says how it stands")
+    assert (first.superlink, first.online) == (None, {})
+    assert done("server", "stop", "--home", home.folder) == {"running": False}
+    assert server.wait() == 0
+    assert not processes_about(tmp_path)
 
 
 def test_a_run_whose_process_dies_again_and_again_is_called_failed(place: Deployment) -> None:
