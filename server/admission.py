@@ -8,6 +8,7 @@ Every command changes the file of one site and no other, so nothing is done to a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from datetime import UTC, datetime
@@ -152,6 +153,17 @@ class Register:
                 if record.status == "approved":
                     found[record.name] = record.public_key
         return found
+
+    def named(self, fingerprint: str) -> str:
+        """Return how to speak of a key: by its site, or by its words when it is nobody's."""
+        for path in self._paths():
+            with contextlib.suppress(IdentityError, StorageError):
+                record = self._read(path)
+                if record.fingerprint == fingerprint:
+                    return f"site {record.name} ({record.status})"
+                if any(earlier.fingerprint == fingerprint for earlier in record.history):
+                    return f"site {record.name} with a key that was replaced"
+        return f"the key with the words: {words(fingerprint)}"
 
     def kit(self, record: Record, settings: ServerSettings, ca_pem: str) -> Kit:
         """Return what the site gets back. It holds no secret."""

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +22,7 @@ from consilience.common.child import child_command, end_all
 from consilience.common.errors import ConsilienceError, StorageError
 from consilience.common.files import lock, read_json, write_json
 from consilience.server.runs import Failure, Run, State, Submitted, runs
+from consilience.server.strangers import REASONS, Strangers
 from consilience.server.superlink import STOP_SECONDS, Control, Endpoint, SuperLink
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ SYNC_SECONDS = 1.0
 RESTART_SECONDS = 1.0
 LONGEST_PAUSE = 60.0
 """Between two starts of a waiting process that ends by itself; the first pause is `RESTART_SECONDS`."""
+CERTIFICATE_SECONDS = 4 * 3600.0
+"""How often the server looks whether its certificate must be renewed."""
+DAY = 24 * 3600.0
 OLD_SECONDS = 10.0
 """A state that was written longer ago is no longer how the server stands."""
 MOST_CRASHES = 5
@@ -69,13 +74,30 @@ def read_service(home: Path) -> ServiceState | None:
     return state if b"consilience" in command else None
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """What the server does about its certificate; both return why it is due, None while it is good."""
+
+    due: Callable[[], str | None]
+    renew: Callable[[], str | None]
+
+
 class Service:
     """One server folder's server."""
 
-    def __init__(self, endpoint: Endpoint, listen: str, admitted: Callable[[], dict[str, str]]) -> None:
-        """`admitted` returns the keys that may connect: site -> OpenSSH line."""
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        listen: str,
+        admitted: Callable[[], dict[str, str]],
+        named: Callable[[str], str],
+        certificate: Certificate,
+    ) -> None:
+        """`admitted` returns the keys that may connect: site -> OpenSSH line; `named` whose a key's fingerprint is."""
         self.home, self.endpoint = endpoint.home.folder, endpoint
-        self._admitted = admitted
+        self._admitted, self._named, self._certificate = admitted, named, certificate
+        self._strangers, self._told = Strangers(self.home), time.time()
+        self._certificate_look = self._certificate_act = 0.0
         self._superlink = SuperLink(endpoint, listen)
         self._since = time.time()
         self._online: dict[str, bool] = {}
@@ -87,7 +109,7 @@ class Service:
         self._spare: subprocess.Popen[bytes] | None = None
         self._spare_after, self._pause = 0.0, RESTART_SECONDS
         self._crashes = 0
-        self._troubles: dict[str, str] = {}
+        self._troubles: dict[str, tuple[str, float]] = {}
         self._stopping = False
 
     def serve(self) -> None:
@@ -118,15 +140,15 @@ class Service:
 
     def _tick(self) -> None:
         """Do each part of the work; what goes wrong in one (a full disk, a locked database) ends neither another."""
-        for part in (self._keep_superlink, self._sync, self._look_after_run):
+        for part in (self._keep_superlink, self._keep_certificate, self._sync, self._look_after_run):
             try:
                 part()
             except (ConsilienceError, OSError) as error:
-                if self._troubles.get(part.__name__) != str(error):
+                now = time.monotonic()
+                said, last = self._troubles.get(part.__name__, ("", now))
+                if said != str(error) or now - last > OLD_SECONDS:  # else it is still the same trouble
                     log.error("%s", error)
-                self._troubles[part.__name__] = str(error)
-            else:
-                self._troubles.pop(part.__name__, None)
+                self._troubles[part.__name__] = str(error), now
 
     def _keep_superlink(self) -> None:
         if self._superlink.alive:
@@ -136,11 +158,34 @@ class Service:
         self._superlink.start()
         self._synced = 0.0
 
+    def _keep_certificate(self) -> None:
+        """Renew the certificate between two runs; agents connect again by themselves. At most one try a day."""
+        now = time.monotonic()
+        if now < self._certificate_look or not self._superlink.alive:
+            return
+        self._certificate_look = now + CERTIFICATE_SECONDS
+        reason = self._certificate.due()
+        if reason is None or now < self._certificate_act:
+            return
+        if self._run is not None:
+            log.warning("the server's certificate must be renewed (%s); that is done when the run has ended", reason)
+            self._certificate_look = now + DAY
+            return
+        self._certificate_act = now + DAY
+        self._certificate.renew()
+        log.warning("made the server's certificate anew: %s; the SuperLink starts again with it", reason)
+        self._superlink.stop()
+        self._superlink.start()
+        self._synced = 0.0
+
     def _sync(self) -> None:
         """Bring the SuperLink's keys in step with the register, and see who is online."""
         if not self._superlink.alive or time.monotonic() - self._synced < SYNC_SECONDS:
             return
         self._synced = time.monotonic()
+        for refusal in self._strangers.since(self._told):
+            log.warning("turned away %s: %s", self._named(refusal.fingerprint), REASONS[refusal.reason])
+            self._told = refusal.time
         with Control(self.endpoint) as control:
             nodes = control.nodes()
             changes = control.sync(self._admitted(), nodes)
@@ -243,6 +288,7 @@ class Service:
         self._run.set(state, failure, about=self._submitted)
         self._run, self._submitted, self._process, self._crashes = None, None, None, 0
         self._pause = RESTART_SECONDS
+        self._certificate_look = 0.0
 
 
 def _failure(run: Run) -> Failure | None:
