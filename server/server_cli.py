@@ -259,8 +259,8 @@ def _view(home: Path, run: Run | None) -> RenderableType:
 def _turned_away(home: Path) -> list[str]:
     """Return which keys the server turned away lately, and why."""
     register = Register(Home(home))
-    held = {(each.fingerprint, each.reason) for each in Strangers(home).since(time.time() - STRANGER_SECONDS)}
-    return sorted(f"{register.named(fingerprint)}: {REASONS[reason]}" for fingerprint, reason in held)
+    lately = Strangers(home).since(time.time() - STRANGER_SECONDS)
+    return sorted({f"{register.named(each.fingerprint)}: {REASONS[each.reason]}" for each in lately})
 
 
 def _sites_table(sites: list[dict[str, Any]], online: dict[str, bool]) -> Table:
