@@ -8,20 +8,26 @@ Every command changes the file of one site and no other, so nothing is done to a
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from consilience.common.errors import IdentityError
+from consilience.common.errors import IdentityError, StorageError
 from consilience.common.files import storage_error, write_bytes
 from consilience.common.identity import Kit, Line, Request, key_fingerprint, key_line, read_key_line, words
 from consilience.common.settings import NAME_PATTERN
 from consilience.server.settings import Home, ServerSettings
 
+log = logging.getLogger(__name__)
+
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Status = Literal["approved", "suspended"]
+_OF_ONE_FILE = (PermissionError, FileNotFoundError, IsADirectoryError)
 
 
 class EarlierKey(BaseModel):
@@ -124,11 +130,40 @@ class Register:
 
     def records(self) -> list[Record]:
         """Return all records, sorted by name. Raises `IdentityError` when one is damaged, `StorageError`."""
-        return [self._read(path) for path in sorted(self._home.sites.glob("[!.]*.json"))]
+        return [self._read(path) for path in self._paths()]
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._home.sites.glob("[!.]*.json"))
 
     def keys(self) -> dict[str, str]:
-        """Return name -> public key (OpenSSH's line) of the approved sites: whom the SuperLink admits."""
-        return {record.name: record.public_key for record in self.records() if record.status == "approved"}
+        """Return name -> public key (OpenSSH's line) of the approved sites: whom the SuperLink admits.
+
+        A site whose record is damaged is not admitted; the others are. Raises `StorageError` when it is not the record
+        but the machine that fails: then nothing should be concluded about anybody.
+        """
+        found = {}
+        for path in self._paths():
+            try:
+                record = self._read(path)
+            except (IdentityError, StorageError) as error:
+                if isinstance(error, StorageError) and not isinstance(error.__cause__, _OF_ONE_FILE):
+                    raise
+                _warn(f"site {path.stem} is not admitted: {error}")
+            else:
+                if record.status == "approved":
+                    found[record.name] = record.public_key
+        return found
+
+    def named(self, fingerprint: str) -> str:
+        """Return how to speak of a key: by its site, or by its words when it is nobody's."""
+        for path in self._paths():
+            with contextlib.suppress(IdentityError, StorageError):
+                record = self._read(path)
+                if record.fingerprint == fingerprint:
+                    return f"site {record.name} ({record.status})"
+                if any(earlier.fingerprint == fingerprint for earlier in record.history):
+                    return f"site {record.name} with a key that was replaced"
+        return f"the key with the words: {words(fingerprint)}"
 
     def kit(self, record: Record, settings: ServerSettings, ca_pem: str) -> Kit:
         """Return what the site gets back. It holds no secret."""
@@ -136,14 +171,15 @@ class Register:
 
     def _set_status(self, name: str, status: Status) -> Record:
         with self._home.locked():
-            known = {record.name: record for record in self.records()}
+            known = {path.stem: path for path in self._paths()}
             if name not in known:
                 raise IdentityError(
                     f"There is no site {name!r}; known: {', '.join(known) or 'none'}", hint="Correct the name"
                 )
-            if known[name].status == status:
-                return known[name]
-            return self._write(known[name].model_copy(update={"status": status, "changed": _now()}))
+            record = self._read(known[name])
+            if record.status == status:
+                return record
+            return self._write(record.model_copy(update={"status": status, "changed": _now()}))
 
     def _write(self, record: Record) -> Record:
         write_bytes(self._home.sites / f"{record.name}.json", record.model_dump_json(indent=2).encode() + b"\n")
@@ -179,6 +215,12 @@ def _refuse_used_key(request: Request, known: dict[str, Record]) -> None:
                 f"The key in {request.name!r}'s request was replaced at site {record.name!r} before",
                 hint="Let the site make a new one with `consilience site init --rotate`",
             )
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Say it once in the life of this process: the server reads the records every second."""
+    log.warning("%s", line)
 
 
 def _now() -> datetime:

@@ -113,6 +113,7 @@ def _make_folders(home: Home) -> None:
     """Make the server's folder, for its owner alone. Raises `StorageError`."""
     try:
         home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home.folder.chmod(0o700)  # it may have been there
         home.sites.mkdir(mode=0o700, exist_ok=True)
         home.runs.mkdir(exist_ok=True)
     except OSError as error:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from consilience.common.errors import IdentityError
+from consilience.common.errors import ConsilienceError, IdentityError
 from consilience.common.files import storage_error, sync_folder, write_bytes
 from consilience.common.identity import PrivateKey, read_certificate, read_secret, write_secret
 from consilience.server.settings import Home, ServerSettings, split_address
@@ -84,11 +84,19 @@ def renewal_reason(home: Home, settings: ServerSettings, now: datetime | None = 
     return None
 
 
+def certificate_end(home: Home) -> datetime | None:
+    """Return when the server's certificate ends, None when there is none that can be read."""
+    try:
+        return read_certificate(_read(home.server_certificate)).not_valid_after_utc
+    except ConsilienceError:
+        return None
+
+
 def renew_if_due(home: Home, settings: ServerSettings, now: datetime | None = None) -> str | None:
     """Make the server's key and certificate (anew) when they are missing, end within 30 days, or the names changed.
 
     Returns the reason, or None when nothing was done. The authority, and so every kit, stays as it is. A running
-    server shows the new certificate after its next start. Raises `IdentityError`, `StorageError`, `RunError`.
+    SuperLink shows the new certificate after its next start. Raises `IdentityError`, `StorageError`, `RunError`.
     """
     with home.locked():
         reason = renewal_reason(home, settings, now)

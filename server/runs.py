@@ -6,17 +6,21 @@ alone), so that no two processes write one file. Does not live here: doing a run
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from consilience.common.errors import REGISTRY, ConsilienceError, RunError
+from consilience.common.errors import REGISTRY, ConsilienceError, RunError, StorageError
 from consilience.common.files import canonical_json, read_json, sha256, write_json
 from consilience.common.settings import NAME_PATTERN, JobSettings
 from consilience.common.settings_file import dump_settings, load_settings
+
+log = logging.getLogger(__name__)
 
 State = Literal["queued", "running", "done", "failed", "stopped"]
 
@@ -25,12 +29,19 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Model = TypeVar("Model", bound=_File)
+
+
 class Submitted(_File):
     """What `submit` asked for last."""
 
     token: str
     time: float
     fold_in: bool = False
+
+
+class _Stop(_File):
+    time: float
 
 
 class Failure(_File):
@@ -71,32 +82,33 @@ class Run:
     @property
     def submitted(self) -> Submitted:
         """What was asked for."""
-        return Submitted.model_validate(read_json(self.folder / "submitted.json"))
+        return _read(self.folder / "submitted.json", Submitted)
 
     @property
     def state(self) -> RunState:
-        """How it stands; queued when the server has not seen the last submission yet."""
+        """How it stands; queued when the server has not seen the last submission yet and is not at an earlier one."""
         submitted = self.submitted
         path = self.folder / "state.json"
-        held = RunState.model_validate(read_json(path)) if path.exists() else None
-        if held is None or held.submitted < submitted.time:
+        held = _read(path, RunState) if path.exists() else None
+        if held is None or (held.submitted < submitted.time and held.state != "running"):
             return RunState(state="queued", submitted=submitted.time, since=submitted.time)
         return held
 
-    def set(self, state: State, failure: Failure | None = None) -> None:
-        """Write the state. For the server alone."""
-        held = RunState(state=state, submitted=self.submitted.time, since=time.time(), failure=failure)
+    def set(self, state: State, failure: Failure | None = None, *, about: Submitted | None = None) -> None:
+        """Write the state of the submission `about`, by default the last one. For the server alone."""
+        about = about or self.submitted
+        held = RunState(state=state, submitted=about.time, since=time.time(), failure=failure)
         write_json(self.folder / "state.json", held.model_dump(mode="json"))
 
     @property
     def stop_wanted(self) -> bool:
         """Whether somebody asked to stop the run since it was submitted last."""
         path = self.folder / "stop.json"
-        return path.exists() and float(read_json(path)["time"]) > self.submitted.time
+        return path.exists() and _read(path, _Stop).time > self.submitted.time
 
     def stop(self) -> None:
         """Ask the server to stop the run."""
-        write_json(self.folder / "stop.json", {"time": time.time()})
+        write_json(self.folder / "stop.json", _Stop(time=time.time()).model_dump())
 
     def need_done(self) -> dict[str, Any]:
         """Return report.json of a run that is done. Raises why there is none."""
@@ -132,7 +144,8 @@ def submit(home: Path, job: JobSettings, *, token: str | None = None, fold_in: b
     """Put a job into the queue; returns its run and whether that is a new one.
 
     The same token is the same run, so that a retry never asks twice: a run that is queued or running stays as it is,
-    one that failed or was stopped goes on from what is on disk, one that is done stays done unless `fold_in`.
+    one that failed or was stopped goes on from what is on disk, one that is done stays done. With `fold_in` the run is
+    queued in any case; one that is at work is done to its end first.
 
     Raises `RunError` when the token's run is of another job, `StorageError`.
     """
@@ -157,9 +170,33 @@ def submit(home: Path, job: JobSettings, *, token: str | None = None, fold_in: b
 
 
 def runs(home: Path) -> list[Run]:
-    """Return the server's runs, the one submitted last at the end."""
-    found = [Run(path.parent) for path in (home / "runs").glob("*/submitted.json")]
-    return sorted(found, key=lambda run: run.submitted.time)
+    """Return the server's runs, the one submitted last at the end; one whose files are damaged is left out."""
+    found: list[tuple[float, Run]] = []
+    for path in (home / "runs").glob("*/submitted.json"):
+        run = Run(path.parent)
+        try:
+            _ = run.state, run.stop_wanted
+            found.append((run.submitted.time, run))
+        except StorageError as error:
+            _warn(f"{run.folder} is left out: {error}")
+    return [run for _, run in sorted(found, key=lambda each: each[0])]
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Say it once in the life of this process: the server looks at its runs several times a second."""
+    log.warning("%s", line)
+
+
+def _read(path: Path, model: type[Model]) -> Model:
+    """Read one file of a run. Raises `StorageError`."""
+    try:
+        return model.model_validate(read_json(path))
+    except ValidationError as error:
+        raise StorageError(
+            f"{path} is not what was written there: {error.errors()[0]['msg']}",
+            hint="Restore it from a copy, or remove it and submit the job again",
+        ) from error
 
 
 def find(home: Path, name: str | None) -> Run:

@@ -21,17 +21,20 @@ from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
 from consilience.server.admission import Register
 from consilience.server.admission_cli import HomeOption, app
-from consilience.server.authority import authority_pem, renew_if_due
+from consilience.server.authority import authority_pem, certificate_end, renew_if_due, renewal_reason
 from consilience.server.runs import Run, find, runs
 from consilience.server.runs import submit as submit_job
-from consilience.server.service import Service, read_service
+from consilience.server.service import OLD_SECONDS, Certificate, Service, read_service
 from consilience.server.settings import Home
+from consilience.server.strangers import REASONS, Strangers
 from consilience.server.summary import summary
 from consilience.server.superlink import Endpoint
 
 __all__ = ["app"]
 
 LOOK_SECONDS = 0.5
+STRANGER_SECONDS = 600.0
+"""So long `status` shows that a key was turned away."""
 
 RunName = Annotated[str | None, typer.Argument(help="A run's name or its beginning; by default the last one.")]
 
@@ -53,7 +56,9 @@ def start(home: HomeOption = None, as_json: AsJson = False) -> None:
         if reason:
             logging.getLogger(__name__).info("made the server's certificate anew: %s", reason)
         endpoint = Endpoint(Home(folder), settings.control_port)
-        Service(endpoint, settings.listen, Register(place).keys).serve()
+        certificate = Certificate(lambda: renewal_reason(place, settings), lambda: renew_if_due(place, settings))
+        register = Register(place)
+        Service(endpoint, settings.listen, register.keys, register.named, certificate).serve()
         return {"home": str(folder)}, "Stopped."
 
     emit(as_json, action)
@@ -134,7 +139,11 @@ def stop(
             if found.state.state in ("queued", "running"):
                 found.stop()
                 _wait(lambda: found.state.state not in ("queued", "running"), folder)
-            return _data(folder, found), f"Run {found.name}: {found.state.state}"
+            state = found.state.state
+            if state not in ("queued", "running"):
+                return _data(folder, found), f"Run {found.name}: {state}"
+            when = "" if read_service(folder) is not None else " once the server runs"
+            return _data(folder, found), f"Run {found.name} will stop{when}; it is {state}"
         service = read_service(folder)
         if service is None:
             return {"running": False}, "The server does not run."
@@ -195,9 +204,12 @@ def _wait(done: Any, home: Path) -> None:
 
 def _data(home: Path, run: Run | None) -> dict[str, Any]:
     service = read_service(home)
+    ends = certificate_end(Home(home))
     data: dict[str, Any] = {
         "server": None if service is None else {"pid": service.pid, "since": service.since},
+        "certificate_ends": None if ends is None else ends.isoformat(),
         "sites": {} if service is None else service.online,
+        "turned_away": _turned_away(home),
         "runs": [{"name": held.name, "state": held.state.state} for held in runs(home)],
     }
     if run is not None:
@@ -215,10 +227,20 @@ def _view(home: Path, run: Run | None) -> RenderableType:
     lines: list[RenderableType] = []
     if service is None:
         lines.append("The server does not run: type `consilience server start`")
+    elif service.superlink is None:
+        lines.append("The server is starting")
     else:
+        age = time.time() - service.now
+        if age > OLD_SECONDS:
+            lines.append(f"The server wrote how it stands {_span(age)} ago: read its log")
         online = [name for name, is_online in service.online.items() if is_online]
         lines.append(f"Server up for {_span(time.time() - service.since)}; {len(online)} of {len(service.online)} "
                      f"sites online{': ' + ', '.join(sorted(online)[:20]) if online else ''}")  # fmt: skip
+    if (ends := certificate_end(Home(home))) is not None:
+        lines.append(
+            f"The server's certificate {'ends' if ends.timestamp() > time.time() else 'ended'} on {ends:%Y-%m-%d}"
+        )
+    lines += [f"Turned away lately: {line}" for line in _turned_away(home)]
     if run is None:
         lines.append("No run yet: type `consilience server submit JOB.yaml`")
         return Group(*lines)
@@ -232,6 +254,13 @@ def _view(home: Path, run: Run | None) -> RenderableType:
     if progress.get("sites"):
         lines.append(_sites_table(progress["sites"], {} if service is None else service.online))
     return Group(*lines)
+
+
+def _turned_away(home: Path) -> list[str]:
+    """Return which keys the server turned away lately, and why."""
+    register = Register(Home(home))
+    lately = Strangers(home).since(time.time() - STRANGER_SECONDS)
+    return sorted({f"{register.named(each.fingerprint)}: {REASONS[each.reason]}" for each in lately})
 
 
 def _sites_table(sites: list[dict[str, Any]], online: dict[str, bool]) -> Table:

@@ -7,6 +7,7 @@ here: what a run does (server/app), which keys and which runs (server/service).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -35,7 +36,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from consilience.common.child import child_command
+from consilience.common.child import child_command, end_all
 from consilience.common.errors import ServerError
 from consilience.common.files import storage_error
 from consilience.common.identity import read_key_line, read_secret, write_secret
@@ -162,19 +163,19 @@ class SuperLink:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The process, whether it still runs or not; None before the first start."""
+        return self._process
+
+    @property
     def pid(self) -> int | None:
         """The process id."""
         return self._process.pid if self._process is not None else None
 
     def stop(self) -> None:
         """Stop the process; kill it when it takes longer than `STOP_SECONDS`."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        if self._process is not None:
+            end_all([self._process], STOP_SECONDS)
         if self._log is not None:
             self._log.close()
         (self.endpoint.home.folder / "superlink.pid").unlink(missing_ok=True)
@@ -275,13 +276,17 @@ class Control:
                     done.append(f"site {name} is admitted")
         except httpx.HTTPError as error:
             raise _silent(error) from error
+        except sqlite3.Error as error:
+            raise ServerError(
+                f"{self._endpoint.home.database} cannot be changed: {error}",
+                hint="Make room on the disk, or end the program that holds it; the server tries again by itself",
+            ) from error
         return done
 
     def _forget(self, pem: bytes) -> None:
         """Remove the trace of a key that was registered once: Flower would refuse to register it again."""
-        with sqlite3.connect(self._endpoint.home.database, timeout=10) as database:
+        with contextlib.closing(sqlite3.connect(self._endpoint.home.database, timeout=10)) as database, database:
             database.execute("DELETE FROM node WHERE public_key = ? AND status = 'unregistered'", (pem,))
-        database.close()
 
     def start_run(self) -> int:
         """Start a Flower run of our thin app; returns its id."""

@@ -68,6 +68,28 @@ def test_the_same_request_again_changes_nothing(home: Home, register: Register) 
     assert files(home) == before
 
 
+def test_a_damaged_record_touches_that_site_alone(
+    home: Home, register: Register, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = request("bad"), request("good")
+    register.approve(bad)
+    register.approve(good)
+    path = home.sites / "bad.json"
+    path.write_text(path.read_text()[:-20])
+    for _ in range(2):
+        assert register.keys() == {"good": good.public_key}
+    (warning,) = caplog.messages
+    assert "site bad is not admitted" in warning
+    assert str(path) in warning
+    assert register.suspend("good").status == "suspended"
+    assert register.keys() == {}
+    assert register.resume("good").status == "approved"
+    for change in (lambda: register.suspend("bad"), lambda: register.approve(request("new"))):
+        with pytest.raises(IdentityError, match=r"bad\.json is no admission record"):
+            change()
+    assert not (home.sites / "new.json").exists()
+
+
 def test_a_new_contact_of_the_same_key_is_taken(register: Register) -> None:
     key = new_key()
     first = register.approve(request("hospital-a", key))
@@ -200,7 +222,8 @@ def test_a_changed_record_is_refused_and_named(home: Home, register: Register) -
     for change in changes:
         path.write_text(json.dumps({**held, **change}))
         with pytest.raises(IdentityError, match=r"hospital-a\.json is no admission record"):
-            register.keys()
+            register.records()
+        assert register.keys() == {}
     path.write_text("")
     with pytest.raises(IdentityError, match=r"hospital-a\.json is no admission record"):
         register.approve(request("hospital-b"))

@@ -200,6 +200,14 @@ def test_a_new_server_has_its_folder(here: Path) -> None:
     assert f"\n  {words(certificate_fingerprint(home.ca_certificate.read_text()))}\n" in said.stdout
 
 
+def test_a_folder_that_was_there_is_closed_to_others(here: Path) -> None:
+    folder = here / "server"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    assert type_in(*SERVER_INIT).exit_code == 0
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_server_init_again_renews_what_is_due_and_keeps_the_rest(here: Path) -> None:
     first = done(*SERVER_INIT)
     before = snapshot(here)

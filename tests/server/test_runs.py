@@ -61,6 +61,36 @@ def test_submitting_again_goes_on_with_what_failed_or_was_stopped_and_leaves_the
     assert (run.state.state, run.submitted.fold_in) == ("queued", True)
 
 
+def test_a_run_at_work_is_folded_in_after_its_end(tmp_path: Path) -> None:
+    run, _ = submit(tmp_path, JOB)
+    began_with = run.submitted
+    run.set("running", about=began_with)
+    submit(tmp_path, JOB, fold_in=True)
+    assert run.state.state == "running"
+    asked = run.submitted
+    submit(tmp_path, JOB)
+    assert run.submitted == asked, "submitting it plainly changes nothing"
+    run.set("done", about=began_with)
+    assert (run.state.state, run.submitted.fold_in) == ("queued", True)
+    run.set("done", about=asked)
+    assert run.state.state == "done"
+
+
+@pytest.mark.parametrize("name", ["submitted.json", "state.json", "stop.json"])
+@pytest.mark.parametrize("damage", ["{", "[]", '{"time": "soon"}'])
+def test_a_damaged_run_is_left_out_with_a_warning_and_the_others_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    good, _ = submit(tmp_path, JOB, token="good")
+    bad, _ = submit(tmp_path, JOB, token="bad")
+    (bad.folder / name).write_text(damage)
+    for _ in range(2):
+        assert [run.name for run in runs(tmp_path)] == [good.name]
+    (warning,) = caplog.messages
+    assert str(bad.folder / name) in warning
+    assert find(tmp_path, None).name == good.name
+
+
 def test_a_stop_counts_until_the_next_submission(tmp_path: Path) -> None:
     run, _ = submit(tmp_path, JOB)
     assert not run.stop_wanted

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings
 from consilience.server.runs import Failure, submit
 from consilience.server.server_cli import app
+from consilience.server.service import ServiceState
 from consilience.server.settings import ServerSettings
 
 JOB = JobSettings(name="leaves", pool=Path("/pool"))
@@ -100,3 +104,36 @@ def test_submit_without_a_server_keeps_the_job_and_says_what_to_do(home: Path, t
 
 def test_stop_without_a_server_says_so(home: Path) -> None:
     assert typed("stop", home=home) == (0, "The server does not run.\n")
+
+
+def test_stopping_a_queued_run_without_a_server_says_when_it_will_stop(home: Path) -> None:
+    run, _ = submit(home, JOB, token="one")
+    assert typed("stop", "leaves", home=home) == (0, "Run leaves-one will stop once the server runs; it is queued\n")
+    run.set("stopped")
+    assert typed("stop", "leaves", home=home) == (0, "Run leaves-one: stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("age", "superlink", "said"),
+    [(0, 1, "1 of 1 sites online"), (0, None, "The server is starting"), (300, 1, "wrote how it stands 5 min ago")],
+)
+def test_status_says_how_old_it_is(home: Path, age: int, superlink: int | None, said: str) -> None:
+    now, waits = time.time(), [sys.executable, "-c", "input()", "consilience"]
+    with subprocess.Popen(waits, stdin=subprocess.PIPE) as server:
+        state = ServiceState(
+            pid=server.pid, since=now - 600, now=now - age, superlink=superlink, online={"ant-hill": True}
+        )
+        write_json(home / "service.json", state.model_dump(mode="json"))
+        code, text = typed("status", home=home)
+        server.kill()
+    assert (code, said in text) == (0, True), text
+    assert ("ago" in text) == bool(age)
+
+
+def test_status_passes_over_a_damaged_run(home: Path) -> None:
+    submit(home, JOB, token="good")
+    bad, _ = submit(home, JOB, token="bad")
+    (bad.folder / "submitted.json").write_text("{}")
+    code, text = typed("status", "--json", home=home)
+    assert code == 0
+    assert json.loads(text[text.index("{") :])["data"]["runs"] == [{"name": "leaves-good", "state": "queued"}]

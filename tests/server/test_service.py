@@ -6,20 +6,30 @@ One server and three sites for all tests of the file; each leaves them as it fou
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from flwr.client.grpc_rere_client import node_auth_client_interceptor
 
+from consilience.client.connection import BusyError
+from consilience.client.fleet import GrpcFleet
+from consilience.common.errors import AdmissionError, ClockError
 from consilience.common.files import lock
-from consilience.common.settings_file import dump_settings
+from consilience.common.identity import Kit, key_fingerprint, load_key, make_key, words
+from consilience.common.settings import JobSettings
+from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.processes import make_server
 from consilience.deploy.simulation import embedded_job
-from consilience.server.service import MOST_CRASHES
+from consilience.server.authority import renew_if_due
+from consilience.server.runs import submit
+from consilience.server.service import MOST_CRASHES, read_service
 from consilience.server.settings import ServerSettings
 from helpers.server import Deployment, deployment, done, processes_about, until
 
@@ -163,6 +173,115 @@ def test_a_run_is_stopped_and_goes_on_when_it_is_submitted_again(place: Deployme
     place.hold.unlink()
     assert place.submit(job) == run
     assert place.ended(run) == "done"
+
+
+def test_a_fold_in_during_the_run_is_done_after_it_and_a_queued_run_is_stopped_meanwhile(place: Deployment) -> None:
+    assert place.server is not None
+    job = place.job("folded", ask={"wait": 15})
+    place.hold.touch()
+    run, waiting = place.submit(job), place.submit(place.job("waiting"))
+    until(lambda: place.state(run) == "running", "the run is at work")
+    assert place.done("submit", job, "--fold-in")["run"]["state"] == "running"
+    assert place.done("stop", waiting)["run"]["state"] == "stopped"
+    assert place.state(run) == "running"
+    place.hold.unlink()
+    place.server.says(f"run {run} is done")
+    place.server.says(f"run {run} is failed: No new site is connected")
+    assert place.server.text().count(f"run {run} begins") == 2
+    assert f"run {waiting} begins" not in place.server.text()
+
+
+def test_damaged_files_of_a_run_and_of_a_site_touch_no_other(place: Deployment) -> None:
+    run, record = place.home.runs / "damaged", place.home.sites / "damaged.json"
+    run.mkdir()
+    (run / "submitted.json").write_text("{}")
+    record.write_text("{}")
+    place.done("suspend", "cow-shed")
+    assert place.agents["cow-shed"].wait() == 18
+    place.done("resume", "cow-shed")
+    place.agent("cow-shed")
+    place.wait_online("ant-hill", "bee-hive", "cow-shed")
+    assert place.ended(place.submit(place.job("sound"))) == "done"
+    assert place.server is not None
+    text = place.server.text()
+    assert text.count(f"{run} is left out") == text.count("site damaged is not admitted") == 1
+    record.unlink()
+    shutil.rmtree(run)
+
+
+def test_who_is_turned_away_is_named(place: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place.server is not None
+    kit = Kit.read(place.files["ant-hill"].parent / "kit.json")
+    new, late = make_key(tmp_path / "new.key"), make_key(tmp_path / "late.key")
+    place.add("old-oak")
+    until(lambda: "old-oak" in place.nodes(), "the site is registered")
+    place.done("suspend", "old-oak")
+    until(lambda: "old-oak" not in place.nodes(), "the site is no longer registered")
+    connected, suspended = (load_key(place.files[name].parent / "site.key") for name in ("bee-hive", "old-oak"))
+    assert GrpcFleet(kit, connected).admitted(), "asking is no offence"
+    for key in (new, suspended, connected, new):
+        with closing(GrpcFleet(kit, key)) as fleet, pytest.raises((AdmissionError, BusyError)):
+            fleet.activate()
+    monkeypatch.setattr(node_auth_client_interceptor, "now", lambda: datetime.now(UTC) - timedelta(hours=1))
+    with closing(GrpcFleet(kit, late)) as fleet, pytest.raises(ClockError):
+        fleet.activate()
+    said = [
+        f"the key with the words: {words(key_fingerprint(late.public_key()))}: its clock differs from the server's",
+        f"the key with the words: {words(key_fingerprint(new.public_key()))}: its key is not admitted",
+        "site bee-hive (approved): an agent with its key is connected already, or was until just now",
+        "site old-oak (suspended): its key is not admitted",
+    ]
+    for line in said:
+        place.server.says(f"turned away {line}")
+    assert place.server.text().count("turned away") == len(said)
+    assert set(place.done("status")["turned_away"]) == set(said)
+
+
+def test_what_cannot_be_written_ends_no_server_and_is_said_once(place: Deployment) -> None:
+    state = place.home.folder / "service.json"
+    assert place.server is not None
+    state.unlink()
+    (state / "in the way").mkdir(parents=True)
+    try:
+        place.server.says(f"Cannot write {state}")
+        run, _ = submit(place.home.folder, load_settings(place.job("unseen"), JobSettings))
+        until(lambda: run.state.state == "done", "the run ends")
+        assert place.server.text().count(f"Cannot write {state}") == 1
+    finally:
+        shutil.rmtree(state)
+    place.wait_online("ant-hill", "bee-hive", "cow-shed")
+
+
+def test_a_certificate_that_ends_soon_is_renewed_once_no_run_is_at_work(place: Deployment) -> None:
+    assert place.server is not None
+    before, now = place.service(), datetime.now(UTC)
+    place.home.server_certificate.unlink()
+    renew_if_due(place.home, place.home.settings(), now - timedelta(days=380))
+    assert datetime.fromisoformat(place.done("status")["certificate_ends"]) < now + timedelta(days=18)
+    assert place.ended(place.submit(place.job("dated"))) == "done"
+    place.server.says("made the server's certificate anew: the old one ends on")
+    until(lambda: place.service().superlink not in (None, before.superlink), "another SuperLink runs")
+    place.wait_online("ant-hill", "bee-hive", "cow-shed")
+    assert datetime.fromisoformat(place.done("status")["certificate_ends"]) > now + timedelta(days=390)
+
+
+def test_a_waiting_process_that_ends_by_itself_is_replaced_more_and_more_rarely(place: Deployment) -> None:
+    assert place.server is not None
+    for seconds in (1, 2):
+        (pid,) = until(lambda: processes_about(place.home.folder, "consilience.server.runner"), "a process waits")
+        os.kill(pid, signal.SIGKILL)
+        place.server.says(f"ended with code -9; next try in {seconds} s")
+
+
+def test_a_server_can_be_asked_and_stopped_while_it_starts(place: Deployment, tmp_path: Path) -> None:
+    home = make_server(tmp_path / "server")
+    server = place.process("starting.log", ["server", "start", "--home", home.folder])
+    first = until(lambda: read_service(home.folder), "the server says how it stands")
+    assert first is not None
+    assert (first.superlink, first.online) == (None, {})
+    assert done("server", "stop", "--home", home.folder) == {"running": False}
+    assert server.wait() == 0
+    assert not processes_about(tmp_path)
 
 
 def test_a_run_whose_process_dies_again_and_again_is_called_failed(place: Deployment) -> None:
