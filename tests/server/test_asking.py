@@ -407,6 +407,30 @@ def test_sites_that_were_admitted_are_called_by_their_names() -> None:
         collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=True)
 
 
+def test_a_site_that_comes_back_as_another_node_is_asked_the_rest(
+    tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Moves(AdmittingGrid):
+        """Node 100 goes away after two answers; node 101 then is the site under its new key."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            if 100 not in self.unknown and len(sites.attempts) > 2:
+                self.leave(100)
+                self.unknown = {100}
+            return super().pull_messages(message_ids)
+
+    monkeypatch.setattr(asking, "LOOK_EVERY", 0.05)
+    sites = Sites({"one": honest, "again": honest})
+    with Moves(sites, {100: "one", 101: "one"}) as grid:
+        grid.silent, grid.unknown = True, {101}
+        cards = cards_of(grid)
+        stores, states = run_on(grid, tmp_path, reporter, cards, retries=0, in_flight=1, wait=5)
+    assert np.array_equal(stores["one"].read(0, SIZE), everything())
+    assert (states["one"].node, states["one"].lost, states["one"].failures) == (101, 0, [])
+    events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert events.count("moved") == 1
+
+
 def test_a_site_that_goes_away_before_it_agreed_may_return(monkeypatch: pytest.MonkeyPatch) -> None:
     contract = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1, 2), pools=(DIGEST,), teacher=DIGEST)
 
@@ -523,6 +547,15 @@ def test_a_site_that_slows_down_is_asked_less_at_once() -> None:
         tuned.learn(tuned.size, tuned.size / 1000)
         sizes.append(tuned.size)
     assert sizes == [32_768, 16_384, 8_192, 4_096]
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "many"), [(None, 2, 1), (None, 5, 2), (None, 1e6, 4), (100, 2, 3), (100, 0.1, 1), (100, 1e6, 4)]
+)
+def test_a_slow_site_has_fewer_questions_on_their_way(size: int | None, rate: float, many: int) -> None:
+    asked = QuestionSize(size, 20)
+    asked.learn(100, 100 / rate)
+    assert asked.at_once(4, seconds=150) == many
 
 
 def test_a_size_that_is_given_stays() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from flwr.app import Context, RecordDict
 from rich.console import Console
 
 from consilience.common.data import from_arrays
-from consilience.common.errors import AskingError, DataError, PoolError, RunError, SettingsError
+from consilience.common.errors import AskingError, DataError, PoolError, RunError, SettingsError, StorageError
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Question
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.server.answers import AnswerStore
 from consilience.server.app import app as server_app
 from consilience.server.job import Job
 from consilience.server.report import comparable
@@ -80,13 +82,20 @@ def do(
 
 
 def do_with(
-    home: Path, sites: Sites, reporter: Reporter, *, run: str = "run", fold_in: bool = False, **changes: Any
+    home: Path,
+    sites: Sites,
+    reporter: Reporter,
+    *,
+    run: str = "run",
+    fold_in: bool = False,
+    submission: float = 0.0,
+    **changes: Any,
 ) -> dict[str, Any]:
     folder = home / run
     folder.mkdir(exist_ok=True)
     dump_settings(settings(home, **changes), folder / "job.yaml")
     with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid, fold_in=fold_in)
+        Job.open(folder, reporter).do(grid, fold_in=fold_in, submission=submission)
     report: dict[str, Any] = read_json(folder / "report.json")
     return report
 
@@ -373,6 +382,50 @@ def test_the_server_app_takes_fold_in_from_the_run_configuration(home: Path, rep
     with grid_of(Sites({"one": honest, "two": honest})) as grid:
         server_app(grid=grid, context=context)
     assert [site["name"] for site in read_json(home / "run" / "report.json")["sites"]] == ["one", "two"]
+
+
+def test_a_server_killed_while_it_learns_does_not_ask_again_until_the_next_submission(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    ask = {"min_sites": 1}
+    monkeypatch.setattr(Job, "learn", killed)
+    with pytest.raises(KeyboardInterrupt):
+        do_with(home, Sites({"one": honest, "two": first_half}), reporter, submission=5.0, ask=ask)
+    monkeypatch.undo()
+    sites = Sites({"one": honest, "two": honest})
+    report = do_with(home, sites, reporter, submission=5.0, ask=ask)
+    assert sites.attempts == {}
+    two = next(site for site in report["sites"] if site["name"] == "two")
+    assert two["missed"] == 24
+    assert "teacher-failed" in two["reason"]
+    report = do_with(home, sites, reporter, submission=6.0, ask=ask)
+    assert sites.attempts == {("two", 16): 1, ("two", 32): 1}
+    assert [site["missed"] for site in report["sites"]] == [0, 0]
+
+
+def test_the_deadline_counts_from_when_asking_first_began_for_a_submission(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError("No space left on device")
+
+    run_config: dict[str, str | bool | float] = {"run": str(home / "run"), "quiet": True, "submission": 5.0}
+    ask, sites = {"deadline": 20.0, "retries": 2}, Sites({"one": honest})
+    monkeypatch.setattr(AnswerStore, "append", full)
+    with pytest.raises(StorageError):
+        do_with(home, sites, reporter, submission=5.0, ask=ask)
+    monkeypatch.undo()
+    sites.attempts.clear()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 21)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
+    with grid_of(sites) as grid, pytest.raises(AskingError, match="the deadline of 20 s passed"):
+        server_app(grid=grid, context=context)
+    assert sites.attempts == {}
+    assert do_with(home, sites, reporter, submission=6.0, ask=ask)["sites"][0]["missed"] == 0
 
 
 def test_progress_names_the_stage_and_ends_with_done(home: Path, reporter: Reporter) -> None:
