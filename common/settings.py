@@ -7,7 +7,7 @@ and how a mistake in them reads (settings_file), what the fields do.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -272,6 +272,10 @@ class Ask(Settings):
     others remain; with neither it stops the job."""
 
 
+PATIENCE_FIELDS = frozenset({"wait_for", "wait", "deadline", "min_sites", "retries", "in_flight", "question_size"})
+"""Fields of `ask` that say how many sites are enough and how long they have: a run may go on under others."""
+
+
 class Unify(Settings):
     """How answers become soft labels."""
 
@@ -358,6 +362,14 @@ class JobSettings(Settings):
     student: Student = Student()
     judge: Judge = Judge()
     simulation: Simulation | None = None
+
+    def same_job(self, other: JobSettings) -> bool:
+        """Whether a run of this job may go on as one of the other: nothing but `PATIENCE_FIELDS` differs."""
+        return self.identity() == other.identity()
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this job another than others, as JSON values."""
+        return self.model_dump(mode="json", exclude={"ask": set(PATIENCE_FIELDS)})
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JobSettings:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from consilience.common.errors import RunError, SettingsError
+from consilience.common.errors import NEW_RUN, RunError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard
@@ -114,5 +114,5 @@ class RunContract(BaseModel):
 def _changed(path: Path, what: str) -> RunError:
     return RunError(
         f"{path.parent}: this run began under another contract; changed: {what}",
-        hint="Start a new run in another folder with --out",
+        hint=f"Start {NEW_RUN}",
     )

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from consilience.common.data import open_data
-from consilience.common.errors import AskingError, PoolError, SettingsError
+from consilience.common.errors import NEW_RUN, AskingError, PoolError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
@@ -131,7 +131,7 @@ class Job:
         if contract.pools != self._digests():
             raise PoolError(
                 f"{self.run}: a pool has changed since this run began",
-                hint="Restore it, or start a new run in another folder with --out",
+                hint=f"Restore it, or start {NEW_RUN}",
             )
         return contract
 
