@@ -18,7 +18,7 @@ from consilience.common.errors import AskingError, ProtocolError
 from consilience.common.progress import Reporter
 from consilience.common.protocol import CARD, CONTRACT, Agreement, CardRequest, Contract, SiteCard, read_reply
 from consilience.common.settings import Ask, JobSettings
-from consilience.server.contract import RunContract
+from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 
@@ -224,7 +224,8 @@ def enrol(
     known: set[str] = set()
     if earlier is not None:
         known = {card.name for card in earlier.sites}
-        earlier.check_unchanged(cards.values(), path)
+        if strict:
+            earlier.check_unchanged(cards.values(), path)
         new = sorted(card.name for card in cards.values() if card.name not in known)
         if new and not fold_in:
             reporter.say(
@@ -232,6 +233,11 @@ def enrol(
                 "command with --fold-in to ask there too"
             )
             cards = {node: card for node, card in cards.items() if card.name in known}
+    if not strict:
+        differing = _differing(settings, earlier, cards)
+        cards = {node: card for node, card in cards.items() if card.name not in differing}
+        left_out |= {name: reason for name, reason in differing.items() if name not in done}
+        _need_enough(lacking, cards, left_out)
     while True:
         sites = [*(earlier.sites if earlier else ()), *(c for c in cards.values() if c.name not in known)]
         contract = RunContract.build(settings, sites, pools)
@@ -246,16 +252,34 @@ def enrol(
             if strict:
                 raise _cannot(name, reason)
             left_out[name] = reason
-        lacked = lacking([card.name for card in cards.values()])
-        if lacked:
-            others = "; ".join(f"{who}: {reason}" for who, reason in sorted(left_out.items()))
-            raise AskingError(f"{lacked[0].upper()}{lacked[1:]}; left out: {others}", hint=HINT)
+        _need_enough(lacking, cards, left_out)
     for who, reason in sorted(left_out.items()):
         events.add("left-out", who=who, reason=reason)
         reporter.say(f"Warning: {who} is left out: {reason}")
     enrolment = _enrolled(contract, earlier, cards, left_out, done, path, events, reporter)
     enrolment.tried = {cards[node].name: (held.samples, held.seconds) for node, held in agreements.items()}
     return enrolment
+
+
+def _differing(settings: JobSettings, earlier: RunContract | None, cards: Mapping[int, SiteCard]) -> dict[str, str]:
+    """Return the sites whose cards the run cannot go on with, and why: changed ones, new ones that do not fit."""
+    known = {card.name for card in earlier.sites} if earlier else set()
+    reasons: dict[str, str] = {}
+    for card in cards.values():
+        if earlier is not None and card.name in known:
+            if earlier.differs(card):
+                reasons[card.name] = "its card is not the one this run began with: another teacher, classes or policy"
+        elif reason := objection(settings, card):
+            reasons[card.name] = reason
+    return reasons
+
+
+def _need_enough(lacking: Lacking, cards: Mapping[int, SiteCard], left_out: Mapping[str, str]) -> None:
+    """Raise `AskingError` when too few sites remain."""
+    lacked = lacking([card.name for card in cards.values()])
+    if lacked:
+        others = "; ".join(f"{who}: {reason}" for who, reason in sorted(left_out.items())) or "none"
+        raise AskingError(f"{lacked[0].upper()}{lacked[1:]}; left out: {others}", hint=HINT)
 
 
 def _enrolled(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from rich.console import Console
 
 from consilience.common.data import from_arrays
@@ -19,7 +19,7 @@ from consilience.common.errors import AskingError, DataError, PoolError, RunErro
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Question
+from consilience.common.protocol import Question, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.answers import AnswerStore
@@ -294,6 +294,58 @@ def test_a_site_that_does_not_agree_is_left_out_where_enough_others_are_there(ho
     assert "stubborn" not in {card["name"] for card in read_json(home / "run" / "contract.json")["sites"]}
     again = do(home, {"good": honest, "stubborn": honest}, reporter, ask={"min_sites": 1})
     assert comparable(again) == comparable(report)
+
+
+@pytest.mark.parametrize(
+    ("odd", "changes", "words"),
+    [
+        (("a", "b", "b"), {}, "names 'b' twice"),
+        (("a", "b", "beta"), {"labels": {"synonyms": {"b": ["beta"]}}}, "both 'b'"),
+        (("a", "x"), {"labels": {"classes": ["a", "b", "c"]}}, "labels.classes lacks x"),
+    ],
+)
+def test_a_site_whose_classes_do_not_fit_is_left_out_where_enough_others_are_there(
+    home: Path, reporter: Reporter, odd: tuple[str, ...], changes: dict[str, Any], words: str
+) -> None:
+    handlers, classes = {"good": honest, "odd": honest}, {"odd": odd}
+    report = do(home, handlers, reporter, classes=classes, ask={"min_sites": 1}, **changes)
+    assert [site["name"] for site in report["sites"]] == ["good"]
+    assert words in report["left_out"]["odd"]
+    with pytest.raises(AskingError, match=f"1 of 2 sites.*odd: .*{words}"):
+        do(home, handlers, reporter, run="few", classes=classes, ask={"min_sites": 2}, **changes)
+
+
+def test_a_site_whose_policy_lacks_the_encoding_is_left_out_where_enough_others_are_there(
+    home: Path, reporter: Reporter
+) -> None:
+    class Half(Sites):
+        def card(self, message: Message, context: Context) -> Message:
+            reply = super().card(message, context)
+            held = SiteCard.from_content(reply.content)
+            if held.name == "half":
+                held = held.model_copy(update={"encodings": ("f16",)})
+            return Message(held.to_content(), reply_to=message)
+
+    sites = Half({"good": honest, "half": honest})
+    report = do_with(home, sites, reporter, ask={"min_sites": 1})
+    assert "site half allows: f16" in report["left_out"]["half"]
+    with pytest.raises(SettingsError, match="site half allows: f16"):
+        do_with(home, sites, reporter, run="strict")
+
+
+def test_a_site_that_changed_counts_as_away_where_enough_others_remain(home: Path, reporter: Reporter) -> None:
+    ask = {"min_sites": 1, "wait": 0}
+    with pytest.raises(AskingError, match="0 of 2 sites answered"):
+        do(home, {"one": first_half, "two": first_half}, reporter, ask=ask)
+    changed = {"two": ("x", "y", "z")}
+    with pytest.raises(AskingError, match=r"1 of the 2 sites this run needs.*two: its card is not the one"):
+        do(home, {"one": honest, "two": honest}, reporter, classes=changed, ask={"min_sites": 2, "wait": 0})
+    report = do(home, {"one": honest, "two": honest}, reporter, classes=changed, ask=ask)
+    two = next(site for site in report["sites"] if site["name"] == "two")
+    assert (two["took_part"], two["missed"]) == (True, 24)
+    assert "its card is not the one this run began with" in two["reason"]
+    report = do(home, {"two": honest}, reporter, ask=ask)
+    assert [site["missed"] for site in report["sites"]] == [0, 0]
 
 
 def test_where_too_few_remain_each_reason_is_told(home: Path, reporter: Reporter) -> None:
