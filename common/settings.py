@@ -265,11 +265,12 @@ class Ask(Settings):
     wait: float = Field(default=3600.0, ge=0)
     """Seconds the job waits for sites that are not there yet, and, without a deadline, for one that has gone silent."""
     deadline: float | None = Field(default=None, gt=0)
-    """Seconds after asking began at which it ends, with whatever was answered; by default it ends when all is asked."""
+    """Seconds after asking began at which it ends, with whatever was answered; by default it ends when all is asked.
+    It runs on while the server is down; a run that is submitted again has all of it again."""
     min_sites: int | None = Field(default=None, ge=1)
     """With fewer sites that answered every question the job stops; by default it needs them all. With this or
-    `wait_for`, a site that cannot present itself or does not agree to the contract is left out as long as enough
-    others remain; with neither it stops the job."""
+    `wait_for`, a site that cannot present itself, does not fit the job or does not agree to the contract is left out
+    as long as enough others remain; with neither it stops the job."""
 
 
 PATIENCE_FIELDS = frozenset({"wait_for", "wait", "deadline", "min_sites", "retries", "in_flight", "question_size"})

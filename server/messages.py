@@ -44,6 +44,7 @@ class Admitting(Protocol):
 
     def admitted(self) -> dict[int, str]:
         """Return the name under which each online node's key was admitted."""
+        ...
 
 
 def online_nodes(grid: Grid) -> dict[int, str | None]:
