@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+NEW_RUN = "a new run with --out (simulate) or --token (server submit)"
+"""How a user begins another run of a job, for hints."""
+
 
 class ConsilienceError(Exception):
     """A failure the user can act on. Exit code 1 is kept for failures we did not foresee.
@@ -166,7 +169,8 @@ class RunError(ConsilienceError):
     name = "run"
     explanation = (
         "A run is one doing of one job in one folder. The folder given already holds a run of another job, or "
-        "another process is working in it. Name another folder with --out, or wait for the other process."
+        "another process is working in it. Start a new run with --out (simulate) or --token (server submit), or wait "
+        "for the other process."
     )
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from consilience.common.errors import RunError, StorageError
+from consilience.common.errors import NEW_RUN, RunError, StorageError
 
 
 def storage_error(error: OSError, path: Path, doing: str) -> StorageError:
@@ -135,7 +135,7 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise RunError(
                 f"Another process is working in {folder}",
-                hint="Wait for it, or name another folder with --out",
+                hint=f"Wait for it, or start {NEW_RUN}",
             ) from error
         for stale in folder.rglob(".*.part"):  # what a crash left half-written; nobody else is at work here
             stale.unlink(missing_ok=True)

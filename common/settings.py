@@ -7,7 +7,7 @@ and how a mistake in them reads (settings_file), what the fields do.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -265,11 +265,16 @@ class Ask(Settings):
     wait: float = Field(default=3600.0, ge=0)
     """Seconds the job waits for sites that are not there yet, and, without a deadline, for one that has gone silent."""
     deadline: float | None = Field(default=None, gt=0)
-    """Seconds after asking began at which it ends, with whatever was answered; by default it ends when all is asked."""
+    """Seconds after asking began at which it ends, with whatever was answered; by default it ends when all is asked.
+    It runs on while the server is down; a run that is submitted again has all of it again."""
     min_sites: int | None = Field(default=None, ge=1)
     """With fewer sites that answered every question the job stops; by default it needs them all. With this or
-    `wait_for`, a site that cannot present itself or does not agree to the contract is left out as long as enough
-    others remain; with neither it stops the job."""
+    `wait_for`, a site that cannot present itself, does not fit the job or does not agree to the contract is left out
+    as long as enough others remain; with neither it stops the job."""
+
+
+PATIENCE_FIELDS = frozenset({"wait_for", "wait", "deadline", "min_sites", "retries", "in_flight", "question_size"})
+"""Fields of `ask` that say how many sites are enough and how long they have: a run may go on under others."""
 
 
 class Unify(Settings):
@@ -358,6 +363,14 @@ class JobSettings(Settings):
     student: Student = Student()
     judge: Judge = Judge()
     simulation: Simulation | None = None
+
+    def same_job(self, other: JobSettings) -> bool:
+        """Whether a run of this job may go on as one of the other: nothing but `PATIENCE_FIELDS` differs."""
+        return self.identity() == other.identity()
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this job another than others, as JSON values."""
+        return self.model_dump(mode="json", exclude={"ask": set(PATIENCE_FIELDS)})
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JobSettings:

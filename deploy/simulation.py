@@ -114,7 +114,7 @@ def _keep_job(job: JobSettings, run: Path) -> None:
         return
     earlier = load_settings(path, JobSettings)
     here = {"pool": job.pool, "judge": job.judge}  # a run folder may have been moved
-    if earlier.model_copy(update=here) != job:
+    if not earlier.model_copy(update=here).same_job(job):
         raise RunError(f"{run} already holds a run of another job or seed", hint="Name another folder with --out")
     if earlier != job:
         dump_settings(job, path)

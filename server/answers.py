@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.common.encoding import DTYPES, decode, row_bytes
-from consilience.common.errors import ProtocolError, RunError, StorageError
+from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
 from consilience.common.files import read_json, sha256, storage_error, sync_folder, write_json
 from consilience.common.protocol import Answer, Digest
 from consilience.common.settings import Encoding
@@ -72,7 +72,7 @@ class AnswerStore:
                 differing = [name for name, value in about.model_dump(mode="json").items() if held.get(name) != value]
                 raise RunError(
                     f"{folder} holds answers of site {about.site} for another {', '.join(differing)}",
-                    hint="Start a new run in another folder with --out",
+                    hint=f"Start {NEW_RUN}",
                 )
         else:
             write_json(folder / "about.json", about.model_dump(mode="json"))

@@ -20,9 +20,11 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the job in the folder `context.run_config["run"]` to its end, from wherever an earlier run stopped.
 
-    With `fold-in` in the run configuration, sites that were not there when the run began join it.
+    With `fold-in` in the run configuration, sites that were not there when the run began join it. `submission` there
+    says when the run was submitted: asking goes on for the same one and begins anew for another, or without it.
     """
     quiet = bool(context.run_config.get("quiet", False))
     fold_in = bool(context.run_config.get("fold-in", False))
+    submission = float(context.run_config.get("submission", 0.0))
     with Reporter(quiet=quiet) as reporter:
-        Job.open(Path(str(context.run_config["run"])), reporter).do(grid, fold_in=fold_in)
+        Job.open(Path(str(context.run_config["run"])), reporter).do(grid, fold_in=fold_in, submission=submission)

@@ -23,7 +23,7 @@ from consilience.common.protocol import ANSWER, Answer, Question
 from consilience.common.settings import Ask
 from consilience.server.answers import AnswerStore
 from consilience.server.events import Events
-from consilience.server.messages import Backoff, compose, content_of, is_absence, pull, push
+from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 from consilience.server.progress import Progress, SiteProgress
 from consilience.server.question_size import QuestionSize
 
@@ -40,6 +40,7 @@ class SiteState:
 
     name: str
     node: int
+    """Where it was seen last: a site whose key was renewed, or that was suspended for a while, is another node."""
     asked: int = 0
     """Samples that were not answered before."""
     failures: list[str] = field(default_factory=list)
@@ -58,18 +59,20 @@ def ask(
     reporter: Reporter,
     progress: Progress,
     tried: Mapping[str, tuple[int, float]] = MappingProxyType({}),
+    passed: float = 0.0,
 ) -> list[SiteState]:
     """Ask until every store is complete, its site is given up, or `settings.deadline` has passed.
 
     `stores` pairs a node id with a store; a node may stand in several pairs (several pools). Questions to one node
     keep at most `settings.in_flight` on their way; answers are stored as they arrive. A question that fails is sent
     again `settings.retries` times. A node that is away keeps its questions waiting, at no cost of retries, until it
-    is back; without a deadline it is given up after `settings.wait` seconds, as is one that is there and says
-    nothing (but not before `TTL_SECONDS`). `tried` says for some sites how many samples took their teacher how many
-    seconds: questions are sized by it. Raises `StorageError` when an answer cannot be stored: what had arrived
-    before is safe, and nothing more is asked.
+    is back, as another node if need be; without a deadline it is given up after `settings.wait` seconds, as is one
+    that is there and says nothing (but not before `TTL_SECONDS`). `tried` says for some sites how many samples took
+    their teacher how many seconds: questions are sized by it. `passed` seconds of the deadline went by before, as when
+    the server was killed while it asked. Raises `StorageError` when an answer cannot be stored: what had arrived before
+    is safe, and nothing more is asked.
     """
-    asking = _Asking(grid, job, settings, events, reporter, progress)
+    asking = _Asking(grid, job, settings, events, reporter, progress, time.monotonic() - passed)
     for node, store in stores:
         asking.add(node, store)
     for site in asking.sites.values():
@@ -151,12 +154,19 @@ class _Asking:
     """Bookkeeping of one call of `ask`."""
 
     def __init__(
-        self, grid: Grid, job: str, settings: Ask, events: Events, reporter: Reporter, progress: Progress
+        self,
+        grid: Grid,
+        job: str,
+        settings: Ask,
+        events: Events,
+        reporter: Reporter,
+        progress: Progress,
+        began: float,
     ) -> None:
         self._grid, self._job, self._settings = grid, job, settings
         self._events, self._reporter, self._progress = events, reporter, progress
         self._looked = float("-inf")
-        self._began = time.monotonic()
+        self._began = began
         self.sites: dict[int, _Site] = {}
 
     def add(self, node: int, store: AnswerStore) -> None:
@@ -164,7 +174,7 @@ class _Asking:
         if node not in self.sites:
             progress = self._progress.sites.setdefault(about.site, SiteProgress(about.site, [store]))
             size = QuestionSize(chosen.question_size, row_bytes(about.classes, about.encoding))
-            self.sites[node] = _Site(SiteState(about.site, node), progress, size, self._began)
+            self.sites[node] = _Site(SiteState(about.site, node), progress, size, time.monotonic())
         site = self.sites[node]
         for low, high in store.missing():
             site.spans.append(_Span(store, low, high))
@@ -198,28 +208,37 @@ class _Asking:
         """See who is online, from time to time; questions to a site that went away wait for it."""
         if now - self._looked < LOOK_EVERY:
             return
-        self._looked, online = now, set(self._grid.get_node_ids())
-        for node, site in self.sites.items():
-            listed = node in online
+        self._looked, online = now, online_nodes(self._grid)
+        nodes = {name: node for node, name in online.items()}
+        for site in self.sites.values():
+            if site.state.node not in online and site.state.name in nodes:  # it came back with another key
+                self._take_back(site)
+                site.state.node = nodes[site.state.name]
+                self._events.add("moved", site=site.state.name)
+            listed = site.state.node in online
             if listed and not site.listed:
                 site.heard = now
             if listed != site.listed and site.open:
                 self._events.add("back" if listed else "away", site=site.state.name)
             if not listed:
-                for identifier in reversed(list(site.flying)):
-                    site.first.appendleft(site.flying.pop(identifier))
+                self._take_back(site)
             site.listed, site.paused = listed, False
             site.seen = now if listed else site.seen
             site.progress.online = listed
 
+    def _take_back(self, site: _Site) -> None:
+        """Put what is on its way to a node that has gone back to the front."""
+        for identifier in reversed(list(site.flying)):
+            site.first.appendleft(site.flying.pop(identifier))
+
     def _send(self, site: _Site, now: float) -> None:
-        if not site.listed or site.paused:
+        left = float("inf") if self._settings.deadline is None else self._began + self._settings.deadline - now
+        if not site.listed or site.paused or left <= 0:
             return
         batch: list[_Pending] = []
-        most = self._settings.in_flight if site.size.known else 1
+        most = site.size.at_once(self._settings.in_flight, TTL_SECONDS / 2)
         while len(site.flying) + len(batch) < most and (pending := site.take(self._job)):
             batch.append(pending)
-        left = float("inf") if self._settings.deadline is None else self._began + self._settings.deadline - now
         for pending in batch:
             pending.sent, pending.ttl = now, max(min(site.ttl, left), 1.0)
         messages = [compose(p.question.to_content(), ANSWER, site.state.node, p.ttl) for p in batch]

@@ -6,12 +6,13 @@ Does not live here: sending it, and who takes part (server/enrolment).
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from consilience.common.errors import RunError, SettingsError
+from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard
@@ -49,12 +50,7 @@ class RunContract(BaseModel):
                 hint="Correct the name or start that site",
             )
         for card in sites:
-            if job.ask.encoding not in card.encodings:
-                raise SettingsError(
-                    f"job.yaml: field 'ask.encoding' is {job.ask.encoding!r}; site {card.name} allows: "
-                    f"{', '.join(card.encodings)}",
-                    hint="Choose an encoding that every site allows",
-                )
+            _check_encoding(job, card)
         owners = {
             name: tuple(space.sites[i] for i in owned) for name, owned in zip(space.names, space.owners, strict=True)
         }
@@ -98,10 +94,13 @@ class RunContract(BaseModel):
             if name != "left_out" and getattr(self, name) != getattr(other, name):
                 raise _changed(path, name)
 
+    def differs(self, card: SiteCard) -> bool:
+        """Whether a site of this contract presents another card now."""
+        return any(held.name == card.name and held != card for held in self.sites)
+
     def check_unchanged(self, cards: Iterable[SiteCard], path: Path) -> None:
         """Compare cards with those of the same sites here. Raises `RunError` when one has changed."""
-        before = {card.name: card for card in self.sites}
-        changed = sorted(card.name for card in cards if before.get(card.name, card) != card)
+        changed = sorted(card.name for card in cards if self.differs(card))
         if changed:
             raise _changed(path, f"site {', '.join(changed)}")
 
@@ -111,8 +110,31 @@ class RunContract(BaseModel):
         return cls.model_validate(read_json(path), strict=False)
 
 
+def objection(job: JobSettings, card: SiteCard) -> str:
+    """Say why a site cannot take part in a job whoever else does: its classes or its policy; empty when it can."""
+    try:
+        space = LabelSpace.build({card.name: card.classes}, job.labels.synonyms)
+        _check_encoding(job, card)
+    except (LabelError, SettingsError) as error:
+        return error.message
+    if job.labels.classes is None:
+        return ""
+    wanted = {unicodedata.normalize("NFC", name).strip() for name in job.labels.classes}
+    strange = [name for name in space.names if name not in wanted]
+    return f"labels.classes lacks {', '.join(strange[:20])}, which it knows" if strange else ""
+
+
+def _check_encoding(job: JobSettings, card: SiteCard) -> None:
+    if job.ask.encoding not in card.encodings:
+        raise SettingsError(
+            f"job.yaml: field 'ask.encoding' is {job.ask.encoding!r}; site {card.name} allows: "
+            f"{', '.join(card.encodings)}",
+            hint="Choose an encoding that every site allows",
+        )
+
+
 def _changed(path: Path, what: str) -> RunError:
     return RunError(
         f"{path.parent}: this run began under another contract; changed: {what}",
-        hint="Start a new run in another folder with --out",
+        hint=f"Start {NEW_RUN}",
     )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -19,9 +18,9 @@ from consilience.common.errors import AskingError, ProtocolError
 from consilience.common.progress import Reporter
 from consilience.common.protocol import CARD, CONTRACT, Agreement, CardRequest, Contract, SiteCard, read_reply
 from consilience.common.settings import Ask, JobSettings
-from consilience.server.contract import RunContract
+from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
-from consilience.server.messages import Backoff, compose, content_of, is_absence, pull, push
+from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at who is back."""
@@ -66,22 +65,24 @@ def at_least(needed: int) -> Lacking:
 
 def collect_cards(
     grid: Grid, job: str, *, lacking: Lacking, wait: float, strict: bool, reporter: Reporter | None = None
-) -> tuple[dict[int, SiteCard], dict[int, str]]:
+) -> tuple[dict[int, SiteCard], dict[str, str]]:
     """Ask every node that is there for its card until nothing is lacking and every node there has spoken.
 
-    Returns the cards by node, and by node the reasons why others could not present themselves. Raises `AskingError`:
-    something is still lacking after `wait` seconds; two sites have one name; `strict`, and a node fails.
+    Returns the cards by node, and the reasons why others could not present themselves by the name they were admitted
+    under (by "node N" where nobody is admitted). Raises `AskingError`: something is still lacking after `wait`
+    seconds; two sites have one name; `strict`, and a node fails.
     """
     cards: dict[int, SiteCard] = {}
     failed: dict[int, tuple[str, float]] = {}
     sent: dict[str, int] = {}
     patience = max(wait, PATIENCE)
     began, backoff, said = time.monotonic(), Backoff(), ""
-    looked, online, names_of = float("-inf"), set[int](), dict[int, str]()
+    looked, names_of = float("-inf"), dict[int, str | None]()
     while True:
         now = time.monotonic()
         if now - looked >= LOOK_EVERY:
-            looked, online, names_of = now, set(grid.get_node_ids()), admitted(grid)
+            looked, names_of = now, online_nodes(grid)
+        online = names_of.keys()
         cards = {node: card for node, card in cards.items() if node in online}
         failed = {node: held for node, held in failed.items() if node in online}
         sent = {identifier: node for identifier, node in sent.items() if node in online}
@@ -99,7 +100,7 @@ def collect_cards(
             backoff.reset()
             try:
                 card = read_reply(content_of(message), SiteCard)
-                _need_own_name(card, names_of.get(spoke))
+                _need_own_name(card, names_of[spoke])
                 cards[spoke] = card
                 failed.pop(spoke, None)
             except ProtocolError as error:
@@ -108,7 +109,7 @@ def collect_cards(
                     continue
                 failed[spoke] = (error.message, now)
                 if strict:
-                    raise AskingError(f"Node {spoke} cannot take part: {error.message}", hint=HINT) from error
+                    raise _cannot(_who(spoke, names_of), error.message) from error
         names = [card.name for card in cards.values()]
         if len(set(names)) < len(names):
             name = next(name for name in names if names.count(name) > 1)
@@ -121,31 +122,28 @@ def collect_cards(
             reporter.say(f"Waiting for sites: {still}")
             said = still
         backoff.pause()
-    reasons = {node: reason for node, (reason, _) in failed.items()}
-    reasons |= {node: f"it sent no card within {patience:,g} s" for node in sent.values() if node not in cards}
+    reasons = {_who(node, names_of): reason for node, (reason, _) in failed.items()}
+    silent = [_who(node, names_of) for node in sorted(set(sent.values()) - cards.keys())]
+    reasons |= dict.fromkeys(silent, f"it sent no card within {patience:,g} s")
     if still:
-        others = "".join(f"; node {node}: {reason}" for node, reason in sorted(reasons.items()))
+        others = "".join(f"; {who}: {reason}" for who, reason in sorted(reasons.items()))
         there = f"; there: {', '.join(sorted(names))}" if names else ""
         raise AskingError(
             f"{still[0].upper()}{still[1:]}{there}{others}", hint="Start the sites, then run the same command again"
         )
-    if strict and sent:
-        node = min(sent.values())
-        raise AskingError(f"Node {node} cannot take part: {reasons[node]}", hint=HINT)
+    if strict and silent:
+        raise _cannot(silent[0], reasons[silent[0]])
     return cards, reasons
 
 
-@runtime_checkable
-class Admitting(Protocol):
-    """A grid whose nodes were admitted under a name."""
-
-    def admitted(self) -> dict[int, str]:
-        """Return the name under which each online node's key was admitted."""
+def _who(node: int, names_of: Mapping[int, str | None]) -> str:
+    return names_of[node] or f"node {node}"
 
 
-def admitted(grid: Grid) -> dict[int, str]:
-    """Return the names under which nodes were admitted; empty where nobody is (a simulation in one process)."""
-    return grid.admitted() if isinstance(grid, Admitting) else {}
+def _cannot(who: str, reason: str) -> AskingError:
+    """Return the error for a site that stops the job; `who` is its name, or "node N" where it has none yet."""
+    what = who.capitalize() if who.startswith("node ") else f"Site {who}"
+    return AskingError(f"{what} cannot take part: {reason}", hint=HINT)
 
 
 def _need_own_name(card: SiteCard, name: str | None) -> None:
@@ -215,18 +213,21 @@ def enrol(
     done: set[str] = set()
     if earlier is None:
         lacking = at_least(max(asking.wait_for or 1, asking.min_sites or 1))
+        enough = at_least(asking.min_sites or asking.wait_for or 1)
     else:
         earlier.check_same(RunContract.build(settings, earlier.sites, pools), path)
         done = complete(earlier)
         lacking = _resumed(earlier, done, asking.min_sites or len(earlier.sites), fold_in and wait_for_new)
+        enough = lacking
     cards, reasons = collect_cards(
         grid, settings.name, lacking=lacking, wait=asking.wait, strict=strict, reporter=reporter
     )
-    left_out = {f"node {node}": reason for node, reason in reasons.items()}
+    left_out = dict(reasons)
     known: set[str] = set()
     if earlier is not None:
         known = {card.name for card in earlier.sites}
-        earlier.check_unchanged(cards.values(), path)
+        if strict:
+            earlier.check_unchanged(cards.values(), path)
         new = sorted(card.name for card in cards.values() if card.name not in known)
         if new and not fold_in:
             reporter.say(
@@ -234,6 +235,11 @@ def enrol(
                 "command with --fold-in to ask there too"
             )
             cards = {node: card for node, card in cards.items() if card.name in known}
+    if not strict:
+        differing = _differing(settings, earlier, cards)
+        cards = {node: card for node, card in cards.items() if card.name not in differing}
+        left_out |= {name: reason for name, reason in differing.items() if name not in done}
+        _need_enough(enough, cards, left_out)
     while True:
         sites = [*(earlier.sites if earlier else ()), *(c for c in cards.values() if c.name not in known)]
         contract = RunContract.build(settings, sites, pools)
@@ -246,18 +252,36 @@ def enrol(
         for node, reason in refusals.items():
             name = cards.pop(node).name
             if strict:
-                raise AskingError(f"Site {name} cannot take part: {reason}", hint=HINT)
+                raise _cannot(name, reason)
             left_out[name] = reason
-        lacked = lacking([card.name for card in cards.values()])
-        if lacked:
-            others = "; ".join(f"{who}: {reason}" for who, reason in sorted(left_out.items()))
-            raise AskingError(f"{lacked[0].upper()}{lacked[1:]}; left out: {others}", hint=HINT)
+        _need_enough(enough, cards, left_out)
     for who, reason in sorted(left_out.items()):
         events.add("left-out", who=who, reason=reason)
         reporter.say(f"Warning: {who} is left out: {reason}")
     enrolment = _enrolled(contract, earlier, cards, left_out, done, path, events, reporter)
     enrolment.tried = {cards[node].name: (held.samples, held.seconds) for node, held in agreements.items()}
     return enrolment
+
+
+def _differing(settings: JobSettings, earlier: RunContract | None, cards: Mapping[int, SiteCard]) -> dict[str, str]:
+    """Return the sites whose cards the run cannot go on with, and why: changed ones, new ones that do not fit."""
+    known = {card.name for card in earlier.sites} if earlier else set()
+    reasons: dict[str, str] = {}
+    for card in cards.values():
+        if earlier is not None and card.name in known:
+            if earlier.differs(card):
+                reasons[card.name] = "its card is not the one this run began with: another teacher, classes or policy"
+        elif reason := objection(settings, card):
+            reasons[card.name] = reason
+    return reasons
+
+
+def _need_enough(lacking: Lacking, cards: Mapping[int, SiteCard], left_out: Mapping[str, str]) -> None:
+    """Raise `AskingError` when too few sites remain."""
+    lacked = lacking([card.name for card in cards.values()])
+    if lacked:
+        others = "; ".join(f"{who}: {reason}" for who, reason in sorted(left_out.items())) or "none"
+        raise AskingError(f"{lacked[0].upper()}{lacked[1:]}; left out: {others}", hint=HINT)
 
 
 def _enrolled(

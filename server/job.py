@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from consilience.common.data import open_data
-from consilience.common.errors import AskingError, PoolError, SettingsError
+from consilience.common.errors import NEW_RUN, AskingError, PoolError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
@@ -28,6 +28,7 @@ from consilience.common.settings_file import load_settings
 from consilience.server.answered import Usable, usable
 from consilience.server.answers import About, AnswerStore
 from consilience.server.asking import ask
+from consilience.server.asking_record import AskingRecord
 from consilience.server.contract import RunContract
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
@@ -60,18 +61,18 @@ class Job:
         """Open the job of a run folder. Raises `SettingsError`, `PoolError`, `DataError`."""
         return cls(run, load_settings(run / "job.yaml", JobSettings), reporter)
 
-    def do(self, grid: Grid, *, fold_in: bool = False) -> None:
+    def do(self, grid: Grid, *, fold_in: bool = False, submission: float = 0.0) -> None:
         """Do every stage that is not done. Raises any `ConsilienceError`; what had arrived stays.
 
         `fold_in`: sites that were not there when the run began join its contract; they are asked, and what follows
-        from the answers is done anew. Without it a run keeps the sites it began with.
+        from the answers is done anew. Without it a run keeps the sites it began with. `submission`: when the run was
+        submitted; asking that began or ended for the same one goes on from there, instead of a new one's beginning.
         """
         self.events.add("begin", job=self.settings.name)
         for pool in self._pools():  # the sites verify their copies; a changed copy here would be learnt from
             pool.verify()
         with self._stage("ask"):
-            enrolment = self.enrol(grid, fold_in)
-            contract, reasons = enrolment.contract, enrolment.away | self.ask(grid, enrolment)
+            contract, reasons = self.answers(grid, fold_in, submission)
             space, cards = self.participants(contract, reasons)
             stores = [self.store(card, self.pool) for card in cards]
             samples = self._usable(stores, space)
@@ -111,18 +112,35 @@ class Job:
     def _all_answers(self, contract: RunContract) -> dict[str, list[AnswerStore]]:
         return {card.name: [self.store(card, pool) for pool in self._pools()] for card in contract.sites}
 
+    def answers(self, grid: Grid, fold_in: bool, submission: float) -> tuple[RunContract, dict[str, str]]:
+        """Find the sites and ask them; returns the contract, and site -> why it left samples unanswered."""
+        path = self.run / "asking.json"
+        held = AskingRecord.load(path, submission)
+        if held is not None and held.reasons is not None:  # nobody is looked for, so nobody is asked
+            enrolment = Enrolment(self._contract(), away=held.reasons)
+        else:
+            enrolment = self.enrol(grid, fold_in)
+        record = AskingRecord.begin(path, submission)
+        reasons = enrolment.away | self.ask(grid, enrolment, record.passed)
+        record.end(path, reasons)
+        return enrolment.contract, reasons
+
+    def _contract(self) -> RunContract:
+        """Return the contract of a run that has one. Raises `PoolError` when it is about other pools."""
+        contract = RunContract.load(self.run / "contract.json")
+        if contract.pools != self._digests():
+            raise PoolError(
+                f"{self.run}: a pool has changed since this run began",
+                hint=f"Restore it, or start {NEW_RUN}",
+            )
+        return contract
+
     def enrol(self, grid: Grid, fold_in: bool = False) -> Enrolment:
         """Find the sites and agree with them; on a resumed run only if there is still to ask, or to fold in."""
         path = self.run / "contract.json"
-        pools = tuple(pool.digest for pool in self._pools())
         finished = reported = False
         if path.exists():
-            contract = RunContract.load(path)
-            if contract.pools != pools:
-                raise PoolError(
-                    f"{self.run}: a pool has changed since this run began",
-                    hint="Restore it, or start a new run in another folder with --out",
-                )
+            contract = self._contract()
             finished = self._complete(contract) == {card.name for card in contract.sites}
             if finished and not fold_in:
                 return Enrolment(contract)
@@ -131,7 +149,7 @@ class Job:
             grid,
             self.settings,
             path,
-            pools,
+            self._digests(),
             complete=self._complete,
             fold_in=fold_in,
             wait_for_new=finished and reported,
@@ -148,8 +166,11 @@ class Job:
         path = self.run / "report.json"
         return path.exists() and {site["name"] for site in read_json(path)["sites"]} == {c.name for c in contract.sites}
 
-    def ask(self, grid: Grid, enrolment: Enrolment) -> dict[str, str]:
-        """Ask every site that is there about what its stores lack; returns site -> why it left samples unanswered."""
+    def ask(self, grid: Grid, enrolment: Enrolment, passed: float = 0.0) -> dict[str, str]:
+        """Ask every site that is there about what its stores lack; returns site -> why it left samples unanswered.
+
+        `passed`: seconds of the deadline that went by before.
+        """
         held = self._all_answers(enrolment.contract)
         self.progress.watch(held)
         for name, site in self.progress.sites.items():
@@ -171,6 +192,7 @@ class Job:
             reporter=self.reporter,
             progress=self.progress,
             tried=enrolment.tried,
+            passed=passed,
         )
         return {state.name: state.failures[-1] for state in states if state.lost}
 
@@ -280,6 +302,9 @@ class Job:
 
     def _pools(self) -> list[Pool]:
         return [self.pool] if self.test_pool is None else [self.pool, self.test_pool]
+
+    def _digests(self) -> tuple[str, ...]:
+        return tuple(pool.digest for pool in self._pools())
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Messages over a Flower Grid that outlive sites which go away: sending, collecting, how long to pause.
+"""Messages over a Flower Grid that outlive sites which go away: who is there, sending, collecting, how long to pause.
 
 Lives here: what one exchange needs whatever it is about. Does not live here: cards and contracts (server/enrolment),
 questions (server/asking).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -35,6 +36,24 @@ class Backoff:
         """Sleep, longer than the last time."""
         time.sleep(self._next)
         self._next = min(1.5 * self._next, self._longest)
+
+
+@runtime_checkable
+class Admitting(Protocol):
+    """A grid whose nodes were admitted under a name."""
+
+    def admitted(self) -> dict[int, str]:
+        """Return the name under which each online node's key was admitted."""
+        ...
+
+
+def online_nodes(grid: Grid) -> dict[int, str | None]:
+    """Return the nodes that are online and the name each was admitted under.
+
+    None where nobody is admitted (a simulation in one process); where sites are, one look tells both, so that no node
+    is there without its name.
+    """
+    return dict(grid.admitted()) if isinstance(grid, Admitting) else dict.fromkeys(grid.get_node_ids())
 
 
 def compose(content: RecordDict, kind: str, node: int, ttl: float) -> Message:

@@ -1,4 +1,4 @@
-"""How many pool samples a question speaks of, tuned for each site.
+"""How many pool samples a question speaks of, and how many questions are on their way, tuned for each site.
 
 Does not live here: which samples are asked about (server/asking). Answers do not depend on how questions are cut.
 """
@@ -30,10 +30,12 @@ class QuestionSize:
         while self._most > 1 and self._most * row_bytes > MOST_BYTES:
             self._most //= 2
         carried = MOST_CALL_BYTES // 2 // row_bytes  # a larger answer would be refused on arrival
+        self._pace = 0.0
         self.size = min(STEP, self._most) if fixed is None else max(1, min(fixed, carried))
 
     def learn(self, samples: int, seconds: float) -> None:
         """Take into account that `samples` samples took the teacher `seconds`: up at once, down by halves."""
+        self._pace = seconds / samples
         if not self._tuned:
             return
         self.known = True
@@ -42,6 +44,13 @@ class QuestionSize:
             self.size *= 2
         if wanted <= self.size / 2 and self.size > STEP:
             self.size //= 2
+
+    def at_once(self, most: int, seconds: float) -> int:
+        """Return how many questions, at most `most`, may be on their way so that the last is answered in `seconds`."""
+        if not self.known:
+            return 1
+        work = self._pace * self.size
+        return max(1, min(most, int(seconds / work))) if work * most > seconds else most
 
     def end(self, start: int, stop: int) -> int:
         """Return where a question that begins at `start` ends: at the next multiple of the size, or at `stop`."""

@@ -33,6 +33,7 @@ def do_run(endpoint: Endpoint, run: Run) -> None:
         "run": str(run.folder),
         "quiet": not sys.stderr.isatty(),
         "fold-in": run.submitted.fold_in,
+        "submission": run.submitted.time,
     }
     while True:
         try:

@@ -136,8 +136,8 @@ class Run:
 
 
 def token_of(job: JobSettings) -> str:
-    """Return the token of a job: the same settings give the same one."""
-    return sha256(canonical_json(job.model_dump(mode="json")))[:12]
+    """Return the token of a job: the same settings, but for how many sites are enough and when, give the same one."""
+    return sha256(canonical_json(job.identity()))[:12]
 
 
 def submit(home: Path, job: JobSettings, *, token: str | None = None, fold_in: bool = False) -> tuple[Run, bool]:
@@ -145,7 +145,8 @@ def submit(home: Path, job: JobSettings, *, token: str | None = None, fold_in: b
 
     The same token is the same run, so that a retry never asks twice: a run that is queued or running stays as it is,
     one that failed or was stopped goes on from what is on disk, one that is done stays done. With `fold_in` the run is
-    queued in any case; one that is at work is done to its end first.
+    queued in any case; one that is at work is done to its end first. A job may come again with other
+    `PATIENCE_FIELDS`: job.yaml then says what was submitted last.
 
     Raises `RunError` when the token's run is of another job, `StorageError`.
     """
@@ -157,12 +158,12 @@ def submit(home: Path, job: JobSettings, *, token: str | None = None, fold_in: b
     run = Run(home / "runs" / f"{job.name}-{token}")
     held = run.folder / "job.yaml"
     fresh = not (run.folder / "submitted.json").exists()
-    if not held.exists():
-        dump_settings(job, held)
-    elif load_settings(held, JobSettings) != job:
+    if held.exists() and not load_settings(held, JobSettings).same_job(job):
         raise RunError(
             f"The token {token} belongs to a run of another job", hint="Submit it under another token, or without one"
         )
+    if not held.exists() or load_settings(held, JobSettings) != job:
+        dump_settings(job, held)
     if fresh or fold_in or run.state.state in ("failed", "stopped"):
         asked = Submitted(token=token, time=time.time(), fold_in=fold_in)
         write_json(run.folder / "submitted.json", asked.model_dump(mode="json"))

@@ -353,9 +353,82 @@ def test_a_node_without_a_card_is_left_out_where_enough_others_are_there() -> No
     with grid_of(Sites({"one": honest, "two": honest}, cards={"two": "../two"})) as grid:
         cards, reasons = collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=False)
         assert [card.name for card in cards.values()] == ["one"]
-        assert "Flower's code 2" in reasons[101]
+        assert "Flower's code 2" in reasons["node 101"]
         with pytest.raises(AskingError, match=r"1 of 2 sites are connected; there: one; node 101: .*code 2"):
             collect_cards(grid, "job", lacking=at_least(2), wait=0.1, strict=False)
+
+
+class AdmittingGrid(ScriptedGrid):
+    """A grid that knows the names its nodes were admitted under; `unknown` nodes are listed and have signed off."""
+
+    def __init__(self, sites: Sites, names: dict[int, str]) -> None:
+        super().__init__(sites)
+        self.names, self.unknown = names, set[int]()
+
+    def admitted(self) -> dict[int, str]:
+        return {node: self.names[node] for node in super().get_node_ids() if node not in self.unknown}
+
+
+def test_a_site_that_signs_off_after_its_card_is_not_taken_under_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SignsOff(AdmittingGrid):
+        """Its second node has signed off whenever its card is looked at, and shows itself when nobody waits for it."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            wanted = list(message_ids)
+            nodes = {self.sent[identifier].metadata.dst_node_id for identifier in wanted}
+            if 101 in nodes and 101 not in self.unknown:
+                self.unknown.add(101)
+                return []
+            return super().pull_messages(wanted)
+
+    monkeypatch.setattr(enrolment, "LOOK_EVERY", 0.0)
+    sites = Sites({"one": honest, "two": honest}, cards={"two": "three"})
+    with SignsOff(sites, {100: "one", 101: "two"}) as grid:
+        cards, reasons = collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=True)
+        assert 101 in grid.unknown
+        assert ([card.name for card in cards.values()], reasons) == (["one"], {})
+        sites.cards.clear()
+        grid.unknown.clear()
+        grid.pull_messages = super(SignsOff, grid).pull_messages  # type: ignore[method-assign]  # it stays
+        cards, _ = collect_cards(grid, "job", lacking=at_least(2), wait=30, strict=True)
+    assert sorted(card.name for card in cards.values()) == ["one", "two"]
+
+
+def test_sites_that_were_admitted_are_called_by_their_names() -> None:
+    with AdmittingGrid(Sites({"a": honest, "b": honest}, cards={"b": "../b"}), {100: "a", 101: "berlin"}) as grid:
+        _, reasons = collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=False)
+        assert "Flower's code 2" in reasons["berlin"]
+        with pytest.raises(AskingError, match="Site berlin cannot take part"):
+            collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=True)
+    with (
+        AdmittingGrid(Sites({"a": honest}), {100: "berlin"}) as grid,
+        pytest.raises(AskingError, match="Site berlin cannot take part: its card names the site a; its key"),
+    ):
+        collect_cards(grid, "job", lacking=at_least(1), wait=30, strict=True)
+
+
+def test_a_site_that_comes_back_as_another_node_is_asked_the_rest(
+    tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Moves(AdmittingGrid):
+        """Node 100 goes away after two answers; node 101 then is the site under its new key."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            if 100 not in self.unknown and len(sites.attempts) > 2:
+                self.leave(100)
+                self.unknown = {100}
+            return super().pull_messages(message_ids)
+
+    monkeypatch.setattr(asking, "LOOK_EVERY", 0.05)
+    sites = Sites({"one": honest, "again": honest})
+    with Moves(sites, {100: "one", 101: "one"}) as grid:
+        grid.silent, grid.unknown = True, {101}
+        cards = cards_of(grid)
+        stores, states = run_on(grid, tmp_path, reporter, cards, retries=0, in_flight=1, wait=5)
+    assert np.array_equal(stores["one"].read(0, SIZE), everything())
+    assert (states["one"].node, states["one"].lost, states["one"].failures) == (101, 0, [])
+    events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert events.count("moved") == 1
 
 
 def test_a_site_that_goes_away_before_it_agreed_may_return(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,6 +547,15 @@ def test_a_site_that_slows_down_is_asked_less_at_once() -> None:
         tuned.learn(tuned.size, tuned.size / 1000)
         sizes.append(tuned.size)
     assert sizes == [32_768, 16_384, 8_192, 4_096]
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "many"), [(None, 2, 1), (None, 5, 2), (None, 1e6, 4), (100, 2, 3), (100, 0.1, 1), (100, 1e6, 4)]
+)
+def test_a_slow_site_has_fewer_questions_on_their_way(size: int | None, rate: float, many: int) -> None:
+    asked = QuestionSize(size, 20)
+    asked.learn(100, 100 / rate)
+    assert asked.at_once(4, seconds=150) == many
 
 
 def test_a_size_that_is_given_stays() -> None:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from rich.console import Console
 
 from consilience.common.data import from_arrays
-from consilience.common.errors import AskingError, DataError, PoolError, RunError, SettingsError
+from consilience.common.errors import AskingError, DataError, PoolError, RunError, SettingsError, StorageError
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Question
+from consilience.common.protocol import Question, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.server.answers import AnswerStore
 from consilience.server.app import app as server_app
 from consilience.server.job import Job
 from consilience.server.report import comparable
@@ -80,13 +82,20 @@ def do(
 
 
 def do_with(
-    home: Path, sites: Sites, reporter: Reporter, *, run: str = "run", fold_in: bool = False, **changes: Any
+    home: Path,
+    sites: Sites,
+    reporter: Reporter,
+    *,
+    run: str = "run",
+    fold_in: bool = False,
+    submission: float = 0.0,
+    **changes: Any,
 ) -> dict[str, Any]:
     folder = home / run
     folder.mkdir(exist_ok=True)
     dump_settings(settings(home, **changes), folder / "job.yaml")
     with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid, fold_in=fold_in)
+        Job.open(folder, reporter).do(grid, fold_in=fold_in, submission=submission)
     report: dict[str, Any] = read_json(folder / "report.json")
     return report
 
@@ -287,6 +296,58 @@ def test_a_site_that_does_not_agree_is_left_out_where_enough_others_are_there(ho
     assert comparable(again) == comparable(report)
 
 
+@pytest.mark.parametrize(
+    ("odd", "changes", "words"),
+    [
+        (("a", "b", "b"), {}, "names 'b' twice"),
+        (("a", "b", "beta"), {"labels": {"synonyms": {"b": ["beta"]}}}, "both 'b'"),
+        (("a", "x"), {"labels": {"classes": ["a", "b", "c"]}}, "labels.classes lacks x"),
+    ],
+)
+def test_a_site_whose_classes_do_not_fit_is_left_out_where_enough_others_are_there(
+    home: Path, reporter: Reporter, odd: tuple[str, ...], changes: dict[str, Any], words: str
+) -> None:
+    handlers, classes = {"good": honest, "odd": honest}, {"odd": odd}
+    report = do(home, handlers, reporter, classes=classes, ask={"min_sites": 1}, **changes)
+    assert [site["name"] for site in report["sites"]] == ["good"]
+    assert words in report["left_out"]["odd"]
+    with pytest.raises(AskingError, match=f"1 of 2 sites.*odd: .*{words}"):
+        do(home, handlers, reporter, run="few", classes=classes, ask={"min_sites": 2}, **changes)
+
+
+def test_a_site_whose_policy_lacks_the_encoding_is_left_out_where_enough_others_are_there(
+    home: Path, reporter: Reporter
+) -> None:
+    class Half(Sites):
+        def card(self, message: Message, context: Context) -> Message:
+            reply = super().card(message, context)
+            held = SiteCard.from_content(reply.content)
+            if held.name == "half":
+                held = held.model_copy(update={"encodings": ("f16",)})
+            return Message(held.to_content(), reply_to=message)
+
+    sites = Half({"good": honest, "half": honest})
+    report = do_with(home, sites, reporter, ask={"min_sites": 1})
+    assert "site half allows: f16" in report["left_out"]["half"]
+    with pytest.raises(SettingsError, match="site half allows: f16"):
+        do_with(home, sites, reporter, run="strict")
+
+
+def test_a_site_that_changed_counts_as_away_where_enough_others_remain(home: Path, reporter: Reporter) -> None:
+    ask = {"min_sites": 1, "wait": 0}
+    with pytest.raises(AskingError, match="0 of 2 sites answered"):
+        do(home, {"one": first_half, "two": first_half}, reporter, ask=ask)
+    changed = {"two": ("x", "y", "z")}
+    with pytest.raises(AskingError, match=r"1 of the 2 sites this run needs.*two: its card is not the one"):
+        do(home, {"one": honest, "two": honest}, reporter, classes=changed, ask={"min_sites": 2, "wait": 0})
+    report = do(home, {"one": honest, "two": honest}, reporter, classes=changed, ask=ask)
+    two = next(site for site in report["sites"] if site["name"] == "two")
+    assert (two["took_part"], two["missed"]) == (True, 24)
+    assert "its card is not the one this run began with" in two["reason"]
+    report = do(home, {"two": honest}, reporter, ask=ask)
+    assert [site["missed"] for site in report["sites"]] == [0, 0]
+
+
 def test_where_too_few_remain_each_reason_is_told(home: Path, reporter: Reporter) -> None:
     handlers = {"good": honest, "rude": honest, "stubborn": honest}
     with pytest.raises(AskingError, match=r"1 of 2 sites.*node 101: .*; stubborn: .*unknown-pool"):
@@ -373,6 +434,50 @@ def test_the_server_app_takes_fold_in_from_the_run_configuration(home: Path, rep
     with grid_of(Sites({"one": honest, "two": honest})) as grid:
         server_app(grid=grid, context=context)
     assert [site["name"] for site in read_json(home / "run" / "report.json")["sites"]] == ["one", "two"]
+
+
+def test_a_server_killed_while_it_learns_does_not_ask_again_until_the_next_submission(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    ask = {"min_sites": 1}
+    monkeypatch.setattr(Job, "learn", killed)
+    with pytest.raises(KeyboardInterrupt):
+        do_with(home, Sites({"one": honest, "two": first_half}), reporter, submission=5.0, ask=ask)
+    monkeypatch.undo()
+    sites = Sites({"one": honest, "two": honest})
+    report = do_with(home, sites, reporter, submission=5.0, ask=ask)
+    assert sites.attempts == {}
+    two = next(site for site in report["sites"] if site["name"] == "two")
+    assert two["missed"] == 24
+    assert "teacher-failed" in two["reason"]
+    report = do_with(home, sites, reporter, submission=6.0, ask=ask)
+    assert sites.attempts == {("two", 16): 1, ("two", 32): 1}
+    assert [site["missed"] for site in report["sites"]] == [0, 0]
+
+
+def test_the_deadline_counts_from_when_asking_first_began_for_a_submission(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError("No space left on device")
+
+    run_config: dict[str, str | bool | float] = {"run": str(home / "run"), "quiet": True, "submission": 5.0}
+    ask, sites = {"deadline": 20.0, "retries": 2}, Sites({"one": honest})
+    monkeypatch.setattr(AnswerStore, "append", full)
+    with pytest.raises(StorageError):
+        do_with(home, sites, reporter, submission=5.0, ask=ask)
+    monkeypatch.undo()
+    sites.attempts.clear()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 21)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
+    with grid_of(sites) as grid, pytest.raises(AskingError, match="the deadline of 20 s passed"):
+        server_app(grid=grid, context=context)
+    assert sites.attempts == {}
+    assert do_with(home, sites, reporter, submission=6.0, ask=ask)["sites"][0]["missed"] == 0
 
 
 def test_progress_names_the_stage_and_ends_with_done(home: Path, reporter: Reporter) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from consilience.common.errors import RunError
-from consilience.common.settings import JobSettings
+from consilience.common.settings import Ask, JobSettings
+from consilience.common.settings_file import load_settings
 from consilience.server.runs import Failure, find, runs, submit
 
 JOB = JobSettings(name="leaves", pool=Path("/pool"))
@@ -31,6 +32,31 @@ def test_a_token_makes_a_retry_the_same_run_and_no_other_job_may_use_it(tmp_path
     assert submit(tmp_path, JOB)[0].name != first.name
     with pytest.raises(RunError, match="tuesday belongs to a run of another job"):
         submit(tmp_path, JOB.model_copy(update={"seed": 1}), token="tuesday")
+
+
+@pytest.mark.parametrize("token", [None, "tuesday"])
+def test_how_long_to_wait_for_how_many_is_no_part_of_what_a_job_is(tmp_path: Path, token: str | None) -> None:
+    run, _ = submit(tmp_path, JOB, token=token)
+    run.set("failed", FAILURE)
+    patient = {
+        "wait_for": 3,
+        "wait": 5.0,
+        "deadline": 60.0,
+        "min_sites": 2,
+        "retries": 0,
+        "in_flight": 1,
+        "question_size": 7,
+    }
+    lower = JOB.model_copy(update={"ask": Ask(**patient)})
+    again, fresh = submit(tmp_path, lower, token=token)
+    assert (again.name, fresh, again.state.state) == (run.name, False, "queued")
+    assert load_settings(run.folder / "job.yaml", JobSettings) == lower
+    other = JOB.model_copy(update={"ask": Ask(encoding="f32")})
+    if token is None:
+        assert submit(tmp_path, other)[0].name != run.name
+    else:
+        with pytest.raises(RunError, match="tuesday belongs to a run of another job"):
+            submit(tmp_path, other, token=token)
 
 
 @pytest.mark.parametrize("token", ["", "..", "a/b", "A", "x" * 64])
