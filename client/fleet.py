@@ -11,6 +11,7 @@ is HTTP, and `open_fleet` takes `client/fleet_http` instead, by what can be impo
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -244,13 +245,15 @@ class GrpcFleet:
 
 def budgeted(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
     """Return `pull` for one message: each object is checked against its digest, and all together against a limit."""
-    left = MOST_BYTES
+    left, counting = MOST_BYTES, threading.Lock()
 
     def checked(identifier: str) -> bytes:
         nonlocal left
         content = pull(identifier)
-        left -= len(content)  # threads may pass each other here: gRPC bounds every object all the same
-        if left < 0:
+        with counting:
+            left -= len(content)
+            spent = left < 0
+        if spent:
             raise OversizedError(f"a message is larger than {MOST_BYTES:,} bytes")
         if get_object_id(content) != identifier:
             raise MalformedError("an object's bytes are not those that its digest names")

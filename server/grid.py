@@ -9,6 +9,7 @@ server/superlink (pinned by tests/server/test_flwr_contract.py).
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -150,14 +151,16 @@ class SuperLinkGrid(HttpGrid):
         identifiers = [part.object_id for part in iterate_object_tree(tree)]
         if len(identifiers) > MOST_OBJECTS:
             raise _RefusedError(f"it has {len(identifiers):,} objects; allowed: {MOST_OBJECTS}")
-        left = MOST_BYTES
+        left, counting = MOST_BYTES, threading.Lock()
         pull = make_pull_object_fn_protobuf(client.PullObject, self.node, about.run_id)
 
         def pull_some(identifier: str) -> bytes:
             nonlocal left
             content = pull(identifier)
-            left -= len(content)
-            if left < 0:
+            with counting:
+                left -= len(content)
+                spent = left < 0
+            if spent:
                 raise _RefusedError(f"it is larger than {MOST_BYTES:,} bytes")
             return content
 

@@ -211,6 +211,7 @@ def test_damaged_files_of_a_run_and_of_a_site_touch_no_other(place: Deployment) 
 
 def test_who_is_turned_away_is_named(place: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place.server is not None
+    before = place.server.text().count("turned away")
     kit = Kit.read(place.files["ant-hill"].parent / "kit.json")
     new, late = make_key(tmp_path / "new.key"), make_key(tmp_path / "late.key")
     place.add("old-oak")
@@ -233,8 +234,8 @@ def test_who_is_turned_away_is_named(place: Deployment, tmp_path: Path, monkeypa
     ]
     for line in said:
         place.server.says(f"turned away {line}")
-    assert place.server.text().count("turned away") == len(said)
-    assert set(place.done("status")["turned_away"]) == set(said)
+    assert place.server.text().count("turned away") == before + len(said)
+    assert set(place.done("status")["turned_away"]) >= set(said)
 
 
 def test_what_cannot_be_written_ends_no_server_and_is_said_once(place: Deployment) -> None:
