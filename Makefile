@@ -8,7 +8,8 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# One more than the cores: many tests wait for other processes, or for time to pass.
+WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || echo 2) + 1 )))
 # To use a Python that is not on the PATH: make test PYTHON=/path/to/python3.11
 PYTHON ?=
 

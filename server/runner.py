@@ -1,7 +1,7 @@
 """One run of a job over a SuperLink, in a process of its own: `python -m consilience.server.runner HOME`.
 
-The process reads the run's folder from standard input, so that it can be started, and torch imported, before there is
-a run. It may be killed at any moment.
+The process reads the run's folder and what was submitted from standard input, so that it can be started, and torch
+imported, before there is a run. It may be killed at any moment.
 
 Lives here: a Flower run for the job, another one whenever the link is lost, the same ServerApp as everywhere. Does not
 live here: the stages (server/job), which run is next (server/service).
@@ -19,7 +19,7 @@ from consilience.common.files import lock
 from consilience.common.progress import Reporter
 from consilience.server.app import app
 from consilience.server.grid import Claim, LinkLostError
-from consilience.server.runs import Failure, Run
+from consilience.server.runs import Failure, Run, Submitted
 from consilience.server.settings import Home
 from consilience.server.superlink import Control, Endpoint
 
@@ -27,13 +27,13 @@ RETRY_SECONDS = 1.0
 """Pause before another Flower run is started after the link was lost."""
 
 
-def do_run(endpoint: Endpoint, run: Run) -> None:
-    """Do the job of a run folder to its end, over as many Flower runs as it takes. Raises any `ConsilienceError`."""
+def do_run(endpoint: Endpoint, run: Run, submitted: Submitted) -> None:
+    """Do what was submitted to its end, over as many Flower runs as it takes. Raises any `ConsilienceError`."""
     configuration: dict[str, bool | float | int | str] = {
         "run": str(run.folder),
         "quiet": not sys.stderr.isatty(),
-        "fold-in": run.submitted.fold_in,
-        "submission": run.submitted.time,
+        "fold-in": submitted.fold_in,
+        "submission": submitted.time,
     }
     while True:
         try:
@@ -55,13 +55,13 @@ def _say(line: str) -> None:
         reporter.say(line)
 
 
-def main(home: Path, control_port: int, folder: Path) -> int:
+def main(home: Path, control_port: int, folder: Path, submitted: Submitted) -> int:
     """Do the run and return the exit code; a failure is left in RUN/failure.json for the server."""
     run = Run(folder)
     (folder / "failure.json").unlink(missing_ok=True)
     try:
         with lock(folder / "answers"):
-            do_run(Endpoint(Home(home), control_port), run)
+            do_run(Endpoint(Home(home), control_port), run, submitted)
     except ConsilienceError as error:
         (folder / "failure.json").write_text(Failure.of(error).model_dump_json())
         _say(f"Error ({error.name}, {error.exit_code}): {error}")
@@ -73,5 +73,8 @@ def main(home: Path, control_port: int, folder: Path) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    given = sys.stdin.readline().strip()
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), Path(given)) if given else 0)
+    folder, submission = sys.stdin.readline().strip(), sys.stdin.readline()
+    if not folder:  # nothing came: the server has ended
+        sys.exit(0)
+    about = Submitted.model_validate_json(submission)
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), Path(folder), about))

@@ -245,7 +245,7 @@ class Service:
         assert process.stdin is not None
         self._run, self._submitted, self._process = run, submitted, process
         with contextlib.suppress(BrokenPipeError):  # it ended while it waited; the next look sees that
-            process.stdin.write(f"{run.folder}\n".encode())
+            process.stdin.write(f"{run.folder}\n{submitted.model_dump_json()}\n".encode())
             process.stdin.close()
 
     def _warm_up(self) -> None:
