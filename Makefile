@@ -8,8 +8,7 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-# One more than the cores: many tests wait for other processes, or for time to pass.
-WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || echo 2) + 1 )))
+WORKERS ?= 2
 # To use a Python that is not on the PATH: make test PYTHON=/path/to/python3.11
 PYTHON ?=
 

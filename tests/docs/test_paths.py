@@ -35,7 +35,7 @@ from helpers.superlink import free_ports, until
 
 SITE, SERVER = ROOT / "docs" / "site.md", ROOT / "docs" / "coordinator.md"
 SETTING_UP = ["python3 -m venv consilience", ". consilience/bin/activate", "pip install consilience"]
-PATIENCE = 120
+PATIENCE = 240
 
 
 class Person:

@@ -26,7 +26,7 @@ from consilience.server.service import ServiceState, read_service
 from consilience.server.superlink import Control, Endpoint, Node
 from helpers.teachers import HOLD
 
-PATIENCE = 90.0
+PATIENCE = 240.0
 """Seconds until a wait for another process is a failure."""
 TESTS = Path(__file__).resolve().parents[1]
 CLASSES = ("ant", "bee", "cow")

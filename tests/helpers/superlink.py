@@ -48,7 +48,7 @@ serverapp = "consilience.server.app:app"
 clientapp = "consilience.client.app:app"
 [tool.flwr.app.config]
 """
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds until a wait for another process is a failure."""
 SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
