@@ -7,8 +7,6 @@ every one of them. Does not live here: anything that a job over a network would 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import subprocess
 import tempfile
@@ -17,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from consilience.client.fleet import SPEAKS_GRPC
-from consilience.common.child import child_command
+from consilience.common.child import child_command, end_all
 from consilience.common.errors import ServerError
 from consilience.common.files import lock
 from consilience.common.identity import Request, load_key, make_key
@@ -98,15 +96,7 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Stop processes side by side; kill those that take too long."""
-    for child in processes:
-        child.terminate()
-    until = time.monotonic() + STOP_SECONDS
-    for child in processes:
-        try:
-            child.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+    end_all(processes, STOP_SECONDS)
 
 
 def online(home: Home) -> dict[str, bool]:

@@ -214,7 +214,6 @@ class Claim:
             self.grid.set_run(run_from_proto(given.run))
         except (httpx.HTTPError, RunNotRunningException) as error:
             raise _lost(error) from error
-        self._completed = False
         self._heartbeat = HeartbeatSender(self._beat)
         self._heartbeat.start()
 
