@@ -55,6 +55,10 @@ def papers(place: Deployment, name: str) -> tuple[SiteSettings, Kit]:
     return settings, Kit.read(settings.kit)
 
 
+def registered(place: Deployment) -> dict[str, int]:
+    return {name: node.identifier for name, node in place.nodes().items()}
+
+
 def node_of(place: Deployment, name: str) -> Node:
     return Node(node_id=place.nodes()[name].identifier)
 
@@ -95,7 +99,7 @@ def test_strangers_are_turned_away_each_with_its_own_code(place: Deployment) -> 
 
 def test_calls_without_tls_or_key_or_with_another_s_node_get_nothing(place: Deployment, tmp_path: Path) -> None:
     settings, kit = papers(place, "hospital-b")
-    before = {name: node.identifier for name, node in place.nodes().items()}
+    before = registered(place)
     plain = grpc.insecure_channel(kit.address)
     request = ActivateNodeRequest(public_key=b"x", heartbeat_interval=HEARTBEAT)
     assert refusal(FleetStub(plain).ActivateNode, request)[0] == grpc.StatusCode.UNAVAILABLE
@@ -129,7 +133,9 @@ def test_calls_without_tls_or_key_or_with_another_s_node_get_nothing(place: Depl
         "Invalid node ID",
     )
     member.close()
-    assert {name: node.identifier for name, node in place.nodes().items()} == before
+    # Sites that another test has suspended leave the list a moment later.
+    assert registered(place).items() <= before.items()
+    assert registered(place).keys() >= set(HONEST)
     assert place.online() == set(HONEST)
 
 

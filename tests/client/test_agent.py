@@ -28,6 +28,8 @@ from consilience.common.protocol import (
 from helpers.site_folder import AgentProcess, Proxy, SiteFolder, ask, health, stock_supernode
 from helpers.superlink import Authority, SuperLink, free_ports, until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
@@ -196,7 +198,6 @@ def test_sigterm_ends_it_well_and_the_next_one_connects_at_once(
         assert again.end(signal.SIGINT) == 0
 
 
-@pytest.mark.slow
 def test_an_agent_that_was_killed_is_followed_by_the_next_one(superlink: SuperLink, tmp_path: Path) -> None:
     site = SiteFolder(tmp_path / "g", superlink, "site-g")
     site.register()
@@ -208,7 +209,6 @@ def test_an_agent_that_was_killed_is_followed_by_the_next_one(superlink: SuperLi
         second.says("connected to")
 
 
-@pytest.mark.slow
 def test_the_same_app_answers_under_a_stock_supernode(superlink: SuperLink, tmp_path: Path) -> None:
     site = SiteFolder(tmp_path / "j", superlink, "site-j")
     node = site.register()
