@@ -35,7 +35,12 @@ from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+)
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -64,6 +69,9 @@ AT_ONCE = 64
 LOOK_SECONDS = 0.02
 UPLOAD_LOOK_SECONDS = 0.1
 """Seconds before the first second look for what a site has not sent yet: each look costs the SuperLink as much."""
+
+LOST = (httpx.HTTPError, RunNotRunningException, ObjectPushError)
+"""What Flower raises when the SuperLink is away, has ended the run, or was started again in the middle of a message."""
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +130,7 @@ class SuperLinkGrid(HttpGrid):
         """Return a reply, or an error message in its place."""
         try:
             reply = self._fetch(client, about, tree)
-        except (httpx.HTTPError, RunNotRunningException):
+        except LOST:
             raise
         except ObjectPullError:  # as when its agent was killed: nobody is there
             code, reason = ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "it was announced, and then its content did not come"
@@ -189,7 +197,7 @@ class SuperLinkGrid(HttpGrid):
     def _linked(self, call: Callable[[], Result]) -> Result:
         try:
             return call()
-        except (httpx.HTTPError, RunNotRunningException) as error:
+        except LOST as error:
             raise _lost(error) from error
 
 
@@ -212,7 +220,7 @@ class Claim:
             TaskIdentity.node_id = given.context.node_id
             self.context: Context = context_from_proto(given.context)
             self.grid.set_run(run_from_proto(given.run))
-        except (httpx.HTTPError, RunNotRunningException) as error:
+        except LOST as error:
             raise _lost(error) from error
         self._heartbeat = HeartbeatSender(self._beat)
         self._heartbeat.start()
@@ -227,7 +235,7 @@ class Claim:
         ending = (SubStatus.COMPLETED, "") if kind is None else (SubStatus.FAILED, kind.__name__)
         try:
             self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=ending[0], details=ending[1]))
-        except (httpx.HTTPError, RunNotRunningException):
+        except LOST:
             pass  # the run folder is what counts; Flower's own list of runs may say what it likes
         finally:
             self.grid.close()
@@ -236,7 +244,7 @@ class Claim:
         """Tell the SuperLink that we live. While a student is trained nobody minds when it does not listen."""
         try:
             self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-        except (httpx.HTTPError, RunNotRunningException):
+        except LOST:
             return False
         return True
 

@@ -113,7 +113,11 @@ CONSTANTS = {
     "flwr.superlink.cli.flower_superlink:GRPC_MAX_MESSAGE_LENGTH": 2**31 - 1,
 }
 PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
-PATCHED = {"flwr.supercore.run:RunNotRunningException", "flwr.supercore.task_identity:TaskIdentity"}
+PATCHED = {
+    "flwr.supercore.inflatable.inflatable_utils:ObjectPushError",
+    "flwr.supercore.run:RunNotRunningException",
+    "flwr.supercore.task_identity:TaskIdentity",
+}
 """Pinned by tests of their own."""
 
 
@@ -144,6 +148,7 @@ def test_other_names_that_are_used() -> None:
     identity = named("flwr.supercore.task_identity:TaskIdentity")
     assert all(hasattr(identity, f"_{name}") for name in ("task_id", "run_id", "node_id"))  # read through a metaclass
     assert issubclass(named("flwr.supercore.run:RunNotRunningException"), BaseException)
+    assert issubclass(named("flwr.supercore.inflatable.inflatable_utils:ObjectPushError"), BaseException)
     grid = named("flwr.superlink.grid:HttpGrid")
     assert isinstance(grid._runtime_client, property)
     held = grid("127.0.0.1:1", insecure=True, token="x")
