@@ -53,7 +53,7 @@ class CoveredCE:
         plain = np.flatnonzero(informed & ~gives & (sizes > 1))
         used = np.concatenate([covered, plain, np.flatnonzero(~self._rest & (sizes == plan.num_classes))])
         classes = np.flatnonzero(self._anchored)
-        sets, set_of_class = _sets(plan, classes, [*covered, *plain])
+        sets, set_of_class = _sets(plan, classes, [*covered.tolist(), *plain.tolist()])
         if self._rest:
             sets.append(())
         self._frame = _frame(plan, sets, covered.size, plain.size)

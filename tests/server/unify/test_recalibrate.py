@@ -110,6 +110,18 @@ def test_sites_without_coverage_and_empty_pools() -> None:
     assert found[1] is None
 
 
+def test_a_map_never_falls() -> None:
+    # Most samples are in order, but a few are so far off that a falling map would fit best.
+    c = sigmoid(np.concatenate([np.linspace(-0.1, 0.1, 90), np.full(5, -9.0), np.full(5, 9.0)]))
+    masses = np.concatenate([np.linspace(0.0, 1.0, 90), np.full(5, 1.0), np.zeros(5)])
+    found = recalibrate([c], lambda site: masses)[0]
+    assert found is not None
+    assert found.agreement > 0.55
+    assert found.a == 0.0
+    assert "less of its classes" in found.reason
+    np.testing.assert_allclose(found(c), masses.mean(), atol=1e-9)
+
+
 def test_zeros_and_ones_are_bounded() -> None:
     c = np.array([0.0, 1.0] * 50)
     found = recalibrate([c], lambda site: c)[0]
