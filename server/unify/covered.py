@@ -92,7 +92,7 @@ class CoveredCE:
         found = solve(self._frame, masses, denied, plain)
         q, price = found.point.q, found.point.s
         # A mass below the floor is what its price says, unless the price itself hangs on the floor.
-        free = (price > _EDGE * (masses.sum(0) + denied.sum(0))) & (masses > 0)
+        free = price > _EDGE * (masses.sum(0) + denied.sum(0))
         q = torch.where(free, masses / price, q)
         scores = sums.new_empty((self._plan.num_classes, sums.shape[1]))
         scores[self._classes] = sums.log() + (q.log() - masses.log()).index_select(0, self._set_of_class)

@@ -221,6 +221,28 @@ def test_what_one_component_denies_belongs_to_the_others() -> None:
     np.testing.assert_allclose(by_size.probs[0, 2:5].sum(), 0.7 * 3 / 5, atol=1e-6)
 
 
+def test_what_coverage_overclaims_is_taken_from_the_rest() -> None:
+    sets = [[0, 1], [2, 3], [4, 5]]
+    found = unify(rows([0.9, 0.1], [0.5, 0.5], [0.6, 0.4]), sets, coverage=column(0.9, 0.9, None))
+    assert found.converged.all()
+    np.testing.assert_allclose(found.probs[0], [0.45, 0.05, 0.25, 0.25, 0.0, 0.0], atol=1e-6)
+
+
+def test_sites_of_an_open_component_keep_their_weights() -> None:
+    answers = rows([0.8, 0.2], [0.5, 0.5], [0.1, 0.9], [1.0])
+    alone = unify(answers[:3], [[0, 1], [1, 2], [0, 2]], weights=[1.0, 2.0, 3.0])
+    found = unify(
+        answers, [[0, 1], [1, 2], [0, 2], [3]], weights=[1.0, 2.0, 3.0, 4.0], coverage=column(None, None, None, 0.4)
+    )
+    np.testing.assert_allclose(found.probs[0], [*(0.6 * alone.probs[0]), 0.4], atol=1e-6)
+
+
+def test_a_mass_far_below_the_floor_keeps_its_size() -> None:
+    truth = np.array([1e-20, 0.5, 0.3, 0.2])
+    found = unify(rows([1e-20, 0.5], [0.5, 0.3], [1.0]), [[0, 1], [1, 2], [3]], coverage=column(0.5, 0.8, 0.2))
+    np.testing.assert_allclose(found.probs[0], truth, rtol=1e-6)
+
+
 @settings(max_examples=25)
 @given(seed=seeds, missing=st.booleans())
 def test_order_and_doubling_change_nothing(draw: Draw, seed: int, missing: bool) -> None:
@@ -381,16 +403,20 @@ def test_without_some_coverage_every_round_goes_down(draw: Draw) -> None:
     assert falls > 20
 
 
-def test_running_out_of_steps_is_reported(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", [False, True])
+def test_running_out_of_steps_is_reported(draw: Draw, monkeypatch: pytest.MonkeyPatch, missing: bool) -> None:
     problem = draw(12, 20, noise=1.0, chain=False)
-    coverage = noisy_coverage(problem, 0)
+    coverage: list[Any] = noisy_coverage(problem, 0)
+    if missing:
+        coverage[0] = None
     whole = unify(problem.logits, problem.class_sets, coverage=coverage)
     assert whole.converged.all()
     real = centre_module.centre
-    monkeypatch.setattr("consilience.server.unify.partly.centre", lambda *a, **k: real(*a, **{**k, "max_steps": 1}))
+    few = {"max_steps": 0 if missing else 1}  # one step a round, and as many rounds as it takes, is enough
+    monkeypatch.setattr("consilience.server.unify.partly.centre", lambda *a, **k: real(*a, **{**k, **few}))
     found = unify(problem.logits, problem.class_sets, coverage=coverage)
     assert not found.converged.any()
-    assert found.residual.min() > 1e-9
+    assert missing or found.residual.min() > 1e-9
     np.testing.assert_allclose(found.probs.sum(axis=1), 1.0, atol=1e-6)
 
 

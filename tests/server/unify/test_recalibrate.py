@@ -130,6 +130,14 @@ def test_zeros_and_ones_are_bounded() -> None:
     np.testing.assert_allclose(found(c), c, atol=1e-3)
 
 
+def test_few_samples_do_not_make_a_map_steep() -> None:
+    # The others are certain, so a step would fit best; the weight of one sample on the identity bounds it.
+    found = recalibrate([np.array([0.4, 0.6] * 50)], lambda site: np.array([0.0, 1.0] * 50))[0]
+    assert found is not None
+    slope = np.log(1.5)
+    assert found.a - 1 == pytest.approx(100 * slope / (1 + np.exp(slope * found.a)), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("coverage", "masses", "parts"),
     [
