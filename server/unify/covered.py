@@ -27,14 +27,20 @@ _EDGE = 1e5 * LEAST
 
 
 class CoveredCE:
-    """min over q of -sum_l W_l log q_l - sum_i w_i (1 - c_i) log(1 - q(L_i)) + sum_k w_k log q(L_k) - eps log q_other.
+    """min over q of sum_i w_i (s_i G_i + (1 - s_i) P_i) - eps log q_other, with for every site
 
-    i runs over the sites with coverage, k over those without; W_l = sum of w_i c_i p_i(l) and of w_k p_k(l). Convex
-    if all sites give coverage. A component in which no site gives it has a conditional distribution by plain CE;
-    all such components together have the mass that coverage leaves, shared out by the rule `across`.
+        P_i = - sum_l p_i(l) log(q_l / q(L_i))                                the term of plain CE,
+        G_i = - sum_l c_i p_i(l) log q_l - (1 - c_i) log(1 - q(L_i))          the group choice.
+
+    s_i in [0, 1] is the strength of a site's coverage, 0 for a site that gives none. Convex if all are 1. A component
+    in which no site gives coverage has a conditional distribution by plain CE; all such components together have the
+    mass that coverage leaves, shared out by the rule `across`.
     """
 
-    def __init__(self, plan: Plan, pattern: tuple[bool, ...], other: float, across: Across) -> None:
+    def __init__(
+        self, plan: Plan, pattern: tuple[bool, ...], strength: npt.NDArray[np.float64], other: float, across: Across
+    ) -> None:
+        """`strength` (N,) is read where `pattern` says that a site gives coverage."""
         self._plan, self._other = plan, other
         gives = np.array(pattern)
         sizes = np.array([columns.size for columns in plan.class_sets])
@@ -50,8 +56,9 @@ class CoveredCE:
         # In a closed world a site that knows all classes says by its coverage what is known: 1.
         informed = np.isin(component, component[gives]) & (self._rest | (sizes < plan.num_classes))
         covered = np.flatnonzero(informed & gives)
-        plain = np.flatnonzero(informed & ~gives & (sizes > 1))
-        used = np.concatenate([covered, plain, np.flatnonzero(~self._rest & (sizes == plan.num_classes))])
+        strength = np.where(gives, strength, 0.0)
+        plain = np.flatnonzero(informed & (strength < 1) & (sizes > 1))
+        used = np.union1d(np.union1d(covered, plain), np.flatnonzero(~self._rest & (sizes == plan.num_classes)))
         classes = np.flatnonzero(self._anchored)
         sets, set_of_class = _sets(plan, classes, [*covered.tolist(), *plain.tolist()])
         if self._rest:
@@ -59,8 +66,11 @@ class CoveredCE:
         self._frame = _frame(plan, sets, covered.size, plain.size)
         self._classes, self._set_of_class = plan.tensor(classes), plan.tensor(set_of_class)
         self._covered, self._which = plan.tensor(covered), plan.tensor(np.searchsorted(np.flatnonzero(gives), covered))
-        self._weights = plan.tensor(plan.weights[covered])[:, None]
-        self._plain_weights = plan.tensor(plan.weights[plain])[:, None]
+        self._strength = plan.tensor(strength[covered])[:, None]
+        # One class alone says nothing about ratios: its site's answer is its coverage.
+        self._anyway = plan.tensor(np.where(sizes[covered] > 1, 1 - strength[covered], 0.0))[:, None]
+        self._weights = plan.tensor(plan.weights[covered] * strength[covered])[:, None]
+        self._plain_weights = plan.tensor(plan.weights[plain] * (1 - strength[plain]))[:, None]
         rows = np.flatnonzero(np.isin(plan.sites, used))
         self._rows, self._site_of_row = plan.tensor(rows), plan.tensor(plan.sites[rows])
         self._sums = Sparse(
@@ -107,7 +117,7 @@ class CoveredCE:
         """W of the classes, and what `partly.solve` takes: A (S, b), d (n, b), weights (m, 1)."""
         coverage = coverage.index_select(0, self._which)
         share = coverage.new_ones((self._plan.num_sites, coverage.shape[1]))
-        share[self._covered] = coverage
+        share[self._covered] = self._anyway + self._strength * coverage
         answered = log_probs.index_select(0, self._rows).exp_()
         sums = self._sums @ answered.mul_(share.index_select(0, self._site_of_row))
         masses = self._to_sets @ sums

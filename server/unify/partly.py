@@ -1,8 +1,8 @@
-"""CE where some sites give coverage and others do not: the convex core inside a loop over the others.
+"""CE where some sites give no coverage, or coverage that is believed in part: the convex core inside a loop over them.
 
 Lives here: the loop, its safeguard, what "converged" means for it. Does not live here: the core (`centre`).
 
-A site k without coverage adds w_k log q(L_k), which is concave. For any x_k > 0 it is at most
+A site k adds w_k log q(L_k), w_k being the weight of its plain term, which is concave. For any x_k > 0 it is at most
 x_k q(L_k) - w_k log x_k plus a constant, with equality at x_k = w_k / q(L_k): for fixed x the core can solve what is
 left. Setting x to w / q(L) again and again is minorise-maximise, monotone but slow. V(x), the least value for
 given x, has a gradient and a Hessian in log x that cost no more than one more system of linear equations, so steps
@@ -28,7 +28,7 @@ _NOISE = 1e-13
 def solve(
     frame: Frame, sets: torch.Tensor, sites: torch.Tensor, weights: torch.Tensor, max_rounds: int = MAX_ROUNDS
 ) -> Centre:
-    """Masses of sets for A (S, b), d (n, b) and the weights (m, 1) of sites without coverage."""
+    """Masses of sets for A (S, b), d (n, b) and the weights (m, 1) of the plain terms."""
     plain = frame.inside[frame.covered :]
     if plain.shape[0] == 0:
         return centre(frame, sets, sites, start(frame, sets, sites, torch.zeros_like(sets)))

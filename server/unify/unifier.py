@@ -18,7 +18,7 @@ from consilience.server.unify.across import Combine
 from consilience.server.unify.answers import Reader
 from consilience.server.unify.blocks import block_rows, run_blocks
 from consilience.server.unify.ce import CE
-from consilience.server.unify.coverage import Coverage, check_coverage, read_coverage
+from consilience.server.unify.coverage import STRENGTH, Coverage, check_coverage, read_coverage
 from consilience.server.unify.covered import CoveredCE
 from consilience.server.unify.estimate import Estimate, Estimator
 from consilience.server.unify.mf_lf import MFLF
@@ -42,6 +42,9 @@ class Unifier:
     across          how mass is shared out between components that no site links: "centred" (default),
                     "equal" or "proportional". Not used by "sd", whose definition fixes it, nor where coverage
                     determines the mass
+    strength        (N,) or one number for all, in (0, 1]: how much a site's coverage counts beside its answer; 1
+                    weighs its answer by its coverage, near 0 coverage decides only what answers leave open.
+                    Only for "ce"
     other           the weight of a prior that holds a sample for one of no class of the label space, in the
                     units of `weights`; 0 (default) is a closed world. Only with "ce" and coverage from a site
                     of every component
@@ -66,6 +69,7 @@ class Unifier:
         prior: Prior | None = None,
         across: Across = "centred",
         regularisation: float | None = None,
+        strength: npt.ArrayLike = STRENGTH,
         other: float = 0.0,
         device: str | torch.device | None = None,
         block: int | None = None,
@@ -83,6 +87,7 @@ class Unifier:
             raise UnifyError(f"method {method!r} knows no other than its classes", hint='Only "ce" does.')
         self._method: Method = method
         self._across: Across = across
+        self._strength = _strength(strength, plan.num_sites)
         self._other = float(other)
         # Coverage is about the truth itself, not about the truth softened: answers are softened after it is used.
         self._unsoftened, self._temperature = Reader(plan, 1.0, prior), float(temperature)
@@ -140,7 +145,7 @@ class Unifier:
 
     def _prepare(self, pattern: tuple[bool, ...]) -> _Covered:
         if self._method == "ce":
-            estimator = CoveredCE(self._plan, pattern, self._other, self._across)
+            estimator = CoveredCE(self._plan, pattern, self._strength, self._other, self._across)
             block = block_rows(self._asked_block, estimator.row_doubles)
             return _Covered(estimator, estimator.components, block)
         if not isinstance(self._estimator, SD):
@@ -174,6 +179,7 @@ def unify(
     prior: Prior | None = None,
     across: Across = "centred",
     regularisation: float | None = None,
+    strength: npt.ArrayLike = STRENGTH,
     other: float = 0.0,
     device: str | torch.device | None = None,
     block: int | None = None,
@@ -194,6 +200,7 @@ def unify(
         prior=prior,
         across=across,
         regularisation=regularisation,
+        strength=strength,
         other=other,
         device=device,
         block=block,
@@ -218,6 +225,20 @@ def _estimator(plan: Plan, method: Method, regularisation: float | None) -> Esti
     if regularisation == 0:
         raise UnifyError('regularisation 0 leaves "mf-lv" without a solution', hint="Give a small positive one.")
     return MFLV(plan, regularisation)
+
+
+def _strength(values: npt.ArrayLike, num_sites: int) -> npt.NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape not in ((), (num_sites,)):
+        raise UnifyError(f"strength has shape {array.shape} instead of ({num_sites},)")
+    array = np.broadcast_to(array, (num_sites,))
+    bad = ~((array > 0) & (array <= 1))
+    if bad.any():
+        raise UnifyError(
+            f"strength {array[bad][0]:g} of site {int(bad.argmax())} is not above 0 and at most 1",
+            hint="Give None as the coverage of a site that is not to be believed.",
+        )
+    return array
 
 
 def check_across(across: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from consilience.common.errors import UnifyError
-from consilience.server.unify import Unifier, unify
+from consilience.server.unify import Unifier
+from consilience.server.unify import unify as unify_by_strength
 from consilience.server.unify import centre as centre_module
 from consilience.server.unify.coverage import LEAST, read_coverage
 from consilience.server.unify.covered import CoveredCE
@@ -25,6 +27,8 @@ from consilience.server.unify.plan import make_plan
 Draw = Callable[..., Any]
 FloatArray = NDArray[np.float64]
 seeds = st.integers(0, 10_000)
+unify = partial(unify_by_strength, strength=1.0)
+"""Most tests are of coverage at its full strength, where J is convex and oracles are simple."""
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -51,8 +55,20 @@ def noisy_coverage(problem: Any, seed: int) -> list[FloatArray]:
     return [random.beta(0.7, 0.7, len(problem.truth)) for _ in problem.class_sets]
 
 
-def value(q: FloatArray, problem: Any, row: int, coverage: list[Any], other: float) -> float:
+def value(
+    q: FloatArray, problem: Any, row: int, coverage: list[Any], other: float, strength: FloatArray | None = None
+) -> float:
     """J as it is written down, q over the classes and, last, what is outside the label space."""
+    if strength is not None:
+        full = value(q, problem, row, coverage, other)
+        for i, (s, w) in enumerate(zip(problem.class_sets, problem.weights, strict=True)):
+            if coverage[i] is None or (s.size == problem.num_classes and other == 0):
+                continue
+            p, mass = problem.probs[i][row], q[s].sum()
+            c = np.clip(coverage[i][row], LEAST, 1 - LEAST)
+            group = -(c * p @ np.log(q[s]) + (1 - c) * np.log(q.sum() - mass))
+            full += w * (1 - strength[i]) * (np.log(mass) - p @ np.log(q[s]) - group)
+        return full
     total = -other * np.log(q[-1]) if other > 0 else 0.0
     for i, (s, w) in enumerate(zip(problem.class_sets, problem.weights, strict=True)):
         p, mass = problem.probs[i][row], q[s].sum()
@@ -67,13 +83,15 @@ def value(q: FloatArray, problem: Any, row: int, coverage: list[Any], other: flo
     return float(total)
 
 
-def by_scipy(problem: Any, row: int, coverage: list[Any], other: float) -> FloatArray:
+def by_scipy(
+    problem: Any, row: int, coverage: list[Any], other: float, strength: FloatArray | None = None
+) -> FloatArray:
     """A minimum over the logits of all outcomes, from values of J alone."""
     size = problem.num_classes + (other > 0)
 
     def loss(u: FloatArray) -> float:
         q = softmax(u)
-        return value(q if other > 0 else np.append(q, 0.0), problem, row, coverage, other)
+        return value(q if other > 0 else np.append(q, 0.0), problem, row, coverage, other, strength)
 
     found: Any = minimize(loss, np.zeros(size), method="L-BFGS-B", options={"maxiter": 5000, "maxfun": 200_000})
     found = minimize(loss, found.x, method="SLSQP", options={"ftol": 1e-15, "maxiter": 2000})
@@ -175,6 +193,53 @@ def test_scipy_agrees(draw: Draw, other: float) -> None:
         assert value(ours, problem, 0, coverage, other) <= value(theirs, problem, 0, coverage, other) + 1e-6
         if all(c is not None for c in coverage):  # convex: there is no other minimum
             np.testing.assert_allclose(ours, theirs, atol=2e-4, err_msg=str(seed))
+
+
+@pytest.mark.parametrize("other", [0.0, 0.2])
+def test_scipy_agrees_at_every_strength(draw: Draw, other: float) -> None:
+    for seed in range(20):
+        problem = draw(seed, 1, scale=1.5)
+        coverage: list[Any] = [np.clip(c, 0.02, 0.98) for c in noisy_coverage(problem, seed)]
+        strength = np.random.default_rng(seed).uniform(0.1, 1.0, len(coverage))
+        found = unify_by_strength(
+            problem.logits,
+            problem.class_sets,
+            coverage=coverage,
+            weights=problem.weights,
+            strength=strength,
+            other=other,
+        )
+        assert found.converged.all()
+        theirs = by_scipy(problem, 0, coverage, other, strength)
+        ours = np.append(found.probs[0] * (1.0 - found.other[0]), found.other[0]).astype(np.float64)
+        least = value(theirs, problem, 0, coverage, other, strength)
+        assert value(ours, problem, 0, coverage, other, strength) <= least + 1e-6
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.3, 1.0])
+def test_strength_changes_nothing_where_answers_leave_the_masses_open(strength: float) -> None:
+    random = np.random.default_rng(1)
+    sets = [[0, 1], [2, 3, 4], [5]]
+    answers = [random.normal(0, 2, (20, len(s))) for s in sets]
+    coverage = [random.uniform(0.1, 0.9, 20) for _ in sets]
+    found = unify_by_strength(answers, sets, coverage=coverage, strength=strength)
+    assert found.converged.all()
+    np.testing.assert_allclose(found.probs, unify(answers, sets, coverage=coverage).probs, atol=1e-6)
+
+
+def test_with_little_strength_overlapping_sites_are_nearly_plain_ce(draw: Draw) -> None:
+    problem = draw(3, 20, noise=0.5)
+    coverage = noisy_coverage(problem, 3)
+    plain = unify(problem.logits, problem.class_sets, weights=problem.weights).probs
+    gaps = []
+    for strength in (1e-3, 1e-2, 1e-1):
+        found = unify_by_strength(
+            problem.logits, problem.class_sets, coverage=coverage, weights=problem.weights, strength=strength
+        )
+        assert found.converged.all()
+        gaps.append(float(np.abs(found.probs - plain).max()))
+    assert gaps[0] < 0.02
+    assert gaps == sorted(gaps)
 
 
 @pytest.mark.parametrize("other", [0.0, 0.05])
@@ -302,7 +367,7 @@ def test_kinds_of_arrays(draw: Draw, tmp_path: Path) -> None:
 def test_a_unifier_takes_coverage_call_by_call(draw: Draw) -> None:
     problem = draw(5, 20)
     coverage = noisy_coverage(problem, 1)
-    unifier = Unifier(problem.class_sets)
+    unifier = Unifier(problem.class_sets, strength=1.0)
     plain = unifier(problem.logits).probs
     whole = unifier(problem.logits, coverage=coverage).probs
     partly: list[Any] = [None, *coverage[1:]]
@@ -377,7 +442,7 @@ def test_a_hundred_sites() -> None:
 def stacked(problem: Any, coverage: list[Any]) -> tuple[CoveredCE, tuple[torch.Tensor, ...]]:
     """The estimator, and the arguments of `solve`: A, d, weights of sites without coverage."""
     plan = make_plan(problem.class_sets, None, problem.weights, torch.device("cpu"))
-    estimator = CoveredCE(plan, tuple(c is not None for c in coverage), 0.0, "centred")
+    estimator = CoveredCE(plan, tuple(c is not None for c in coverage), np.ones(plan.num_sites), 0.0, "centred")
     answers = torch.from_numpy(np.log(np.concatenate([p.T for p in problem.probs])))
     known = read_coverage(coverage, 0, len(problem.truth), 0, plan.device)
     return estimator, estimator.masses(answers, known)[1:]
@@ -448,6 +513,10 @@ def spoilt(row: int, bad: float) -> list[Any]:
         ([None, HALVES[1]], {"method": "sd"}, ["sd", "site 0"]),
         (None, {"other": 0.1}, ["other 0.1", "coverage"]),
         ([None, None], {"other": 0.1}, ["other 0.1", "coverage"]),
+        (HALVES, {"strength": 0.0}, ["strength 0", "site 0", "at most 1"]),
+        (HALVES, {"strength": [0.5, 1.5]}, ["strength 1.5", "site 1"]),
+        (HALVES, {"strength": [0.5, float("nan")]}, ["strength nan", "site 1"]),
+        (HALVES, {"strength": [0.5, 0.5, 0.5]}, ["strength", "(3,)", "(2,)"]),
         (HALVES, {"other": -1.0}, ["other -1.0"]),
         (HALVES, {"other": float("nan")}, ["other nan"]),
         (HALVES, {"other": 0.1, "method": "sd"}, ["'sd'", "other"]),
