@@ -17,8 +17,8 @@ from scipy.optimize import minimize
 
 from consilience.common.errors import UnifyError
 from consilience.server.unify import Unifier
-from consilience.server.unify import unify as unify_by_strength
 from consilience.server.unify import centre as centre_module
+from consilience.server.unify import unify as unify_by_strength
 from consilience.server.unify.coverage import LEAST, read_coverage
 from consilience.server.unify.covered import CoveredCE
 from consilience.server.unify.partly import objective, solve
