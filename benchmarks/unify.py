@@ -3,7 +3,9 @@
 10 sites that know 30 random classes of 100 each; 20,000 samples; noisy but consistent teachers (q = softmax of
 Normal(0, 2.5^2), each site answers with q on its classes plus noise on the logits). Time runs from float32 answers in
 memory to float32 labels in memory. SciPy minimises the same objective with its analytic gradient, to a gradient of
-1e-8, on some of the samples. Every method of `consilience.server.unify` is timed alongside.
+1e-8, on some of the samples. Every method of `consilience.server.unify` is timed alongside; so is CE with
+coverage from all sites, and from every other one: the truth's mass on a site's classes, with the same noise on its
+logit.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Task:
-    """Answers (n, k) of every site, its class set, and L."""
+    """Answers (n, k) and coverage (n,) of every site, its class set, and L."""
 
     answers: list[NDArray[np.float32]]
+    coverage: list[NDArray[np.float32]]
     class_sets: list[NDArray[np.int64]]
     num_classes: int
 
@@ -54,7 +57,14 @@ def make_task(samples: int, sites: int = 10, known: int = 30, classes: int = 100
             break
     truth = random.normal(0.0, 2.5, (samples, classes))
     logits = [truth[:, columns] + noise * random.normal(size=(samples, known)) for columns in sets]
-    return Task([log_softmax(values).astype(np.float32) for values in logits], sets, classes)
+    masses = [np.exp(log_softmax(truth))[:, columns].sum(axis=1) for columns in sets]
+    odds = [np.log(mass / (1.0 - mass)) + noise * random.normal(size=samples) for mass in masses]
+    return Task(
+        [log_softmax(values).astype(np.float32) for values in logits],
+        [(1.0 / (1.0 + np.exp(-values))).astype(np.float32) for values in odds],
+        sets,
+        classes,
+    )
 
 
 def sums_of(task: Task) -> FloatArray:
@@ -141,6 +151,9 @@ def main() -> None:
     runs: dict[str, Callable[[], UnifiedLabels]] = {
         method: partial(unify, task.answers, task.class_sets, task.num_classes, method=method) for method in METHODS
     }
+    half = [values if site % 2 else None for site, values in enumerate(task.coverage)]
+    for name, coverage in (("ce, coverage", task.coverage), ("ce, coverage of half", half)):
+        runs[name] = partial(unify, task.answers, task.class_sets, task.num_classes, coverage=coverage)
     runs["ce from sums"] = partial(unify_sums, sums, task.class_sets, task.num_classes)
     measured = [measure(name, run, 2 if name in SLOW else repeats) for name, run in runs.items()]
     show(

@@ -5,6 +5,8 @@ Lives here: the public surface. Does not live here: anything that trains, or tha
 
 from __future__ import annotations
 
+from consilience.server.unify.coverage import Coverage
+from consilience.server.unify.recalibrate import Recalibration, recalibrate
 from consilience.server.unify.result import ACROSS, METHODS, Across, Answers, Method, Prior, UnifiedLabels
 from consilience.server.unify.sums import unify_sums
 from consilience.server.unify.unifier import Unifier, unify
@@ -14,10 +16,13 @@ __all__ = [
     "METHODS",
     "Across",
     "Answers",
+    "Coverage",
     "Method",
     "Prior",
+    "Recalibration",
     "UnifiedLabels",
     "Unifier",
+    "recalibrate",
     "unify",
     "unify_sums",
 ]

@@ -48,6 +48,7 @@ def run_blocks(
         iterations=np.empty(n, dtype=np.int32),
         converged=np.empty(n, dtype=np.bool_),
         residual=np.empty(n, dtype=np.float64),
+        other=np.zeros(n, dtype=np.float32),
     )
 
     def work(start: int, stop: int) -> None:
@@ -56,6 +57,8 @@ def run_blocks(
         out.iterations[start:stop] = found.iterations.cpu().numpy()
         out.converged[start:stop] = found.converged.cpu().numpy()
         out.residual[start:stop] = found.residual.cpu().numpy()
+        if found.other is not None:
+            out.other[start:stop] = found.other.cpu().numpy()
 
     if plan.device.type != "cpu":
         for start in range(0, n, block):

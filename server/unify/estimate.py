@@ -13,12 +13,16 @@ import torch
 
 @dataclass(frozen=True)
 class Estimate:
-    """scores (L, b) fp64: log q up to one constant per component; iterations, converged, residual (b,)."""
+    """scores (L, b) fp64: log q up to one constant per component; iterations, converged, residual (b,).
+
+    other (b,) is the mass outside the label space, or None in a closed world.
+    """
 
     scores: torch.Tensor
     iterations: torch.Tensor
     converged: torch.Tensor
     residual: torch.Tensor
+    other: torch.Tensor | None = None
 
     @staticmethod
     def closed(scores: torch.Tensor) -> Estimate:

@@ -44,12 +44,20 @@ class UnifiedLabels:
 
     probs       (n, L) float32, every row sums to 1
     components  (L,) int64: the component of each class, numbered in the order of their first classes. Mass
-                *between* components follows the declared rule, not the answers.
+                *between* components follows the declared rule, not the answers. With ce and coverage, all
+                components in which some site gives coverage count as one; so does a single one in which none
+                does. If there are several such, coverage determines the mass of all of them together, and the
+                rule shares it out.
     iterations  (n,) int32: Newton steps taken; 0 for the closed forms (sd, mf-lf)
     converged   (n,) bool: both the gradient and the Newton step are below tolerance; see docs/unify.md
-    residual    (n,) float64: ce: the largest mismatch of marginals, max_T |sum of W_l - sum_i w_i qhat_i(l)
-                over l in T|, T running over the owner sets, which bounds the mismatch of every class;
-                mf-p, mf-lv: the largest entry of the scaled, projected gradient; 0 for the closed forms
+    residual    (n,) float64: ce without coverage: the largest mismatch of marginals, max_T |sum of W_l -
+                sum_i w_i qhat_i(l) over l in T|, T running over the owner sets, which bounds the mismatch of
+                every class;
+                ce with coverage: the largest difference between a mass of the labels and what the conditions
+                of the minimum say it is; mf-p, mf-lv: the largest entry of the scaled, projected gradient; 0
+                for the closed forms
+    other       (n,) float32: the probability that the sample is outside the label space, 0 in a closed world;
+                `probs` are conditional on its being inside
     """
 
     probs: npt.NDArray[np.float32]
@@ -57,3 +65,4 @@ class UnifiedLabels:
     iterations: npt.NDArray[np.int32]
     converged: npt.NDArray[np.bool_]
     residual: npt.NDArray[np.float64]
+    other: npt.NDArray[np.float32]

@@ -6,7 +6,8 @@ Lives here: `Unifier`, `unify`. Does not live here: any method; each has a modul
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from consilience.server.unify.across import Combine
 from consilience.server.unify.answers import Reader
 from consilience.server.unify.blocks import block_rows, run_blocks
 from consilience.server.unify.ce import CE
+from consilience.server.unify.coverage import STRENGTH, Coverage, check_coverage, read_coverage
+from consilience.server.unify.covered import CoveredCE
 from consilience.server.unify.estimate import Estimate, Estimator
 from consilience.server.unify.mf_lf import MFLF
 from consilience.server.unify.mf_lv import MFLV
@@ -37,7 +40,14 @@ class Unifier:
                     the softened truth, q^(1/temperature)
     prior           a `Prior`: correct answers for the class proportions of the sites' training data
     across          how mass is shared out between components that no site links: "centred" (default),
-                    "equal" or "proportional". Not used by "sd", whose definition fixes it
+                    "equal" or "proportional". Not used by "sd", whose definition fixes it, nor where coverage
+                    determines the mass
+    strength        (N,) or one number for all, in (0, 1]: how much a site's coverage counts beside its answer; 1
+                    weighs its answer by its coverage, near 0 coverage decides only what answers leave open.
+                    Only for "ce"
+    other           the weight of a prior that holds a sample for one of no class of the label space, in the
+                    units of `weights`; 0 (default) is a closed world. Only with "ce" and coverage from a site
+                    of every component
     regularisation  lambda of "mf-lf" (default 0) and "mf-lv" (default 1e-4 of each sample's mean square of
                     centred logits); not for other methods
     device          where to compute; by default the CPU
@@ -59,6 +69,8 @@ class Unifier:
         prior: Prior | None = None,
         across: Across = "centred",
         regularisation: float | None = None,
+        strength: npt.ArrayLike = STRENGTH,
+        other: float = 0.0,
         device: str | torch.device | None = None,
         block: int | None = None,
     ) -> None:
@@ -69,29 +81,90 @@ class Unifier:
         self._reader = Reader(plan, temperature, prior)
         self._combine = Combine(plan, None if self._estimator.comparable else across)
         self._plan = plan
+        if not (math.isfinite(other) and other >= 0):
+            raise UnifyError(f"other {other} is not a finite number of at least 0")
+        if other > 0 and method != "ce":
+            raise UnifyError(f"method {method!r} knows no other than its classes", hint='Only "ce" does.')
+        self._method: Method = method
+        self._across: Across = across
+        self._strength = _strength(strength, plan.num_sites)
+        self._other = float(other)
+        # Coverage is about the truth itself, not about the truth softened: answers are softened after it is used.
+        self._unsoftened, self._temperature = Reader(plan, 1.0, prior), float(temperature)
+        self._asked_block = block
+        self._covered: dict[tuple[bool, ...], _Covered] = {}
         self.block = block_rows(block, self._estimator.row_doubles)
 
     @property
     def components(self) -> npt.NDArray[np.int64]:
-        """(L,) the component of each class."""
+        """(L,) the component of each class, by the class sets alone."""
         return self._plan.components.copy()
 
-    def __call__(self, log_probs: Sequence[Answers], *, first_row: int = 0) -> UnifiedLabels:
+    def __call__(
+        self, log_probs: Sequence[Answers], *, coverage: Coverage | None = None, first_row: int = 0
+    ) -> UnifiedLabels:
         """Unify n samples.
 
         log_probs  one (n, len(class_sets[i])) floating array or tensor per site: log-probabilities or logits;
                    a constant added to a row changes nothing. -inf is allowed, but not for a whole row.
                    Memory maps are read block by block.
+        coverage   (n,) floating per site, its estimate of P(class of x is one of mine) in [0, 1], or None for a
+                   site that gives none; None (default) for none at all. For "ce" and, from every site, "sd"
         first_row  added to row numbers in messages, for callers who hold a part of a larger whole
 
-        Raises UnifyError for wrong shapes or types, NaN, +inf, or a row of nothing but -inf.
+        Raises UnifyError for wrong shapes or types, NaN, +inf, a row of nothing but -inf, coverage outside
+        [0, 1], or coverage that the method cannot use or `other` lacks.
         """
         n = self._reader.check(log_probs)
+        pattern = check_coverage(coverage, self._plan.num_sites, n)
+        if coverage is not None and any(pattern):
+            return self._with_coverage(log_probs, coverage, pattern, n, first_row)
+        if self._other > 0:
+            raise UnifyError(f"other {self._other:g} needs coverage, and no site gives any")
 
         def estimate(start: int, stop: int) -> Estimate:
             return self._estimator(self._reader.read(log_probs, start, stop, first_row))
 
         return run_blocks(self._plan, n, self.block, estimate, self._combine)
+
+    def _with_coverage(
+        self, log_probs: Sequence[Answers], coverage: Coverage, pattern: tuple[bool, ...], n: int, first_row: int
+    ) -> UnifiedLabels:
+        plan = self._plan
+        if pattern not in self._covered:
+            self._covered[pattern] = self._prepare(pattern)
+        covered = self._covered[pattern]
+
+        def estimate(start: int, stop: int) -> Estimate:
+            known = read_coverage(coverage, start, stop, first_row, plan.device)
+            found = covered.estimate(self._unsoftened.read(log_probs, start, stop, first_row), known)
+            return replace(found, scores=found.scores / self._temperature)
+
+        labels = run_blocks(plan, n, covered.block, estimate, Combine(plan, None))
+        return replace(labels, components=covered.components.copy())
+
+    def _prepare(self, pattern: tuple[bool, ...]) -> _Covered:
+        if self._method == "ce":
+            estimator = CoveredCE(self._plan, pattern, self._strength, self._other, self._across)
+            block = block_rows(self._asked_block, estimator.row_doubles)
+            return _Covered(estimator, estimator.components, block)
+        if not isinstance(self._estimator, SD):
+            raise UnifyError(f"method {self._method!r} cannot use coverage", hint='"ce" can, and "sd".')
+        if not all(pattern):
+            raise UnifyError(
+                f'"sd" mixes sites by coverage, and site {pattern.index(False)} gives none',
+                hint='Unify by "ce", or without coverage.',
+            )
+        return _Covered(self._estimator.mixture, self._plan.components, self.block)
+
+
+@dataclass(frozen=True)
+class _Covered:
+    """An estimator prepared for coverage from certain sites: its components (L,) and rows per block."""
+
+    estimate: Callable[[torch.Tensor, torch.Tensor], Estimate]
+    components: npt.NDArray[np.int64]
+    block: int
 
 
 def unify(
@@ -101,16 +174,19 @@ def unify(
     *,
     method: Method = "ce",
     weights: npt.ArrayLike | None = None,
+    coverage: Coverage | None = None,
     temperature: float = 1.0,
     prior: Prior | None = None,
     across: Across = "centred",
     regularisation: float | None = None,
+    strength: npt.ArrayLike = STRENGTH,
+    other: float = 0.0,
     device: str | torch.device | None = None,
     block: int | None = None,
 ) -> UnifiedLabels:
     """Soft labels over the union of all classes, from each site's answers over its own.
 
-    See `Unifier` for the options, and its call for `log_probs`, shapes, types and errors. The device is by
+    See `Unifier` for the options, and its call for `log_probs`, `coverage`, shapes, types and errors. The device is by
     default the one that holds the first site's answers.
     """
     if device is None and len(log_probs) > 0 and isinstance(log_probs[0], torch.Tensor):
@@ -124,10 +200,12 @@ def unify(
         prior=prior,
         across=across,
         regularisation=regularisation,
+        strength=strength,
+        other=other,
         device=device,
         block=block,
     )
-    return unifier(log_probs)
+    return unifier(log_probs, coverage=coverage)
 
 
 def _estimator(plan: Plan, method: Method, regularisation: float | None) -> Estimator:
@@ -147,6 +225,20 @@ def _estimator(plan: Plan, method: Method, regularisation: float | None) -> Esti
     if regularisation == 0:
         raise UnifyError('regularisation 0 leaves "mf-lv" without a solution', hint="Give a small positive one.")
     return MFLV(plan, regularisation)
+
+
+def _strength(values: npt.ArrayLike, num_sites: int) -> npt.NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape not in ((), (num_sites,)):
+        raise UnifyError(f"strength has shape {array.shape} instead of ({num_sites},)")
+    array = np.broadcast_to(array, (num_sites,))
+    bad = ~((array > 0) & (array <= 1))
+    if bad.any():
+        raise UnifyError(
+            f"strength {array[bad][0]:g} of site {int(bad.argmax())} is not above 0 and at most 1",
+            hint="Give None as the coverage of a site that is not to be believed.",
+        )
+    return array
 
 
 def check_across(across: object) -> None:

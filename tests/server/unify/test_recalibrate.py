@@ -1,0 +1,155 @@
+"""Coverage that is good, constant, inverted, or over-confident, against a truth that is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from consilience.common.errors import UnifyError
+from consilience.server.unify import Recalibration, recalibrate, unify
+
+FloatArray = NDArray[np.float64]
+SETS = [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 0, 1]]
+ROWS = 3000
+
+
+def softmax(logits: FloatArray) -> FloatArray:
+    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+
+
+def logit(c: FloatArray) -> FloatArray:
+    return np.asarray(np.log(c) - np.log1p(-c))
+
+
+def sigmoid(z: FloatArray) -> FloatArray:
+    return np.asarray(1 / (1 + np.exp(-z)))
+
+
+def pool(spoil: Any) -> tuple[FloatArray, list[FloatArray], list[FloatArray]]:
+    """Truth, answers, and coverage of which that of site 1 is spoilt."""
+    random = np.random.default_rng(0)
+    truth = softmax(random.normal(0, 2.5, (ROWS, 8)))
+    answers = [np.log(truth[:, s]) + 0.2 * random.normal(size=(ROWS, 4)) for s in SETS]
+    coverage = [sigmoid(logit(truth[:, s].sum(axis=1)) + 0.2 * random.normal(size=ROWS)) for s in SETS]
+    coverage[1] = spoil(coverage[1], random)
+    return truth, answers, coverage
+
+
+def fit(answers: list[FloatArray], coverage: list[Any]) -> list[Recalibration | None]:
+    def masses(site: int) -> FloatArray:
+        without = [None if i == site else c for i, c in enumerate(coverage)]
+        return unify(answers, SETS, coverage=without).probs[:, SETS[site]].sum(axis=1, dtype=np.float64)
+
+    return recalibrate(coverage, masses)
+
+
+def test_good_coverage_is_left_alone() -> None:
+    _, answers, coverage = pool(lambda c, _: c)
+    for found in fit(answers, coverage):
+        assert found is not None
+        assert found.reason == ""
+        assert found.agreement > 0.85
+        assert found.a == pytest.approx(1.0, abs=0.1)
+        assert found.b == pytest.approx(0.0, abs=0.15)
+
+
+def test_overconfident_coverage_is_brought_back() -> None:
+    truth, answers, coverage = pool(lambda c, _: sigmoid(2.0 * logit(c) + 1.0))
+    found = fit(answers, coverage)[1]
+    assert found is not None
+    assert found.a == pytest.approx(0.5, abs=0.07)
+    assert found.b == pytest.approx(-0.5, abs=0.15)
+    repaired = [c if i != 1 else found(c) for i, c in enumerate(coverage)]
+    before = np.abs(unify(answers, SETS, coverage=coverage).probs - truth).sum(axis=1).mean()
+    after = np.abs(unify(answers, SETS, coverage=repaired).probs - truth).sum(axis=1).mean()
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "agreement", "words"),
+    [
+        (lambda c, _: np.full_like(c, 0.4), (0.5, 0.5), "does not tell"),
+        (lambda c, random: sigmoid(random.normal(size=c.size)), (0.46, 0.54), "does not tell"),
+        (lambda c, _: 1 - c, (0.0, 0.3), "none of its classes"),
+    ],
+    ids=["constant", "noise", "inverted"],
+)
+def test_coverage_that_misleads_is_ignored(spoil: Any, agreement: tuple[float, float], words: str) -> None:
+    _, answers, coverage = pool(spoil)
+    found = fit(answers, coverage)[1]
+    assert found is not None
+    assert found.a == 0.0
+    assert words in found.reason
+    assert agreement[0] <= found.agreement <= agreement[1]
+    assert np.ptp(found(coverage[1])) < 1e-12
+
+
+def test_disjoint_sites_are_tied_by_a_closed_world() -> None:
+    # Nobody shares a class, but what the others leave over is the site's.
+    random = np.random.default_rng(1)
+    truth = softmax(random.normal(0, 2.5, (500, 6)))
+    sets = [[0, 1], [2, 3], [4, 5]]
+    coverage: list[Any] = [truth[:, s].sum(axis=1) for s in sets]
+    bent = [coverage[0], sigmoid(2 * logit(coverage[1])), coverage[2]]
+    answers = [np.log(truth[:, s]) for s in sets]
+    labels = unify(answers, sets, coverage=[bent[0], None, bent[2]])
+    found = recalibrate(bent, lambda site: labels.probs[:, sets[site]].sum(axis=1))[1]
+    assert found is not None
+    assert found.a == pytest.approx(0.5, abs=0.05)
+
+
+def test_sites_without_coverage_and_empty_pools() -> None:
+    assert recalibrate([None, None], lambda site: np.zeros(0)) == [None, None]
+    found = recalibrate([np.zeros(0), None], lambda site: np.zeros(0))
+    assert found[0] is not None
+    assert found[0].a == 1.0
+    assert found[1] is None
+
+
+def test_a_map_never_falls() -> None:
+    # Most samples are in order, but a few are so far off that a falling map would fit best.
+    c = sigmoid(np.concatenate([np.linspace(-0.1, 0.1, 90), np.full(5, -9.0), np.full(5, 9.0)]))
+    masses = np.concatenate([np.linspace(0.0, 1.0, 90), np.full(5, 1.0), np.zeros(5)])
+    found = recalibrate([c], lambda site: masses)[0]
+    assert found is not None
+    assert found.agreement > 0.55
+    assert found.a == 0.0
+    assert "less of its classes" in found.reason
+    np.testing.assert_allclose(found(c), masses.mean(), atol=1e-9)
+
+
+def test_zeros_and_ones_are_bounded() -> None:
+    c = np.array([0.0, 1.0] * 50)
+    found = recalibrate([c], lambda site: c)[0]
+    assert found is not None
+    assert np.isfinite([found.a, found.b]).all()
+    np.testing.assert_allclose(found(c), c, atol=1e-3)
+
+
+def test_few_samples_do_not_make_a_map_steep() -> None:
+    # The others are certain, so a step would fit best; the weight of one sample on the identity bounds it.
+    found = recalibrate([np.array([0.4, 0.6] * 50)], lambda site: np.array([0.0, 1.0] * 50))[0]
+    assert found is not None
+    slope = np.log(1.5)
+    assert found.a - 1 == pytest.approx(100 * slope / (1 + np.exp(slope * found.a)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("coverage", "masses", "parts"),
+    [
+        ([np.array([0.5, 2.0])], np.zeros(2), ["coverage of site 0", "2", "row 1"]),
+        ([None, np.array([0.5, np.nan])], np.zeros(2), ["coverage of site 1", "nan", "row 1"]),
+        ([np.array([0.5, 0.5]), np.array([0.5])], np.zeros(2), ["site 1", "(1,)", "(2,)"]),
+        ([np.array([0.5, 0.5])], np.zeros(3), ["masses for site 0", "(3,)", "(2,)"]),
+        ([np.array([0.5, 0.5])], np.array([0.0, 1.1]), ["masses of site 0", "1.1", "row 1"]),
+    ],
+)
+def test_refusals(coverage: Any, masses: Any, parts: list[str]) -> None:
+    with pytest.raises(UnifyError) as caught:
+        recalibrate(coverage, lambda site: masses)
+    for part in parts:
+        assert part in str(caught.value)
