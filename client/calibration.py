@@ -91,15 +91,15 @@ def fit_calibration(log_probs: NDArray[np.floating[Any]], labels: Ints, method: 
     """Fit a map to (n, K) finite log-probabilities of samples with the true labels (n,) in [0, K).
 
     The map is fitted on all samples. Whether it helps is measured by cross-fitting: in each of `FOLDS` parts, every
-    class in all of them as evenly as may be, by a map fitted on the others. Where `method` is dirichlet and a temperature
-    does as well, it is a temperature. Where the negative log-likelihood does not become smaller, where the samples are
-    too few, and where no temperature above `SHARPEST` fits them best, nothing changes.
+    class in all of them as evenly as may be, by a map fitted on the others. Where `method` is dirichlet and does no
+    better than a temperature, it is a temperature. Where the negative log-likelihood does not become
+    smaller, where the samples are too few, and where no temperature above `SHARPEST` fits them best, nothing changes.
     """
     n, classes = log_probs.shape
     if classes == 1:
         return Fitted("identity", None, n, None, None, "the teacher knows one class only")
     if n < LEAST_SAMPLES:
-        return Fitted("identity", None, n, None, None, f"{n} samples were held out; {LEAST_SAMPLES} are needed")
+        return Fitted("identity", None, n, None, None, f"too few held-out samples: {n}; {LEAST_SAMPLES} are needed")
     rows, before = np.asarray(log_probs, np.float64), scores_of(log_probs, labels)
     if best_temperature(np.maximum(rows, LEAST_LOG_PROB), labels) <= SHARPEST:
         # The teacher is right on all of them, or nearly: the likelihood has no best temperature.
@@ -111,9 +111,8 @@ def fit_calibration(log_probs: NDArray[np.floating[Any]], labels: Ints, method: 
     afters = {name: scores_of(_crossed(name, rows, labels, folds), labels) for name in candidates}
     best = min(afters, key=lambda name: afters[name].nll)
     if not afters[best].nll < before.nll:
-        return Fitted(
-            "identity", None, n, before, before, f"a {' or '.join(candidates)} map gives no better likelihood"
-        )
+        why = f"no {' or '.join(candidates)} map gives a better likelihood"
+        return Fitted("identity", None, n, before, before, why)
     if best != method and not note:
         note = "temperature instead of dirichlet, which gives no better likelihood"
     return Fitted(best, _fit(best, rows, labels), n, before, afters[best], note)
