@@ -6,7 +6,7 @@ brings a library of its own.
 
 from __future__ import annotations
 
-from consilience.client.teacher.calibrated import CalibratedTeacher, CalibrationRecord, calibrated, fit
+from consilience.client.teacher.calibrated import CalibratedTeacher, CalibrationRecord, behind_map, fit
 from consilience.client.teacher.protocol import Outputs, Scores, ScoringTeacher, Teacher, fingerprint_of, read_model
 from consilience.client.teacher.trained import TrainedTeacher, load_trained, train_teacher, trained_record
 from consilience.common.files import sha256
@@ -31,7 +31,7 @@ def load_teacher(settings: SiteSettings) -> CalibratedTeacher:
     refused, or does not fit the settings, or when the teacher is to be trained and is not; `MissingExtraError` when
     the kind needs a library that is not installed; `SettingsError` for an unknown architecture.
     """
-    return calibrated(settings, _load(settings))
+    return behind_map(settings, _load(settings))
 
 
 def calibrate_teacher(settings: SiteSettings) -> CalibrationRecord:

@@ -92,7 +92,7 @@ class CalibratedTeacher:
         return narrow
 
 
-def calibrated(settings: SiteSettings, teacher: Teacher) -> CalibratedTeacher:
+def behind_map(settings: SiteSettings, teacher: Teacher) -> CalibratedTeacher:
     """Put `teacher` behind the map that was fitted for it, if there is one and the settings want it.
 
     Raises `TeacherError` when calibration.json is damaged.
@@ -148,7 +148,7 @@ def _held_out(
     if settings.teacher.kind == "train":
         if trained_record(settings).data_digest != digest:
             raise TeacherError(
-                f"{settings.name}: the private data are not those that were trained on",
+                f"{settings.name}: the private data are not those that the teacher was trained on",
                 hint="Run `consilience site train`",
             )
         labels, _ = present_classes(data)
