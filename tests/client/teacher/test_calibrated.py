@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from click.testing import Result
 from scipy.special import log_softmax
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.site import Site
@@ -66,7 +67,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         count: int = 200,
         **fields: Any,
     ) -> SiteSettings:
-        arrays = {} if labels is None else {"y": labels[:count], "names": np.array(names)}
+        arrays: dict[str, Any] = {} if labels is None else {"y": labels[:count], "names": np.array(names)}
         np.savez(tmp_path / "private.npz", x=images[:count], **arrays)
         raw = {"name": "site-1", "data": {"kind": "npz", "path": "private.npz"}, "teacher": teacher, **fields}
         (tmp_path / "site.yaml").write_text(yaml.safe_dump({k: v for k, v in raw.items() if v is not None}))
@@ -97,6 +98,7 @@ def test_a_hosted_teacher_that_is_three_times_too_sure(make: Make, images: np.nd
     record = calibrate_teacher(settings)
     assert (record.method, record.samples, record.note) == ("temperature", 200, "")
     assert record.map is not None
+    assert record.map.temperature is not None
     assert record.map.temperature == pytest.approx(3, rel=0.35)
     assert record.before is not None
     assert record.after is not None
