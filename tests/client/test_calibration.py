@@ -164,10 +164,10 @@ def test_the_smallest_answers_there_are_stay_finite(method: Any) -> None:
     assert found.before.nll == pytest.approx(-LEAST_LOG_PROB / 3)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 5))
+@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 40), st.sampled_from([0.3, 1.0, 3.0]))
 @settings(max_examples=60, deadline=None)
-def test_scores_are_those_of_the_judge_and_of_the_definition(seed: int, n: int, k: int) -> None:
-    logits = normal(n, k, seed)
+def test_scores_are_those_of_the_judge_and_of_the_definition(seed: int, n: int, k: int, spread: float) -> None:
+    logits = normal(n, k, seed, spread)
     rows, labels = log_softmax(logits, axis=1), drawn(logits / 3, seed)
     found = scores_of(rows, labels)
     assert found.nll == pytest.approx(nll(logits, labels))
