@@ -31,7 +31,8 @@ def site_of(context: Context) -> Site:
     path = Path(str(context.node_config["site"]))
     with _loading:
         if path not in _sites:
-            _sites[path] = Site.load(path)
+            _sites[path] = site = Site.load(path)
+            log.info("%s: calibration of the teacher: %s", site.settings.name, site.calibration)
         return _sites[path]
 
 

@@ -21,7 +21,7 @@ from consilience.client.agent_cli import papers
 from consilience.client.connection import DroppedError, LostError
 from consilience.client.fleet import open_fleet
 from consilience.client.reach import certificate_end, connect, resolve
-from consilience.client.teacher import Teacher, load_teacher
+from consilience.client.teacher import CalibratedTeacher, load_teacher
 from consilience.common.data import open_data
 from consilience.common.errors import (
     AdmissionError,
@@ -64,7 +64,7 @@ class Preflight:
         self._path = path
         self.rows: list[Row] = []
         self._settings: SiteSettings
-        self._teacher: Teacher
+        self._teacher: CalibratedTeacher
         self._pools: list[Pool] = []
         self._key: PrivateKey
         self._kit: Kit
@@ -118,7 +118,7 @@ class Preflight:
         told = ["name, classes, kind and fingerprint of the teacher"]
         told += [f"log-probabilities as {' or '.join(policy.encodings)}"]
         told += ["the class shares of the private data"] if policy.class_priors else []
-        told += ["the accuracy on private images kept out of training"] if policy.holdout_accuracy else []
+        told += ["accuracy and calibration on private images kept out of training"] if policy.holdout_accuracy else []
         return f"lets out: {', '.join(told)}; nothing else"
 
     def _open_data(self) -> str:
@@ -131,7 +131,8 @@ class Preflight:
 
     def _load_teacher(self) -> str:
         self._teacher = load_teacher(self._settings)
-        return f"{len(self._teacher.classes)} classes, fingerprint {self._teacher.fingerprint[:12]}"
+        teacher = self._teacher
+        return f"{len(teacher.classes)} classes, fingerprint {teacher.fingerprint[:12]}, calibration: {teacher.told}"
 
     def _verify_pools(self) -> str:
         if not self._settings.pools:

@@ -13,7 +13,7 @@ from consilience.client.agent_cli import start
 from consilience.client.check import Preflight
 from consilience.client.init_cli import init
 from consilience.client.site import Site
-from consilience.client.teacher import train_teacher
+from consilience.client.teacher import calibrate_teacher, train_teacher
 from consilience.common.cli import AsJson, Result, emit, emit_findings
 from consilience.common.errors import SettingsError
 from consilience.common.nets import epoch_task
@@ -31,17 +31,25 @@ SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
 @app.command()
 def train(site: SiteFile, as_json: AsJson = False) -> None:
-    """Train the site's teacher on its private data; goes on where an earlier call stopped."""
+    """Train the site's teacher on its private data and calibrate it; goes on where an earlier call stopped.
+
+    A teacher that exists already is calibrated only.
+    """
 
     def action() -> Result:
         settings = load_settings(site, SiteSettings)
-        if settings.teacher.kind != "train":
+        if settings.teacher.kind == "train":
+            with Reporter() as reporter:
+                train_teacher(settings, epoch_task(reporter, f"training {settings.name}", settings.teacher.fit.epochs))
+        elif settings.calibration == "off" or settings.data is None:
             raise SettingsError(
-                f"{site}: field 'teacher.kind' is {settings.teacher.kind!r}; only 'train' is trained here",
-                hint="A hosted teacher needs no training: `consilience site show` shows it",
+                f"{site}: field 'teacher.kind' is {settings.teacher.kind!r}, which is not trained here, and there is "
+                f"nothing to calibrate: "
+                + ("'calibration' is off" if settings.calibration == "off" else "'data' is not given"),
+                hint="Such a teacher answers as it is: `consilience site show` shows it",
             )
-        with Reporter() as reporter:
-            train_teacher(settings, epoch_task(reporter, f"training {settings.name}", settings.teacher.fit.epochs))
+        if settings.calibration != "off":
+            calibrate_teacher(settings)
         return _about(Site.load(site))
 
     emit(as_json, action)
@@ -70,6 +78,8 @@ def _about(site: Site) -> Result:
     card = site.card.model_dump(mode="json")
     table = Table(show_header=False)
     for field, value in card.items():
-        if value is not None:
+        if field == "calibration":  # how it is applied concerns the site whether or not its policy tells it
+            table.add_row(field, Text(site.calibration + ("; not told" if value is None else "")))
+        elif value is not None:
             table.add_row(field, Text(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return card, table

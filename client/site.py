@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.teacher import Teacher, describe_teacher, load_teacher
+from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher, load_teacher
 from consilience.common.data import open_data
 from consilience.common.encoding import encode
 from consilience.common.errors import DataError, PoolError, ProtocolError, StorageError, TeacherError
 from consilience.common.pool import Pool
-from consilience.common.protocol import Agreement, Answer, Contract, Question, RefusalCode, SiteCard
+from consilience.common.protocol import Agreement, Answer, CalibrationCard, Contract, Question, RefusalCode, SiteCard
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import load_settings
 
@@ -51,6 +51,11 @@ class Site:
         settings = load_settings(path, SiteSettings)
         return cls(settings, load_teacher(settings))
 
+    @property
+    def calibration(self) -> str:
+        """How the teacher is calibrated, in one line for the site's own eyes."""
+        return self.teacher.told if isinstance(self.teacher, CalibratedTeacher) else "none"
+
     @cached_property
     def card(self) -> SiteCard:
         """What the site says of itself first."""
@@ -63,6 +68,7 @@ class Site:
             description=description,
             policy=self.settings.policy.version,
             holdout_accuracy=accuracy if self.settings.policy.holdout_accuracy else None,
+            calibration=self._calibration() if self.settings.policy.holdout_accuracy else None,
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
         )
 
@@ -137,6 +143,19 @@ class Site:
         if damaged is not None:
             raise RefusedError("pool-damaged", "the site's copy of a pool is damaged") from damaged
         raise RefusedError("unknown-pool", "the site has no copy of this pool")
+
+    def _calibration(self) -> CalibrationCard | None:
+        record = self.teacher.record if isinstance(self.teacher, CalibratedTeacher) else None
+        if record is None or record.before is None or record.after is None:
+            return None
+        return CalibrationCard(
+            method=record.method,
+            samples=record.samples,
+            ece_before=record.before.ece,
+            ece_after=record.after.ece,
+            nll_before=record.before.nll,
+            nll_after=record.after.nll,
+        )
 
     def _class_priors(self) -> tuple[float, ...] | None:
         if self.settings.data is None:

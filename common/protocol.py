@@ -62,6 +62,24 @@ class Record(BaseModel):
             raise ProtocolError(f"A message's {cls.__name__} is not as it must be: {field}") from None
 
 
+class CalibrationCard(BaseModel):
+    """How well a teacher is calibrated on private samples that it was not trained on, by the site's own account.
+
+    `identity`: its answers stay as they are, and the figures after are those before.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    method: Literal["identity", "temperature", "dirichlet"]
+    samples: int = Field(ge=1, le=2**53)
+    ece_before: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    """Expected calibration error over 15 bins of equal width."""
+    ece_after: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    nll_before: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+    """Mean negative log-likelihood in nats."""
+    nll_after: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+
+
 class SiteCard(Record):
     """Who a site is and what its policy allows. `classes` are in the order of its answers."""
 
@@ -75,6 +93,8 @@ class SiteCard(Record):
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
     holdout_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Accuracy on private images kept out of training, where the site measured it."""
+    calibration: CalibrationCard | None = None
+    """How well the teacher is calibrated there, where the site measured it; both only if the policy tells them."""
     class_priors: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     """Shares of the classes in the private data, if the policy shares them."""
 

@@ -118,7 +118,7 @@ class TrainTeacher(Settings):
     fit: Fit = Fit()
     preprocessing: Preprocessing = Preprocessing()
     holdout: float = Field(default=0.1, ge=0, lt=0.9)
-    """Share of the private data kept out of training, to measure the teacher's accuracy."""
+    """Share of the private data kept out of training, to measure the teacher's accuracy and to calibrate it."""
 
 
 class _Hosted(Settings):
@@ -199,7 +199,8 @@ class Policy(Settings):
     class_priors: bool = False
     """Whether the shares of the classes in the private data may be told."""
     holdout_accuracy: bool = False
-    """Whether the teacher's accuracy on private images kept out of its training may be told."""
+    """Whether the teacher's accuracy on private images kept out of its training may be told, and how well it is
+    calibrated there."""
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -219,6 +220,11 @@ class SiteSettings(Settings):
     data: DataSource | None = None
     teacher: TeacherSettings
     policy: Policy = Policy()
+    calibration: Literal["temperature", "dirichlet", "off"] = "temperature"
+    """How the teacher's probabilities are made as good as they claim to be, by `consilience site train`: by one number
+    for all classes, by a matrix over them (which needs 20 held-out samples of every class), or not at all. What is
+    fitted on: the part that `teacher.holdout` keeps out of training; for a hosted teacher `data`, which should be
+    images that it was not trained on."""
     pools: tuple[Path, ...] = ()
     """Folders of public pools the site holds a copy of; a question names one by its digest."""
     state: Path = Path("state")

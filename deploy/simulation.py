@@ -17,7 +17,7 @@ from flwr.app import Context, RecordDict
 
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
-from consilience.client.teacher import train_teacher
+from consilience.client.teacher import calibrate_teacher, train_teacher
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
@@ -178,8 +178,10 @@ def _write_npz(path: Path, data: ImageData) -> None:
 
 
 def train_site(path: Path, reporter: Reporter) -> None:
-    """Train a site's teacher; resumes, and returns at once when it is trained."""
+    """Train and calibrate a site's teacher; resumes, and returns at once when that is done."""
     settings = load_settings(path, SiteSettings)
     if settings.teacher.kind == "train":
         name = f"training {settings.name} ({settings.teacher.architecture})"
         train_teacher(settings, epoch_task(reporter, name, settings.teacher.fit.epochs))
+        if settings.calibration != "off":
+            calibrate_teacher(settings)

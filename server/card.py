@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consilience.server.report_findings import Findings, SiteFindings
-from consilience.server.report_format import count, decimal, number_of, percent, size
+from consilience.server.report_format import MISSING, count, decimal, number_of, percent, size
 from consilience.server.report_page import CONTENDERS
 
 _SPECIAL = re.compile(
@@ -121,10 +121,11 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
             count(len(site["classes"])),
             percent(site["teacher_accuracy"]),
             percent(site["student_accuracy"]),
+            _calibration(site["calibration"]),
         ]
         for site in report["sites"]
     ]
-    head = ("Site", "Teacher", "Classes", "Teacher on its classes", "Student on the same images")
+    head = ("Site", "Teacher", "Classes", "Teacher on its classes", "Student on the same images", "Calibration error")
     pool, unify = findings.pool, findings.unify
     facts = [
         f"* Pool: {number_of(pool.size, 'unlabelled image')}, digest {code(pool.digest)}",
@@ -134,7 +135,12 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
     ]
     warnings = [f"* {escape(str(warning))}" for warning in report["warnings"]]
     known = ["Worth knowing:\n\n" + "\n".join(warnings)] if warnings else []
-    return "\n\n".join(["## What it was made of", table(head, rows, right=3), "\n".join(facts), *known])
+    return "\n\n".join(["## What it was made of", table(head, rows, right=4), "\n".join(facts), *known])
+
+
+def _calibration(told: Mapping[str, Any] | None) -> str:
+    """The calibration error of a site's teacher, as it is told: before and after the site's own map."""
+    return MISSING if told is None else f"{decimal(told['ece_before'])} → {decimal(told['ece_after'])}"
 
 
 def _scores(findings: Findings, report: Mapping[str, Any]) -> str:
@@ -181,8 +187,8 @@ def _privacy(findings: Findings) -> str:
             "did, and no code of the server ran at a site. An answer is one log-probability for each class of the "
             "site; answers can tell something about the data that a teacher was trained on, and so can this student, "
             "which was trained from them. Beside its site card (name, class names, the teacher in words and its "
-            "fingerprint, the policy's version; where the policy allows it, the teacher's accuracy on held-out private "
-            "images and the shares of the classes) each site let out:",
+            "fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and calibration on "
+            "held-out private images and the shares of the classes) each site let out:",
             table(head, rows, right=4),
         ]
     )

@@ -162,6 +162,7 @@ def _site(card: SiteCard, stores: Sequence[AnswerStore], outcome: Outcome) -> Si
         reason=outcome.failures.get(card.name),
         precision=outcome.settings.ask.encoding,
         holdout_accuracy=card.holdout_accuracy,
+        calibration=None if card.calibration is None else card.calibration.model_dump(),
     )
 
 

@@ -41,7 +41,8 @@ class SiteFindings:
 
     `classes` are its own names in the order of its answers. `asked`, `answers` and `missed` count samples of pool and
     test pool together; `bytes` is the size of the answers. `reason` says why samples were missed. `precision` is the
-    encoding of its answers. `holdout_accuracy` is the site's own claim about its teacher, where it makes one.
+    encoding of its answers. `holdout_accuracy` and `calibration` (the fields of `CalibrationCard`) are the site's own
+    claims about its teacher, where it makes them.
     """
 
     name: str
@@ -56,6 +57,7 @@ class SiteFindings:
     reason: str | None = None
     precision: str = "f32"
     holdout_accuracy: float | None = None
+    calibration: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The site's private classifier: what it is, how it is loaded, how it is trained.
+"""The site's private classifier: what it is, how it is loaded, how it is trained and calibrated.
 
 Lives here: the choice of the module that knows the kind. A kind's module is imported when it is wanted, since each
 brings a library of its own.
@@ -6,21 +6,46 @@ brings a library of its own.
 
 from __future__ import annotations
 
+from consilience.client.teacher.calibrated import CalibratedTeacher, CalibrationRecord, behind_map, fit
 from consilience.client.teacher.protocol import Outputs, Scores, ScoringTeacher, Teacher, fingerprint_of, read_model
 from consilience.client.teacher.trained import TrainedTeacher, load_trained, train_teacher, trained_record
 from consilience.common.files import sha256
 from consilience.common.settings import SiteSettings, TeacherSettings
 
-__all__ = ["Teacher", "TrainedTeacher", "describe_teacher", "load_teacher", "train_teacher"]
+__all__ = [
+    "CalibratedTeacher",
+    "CalibrationRecord",
+    "Teacher",
+    "TrainedTeacher",
+    "calibrate_teacher",
+    "describe_teacher",
+    "load_teacher",
+    "train_teacher",
+]
 
 
-def load_teacher(settings: SiteSettings) -> Teacher:
-    """Load the teacher that `settings.teacher` describes. Nothing that a model file brings is executed by loading it.
+def load_teacher(settings: SiteSettings) -> CalibratedTeacher:
+    """Load the teacher that `settings.teacher` describes, behind its calibration map if one was fitted for it.
 
-    Raises `TeacherError` when a file is missing, damaged, refused, or does not fit the settings, or when the teacher
-    is to be trained and is not; `MissingExtraError` when the kind needs a library that is not installed;
-    `SettingsError` for an unknown architecture.
+    Nothing that a model file brings is executed by loading it. Raises `TeacherError` when a file is missing, damaged,
+    refused, or does not fit the settings, or when the teacher is to be trained and is not; `MissingExtraError` when
+    the kind needs a library that is not installed; `SettingsError` for an unknown architecture.
     """
+    return behind_map(settings, _load(settings))
+
+
+def calibrate_teacher(settings: SiteSettings) -> CalibrationRecord:
+    """Fit the calibration map of the site's teacher on private data that it was not trained on, and keep it.
+
+    Returns at once when that was done for this teacher, these data and this method. Raises what `load_teacher` raises,
+    `SettingsError` when calibration is off or the settings name no data, `DataError`, `StorageError`, and `RunError`
+    when another process is at it.
+    """
+    return fit(settings, _load(settings))
+
+
+def _load(settings: SiteSettings) -> Teacher:
+    """Load the teacher as it is, without a map."""
     teacher = settings.teacher
     if teacher.kind == "train":
         return load_trained(settings)

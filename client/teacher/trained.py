@@ -24,6 +24,8 @@ from consilience.common.nets import EpochRecord, Supervised, build, default_devi
 from consilience.common.nets.seeding import derive
 from consilience.common.settings import Preprocessing, Settings, SiteSettings, TrainTeacher
 
+HOLDOUT = "holdout"
+"""Purpose of the seed that decides which samples are held out."""
 _RETRAIN = "Run `consilience site train`"
 _SAMPLED = 256
 """Images, spread evenly, whose bytes tell one state of the private data from another."""
@@ -62,7 +64,7 @@ def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None
         raise TeacherError("The site has no private data to train on", hint="Set data in the site's settings")
     data = open_data(settings.data)
     labels, classes = present_classes(data)
-    data_digest = _data_digest(data)
+    data_digest = digest_of(data)
     with lock(folder):
         done = _read(folder)
         if (
@@ -72,7 +74,7 @@ def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None
         ):
             return done
         used = _as_used(teacher.preprocessing, data.shape)
-        learned, held_out = split(labels, teacher.holdout, derive(settings.seed, "holdout"))
+        learned, held_out = split(labels, teacher.holdout, derive(settings.seed, HOLDOUT))
         model = build(
             teacher.architecture,
             classes=len(classes),
@@ -166,6 +168,14 @@ def split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[n
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def digest_of(data: ImageData) -> str:
+    """Return what tells labelled data from others: their labels and some images. Raises `DataError`."""
+    labels = data.need_labels("The site's private data")
+    some = np.unique(np.linspace(0, len(data) - 1, _SAMPLED if len(data) else 0).astype(np.int64))
+    images = sha256(np.ascontiguousarray(data.read(some)).tobytes())
+    return sha256(canonical_json([data.shape, data.class_names, sha256(labels.tobytes()), images]))
+
+
 def _wanted(settings: SiteSettings) -> TrainTeacher:
     if settings.teacher.kind != "train":
         raise TeacherError(
@@ -188,13 +198,6 @@ def _as_used(preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Prepr
 
 def _settings_digest(settings: SiteSettings, teacher: TrainTeacher) -> str:
     return sha256(canonical_json({"teacher": teacher.model_dump(mode="json"), "seed": settings.seed}))
-
-
-def _data_digest(data: ImageData) -> str:
-    labels = data.need_labels("The site's private data")
-    some = np.unique(np.linspace(0, len(data) - 1, _SAMPLED).astype(np.int64))
-    images = sha256(np.ascontiguousarray(data.read(some)).tobytes())
-    return sha256(canonical_json([data.shape, data.class_names, sha256(labels.tobytes()), images]))
 
 
 def _read(folder: Path) -> TrainedTeacher | None:

@@ -37,9 +37,11 @@ def card(**changes: Any) -> dict[str, Any]:
     return {**fields, "description": "trained cnn3", "policy": POLICY, **changes}
 
 
+CALIBRATION: dict[str, Any] = {"method": "temperature", "samples": 100, "ece_before": 0.25, "ece_after": 0.125}
+CALIBRATION |= {"nll_before": 1.5, "nll_after": 0.75}
 RECORDS: list[Record] = [
     CardRequest(job="job"),
-    SiteCard(**card(class_priors=(0.25, 0.75), holdout_accuracy=0.5)),
+    SiteCard(**card(class_priors=(0.25, 0.75), holdout_accuracy=0.5, calibration=CALIBRATION)),
     Contract(job="job", labels=("cat", "dog"), class_set=(1, 0), pools=(DIGEST,), teacher=OTHER),
     Agreement(pools=(DIGEST, OTHER)),
     question(),
@@ -67,6 +69,22 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
         {"teacher": "abc"},
         {"policy": "x" * 16},
         {"holdout_accuracy": 1.5},
+        {"calibration": {}},
+        {"calibration": [CALIBRATION]},
+        {"calibration": CALIBRATION | {"method": "magic"}},
+        {"calibration": CALIBRATION | {"method": "\x1b[2Jowned"}},
+        {"calibration": CALIBRATION | {"samples": 0}},
+        {"calibration": CALIBRATION | {"samples": 10**30}},
+        {"calibration": CALIBRATION | {"samples": 1.5}},
+        {"calibration": CALIBRATION | {"ece_before": -0.1}},
+        {"calibration": CALIBRATION | {"ece_after": 1.01}},
+        {"calibration": CALIBRATION | {"ece_after": float("nan")}},
+        {"calibration": CALIBRATION | {"ece_after": None}},
+        {"calibration": CALIBRATION | {"nll_before": float("inf")}},
+        {"calibration": CALIBRATION | {"nll_before": 1e300}},
+        {"calibration": CALIBRATION | {"nll_after": -1.0}},
+        {"calibration": CALIBRATION | {"nll_after": "0.5"}},
+        {"calibration": CALIBRATION | {"matrix": [[1.0]]}},
         {"class_priors": (0.5,)},
         {"class_priors": (0.5, 0.6)},
         {"surprise": 1},
@@ -76,7 +94,7 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
 def test_a_card_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:
     import json
 
-    SiteCard(**card())  # the same card without the change is fine
+    SiteCard(**card(calibration=CALIBRATION))  # the same card without the change is fine
     content = RecordDict({"record": ConfigRecord({"json": json.dumps({**card(), **changes})})})
     with pytest.raises(ProtocolError, match="SiteCard"):
         SiteCard.from_content(content)

@@ -20,7 +20,7 @@ from consilience.server.report_findings import (
     StudentFindings,
     UnifyFindings,
 )
-from consilience.server.report_format import percent
+from consilience.server.report_format import MISSING, percent
 
 CLASSES = ("coat", "bag", "boot", "dress")
 SETS = ((0, 1, 2), (2, 1, 3), (3, 2))
@@ -109,6 +109,16 @@ def test_scores_are_the_judgements() -> None:
     assert "nothing is known about the accuracy" in section(card(make(judgement=None)), "Scores")
     outside = card(replace(findings, judgement=replace(judged, outside=2)))
     assert "2 images of classes that no site knows count as wrong" in outside
+
+
+def test_the_calibration_error_is_told_where_the_site_tells_it() -> None:
+    findings = make()
+    told = {"method": "dirichlet", "samples": 90, "ece_before": 0.1234, "ece_after": 0.0456}
+    first = replace(findings.sites[0], calibration=told | {"nll_before": 0.9, "nll_after": 0.7})
+    made_of = section(card(replace(findings, sites=[first, *findings.sites[1:]])), "What it was made of")
+    rows = [line.strip("| ").split(" | ") for line in made_of.splitlines() if line.startswith("| s0")]
+    assert [row[-1] for row in rows] == ["0.123 → 0.046", MISSING, MISSING]
+    assert "| Calibration error |" in made_of
 
 
 def test_privacy_has_the_exact_numbers_of_every_site() -> None:

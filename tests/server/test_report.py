@@ -200,6 +200,7 @@ class TestReportDict:
             assert row["teacher_accuracy"] == score.teacher_accuracy
             assert row["coverage_auroc"] == score.coverage_auroc
             assert row["took_part"] is True
+            assert row["calibration"] is None
         assert report["unify"]["method"] == "ce"
         assert report["unify"]["components"] == 1
         assert report["unify"]["seconds"] == findings.unify.seconds
@@ -210,6 +211,18 @@ class TestReportDict:
         assert report["versions"] == {"consilience": "0.1.0", "python": "3.11"}
         assert report["labels"]["owners"]["boot"] == ["s00", "s01", "s02"]
         assert report["test"] == {"count": 200, "outside": 0}
+
+    def test_what_a_site_tells_of_its_calibration_is_there(self) -> None:
+        findings = make()
+        told = {"method": "temperature", "samples": 1200, "ece_before": 0.1234, "ece_after": 0.0456}
+        told |= {"nll_before": 0.9, "nll_after": 0.7}
+        first = replace(findings.sites[0], calibration=told)
+        findings = replace(findings, sites=[first, *findings.sites[1:]])
+        report = strict(report_dict(findings))
+        assert [site["calibration"] for site in report["sites"]] == [told, None, None]
+        text = words(findings)
+        assert "calibration error 0.123 → 0.046 (temperature) on 1,200 private images, by its own account" in text
+        assert text.count("by its own account") == 1
 
     def test_what_is_not_known_is_null(self) -> None:
         report = strict(report_dict(bare()))
