@@ -191,6 +191,20 @@ TeacherSettings = Annotated[
 ]
 
 
+class Coverage(Settings):
+    """How the site learns which images are of its classes: a network that tells its private data from its first pool.
+
+    Not learned where `policy.coverage` is off.
+    """
+
+    architecture: str = "vgg6"
+    fit: Fit = Fit(epochs=15, batch_size=256, learning_rate=0.05)
+    preprocessing: Preprocessing = Preprocessing()
+    """Means and deviations; size and channels are the pool's."""
+    prior: float | None = Field(default=None, gt=0, le=1)
+    """Share of the pool that is of the site's classes, where the site knows it; by default it is estimated."""
+
+
 class Policy(Settings):
     """What the site allows to leave. Nothing the server sends can widen it."""
 

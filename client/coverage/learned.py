@@ -1,0 +1,145 @@
+"""Coverage that was learned: its record, and its use.
+
+Lives here: state/coverage/coverage.json, the network's score, loading. Does not live here: learning (learning).
+
+state/coverage/ holds coverage.json (a `CoverageRecord`), model.safetensors unless the site abstains, and training/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, model_validator
+from torch import nn
+
+from consilience.client.coverage.calibrate import Platt
+from consilience.client.teacher.protocol import fingerprint_of
+from consilience.common.errors import CoverageError, StudentError, TeacherError
+from consilience.common.files import canonical_json, read_json, sha256, sha256_file
+from consilience.common.nets import build, load_model, scores
+from consilience.common.preprocessing import Images
+from consilience.common.settings import Preprocessing, Settings, SiteSettings
+
+FOLDER = "coverage"
+_AGAIN = "Run `consilience site train`"
+
+
+class CoverageRecord(Settings):
+    """coverage.json: what was learned from what, how well private and pool images are told apart, or why nothing was."""
+
+    settings: str
+    """Digest of the settings of coverage, the teacher's classes and the seed."""
+    data: str
+    """Digest of the private data."""
+    pool: str
+    """Digest of the pool."""
+    architecture: str
+    abstains: str | None = None
+    """Why the site gives no coverage."""
+    classes: int = 0
+    preprocessing: Preprocessing = Preprocessing()
+    model: str = ""
+    """SHA-256 of model.safetensors."""
+    calibration: Platt | None = None
+    prior: float = 0.0
+    """Share of the pool that is of the site's classes, as given or estimated."""
+    held_out: int = 0
+    """Private images that prior and calibration were estimated on."""
+    private_over_pool: float = Field(default=0.5, ge=0, le=1)
+    """Chance that a held-out private image has a higher score than one of the pool."""
+    warnings: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> CoverageRecord:
+        if (self.abstains is None) != (self.calibration is not None):
+            raise ValueError("coverage is calibrated, or the site abstains")
+        return self
+
+    @property
+    def auroc(self) -> float | None:
+        """Area under the ROC of "mine" over the pool, as far as it can be known without labels.
+
+        The pool is a mixture: the chance that a private image outranks one of the pool is prior / 2 + (1 - prior) *
+        AUROC. None where the prior leaves nothing to rank.
+        """
+        if self.abstains is not None or self.prior > 0.99:
+            return None
+        return float(np.clip((self.private_over_pool - self.prior / 2) / (1 - self.prior), 0, 1))
+
+
+@dataclass(frozen=True)
+class LearnedCoverage:
+    """A network behind a calibration."""
+
+    fingerprint: str
+    description: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    calibration: Platt
+
+    def scores(self, images: Images) -> NDArray[np.float32]:
+        """Return (n,) float32 in (0, 1) for (n, H, W, C) uint8. Raises `TeacherError`."""
+        try:
+            found = self.calibration(score_of(self.model, images, self.preprocessing))
+        except (RuntimeError, ValueError) as error:
+            raise TeacherError(f"coverage failed on {len(images)} images of shape {images.shape[1:]}") from error
+        return found.astype(np.float32)
+
+
+def score_of(model: nn.Module, images: Images, preprocessing: Preprocessing) -> NDArray[np.float64]:
+    """Return (n,) scores: the log of the odds that the network gives to "one of mine"."""
+    logits = scores(model, images, preprocessing).astype(np.float64)
+    return np.logaddexp.reduce(logits[:, :-1], axis=1) - logits[:, -1]
+
+
+def load_coverage(settings: SiteSettings) -> LearnedCoverage | None:
+    """Return the coverage that the site has learned; None where it has none, abstains, or its policy says off.
+
+    Raises `CoverageError` when it was learned from other settings or its files are damaged.
+    """
+    if settings.policy.coverage == "off":
+        return None
+    record = read_record(settings)
+    if record is None or record.calibration is None:
+        return None
+    folder = settings.state / FOLDER
+    if record.settings != settings_digest(settings):
+        raise CoverageError(
+            f"{folder}: the coverage there was learned under other settings or another seed", hint=_AGAIN
+        )
+    path = folder / "model.safetensors"
+    if not path.exists() or sha256_file(path) != record.model:
+        raise CoverageError(f"{path}: is not the model that coverage.json speaks of", hint=_AGAIN)
+    channels = record.preprocessing.channels or 1
+    model = build(record.architecture, classes=record.classes + 1, channels=channels, seed=0)
+    try:
+        load_model(path, model)
+    except StudentError as error:
+        raise CoverageError(error.message, hint=_AGAIN) from error
+    parts = record.model_dump(mode="json", include={"architecture", "preprocessing", "calibration"})
+    return LearnedCoverage(
+        fingerprint=fingerprint_of({"kind": "coverage", **parts}, record.model),
+        description=f"private data against the pool, {record.architecture}"[:500],
+        model=model,
+        preprocessing=record.preprocessing,
+        calibration=record.calibration,
+    )
+
+
+def read_record(settings: SiteSettings) -> CoverageRecord | None:
+    """Return coverage.json, or None where there is none. Raises `CoverageError` when it is not as it must be."""
+    path = settings.state / FOLDER / "coverage.json"
+    if not path.exists():
+        return None
+    try:
+        return CoverageRecord.model_validate(read_json(path))
+    except ValidationError as error:
+        raise CoverageError(f"{path}: is not as it must be", hint=f"Remove {path}, then: {_AGAIN}") from error
+
+
+def settings_digest(settings: SiteSettings) -> str:
+    """Return what the settings decide of coverage."""
+    teacher = None if settings.teacher.kind == "train" else settings.teacher.classes
+    return sha256(canonical_json([settings.coverage.model_dump(mode="json"), teacher, settings.seed]))

@@ -1,0 +1,55 @@
+"""How much of the pool is of the site's classes, from scores alone.
+
+Lives here: class-prior estimation from positive and unlabelled data. Does not live here: where scores come from
+(scorers) and what is made of the prior (calibrate).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.1
+"""delta of the paper: the bounds hold with this chance of failing."""
+TIGHTNESS = 0.01
+"""gamma of the paper."""
+
+
+def estimate_prior(mine: NDArray[np.floating], pool: NDArray[np.floating]) -> float:
+    """Estimate the share of the pool that is of the site's classes, in (0, 1].
+
+    mine  (n,) scores of private samples that the score's maker has not seen
+    pool  (m,) scores of pool samples; a higher score means more like the private data
+
+    Best bin estimation (Garg et al., NeurIPS 2021, algorithm 1): were a threshold passed by no sample of other
+    classes, the shares of pool and private samples above it would be in the ratio sought. Every threshold bounds it
+    from above; the one with the tightest bound, finite samples allowed for, is taken. Where the classes cannot be told
+    apart the estimate is too high, never too low but for chance. Raises `ValueError` for empty scores.
+    """
+    if not len(mine) or not len(pool):
+        raise ValueError("no scores to estimate a prior from")
+    thresholds = np.unique(np.concatenate([mine, pool]))
+    of_mine = _share_from(mine, thresholds)
+    of_pool = _share_from(pool, thresholds)
+    reached = of_mine > 0
+    of_mine, of_pool = of_mine[reached], of_pool[reached]
+    width = math.sqrt(math.log(4 / CONFIDENCE) / 2)
+    margin = (1 + TIGHTNESS) * (width / math.sqrt(len(mine)) + width / math.sqrt(len(pool)))
+    best = int(np.argmin((of_pool + margin) / of_mine))
+    least = 1 / (len(pool) + 1)  # none above the threshold says that there are few, not that there is none
+    return float(np.clip(of_pool[best] / of_mine[best], least, 1.0))
+
+
+def _share_from(scores: NDArray[np.floating], thresholds: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the share of scores that are at least each threshold."""
+    below = np.searchsorted(np.sort(scores), thresholds, side="left")
+    return 1 - below / len(scores)
+
+
+def auroc(mine: NDArray[np.floating], others: NDArray[np.floating]) -> float:
+    """Return the chance that a score of `mine` (n,) is higher than one of `others` (m,), ties counting half."""
+    ranked = np.sort(others)
+    below, up_to = np.searchsorted(ranked, mine, side="left"), np.searchsorted(ranked, mine, side="right")
+    return float((below + up_to).mean() / (2 * len(others)))

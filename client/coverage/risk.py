@@ -1,0 +1,41 @@
+"""What a coverage network learns from: private samples of known classes, and a pool of which nothing is known.
+
+Lives here: the loss. Does not live here: the training loop (common/nets) and what is made of the network (scorers).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from consilience.common.files import canonical_json, sha256
+
+
+class PositiveUnlabelled:
+    """Non-negative risk of a classifier with the site's K classes and "none of mine" (class K), from ids alone.
+
+    Samples 0..len(labels)-1 are private, with `labels` (n,) in [0, K); later ones are the pool's. `prior` in (0, 1] is
+    the share of the pool that is of the site's classes. With l the cross-entropy, the risk over the pool's distribution
+    is prior * E_private[l(x, its class)] + E_pool[l(x, K)] - prior * E_private[l(x, K)], where the last two are the
+    risk of the samples that are not mine and cannot be negative (Kiryo et al., NeurIPS 2017; with several positive
+    classes Xu et al., IJCAI 2017). Once a batch makes them negative the network has begun to learn the pool by heart:
+    they are left out there. Telling its own classes apart, not just "mine", makes the network see what they are.
+    """
+
+    def __init__(self, labels: Tensor, classes: int, prior: float, about: str) -> None:
+        """`about` names the samples, so that a training is not resumed with others."""
+        self._labels, self._classes, self._prior = labels, classes, prior
+        self.fingerprint = sha256(canonical_json([about, classes, prior]))
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Return the scalar risk of (b, K + 1) logits for the samples `ids` (b,); a part without samples counts 0."""
+        log_probs = torch.log_softmax(logits, dim=1)
+        private = ids < len(self._labels)
+        mine, pool = log_probs[private], log_probs[~private]
+        of_others = _mean(-pool[:, self._classes]) - self._prior * _mean(-mine[:, self._classes])
+        own = -mine.gather(1, self._labels[ids[private], None])[:, 0]
+        return self._prior * _mean(own) + of_others.clamp(min=0)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(len(values), 1)
