@@ -6,7 +6,7 @@ Lives here: the names of methods and rules, `Prior`, `UnifiedLabels`. Does not l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -57,3 +57,4 @@ class UnifiedLabels:
     iterations: npt.NDArray[np.int32]
     converged: npt.NDArray[np.bool_]
     residual: npt.NDArray[np.float64]
+    other: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(1, np.float32))

@@ -61,6 +61,7 @@ class Unifier:
         regularisation: float | None = None,
         device: str | torch.device | None = None,
         block: int | None = None,
+        other: float = 0.0,
     ) -> None:
         _one_of("method", method, METHODS)
         check_across(across)
@@ -76,7 +77,13 @@ class Unifier:
         """(L,) the component of each class."""
         return self._plan.components.copy()
 
-    def __call__(self, log_probs: Sequence[Answers], *, first_row: int = 0) -> UnifiedLabels:
+    def __call__(
+        self,
+        log_probs: Sequence[Answers],
+        *,
+        coverage: Sequence[Answers | None] | None = None,
+        first_row: int = 0,
+    ) -> UnifiedLabels:
         """Unify n samples.
 
         log_probs  one (n, len(class_sets[i])) floating array or tensor per site: log-probabilities or logits;
