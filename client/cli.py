@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -71,5 +71,11 @@ def _about(site: Site) -> Result:
     table = Table(show_header=False)
     for field, value in card.items():
         if value is not None:
-            table.add_row(field, Text(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            table.add_row(field, Text(_shown(value)))
     return card, table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_shown(part)}" for name, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

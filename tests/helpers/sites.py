@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
@@ -11,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.protocol import Agreement, Answer, Contract, CoverageCard, Question, Refusal, SiteCard
-from consilience.common.settings import CoverageEncoding
+from consilience.common.settings import CoverageEncoding, Encoding
 from consilience.deploy.local_grid import LocalGrid
 
 DIGEST, POLICY, CLASSES = "a" * 64, "c" * 16, 3
@@ -35,8 +36,10 @@ def covered(question: Question) -> np.ndarray:
 def honest(question: Question, attempt: int) -> RecordDict:
     """Answer as asked."""
     if question.kind == "coverage":
-        return Answer(question, encode_coverage(covered(question), question.encoding), 0.1).to_content()  # type: ignore[arg-type]
-    return Answer(question, encode(rows(question), question.encoding), 0.1).to_content()
+        data = encode_coverage(covered(question), cast(CoverageEncoding, question.encoding))
+    else:
+        data = encode(rows(question), cast(Encoding, question.encoding))
+    return Answer(question, data, 0.1).to_content()
 
 
 class Sites:

@@ -17,7 +17,7 @@ from scipy.special import log_softmax
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.errors import ProtocolError, RunError, StorageError
 from consilience.common.protocol import Answer, Question
-from consilience.common.settings import Encoding
+from consilience.common.settings import CoverageEncoding, Encoding
 from consilience.server.answers import About, AnswerStore
 
 DIGEST, POLICY, SIZE, CLASSES = "a" * 64, "c" * 16, 100, 3
@@ -184,7 +184,7 @@ def about_coverage(**changes: Any) -> About:
     return about(kind="coverage", encoding="f16", classes=1, **changes)
 
 
-def coverage_answer(data: bytes, start: int, stop: int, encoding: str = "f16") -> Answer:
+def coverage_answer(data: bytes, start: int, stop: int, encoding: CoverageEncoding = "f16") -> Answer:
     question = Question(
         job="job",
         pool=DIGEST,
@@ -199,7 +199,7 @@ def coverage_answer(data: bytes, start: int, stop: int, encoding: str = "f16") -
 
 
 @pytest.mark.parametrize("encoding", ["f16", "u8"])
-def test_coverage_is_kept_as_numbers_from_0_to_1(tmp_path: Path, encoding: Any) -> None:
+def test_coverage_is_kept_as_numbers_from_0_to_1(tmp_path: Path, encoding: CoverageEncoding) -> None:
     told = np.linspace(0, 1, 40).astype(np.float32)
     store = AnswerStore(tmp_path, about_coverage().model_copy(update={"encoding": encoding}))
     for start, stop in ((20, 40), (0, 10)):
