@@ -349,6 +349,8 @@ def test_the_key_tells_which_coverage_there_is(
         assert len(recorder.calls) == 1
         unify_pool(tmp_path / "q", *given, coverage=[cover_one, None])
         assert len(recorder.calls) == 2
+        unify_pool(tmp_path / "q", *given, coverage=[None, cover_two])  # every answer, and coverage of 20 samples
+        assert sorted(len(rows[0]) for rows, _ in recorder.calls[2:]) == [20, SIZE - 20]
 
 
 def test_how_likely_a_sample_is_outside_is_written_where_the_settings_say_so(
