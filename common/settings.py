@@ -272,7 +272,8 @@ class Ask(Settings):
     encoding: Encoding = "f16"
     coverage: bool = True
     """Ask the sites that offer coverage for it, each in the finest encoding that it allows. Only the methods `sd` and
-    `ce` make use of coverage: with another `unify.method` no site is asked."""
+    `ce` make use of coverage, `sd` where every site that answered a sample gave it: with another `unify.method` no
+    site is asked."""
     question_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Pool samples a question speaks of; by default tuned for each site, to about two seconds of its teacher's work."""
     in_flight: int = Field(default=4, ge=1, le=64)
@@ -312,6 +313,7 @@ class Unify(Settings):
     """Correct answers for the class priors of the sites whose policy tells them, towards a uniform prior."""
     other: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Prior weight of "outside the whole label space", where sites give coverage; 0: every sample is of some class.
+    For method `ce` only.
     With more, `labels/other.npy` says how likely a sample is outside, and soft labels count by the rest."""
 
     @property
@@ -321,10 +323,9 @@ class Unify(Settings):
 
     @model_validator(mode="after")
     def _other_needs_coverage(self) -> Unify:
-        if self.other and not self.takes_coverage:
+        if self.other and self.method != "ce":
             raise ValueError(
-                f"other is {self.other:g}, but method {self.method!r} makes no use of coverage; set other to 0, or "
-                f"method to {' or '.join(COVERAGE_METHODS)}"
+                f"other is {self.other:g}, which method {self.method!r} does not know; set it to 0, or method to ce"
             )
         return self
 

@@ -44,9 +44,17 @@ class Diagnostics(BaseModel):
 
 
 def unifier(
-    space: LabelSpace, settings: Unify, cards: Sequence[SiteCard], sites: Sequence[int] | None = None
+    space: LabelSpace,
+    settings: Unify,
+    cards: Sequence[SiteCard],
+    sites: Sequence[int] | None = None,
+    *,
+    covered: bool = True,
 ) -> Unifier:
-    """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`."""
+    """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`.
+
+    `covered`: coverage comes with the answers; without it nothing says that a sample is outside the label space.
+    """
     chosen = range(len(space.sites)) if sites is None else sites
     prior = None
     if settings.prior_correction:
@@ -64,13 +72,14 @@ def unifier(
         temperature=settings.temperature,
         prior=prior,
         across=settings.across,
-        other=settings.other,
+        other=settings.other if covered else 0.0,
     )
 
 
-def any_coverage(told: list[NDArray[np.float32] | None]) -> list[NDArray[np.float32] | None] | None:
-    """Return what a unifier is given: each site's coverage, or None where no site has any."""
-    return told if any(values is not None for values in told) else None
+def usable_coverage(settings: Unify, told: list[NDArray[np.float32] | None]) -> list[NDArray[np.float32] | None] | None:
+    """Return what a unifier is given of sites' coverage: None where no site gave it, or, for `sd`, not every site."""
+    enough = all if settings.method == "sd" else any
+    return told if enough(values is not None for values in told) else None
 
 
 def labels_key(
@@ -140,14 +149,14 @@ def unify_pool(
     for block in blocks(stores, block_size(space), coverage):
         if samples.mask is not None and not samples.mask[block.ids[0]]:  # one pattern: usable all or none
             continue
-        solve = solvers(block.sites)
-        given = any_coverage([block.coverage[i] for i in block.sites])
+        given = usable_coverage(settings, [block.coverage[i] for i in block.sites])
+        solve = solvers(block.sites, given is not None)
         unified = solve([rows for rows in block.answers if rows is not None], coverage=given)
         labels[block.ids] = unified.probs
         if other is not None:
             other[block.ids] = unified.other
         for i in block.sites:
-            if block.coverage[i] is not None:
+            if given is not None and block.coverage[i] is not None:
                 covered[space.sites[i]] += len(block.ids)
         failed += int(np.sum(~unified.converged))
         largest = max(largest, float(np.max(unified.residual, initial=0.0)))
@@ -172,18 +181,19 @@ def unify_pool(
 
 
 class _Solvers:
-    """One unifier for each set of sites that answered the same samples, made when it is first needed."""
+    """One unifier for each set of sites that answered the same samples, with coverage or without, made when needed."""
 
     MOST = 64
     """Unifiers kept: a site that fails now and then makes few sets, many such sites may make a great many."""
 
     def __init__(self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard]) -> None:
         self._space, self._settings, self._cards = space, settings, cards
-        self._made: dict[tuple[int, ...], Unifier] = {}
+        self._made: dict[tuple[tuple[int, ...], bool], Unifier] = {}
 
-    def __call__(self, sites: tuple[int, ...]) -> Unifier:
-        if sites not in self._made:
+    def __call__(self, sites: tuple[int, ...], covered: bool) -> Unifier:
+        key = sites, covered
+        if key not in self._made:
             if len(self._made) >= self.MOST:
                 self._made.clear()
-            self._made[sites] = unifier(self._space, self._settings, self._cards, sites)
-        return self._made[sites]
+            self._made[key] = unifier(self._space, self._settings, self._cards, sites, covered=covered)
+        return self._made[key]

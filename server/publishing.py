@@ -28,7 +28,7 @@ from consilience.server.answers import AnswerStore
 from consilience.server.card import card_markdown
 from consilience.server.contract import RunContract
 from consilience.server.judge import Judgement, agreement, auroc, judge
-from consilience.server.labelling import Diagnostics, any_coverage, unifier
+from consilience.server.labelling import Diagnostics, unifier, usable_coverage
 from consilience.server.learning import StudentModel
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
@@ -156,7 +156,9 @@ def versions() -> dict[str, str]:
 def _joined(outcome: Outcome) -> bool:
     """Whether coverage decides the odds between components: at most one has no site that gave all of it."""
     space = outcome.space
-    told = zip(space.class_sets, outcome.coverage, strict=True)
+    told = list(zip(space.class_sets, outcome.coverage, strict=True))
+    if outcome.settings.unify.method == "sd" and any(store is None or not store.complete for _, store in told):
+        return False
     covered = {space.components[classes[0]] for classes, store in told if store is not None and store.complete}
     return bool(covered) and len(covered) >= max(space.components)
 
@@ -226,8 +228,9 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
         if len({label for i in whole for label in space.class_sets[i]}) == len(space):
             covers = [outcome.test_coverage[i] for i in whole]
             told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
-            solve = unifier(space, settings.unify, outcome.cards, whole)
-            unified = solve(list(given.values()), coverage=any_coverage(told)).probs
+            coverage = usable_coverage(settings.unify, told)
+            solve = unifier(space, settings.unify, outcome.cards, whole, covered=coverage is not None)
+            unified = solve(list(given.values()), coverage=coverage).probs
             partly = [c.about.site for c in covers if c is not None and not c.complete]
             if partly:
                 warnings.append(

@@ -140,15 +140,14 @@ def test_another_policy_of_coverage_is_another_version() -> None:
     assert len(versions) == 3
 
 
-@pytest.mark.parametrize("method", ["mf-p", "mf-lv", "mf-lf"])
-def test_a_prior_of_other_needs_a_method_that_takes_coverage(method: str) -> None:
+@pytest.mark.parametrize("method", ["sd", "mf-p", "mf-lv", "mf-lf"])
+def test_a_prior_of_other_needs_a_method_that_knows_it(method: str) -> None:
     raw = {"name": "job", "unify": {"method": method, "other": 0.5}}
     text = message(raw, JobSettings)
     assert "unify" in text
-    assert f"other is 0.5, but method '{method}' makes no use of coverage" in text
+    assert f"other is 0.5, which method '{method}' does not know" in text
     assert parse_settings({**raw, "unify": {"method": method}}, JobSettings, source="x", folder=Path()).unify.other == 0
-    for allowed in ("sd", "ce"):
-        parse_settings({**raw, "unify": {"method": allowed, "other": 0.5}}, JobSettings, source="x", folder=Path())
+    parse_settings({**raw, "unify": {"other": 0.5}}, JobSettings, source="x", folder=Path())
 
 
 @pytest.mark.parametrize("other", [-0.1, float("nan"), float("inf")])

@@ -641,8 +641,8 @@ def test_the_unified_ensemble_takes_the_coverage_of_the_test_pool(
     given: list[Any] = []
     real = publishing.unifier
 
-    def recorded(*about: Any) -> Any:
-        solve = real(*about)
+    def recorded(*about: Any, **more: Any) -> Any:
+        solve = real(*about, **more)
 
         def call(log_probs: Any, *, coverage: Any) -> Any:
             given.append(coverage)

@@ -109,7 +109,7 @@ def test_labels_are_kept_until_the_settings_change(
 ) -> None:
     first = run(tmp_path / "labels", space, stores, cards, Unify())
     with monkeypatch.context() as patched:
-        patched.setattr(labelling, "unifier", lambda *arguments: pytest.fail("unified again"))
+        patched.setattr(labelling, "unifier", lambda *arguments, **more: pytest.fail("unified again"))
         assert np.array_equal(run(tmp_path / "labels", space, stores, cards, Unify()), first)
     other = run(tmp_path / "labels", space, stores, cards, Unify(method="sd"))
     assert not np.allclose(other, first, atol=1e-3)
@@ -377,3 +377,22 @@ def test_how_likely_a_sample_is_outside_is_written_where_the_settings_say_so(
         assert len(recorder.calls) == 2 * calls
         unify_with(0.0)
         assert load_other(tmp_path / "q") is None
+
+
+def test_without_coverage_no_sample_is_outside_and_sd_takes_coverage_of_all_or_none(
+    tmp_path: Path, space: LabelSpace, stores: list[AnswerStore], cards: list[SiteCard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    covers = [
+        coverage_of(tmp_path, "one", TOLD[0], [(0, 30)]),
+        coverage_of(tmp_path, "two", TOLD[1], [(20, 40)]),
+    ]
+    with Reporter(quiet=True) as reporter:
+        unify_pool(tmp_path / "ce", space, stores, cards, Unify(other=0.5), reporter, coverage=covers)
+        assert sorted(options["other"] for options in recorder.options) == [0.0, 0.5]
+        assert [len(rows[0]) for rows, told in recorder.calls if told is None] == [10]
+        recorder.calls.clear()
+        _, found = unify_pool(tmp_path / "sd", space, stores, cards, Unify(method="sd"), reporter, coverage=covers)
+    given = [(len(rows[0]), told) for rows, told in recorder.calls if told is not None]
+    assert [length for length, _ in given] == [10]
+    assert found.coverage == {"one": 10, "two": 10}

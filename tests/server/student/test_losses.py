@@ -138,10 +138,11 @@ def test_fingerprints_tell_what_is_learnt_from(answers: list[np.ndarray]) -> Non
 COVERAGE = np.random.default_rng(8).uniform(0.05, 0.95, (6, 3)).astype(np.float32)
 
 
-def part(site: int, row: int, answers: list[np.ndarray], logits: np.ndarray) -> float:
-    """KL(p || softmax(s restricted to L_i)) of one sample, as its formula stands."""
-    p = answers[site][row].astype(np.float64)
-    return float((np.exp(p) * (p - log_softmax(logits[row, CLASS_SETS[site]]))).sum())
+def part(site: int, row: int, answers: list[np.ndarray], logits: np.ndarray, temperature: float = 1.0) -> float:
+    """T^2 KL(p || softmax(s restricted to L_i)) of one sample, both at temperature T, as its formula stands."""
+    p = log_softmax(answers[site][row].astype(np.float64) / temperature)
+    q = log_softmax(logits[row, CLASS_SETS[site]] / temperature)
+    return float((np.exp(p) * (p - q)).sum()) * temperature**2
 
 
 def bce(site: int, row: int, c: float, logits: np.ndarray) -> float:
@@ -149,17 +150,19 @@ def bce(site: int, row: int, c: float, logits: np.ndarray) -> float:
     return float(-(c * np.log(q) + (1 - c) * np.log(1 - q)))
 
 
-def test_direct_ce_with_coverage_is_its_formula(answers: list[np.ndarray]) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_direct_ce_with_coverage_is_its_formula(answers: list[np.ndarray], temperature: float) -> None:
     told = COVERAGE.copy()
     told[:, 1] = np.nan
     told[2, 0] = np.nan
     logits = np.random.default_rng(9).normal(0, 2, (6, 5))
-    found = DirectCE(answers, CLASS_SETS, WEIGHTS, CPU, coverage=told)(torch.from_numpy(logits), torch.arange(6))
+    loss = DirectCE(answers, CLASS_SETS, WEIGHTS, CPU, temperature, coverage=told)
+    found = loss(torch.from_numpy(logits), torch.arange(6))
     expected = 0.0
     for site, weight in enumerate(WEIGHTS):
         for row in range(6):
             c = float(told[row, site])
-            kl = part(site, row, answers, logits)
+            kl = part(site, row, answers, logits, temperature)
             expected += weight * (kl if np.isnan(c) else c * kl + bce(site, row, c, logits))
     assert found.item() == pytest.approx(expected / 6 / sum(WEIGHTS), rel=1e-6)
 
