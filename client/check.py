@@ -117,6 +117,8 @@ class Preflight:
         policy = self._settings.policy
         told = ["name, classes, kind and fingerprint of the teacher"]
         told += [f"log-probabilities as {' or '.join(policy.encodings)}"]
+        if policy.coverage_encodings:
+            told += [f"coverage, if the site has learned it, as {' or '.join(policy.coverage_encodings)}"]
         told += ["the class shares of the private data"] if policy.class_priors else []
         told += ["accuracy and calibration on private images kept out of training"] if policy.holdout_accuracy else []
         return f"lets out: {', '.join(told)}; nothing else"

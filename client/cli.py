@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from consilience.client.agent_cli import start
 from consilience.client.check import Preflight
+from consilience.client.coverage import learn_and_show
 from consilience.client.init_cli import init
 from consilience.client.site import Site
 from consilience.client.teacher import calibrate_teacher, train_teacher
@@ -31,17 +32,18 @@ SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
 @app.command()
 def train(site: SiteFile, as_json: AsJson = False) -> None:
-    """Train the site's teacher on its private data and calibrate it; goes on where an earlier call stopped.
+    """Train the site's teacher on its private data, calibrate it, learn coverage; goes on where an earlier call stopped.
 
-    A teacher that exists already is calibrated only.
+    A teacher that exists already is calibrated only. Coverage is learned where the policy lets it out.
     """
 
     def action() -> Result:
         settings = load_settings(site, SiteSettings)
+        covers = settings.policy.coverage != "off"
         if settings.teacher.kind == "train":
             with Reporter() as reporter:
                 train_teacher(settings, epoch_task(reporter, f"training {settings.name}", settings.teacher.fit.epochs))
-        elif settings.calibration == "off" or settings.data is None:
+        elif (settings.calibration == "off" and not covers) or settings.data is None:
             raise SettingsError(
                 f"{site}: field 'teacher.kind' is {settings.teacher.kind!r}, which is not trained here, and there is "
                 f"nothing to calibrate: "
@@ -50,6 +52,9 @@ def train(site: SiteFile, as_json: AsJson = False) -> None:
             )
         if settings.calibration != "off":
             calibrate_teacher(settings)
+        if covers:
+            with Reporter() as reporter:
+                learn_and_show(settings, reporter)
         return _about(Site.load(site))
 
     emit(as_json, action)
@@ -81,5 +86,11 @@ def _about(site: Site) -> Result:
         if field == "calibration":  # how it is applied concerns the site whether or not its policy tells it
             table.add_row(field, Text(site.calibration + ("; not told" if value is None else "")))
         elif value is not None:
-            table.add_row(field, Text(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            table.add_row(field, Text(_shown(value)))
     return card, table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_shown(part)}" for name, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

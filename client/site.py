@@ -11,17 +11,30 @@ import threading
 import time
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher, load_teacher
 from consilience.common.data import open_data
-from consilience.common.encoding import encode
+from consilience.common.encoding import coverage_problem, encode, encode_coverage
 from consilience.common.errors import DataError, PoolError, ProtocolError, StorageError, TeacherError
 from consilience.common.pool import Pool
-from consilience.common.protocol import Agreement, Answer, CalibrationCard, Contract, Question, RefusalCode, SiteCard
-from consilience.common.settings import SiteSettings
+from consilience.common.preprocessing import Images
+from consilience.common.protocol import (
+    Agreement,
+    Answer,
+    CalibrationCard,
+    Contract,
+    CoverageCard,
+    Kind,
+    Question,
+    RefusalCode,
+    SiteCard,
+)
+from consilience.common.settings import CoverageEncoding, Encoding, SiteSettings
 from consilience.common.settings_file import load_settings
 
 log = logging.getLogger(__name__)
@@ -39,17 +52,18 @@ class RefusedError(ProtocolError):
 class Site:
     """A data owner taking part. One per process and site file; safe to call from several threads."""
 
-    def __init__(self, settings: SiteSettings, teacher: Teacher) -> None:
+    def __init__(self, settings: SiteSettings, teacher: Teacher, coverage: Coverage | None = None) -> None:
         self.settings = settings
         self.teacher = teacher
+        self.coverage = coverage
         self._lock = threading.Lock()
         self._verified: dict[str, Pool] = {}
 
     @classmethod
     def load(cls, path: Path) -> Site:
-        """Read site.yaml and load the teacher. Raises `SettingsError`, `TeacherError`."""
+        """Read site.yaml, load teacher and, where there is one, coverage. Raises `SettingsError`, `TeacherError`."""
         settings = load_settings(path, SiteSettings)
-        return cls(settings, load_teacher(settings))
+        return cls(settings, load_teacher(settings), load_coverage(settings))
 
     @property
     def calibration(self) -> str:
@@ -70,6 +84,15 @@ class Site:
             holdout_accuracy=accuracy if self.settings.policy.holdout_accuracy else None,
             calibration=self._calibration() if self.settings.policy.holdout_accuracy else None,
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
+            coverage=self._coverage_card(),
+        )
+
+    def _coverage_card(self) -> CoverageCard | None:
+        allowed = self.settings.policy.coverage_encodings
+        if self.coverage is None or not allowed:
+            return None
+        return CoverageCard(
+            fingerprint=self.coverage.fingerprint, encodings=allowed, description=self.coverage.description
         )
 
     def agree(self, contract: Contract) -> Agreement:
@@ -87,37 +110,56 @@ class Site:
         tried = min(self.settings.batch_size, len(pools[0]))
         began = time.perf_counter()
         with self._lock:
-            self._score(pools[0], 0, tried)
+            self._score(pools[0], 0, tried, "log-probs")
         return Agreement(pools=contract.pools, samples=tried, seconds=time.perf_counter() - began)
 
     def answer(self, question: Question) -> Answer:
         """Score the samples a question asks about and encode them as it asks.
 
-        The teacher always sees the same aligned batches of the pool, whatever range is asked, so that a sample's
-        answer is the same bytes however the server cuts its questions. Raises `RefusedError`.
+        Teacher and coverage always see the same aligned batches of the pool, whatever range is asked, so that a
+        sample's answer is the same bytes however the server cuts its questions. Raises `RefusedError`.
         """
-        if question.teacher != self.teacher.fingerprint or question.policy != self.settings.policy.version:
+        policy, answering = self.settings.policy, self.teacher if question.kind == "log-probs" else self.coverage
+        fingerprint = None if answering is None else answering.fingerprint
+        if question.teacher != fingerprint or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
-        if question.encoding not in self.settings.policy.encodings:
+        encodings = policy.encodings if question.kind == "log-probs" else policy.coverage_encodings
+        if question.encoding not in encodings:
             raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding")
         pool = self._pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         began = time.perf_counter()
         with self._lock:
-            rows = self._score(pool, question.start, question.stop)
-        data = encode(rows, question.encoding)
+            rows = self._score(pool, question.start, question.stop, question.kind)
+        if question.kind == "log-probs":
+            data = encode(rows, cast(Encoding, question.encoding))
+        else:
+            data = encode_coverage(rows, cast(CoverageEncoding, question.encoding))
         return Answer(question, data, time.perf_counter() - began)
 
-    def _score(self, pool: Pool, start: int, stop: int) -> NDArray[np.float32]:
-        size = self.settings.batch_size
-        out = np.empty((stop - start, len(self.teacher.classes)), np.float32)
+    def _coverage_of(self, images: Images) -> NDArray[np.float32]:
+        """Return (n,) coverage of one batch. Raises `TeacherError` when it is none."""
+        assert self.coverage is not None  # the question names its fingerprint
+        scores = np.asarray(self.coverage.scores(images))
+        if scores.shape != (len(images),) or scores.dtype.kind != "f":
+            raise TeacherError(f"Coverage of {len(images)} images has shape {scores.shape} and type {scores.dtype}")
+        if problem := coverage_problem(scores):
+            raise TeacherError(f"Coverage: {problem}")
+        return scores.astype(np.float32)
+
+    def _score(self, pool: Pool, start: int, stop: int, kind: Kind) -> NDArray[np.float32]:
+        """Return (stop - start, classes) log-probabilities or (stop - start,) coverage. Raises `RefusedError`."""
+        teaches, rows_asked = kind == "log-probs", stop - start
+        size, scores = self.settings.batch_size, self.teacher.log_probs if teaches else self._coverage_of
+        out = np.empty((rows_asked, len(self.teacher.classes)) if teaches else rows_asked, np.float32)
         for first in range(start - start % size, stop, size):
             last = min(first + size, len(pool))
             try:
-                rows = self.teacher.log_probs(pool.read(first, last))
+                rows = scores(pool.read(first, last))
             except TeacherError as error:
-                raise RefusedError("teacher-failed", "the site's teacher gave no usable answer") from error
+                what = "teacher" if teaches else "coverage"
+                raise RefusedError("teacher-failed", f"the site's {what} gave no usable answer") from error
             low, high = max(start, first), min(stop, last)
             out[low - start : high - start] = rows[low - first : high - first]
         return out

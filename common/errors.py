@@ -267,6 +267,18 @@ class ServerError(ConsilienceError):
     )
 
 
+class CoverageError(ConsilienceError):
+    """A site's coverage cannot be learned or loaded."""
+
+    exit_code = 23
+    name = "coverage"
+    explanation = (
+        "A site's coverage, its estimate of which images are of its classes, could not be learned from the private data "
+        "and the pool, or what was learned does not fit the settings any more. The message names the reason. A site can "
+        "always take part without it: set policy.coverage: off."
+    )
+
+
 REGISTRY: dict[int, type[ConsilienceError]] = {
     cls.exit_code: cls
     for cls in (
@@ -291,6 +303,7 @@ REGISTRY: dict[int, type[ConsilienceError]] = {
         VersionError,
         ClockError,
         ServerError,
+        CoverageError,
     )
 }
 """Every exit code in use. 0 is success, 2 a wrong command line, 130 an interruption. Codes are never reused."""

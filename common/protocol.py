@@ -9,16 +9,20 @@ exception text, paths or values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from consilience.common.errors import ProtocolError
-from consilience.common.settings import NAME_PATTERN, ClassName, Encoding
+from consilience.common.settings import NAME_PATTERN, ClassName, CoverageEncoding, Encoding
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 1_000_000
+
+Kind = Literal["log-probs", "coverage"]
+"""What an answer tells of a pool sample: the teacher's log-probabilities, or how likely it is of the site's classes."""
+ENCODINGS: dict[Kind, tuple[str, ...]] = {"log-probs": get_args(Encoding), "coverage": get_args(CoverageEncoding)}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -80,6 +84,18 @@ class CalibrationCard(BaseModel):
     nll_after: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 
 
+class CoverageCard(BaseModel):
+    """The coverage that a site has learned and may tell."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    fingerprint: Digest
+    """Another estimate has another one; a question about coverage names it in place of the teacher's."""
+    encodings: tuple[CoverageEncoding, ...] = Field(min_length=1, max_length=len(get_args(CoverageEncoding)))
+    description: Line
+    """The estimate in words."""
+
+
 class SiteCard(Record):
     """Who a site is and what its policy allows. `classes` are in the order of its answers."""
 
@@ -97,6 +113,8 @@ class SiteCard(Record):
     """How well the teacher is calibrated there, where the site measured it; both only if the policy tells them."""
     class_priors: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     """Shares of the classes in the private data, if the policy shares them."""
+    coverage: CoverageCard | None = None
+    """The site's coverage, if it has learned one and the policy lets it out."""
 
     @model_validator(mode="after")
     def _priors_fit(self) -> SiteCard:
@@ -139,15 +157,22 @@ class Question(Record):
     pool: Digest
     start: int = Field(ge=0)
     stop: int = Field(ge=1)
-    kind: Literal["log-probs"] = "log-probs"
-    encoding: Encoding
+    kind: Kind = "log-probs"
+    encoding: Encoding | CoverageEncoding
     teacher: Digest
+    """Fingerprint of what is to answer: of the teacher, or, for kind `coverage`, of the coverage."""
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
 
     @model_validator(mode="after")
     def _range(self) -> Question:
         if self.stop <= self.start:
             raise ValueError("stop must be greater than start")
+        return self
+
+    @model_validator(mode="after")
+    def _encoding_fits(self) -> Question:
+        if self.encoding not in ENCODINGS[self.kind]:
+            raise ValueError(f"encoding of {self.kind} must be one of {', '.join(ENCODINGS[self.kind])}")
         return self
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from consilience.common.files import canonical_json, sha256
 
@@ -21,6 +21,9 @@ ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\P{C}*
 """Printable: a name of a stranger's is shown on terminals and pages."""
 
 Encoding = Literal["f32", "f16"]
+"""Encodings of log-probabilities."""
+CoverageEncoding = Literal["f16", "u8"]
+"""Encodings of coverage, finest first."""
 Method = Literal["sd", "ce", "mf-p", "mf-lv", "mf-lf"]
 Across = Literal["centred", "equal", "proportional"]
 
@@ -210,6 +213,9 @@ class Policy(Settings):
 
     precision: Encoding = "f32"
     """The finest encoding of log-probabilities that may leave."""
+    coverage: Literal["off", "u8", "f16"] = "off"
+    """The finest encoding of coverage that may leave: of the site's estimate, one number a pool sample, of how likely
+    the sample is of one of its classes. `u8` tells it to 1/256; `off`: it does not leave."""
     class_priors: bool = False
     """Whether the shares of the classes in the private data may be told."""
     holdout_accuracy: bool = False
@@ -220,6 +226,17 @@ class Policy(Settings):
     def encodings(self) -> tuple[Encoding, ...]:
         """Encodings the server may ask for, finest first."""
         return ("f32", "f16") if self.precision == "f32" else ("f16",)
+
+    @field_validator("coverage", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare off as false
+
+    @property
+    def coverage_encodings(self) -> tuple[CoverageEncoding, ...]:
+        """Encodings of coverage the server may ask for, finest first."""
+        allowed: dict[str, tuple[CoverageEncoding, ...]] = {"off": (), "u8": ("u8",), "f16": ("f16", "u8")}
+        return allowed[self.coverage]
 
     @property
     def version(self) -> str:
@@ -234,6 +251,7 @@ class SiteSettings(Settings):
     data: DataSource | None = None
     teacher: TeacherSettings
     policy: Policy = Policy()
+    coverage: Coverage = Coverage()
     calibration: Literal["temperature", "dirichlet", "off"] = "temperature"
     """How the teacher's probabilities are made as good as they claim to be, by `consilience site train`: by one number
     for all classes, by a matrix over them (which needs 20 held-out samples of every class), or not at all. What is
@@ -273,6 +291,10 @@ class Ask(Settings):
     """How the pool is asked about."""
 
     encoding: Encoding = "f16"
+    coverage: bool = True
+    """Ask the sites that offer coverage for it, each in the finest encoding that it allows. Only the methods `sd` and
+    `ce` make use of coverage, `sd` where every site that answered a sample gave it: with another `unify.method` no
+    site is asked."""
     question_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Pool samples a question speaks of; by default tuned for each site, to about two seconds of its teacher's work."""
     in_flight: int = Field(default=4, ge=1, le=64)
@@ -297,6 +319,10 @@ PATIENCE_FIELDS = frozenset({"wait_for", "wait", "deadline", "min_sites", "retri
 """Fields of `ask` that say how many sites are enough and how long they have: a run may go on under others."""
 
 
+COVERAGE_METHODS: tuple[Method, ...] = ("sd", "ce")
+"""Methods of unification that make use of coverage."""
+
+
 class Unify(Settings):
     """How answers become soft labels."""
 
@@ -306,6 +332,26 @@ class Unify(Settings):
     temperature: float = Field(default=1.0, gt=0, le=100)
     prior_correction: bool = False
     """Correct answers for the class priors of the sites whose policy tells them, towards a uniform prior."""
+    strength: float = Field(default=0.25, gt=0, le=1)
+    """How much coverage counts beside answers, for method `ce`: with 1 a site's answer is weighed by its coverage, near
+    0 coverage decides only what the answers leave open (docs/unify.md)."""
+    other: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Prior weight of "outside the whole label space", where sites give coverage; 0: every sample is of some class.
+    For method `ce` only.
+    With more, `labels/other.npy` says how likely a sample is outside, and soft labels count by the rest."""
+
+    @property
+    def takes_coverage(self) -> bool:
+        """Whether the method makes use of coverage."""
+        return self.method in COVERAGE_METHODS
+
+    @model_validator(mode="after")
+    def _other_needs_coverage(self) -> Unify:
+        if self.other and self.method != "ce":
+            raise ValueError(
+                f"other is {self.other:g}, which method {self.method!r} does not know; set it to 0, or method to ce"
+            )
+        return self
 
 
 class Student(Settings):
@@ -367,6 +413,8 @@ class Simulation(Settings):
     """0: sites share a class evenly; larger: log-normal spread of the sites' sizes with this sigma."""
     teachers: tuple[TrainTeacher, ...] = Field(min_length=1)
     """One a site, in order, repeated when there are more sites."""
+    coverage: Coverage = Coverage()
+    """How every site learns its coverage, where `policy.coverage` lets it out."""
     policy: Policy = Policy()
 
 

@@ -17,6 +17,7 @@ from flwr.app import Context, RecordDict
 
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
+from consilience.client.coverage import learn_and_show
 from consilience.client.teacher import calibrate_teacher, train_teacher
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
@@ -162,6 +163,7 @@ def _make_site(
         name=name,
         data=NpzData(kind="npz", path=Path("private.npz")),
         teacher=simulation.teachers[index % len(simulation.teachers)],
+        coverage=simulation.coverage,
         policy=simulation.policy,
         pools=(Path("../../pool"), Path("../../test-pool")),
         seed=int(np.random.SeedSequence([job.seed, index]).generate_state(1)[0]),
@@ -178,10 +180,12 @@ def _write_npz(path: Path, data: ImageData) -> None:
 
 
 def train_site(path: Path, reporter: Reporter) -> None:
-    """Train and calibrate a site's teacher; resumes, and returns at once when that is done."""
+    """Train and calibrate a site's teacher and learn its coverage; resumes, and returns at once when that is done."""
     settings = load_settings(path, SiteSettings)
     if settings.teacher.kind == "train":
         name = f"training {settings.name} ({settings.teacher.architecture})"
         train_teacher(settings, epoch_task(reporter, name, settings.teacher.fit.epochs))
         if settings.calibration != "off":
             calibrate_teacher(settings)
+    if settings.policy.coverage != "off":
+        learn_and_show(settings, reporter)

@@ -1,7 +1,7 @@
 """Which samples which sites answered: blocks of answers by pattern, and the samples that can be learnt from.
 
-Lives here: streaming over stores some of which lack answers. Does not live here: the stores (server/answers) and
-what is done with the answers. Nothing of size samples x classes is held in memory.
+Lives here: streaming over stores some of which lack answers, of log-probabilities or of coverage. Does not live here:
+the stores (server/answers) and what is done with the answers. Nothing of size samples x classes is held in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from consilience.common.labels import LabelSpace
 from consilience.server.answers import AnswerStore
 
+CoverageStores = Sequence[AnswerStore | None]
+"""One a site: its answers about coverage, None where it was not asked."""
 BLOCK_VALUES = 2**21
 """Label values (samples x classes) read at a time."""
 
@@ -25,10 +27,12 @@ class Block:
     """Samples `ids` (b,) int64, ascending, that the same sites answered.
 
     `answers[i]` (b, k_i) float32 log-probabilities of site i, None for a site that answered none of them.
+    `coverage[i]` (b,) float32 in [0, 1] of site i, None for a site that gave it for none of them, or did not answer.
     """
 
     ids: NDArray[np.int64]
     answers: list[NDArray[np.float32] | None]
+    coverage: list[NDArray[np.float32] | None]
 
     @property
     def sites(self) -> tuple[int, ...]:
@@ -65,21 +69,32 @@ def block_size(space: LabelSpace) -> int:
     return max(1, BLOCK_VALUES // len(space))
 
 
-def blocks(stores: Sequence[AnswerStore], size: int) -> Iterator[Block]:
-    """Yield every sample that a site answered, `size` samples of the pool at a time, by who answered.
+def blocks(stores: Sequence[AnswerStore], size: int, coverage: CoverageStores | None = None) -> Iterator[Block]:
+    """Yield every sample that a site answered, `size` samples of the pool at a time, by who answered and gave coverage.
 
-    Where every site answered everything, these are the pool's samples in order.
+    `coverage`: each site's store of coverage, None for a site that was not asked for it; without any, no block has
+    coverage. Where every site answered everything, these are the pool's samples in order.
     """
-    complete = [store.complete for store in stores]
+    sites = len(stores)
+    covers = coverage or [None] * sites
+    complete = all(store.complete for store in (*stores, *covers) if store is not None)
     for start, stop in _cuts(stores, size):
         whole = np.arange(start, stop)
-        if all(complete):
-            yield Block(whole, [store.read(start, stop) for store in stores])
+        if complete:
+            told = [None if store is None else store.read(start, stop)[:, 0] for store in covers]
+            yield Block(whole, [store.read(start, stop) for store in stores], told)
             continue
         held = [store.read_answered(start, stop) for store in stores]
-        for pattern, rows in _patterns(stores, start, stop):
-            if pattern.any():
-                yield Block(whole[rows], [a[rows] if p else None for a, p in zip(held, pattern, strict=True)])
+        given = [None if store is None else store.read_answered(start, stop)[:, 0] for store in covers]
+        for pattern, rows in _patterns([*stores, *covers], start, stop):
+            if not pattern[:sites].any():
+                continue
+            answers = [a[rows] if p else None for a, p in zip(held, pattern, strict=False)]
+            told = [
+                c[rows] if c is not None and p and q else None
+                for c, p, q in zip(given, pattern[:sites], pattern[sites:], strict=True)
+            ]
+            yield Block(whole[rows], answers, told)
 
 
 def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
@@ -103,11 +118,10 @@ def _cuts(stores: Sequence[AnswerStore], size: int) -> Iterator[tuple[int, int]]
         yield start, min(start + size, total)
 
 
-def _patterns(
-    stores: Sequence[AnswerStore], start: int, stop: int
-) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
-    """Yield (which sites answered, (b,) rows that exactly they answered) for the samples start..stop-1."""
-    given = np.stack([store.answered(start, stop) for store in stores], axis=1)
+def _patterns(stores: CoverageStores, start: int, stop: int) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+    """Yield (which stores hold them, (b,) rows that exactly these hold) for the samples start..stop-1."""
+    nothing = np.zeros(stop - start, np.bool_)
+    given = np.stack([nothing if store is None else store.answered(start, stop) for store in stores], axis=1)
     kinds, which = np.unique(np.packbits(given, axis=1), axis=0, return_inverse=True)
     for kind in range(len(kinds)):
         rows = np.flatnonzero(which.reshape(-1) == kind)

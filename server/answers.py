@@ -1,6 +1,7 @@
 """The durable answer store: what one site answered about one pool.
 
 A folder with three files. `about.json`: what the answers are about (pool, teacher, policy, kind, encoding, classes).
+Each kind of answer, log-probabilities or coverage, has a store of its own.
 `answers.bin`: encoded rows, one record after another, append-only. `index.jsonl`: one line a record, append-only:
 range of samples, offset, length, SHA-256, the teacher's seconds. A record is stored when its index line is complete;
 whatever a crash left behind it is cut off on opening. Rows are read by memory map, checked against the SHA-256 when
@@ -14,16 +15,17 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from consilience.common.encoding import DTYPES, decode, row_bytes
+from consilience.common.encoding import DTYPES, decode, decode_coverage, row_bytes, wire_values
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
 from consilience.common.files import read_json, sha256, storage_error, sync_folder, write_json
-from consilience.common.protocol import Answer, Digest
-from consilience.common.settings import Encoding
+from consilience.common.protocol import Answer, Digest, Kind
+from consilience.common.settings import CoverageEncoding, Encoding
 
 
 class About(BaseModel):
@@ -35,10 +37,12 @@ class About(BaseModel):
     pool: Digest
     size: int = Field(ge=0)
     teacher: Digest
+    """Fingerprint of what answers: of the teacher, or of the coverage."""
     policy: str
-    kind: str = "log-probs"
-    encoding: Encoding
+    kind: Kind = "log-probs"
+    encoding: Encoding | CoverageEncoding
     classes: int = Field(ge=1)
+    """Numbers a row: the site's classes; 1 for coverage."""
 
 
 class _Entry(BaseModel):
@@ -132,11 +136,11 @@ class AnswerStore:
     def append(self, answer: Answer) -> None:
         """Store an answer durably: when this returns, a crash no longer loses it.
 
-        Raises `ProtocolError` when its rows are no log-probabilities or its samples were answered already,
+        Raises `ProtocolError` when its rows are not what the store holds or its samples were answered already,
         `StorageError` when the disk refuses (what was stored before stays).
         """
         question = answer.question
-        decode(answer.data, len(question), self.about.classes, self.about.encoding)
+        self._need_rows(answer.data, len(question))
         entry = _Entry(
             start=question.start,
             stop=question.stop,
@@ -154,6 +158,12 @@ class AnswerStore:
             raise storage_error(error, self.folder, "write") from error
         self._insert(entry, place)
         self._index_end += len(line)
+
+    def _need_rows(self, data: bytes, rows: int) -> None:
+        if self.about.kind == "coverage":
+            decode_coverage(data, rows, cast(CoverageEncoding, self.about.encoding))
+        else:
+            decode(data, rows, self.about.classes, cast(Encoding, self.about.encoding))
 
     def __len__(self) -> int:
         """Samples answered."""
@@ -185,7 +195,7 @@ class AnswerStore:
             yield at, self.about.size
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Return the answers for samples start..stop-1, (stop - start, classes) float32 log-probabilities.
+        """Return the answers for samples start..stop-1, (stop - start, classes) float32.
 
         Raises `StorageError` when one is missing or its bytes have changed since they were stored.
         """
@@ -202,7 +212,7 @@ class AnswerStore:
             until = min(stop, entry.stop)
             low = entry.offset + (at - entry.start) * width
             rows = self._bytes(low, low + (until - at) * width).view(DTYPES[self.about.encoding])
-            out[at - start : until - start] = rows.reshape(until - at, self.about.classes)
+            out[at - start : until - start] = wire_values(rows).reshape(until - at, self.about.classes)
             at, place = until, place + 1
         return out
 

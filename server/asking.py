@@ -63,7 +63,7 @@ def ask(
 ) -> list[SiteState]:
     """Ask until every store is complete, its site is given up, or `settings.deadline` has passed.
 
-    `stores` pairs a node id with a store; a node may stand in several pairs (several pools). Questions to one node
+    `stores` pairs a node id with a store; a node may stand in several pairs (pools, kinds). Questions to one node
     keep at most `settings.in_flight` on their way; answers are stored as they arrive. A question that fails is sent
     again `settings.retries` times. A node that is away keeps its questions waiting, at no cost of retries, until it
     is back, as another node if need be; without a deadline it is given up after `settings.wait` seconds, as is one
@@ -73,8 +73,11 @@ def ask(
     is safe, and nothing more is asked.
     """
     asking = _Asking(grid, job, settings, events, reporter, progress, time.monotonic() - passed)
+    held: dict[int, list[AnswerStore]] = {}
     for node, store in stores:
-        asking.add(node, store)
+        held.setdefault(node, []).append(store)
+    for node, own in held.items():
+        asking.add(node, own)
     for site in asking.sites.values():
         if (samples_seconds := tried.get(site.state.name, (0, 0.0)))[0]:
             site.size.learn(*samples_seconds)
@@ -128,6 +131,7 @@ class _Site:
             pool=about.pool,
             start=span.low,
             stop=stop,
+            kind=about.kind,
             encoding=about.encoding,
             teacher=about.teacher,
             policy=about.policy,
@@ -169,16 +173,16 @@ class _Asking:
         self._began = began
         self.sites: dict[int, _Site] = {}
 
-    def add(self, node: int, store: AnswerStore) -> None:
-        about, chosen = store.about, self._settings
-        if node not in self.sites:
-            progress = self._progress.sites.setdefault(about.site, SiteProgress(about.site, [store]))
-            size = QuestionSize(chosen.question_size, row_bytes(about.classes, about.encoding))
-            self.sites[node] = _Site(SiteState(about.site, node), progress, size, time.monotonic())
-        site = self.sites[node]
-        for low, high in store.missing():
-            site.spans.append(_Span(store, low, high))
-            site.state.asked += high - low
+    def add(self, node: int, stores: Sequence[AnswerStore]) -> None:
+        name = stores[0].about.site
+        progress = self._progress.sites.setdefault(name, SiteProgress(name, stores))
+        widest = max(row_bytes(store.about.classes, store.about.encoding) for store in stores)
+        size = QuestionSize(self._settings.question_size, widest)
+        site = self.sites[node] = _Site(SiteState(name, node), progress, size, time.monotonic())
+        for store in stores:
+            for low, high in store.missing():
+                site.spans.append(_Span(store, low, high))
+                site.state.asked += high - low
 
     def run(self) -> None:
         for site in self.sites.values():
@@ -316,5 +320,11 @@ class _Asking:
     def _note(self, event: str, site: _Site, pending: _Pending, **more: str) -> None:
         question = pending.question
         self._events.add(
-            event, site=site.state.name, pool=question.pool[:12], start=question.start, stop=question.stop, **more
+            event,
+            site=site.state.name,
+            pool=question.pool[:12],
+            kind=question.kind,
+            start=question.start,
+            stop=question.stop,
+            **more,
         )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from consilience.server.report_findings import Findings, SiteFindings
+from consilience.server.report_findings import Findings
 from consilience.server.report_format import MISSING, count, decimal, number_of, percent, size
 from consilience.server.report_page import CONTENDERS
 
@@ -21,7 +21,7 @@ _SPECIAL = re.compile(
     r"|^[#+=-]"  # headings and lists, at the start only
 )
 _BREAKS = re.compile(r"[\s\x00-\x1f\x7f\u2028\u2029]+")
-PRECISION = {"f32": "32-bit", "f16": "16-bit"}
+PRECISION = {"f32": "32-bit", "f16": "16-bit", "u8": "8-bit"}
 
 
 def card_markdown(findings: Findings, report: Mapping[str, Any]) -> str:
@@ -93,9 +93,11 @@ def _labels(findings: Findings) -> str:
     components = max(space.components) + 1
     text = f"## Labels\n\n{table(('Index', 'Class', 'Also called', 'Known by'), rows)}"
     if components > 1:
+        rule = f"the rule {code(findings.unify.across)}, not by answers"
+        by = "the sites' coverage" if findings.unify.joined else rule
         text += (
             f"\n\nThe class sets fall apart into {components:,} components that share no class: how likely a class of "
-            f"one is against a class of another was settled by the rule {code(findings.unify.across)}, not by answers."
+            f"one is against a class of another was settled by {by}."
         )
     return text
 
@@ -176,9 +178,18 @@ def _scores(findings: Findings, report: Mapping[str, Any]) -> str:
 
 def _privacy(findings: Findings) -> str:
     rows = [
-        [escape(s.name), count(s.answers), count(len(s.classes)), _precision(s), f"{s.bytes:,} ({size(s.bytes)})"]
+        [escape(s.name), count(s.answers), count(len(s.classes)), _precision(s.precision), _bytes(s.bytes)]
         for s in findings.sites
     ]
+    told = [(s.name, s.coverage) for s in findings.sites if s.coverage.encoding is not None]
+    rows += [
+        [f"{escape(name)} (coverage)", count(c.answers), "1", _precision(c.encoding or ""), _bytes(c.bytes)]
+        for name, c in told
+    ]
+    coverage = (
+        "Sites that offered coverage also told, in one number an image, how likely the image is of one of their "
+        "classes. "
+    ) * bool(told)
     head = ("Site", "Answers", "Numbers an answer", "Precision", "Bytes")
     return "\n\n".join(
         [
@@ -186,16 +197,20 @@ def _privacy(findings: Findings) -> str:
             "No formal guarantee: soft labels over the pool left the sites. No private sample, weight or gradient "
             "did, and no code of the server ran at a site. An answer is one log-probability for each class of the "
             "site; answers can tell something about the data that a teacher was trained on, and so can this student, "
-            "which was trained from them. Beside its site card (name, class names, the teacher in words and its "
-            "fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and calibration on "
-            "held-out private images and the shares of the classes) each site let out:",
+            f"which was trained from them. {coverage}Beside its site card (name, class names, the teacher in words and "
+            "its fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and calibration "
+            "on held-out private images and the shares of the classes) each site let out:",
             table(head, rows, right=4),
         ]
     )
 
 
-def _precision(site: SiteFindings) -> str:
-    return f"{PRECISION[site.precision]} ({site.precision})" if site.precision in PRECISION else escape(site.precision)
+def _precision(encoding: str) -> str:
+    return f"{PRECISION[encoding]} ({encoding})" if encoding in PRECISION else escape(encoding)
+
+
+def _bytes(number: int) -> str:
+    return f"{number:,} ({size(number)})"
 
 
 def _how_to(findings: Findings) -> str:

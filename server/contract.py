@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,7 +17,7 @@ from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsErr
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard
-from consilience.common.settings import JobSettings
+from consilience.common.settings import CoverageEncoding, JobSettings
 
 
 class RunContract(BaseModel):
@@ -122,6 +123,14 @@ def objection(job: JobSettings, card: SiteCard) -> str:
     wanted = {unicodedata.normalize("NFC", name).strip() for name in job.labels.classes}
     strange = [name for name in space.names if name not in wanted]
     return f"labels.classes lacks {', '.join(strange[:20])}, which it knows" if strange else ""
+
+
+def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | None:
+    """Return the encoding in which a site is asked for coverage, the finest it allows; None when it is not asked."""
+    if card.coverage is None or not (job.ask.coverage and job.unify.takes_coverage):
+        return None
+    offered = card.coverage.encodings
+    return next(encoding for encoding in get_args(CoverageEncoding) if encoding in offered)
 
 
 def _check_encoding(job: JobSettings, card: SiteCard) -> None:

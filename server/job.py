@@ -25,17 +25,18 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
-from consilience.server.answered import Usable, usable
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answered import CoverageStores, Usable, usable
+from consilience.server.answers import AnswerStore
 from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
 from consilience.server.contract import RunContract
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
-from consilience.server.labelling import labels_key, unify_pool
+from consilience.server.labelling import labels_key, load_other, unify_pool
 from consilience.server.learning import check_student, direct_loss, learn, oracle_loss, soft_label_loss
 from consilience.server.progress import Progress
 from consilience.server.publishing import Outcome, gather, publish
+from consilience.server.stores import all_stores, lacked, stores_about
 from consilience.server.truth import check_test, pool_truth
 
 
@@ -74,20 +75,21 @@ class Job:
         with self._stage("ask"):
             contract, reasons = self.answers(grid, fold_in, submission)
             space, cards = self.participants(contract, reasons)
-            stores = [self.store(card, self.pool) for card in cards]
+            stores, coverage = stores_about(self.run, self.settings, cards, self.pool)
             samples = self._usable(stores, space)
-        self._forget_timing(space, stores)
+        self._forget_timing(space, stores, coverage)
         with self._stage("unify"):
             labels, diagnostics = unify_pool(
-                self.run / "labels", space, stores, cards, self.settings.unify, self.reporter, samples
+                self.run / "labels", space, stores, cards, self.settings.unify, self.reporter, samples, coverage
             )
         with self._stage("learn"):
-            curves = {"student": self.learn(space, stores, labels, diagnostics.key, samples.ids)}
+            curves = {"student": self.learn(space, stores, coverage, labels, diagnostics.key, samples.ids)}
         with self._stage("oracle"):
             oracle = self.learn_oracle(space)
             if oracle is not None:
                 curves["oracle"] = oracle
         with self._stage("judge"):
+            tested = stores_about(self.run, self.settings, cards, self.test_pool) if self.test_pool else None
             outcome = Outcome(
                 run=self.run,
                 settings=self.settings,
@@ -97,8 +99,10 @@ class Job:
                 space=space,
                 cards=cards,
                 stores=stores,
+                coverage=coverage,
                 samples=samples,
-                test_stores=[self.store(card, self.test_pool) for card in cards] if self.test_pool else None,
+                test_stores=tested[0] if tested else None,
+                test_coverage=tested[1] if tested else [None] * len(cards),
                 labels=labels,
                 diagnostics=diagnostics,
                 curves=curves,
@@ -110,7 +114,7 @@ class Job:
         self.events.add("end", job=self.settings.name)
 
     def _all_answers(self, contract: RunContract) -> dict[str, list[AnswerStore]]:
-        return {card.name: [self.store(card, pool) for pool in self._pools()] for card in contract.sites}
+        return all_stores(self.run, self.settings, contract.sites, self._pools())
 
     def answers(self, grid: Grid, fold_in: bool, submission: float) -> tuple[RunContract, dict[str, str]]:
         """Find the sites and ask them; returns the contract, and site -> why it left samples unanswered."""
@@ -205,8 +209,7 @@ class Job:
         needed = self.settings.ask.min_sites or len(contract.sites)
         if len(complete) < needed:
             lacking = [
-                f"{name} lacks {sum(store.about.size - len(store) for store in stores):,} samples "
-                f"({reasons.get(name, 'unknown')})"
+                f"{name} lacks {lacked(stores)} ({reasons.get(name, 'unknown')})"
                 for name, stores in self._all_answers(contract).items()
                 if name not in complete
             ]
@@ -216,7 +219,8 @@ class Job:
                 + "; ".join(lacking),
                 hint="Mend those sites and run the same command again, or lower ask.min_sites",
             )
-        cards = [c for c in contract.sites if c.name in complete or len(self.store(c, self.pool))]
+        stores, _ = stores_about(self.run, self.settings, contract.sites, self.pool)
+        cards = [c for c, store in zip(contract.sites, stores, strict=True) if c.name in complete or len(store)]
         if len(cards) == len(contract.sites):
             return contract.space, cards
         labels, classes = self.settings.labels, {card.name: card.classes for card in cards}
@@ -241,10 +245,11 @@ class Job:
             self.reporter.say(f"Warning: {left_out:,} of {samples.size:,} samples are left out of learning")
         return samples
 
-    def _forget_timing(self, space: LabelSpace, stores: list[AnswerStore]) -> None:
+    def _forget_timing(self, space: LabelSpace, stores: list[AnswerStore], coverage: CoverageStores) -> None:
         """Drop what earlier stages took if their work is done anew because answers have come in since."""
         notes = self.run / "labels" / "diagnostics.json"
-        if notes.exists() and read_json(notes).get("key") != labels_key(space, stores, self.settings.unify):
+        key = labels_key(space, stores, self.settings.unify, coverage)
+        if notes.exists() and read_json(notes).get("key") != key:
             for name in ("unify", "learn", "oracle", "judge"):
                 self.timing.pop(name, None)
 
@@ -252,6 +257,7 @@ class Job:
         self,
         space: LabelSpace,
         stores: list[AnswerStore],
+        coverage: CoverageStores,
         labels: NDArray[np.float32],
         key: str,
         samples: NDArray[np.int64] | None = None,
@@ -260,11 +266,20 @@ class Job:
         settings, unify = self.settings.student, self.settings.unify
         folder = self.run / "student"
         if settings.learning == "soft-labels":
-            loss = soft_label_loss(labels, unify.temperature, key, samples)
+            loss = soft_label_loss(labels, unify.temperature, key, samples, load_other(self.run / "labels"))
         else:
             weights = [unify.weights.get(site, 1.0) for site in space.sites]
             loss = direct_loss(
-                self.run / "labels", settings.learning, space, stores, weights, unify.temperature, key, samples
+                self.run / "labels",
+                settings.learning,
+                space,
+                stores,
+                weights,
+                unify.temperature,
+                key,
+                samples,
+                coverage,
+                unify.strength,
             )
         images = self.pool.read(0, len(self.pool)) if samples is None else self.pool.take(samples)
         return learn(folder, images, space, loss, settings, self.settings.seed, self.reporter, "student")
@@ -286,19 +301,6 @@ class Job:
             self.reporter,
             "oracle (true labels)",
         )
-
-    def store(self, card: SiteCard, pool: Pool) -> AnswerStore:
-        """Return the store of a site's answers about a pool."""
-        about = About(
-            site=card.name,
-            pool=pool.digest,
-            size=len(pool),
-            teacher=card.teacher,
-            policy=card.policy,
-            encoding=self.settings.ask.encoding,
-            classes=len(card.classes),
-        )
-        return AnswerStore(self.run / "answers" / card.name / pool.digest[:12], about)
 
     def _pools(self) -> list[Pool]:
         return [self.pool] if self.test_pool is None else [self.pool, self.test_pool]

@@ -70,8 +70,8 @@ class SiteScore:
     `teacher_accuracy`: its own arg-max on those images. `student_accuracy`: the student's on the same images, over
     all classes. `student_accuracy_restricted`: the student's with only the site's classes to choose from.
     `accuracy`: the site's own arg-max on all test images, those of other sites' classes included.
-    `coverage_auroc`: AUROC of the site's top probability as a score for "this image is of one of my classes", over
-    all test images: the maximum-probability baseline of coverage, before any coverage model. 0.5 says nothing.
+    `confidence_auroc`: AUROC of the site's top probability as a score for "this image is of one of my classes", over
+    all test images: what its coverage has to beat. 0.5 says nothing.
     """
 
     name: str
@@ -80,7 +80,7 @@ class SiteScore:
     student_accuracy: float | None
     student_accuracy_restricted: float | None
     accuracy: float | None
-    coverage_auroc: float | None
+    confidence_auroc: float | None
 
 
 @dataclass(frozen=True)
@@ -240,6 +240,15 @@ def agreement(blocks: Iterable[Sequence[ArrayLike | None]], space: LabelSpace) -
     return np.asarray(np.divide(same, seen, out=np.full((n, n), np.nan), where=seen > 0))
 
 
+def auroc(scores: ArrayLike, truth: ArrayLike, classes: ArrayLike) -> float | None:
+    """Return the AUROC of scores (m,) for "of one of `classes`" against labels (m,), -1 for a class of no site.
+
+    None where there are no samples of `classes`, or no others.
+    """
+    mine = np.isin(np.asarray(truth), np.asarray(classes))
+    return float(roc_auc_score(mine, np.asarray(scores))) if 0 < mine.sum() < len(mine) else None
+
+
 def softmax(scores: Floats) -> Floats:
     """Return the probabilities (m, k) of log-probabilities or logits (m, k), row by row."""
     exp = np.exp(scores - scores.max(1, keepdims=True))
@@ -313,9 +322,6 @@ def _site_score(name: str, classes: Ints, truth: Ints, probs: Floats | None, stu
     mine = np.isin(truth, classes)
     own, count = truth[mine], int(mine.sum())
     restricted = classes[student[:, classes].argmax(1)]
-    auroc = None
-    if probs is not None and 0 < count < len(truth):
-        auroc = float(roc_auc_score(mine, probs.max(1)))
     return SiteScore(
         name=name,
         count=count,
@@ -323,5 +329,5 @@ def _site_score(name: str, classes: Ints, truth: Ints, probs: Floats | None, stu
         student_accuracy=_share((student.argmax(1)[mine] == own).sum(), count),
         student_accuracy_restricted=_share((restricted[mine] == own).sum(), count),
         accuracy=None if probs is None else _share((classes[probs.argmax(1)] == truth).sum(), len(truth)),
-        coverage_auroc=auroc,
+        confidence_auroc=None if probs is None else auroc(probs.max(1), truth, classes),
     )

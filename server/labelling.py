@@ -19,7 +19,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import Unify
-from consilience.server.answered import Usable, block_size, blocks, usable
+from consilience.server.answered import CoverageStores, Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.unify import Prior, Unifier
 
@@ -39,12 +39,22 @@ class Diagnostics(BaseModel):
     apart: int = 0
     """Samples for which the sites that answered share fewer classes than all sites do, so that the rule
     `unify.across` decides more about them than about the others."""
+    coverage: dict[str, int] = {}
+    """Site -> samples in whose labels its coverage has a part."""
 
 
 def unifier(
-    space: LabelSpace, settings: Unify, cards: Sequence[SiteCard], sites: Sequence[int] | None = None
+    space: LabelSpace,
+    settings: Unify,
+    cards: Sequence[SiteCard],
+    sites: Sequence[int] | None = None,
+    *,
+    covered: bool = True,
 ) -> Unifier:
-    """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`."""
+    """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`.
+
+    `covered`: coverage comes with the answers; without it nothing says that a sample is outside the label space.
+    """
     chosen = range(len(space.sites)) if sites is None else sites
     prior = None
     if settings.prior_correction:
@@ -62,11 +72,25 @@ def unifier(
         temperature=settings.temperature,
         prior=prior,
         across=settings.across,
+        strength=settings.strength,
+        other=settings.other if covered else 0.0,
     )
 
 
-def labels_key(space: LabelSpace, stores: Sequence[AnswerStore], settings: Unify) -> str:
-    """Return what tells one pool's labels from others: settings, classes, and which samples each site answered."""
+def usable_coverage(settings: Unify, told: list[NDArray[np.float32] | None]) -> list[NDArray[np.float32] | None] | None:
+    """Return what a unifier is given of sites' coverage: None where no site gave it, or, for `sd`, not every site."""
+    enough = all if settings.method == "sd" else any
+    return told if enough(values is not None for values in told) else None
+
+
+def labels_key(
+    space: LabelSpace, stores: Sequence[AnswerStore], settings: Unify, coverage: CoverageStores | None = None
+) -> str:
+    """Return what tells one pool's labels from others: settings, classes, and which samples each site answered.
+
+    `coverage`: each site's store of coverage, None for a site that was not asked for it.
+    """
+    covers = coverage or [None] * len(stores)
     return sha256(
         canonical_json(
             {
@@ -74,9 +98,20 @@ def labels_key(space: LabelSpace, stores: Sequence[AnswerStore], settings: Unify
                 "labels": space.names,
                 "stores": [store.about.model_dump(mode="json") for store in stores],
                 "missing": [list(store.missing()) for store in stores],
+                "coverage": [None if store is None else store.about.model_dump(mode="json") for store in covers],
+                "no coverage": [None if store is None else list(store.missing()) for store in covers],
             }
         )
     )
+
+
+def load_other(folder: Path) -> NDArray[np.float32] | None:
+    """Return `folder`/other.npy, (n,) memory-mapped: how likely a sample is outside the label space; None without it.
+
+    Only labels made with `unify.other` above 0 have it.
+    """
+    path = folder / "other.npy"
+    return np.load(path, mmap_mode="r") if path.exists() else None
 
 
 def unify_pool(
@@ -87,37 +122,51 @@ def unify_pool(
     settings: Unify,
     reporter: Reporter,
     samples: Usable | None = None,
+    coverage: CoverageStores | None = None,
 ) -> tuple[NDArray[np.float32], Diagnostics]:
     """Write `folder`/q.npy, (n, L) float32 memory-mapped, unless it is there for the same answers and settings.
 
-    Each sample's label comes from the sites that answered it. Rows of samples that are not usable are zero: they
-    have no label. Returns the labels and the diagnostics. Raises `UnifyError`, `StorageError`.
+    Each sample's label comes from the sites that answered it, with the coverage of those that gave it (`coverage`:
+    one store a site, None for a site that was not asked). With `settings.other` above 0 there is `folder`/other.npy,
+    (n,) float32, too. Rows of samples that are not usable are zero: they have no label. Returns the labels and the
+    diagnostics. Raises `UnifyError`, `StorageError`.
     """
-    key = labels_key(space, stores, settings)
-    path, notes = folder / "q.npy", folder / "diagnostics.json"
-    if notes.exists() and path.exists():
+    key = labels_key(space, stores, settings, coverage)
+    path, notes, outside = folder / "q.npy", folder / "diagnostics.json", folder / "other.npy"
+    if notes.exists() and path.exists() and outside.exists() == (settings.other > 0):
         done = Diagnostics.model_validate(read_json(notes))
         if done.key == key:
             return np.load(path, mmap_mode="r"), done
-        notes.unlink()
+    for stale in (notes, outside):
+        stale.unlink(missing_ok=True)
     samples = samples or usable(stores, space)
     solvers = _Solvers(space, settings, cards)
     labels = create_array(path, np.float32, (samples.size, len(space)))
+    other = create_array(outside, np.float32, (samples.size,)) if settings.other else None
+    covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)
     began = time.perf_counter()
     failed, largest, steps, apart = 0, 0.0, 0.0, 0
     task = reporter.start("unifying", samples.count)
-    for block in blocks(stores, block_size(space)):
+    for block in blocks(stores, block_size(space), coverage):
         if samples.mask is not None and not samples.mask[block.ids[0]]:  # one pattern: usable all or none
             continue
-        solve = solvers(block.sites)
-        unified = solve([rows for rows in block.answers if rows is not None])
+        given = usable_coverage(settings, [block.coverage[i] for i in block.sites])
+        solve = solvers(block.sites, given is not None)
+        unified = solve([rows for rows in block.answers if rows is not None], coverage=given)
         labels[block.ids] = unified.probs
+        if other is not None:
+            other[block.ids] = unified.other
+        for i in block.sites:
+            if given is not None and block.coverage[i] is not None:
+                covered[space.sites[i]] += len(block.ids)
         failed += int(np.sum(~unified.converged))
         largest = max(largest, float(np.max(unified.residual, initial=0.0)))
         steps += float(np.sum(np.broadcast_to(unified.iterations, block.ids.shape)))
         apart += len(block.ids) if max(solve.components) > max(space.components) else 0
         task.advance(len(block.ids))
     labels.flush()
+    if other is not None:
+        other.flush()
     diagnostics = Diagnostics(
         key=key,
         samples=samples.count,
@@ -126,24 +175,26 @@ def unify_pool(
         largest_residual=largest,
         mean_iterations=steps / max(samples.count, 1),
         apart=apart,
+        coverage=covered,
     )
     write_json(notes, diagnostics.model_dump(mode="json"))
     return np.load(path, mmap_mode="r"), diagnostics
 
 
 class _Solvers:
-    """One unifier for each set of sites that answered the same samples, made when it is first needed."""
+    """One unifier for each set of sites that answered the same samples, with coverage or without, made when needed."""
 
     MOST = 64
     """Unifiers kept: a site that fails now and then makes few sets, many such sites may make a great many."""
 
     def __init__(self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard]) -> None:
         self._space, self._settings, self._cards = space, settings, cards
-        self._made: dict[tuple[int, ...], Unifier] = {}
+        self._made: dict[tuple[tuple[int, ...], bool], Unifier] = {}
 
-    def __call__(self, sites: tuple[int, ...]) -> Unifier:
-        if sites not in self._made:
+    def __call__(self, sites: tuple[int, ...], covered: bool) -> Unifier:
+        key = sites, covered
+        if key not in self._made:
             if len(self._made) >= self.MOST:
                 self._made.clear()
-            self._made[sites] = unifier(self._space, self._settings, self._cards, sites)
-        return self._made[sites]
+            self._made[key] = unifier(self._space, self._settings, self._cards, sites, covered=covered)
+        return self._made[key]

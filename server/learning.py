@@ -23,7 +23,7 @@ from consilience.common.nets import Supervised, build, default_device, epoch_tas
 from consilience.common.preprocessing import Images
 from consilience.common.progress import Reporter
 from consilience.common.settings import Preprocessing, Student
-from consilience.server.answered import block_size, blocks
+from consilience.server.answered import CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.student.direct import DirectCE, DirectMFLF
 from consilience.server.student.soft_labels import SoftLabels
@@ -140,10 +140,17 @@ def check_student(settings: Student, shape: tuple[int, int, int]) -> None:
 
 
 def soft_label_loss(
-    labels: NDArray[np.float32], temperature: float, fingerprint: str, samples: NDArray[np.int64] | None = None
+    labels: NDArray[np.float32],
+    temperature: float,
+    fingerprint: str,
+    samples: NDArray[np.int64] | None = None,
+    other: NDArray[np.float32] | None = None,
 ) -> FingerprintedLoss:
-    """Return the loss of the -X route, for all of `labels` or the rows `samples`."""
-    return SoftLabels(labels, default_device(), temperature, fingerprint, samples)
+    """Return the loss of the -X route, for all of `labels` or the rows `samples`.
+
+    `other` (n,): how likely each sample is outside the label space, where that is known.
+    """
+    return SoftLabels(labels, default_device(), temperature, fingerprint, samples, other)
 
 
 def direct_loss(
@@ -155,26 +162,35 @@ def direct_loss(
     temperature: float,
     fingerprint: str,
     samples: NDArray[np.int64] | None = None,
+    coverage: CoverageStores | None = None,
+    strength: float = 1.0,
 ) -> FingerprintedLoss:
     """Return the loss of a -BP route, for all samples or `samples`.
 
     The answers are decoded once into memory-mapped files in `folder`. Sites that did not answer a sample have no
-    part in its loss.
+    part in its loss. `coverage`: one store a site, None for a site that was not asked; `direct-ce` makes use of it,
+    by `strength`.
     """
     total = stores[0].about.size
     maps = [
         create_array(folder / f"answers-{site}.npy", np.float32, (total, len(classes)))
         for site, classes in zip(space.sites, space.class_sets, strict=True)
     ]
-    for block in blocks(stores, block_size(space)):
+    told = None
+    if kind == "direct-ce" and any(store is not None for store in coverage or []):
+        told = create_array(folder / "coverage.npy", np.float32, (total, len(stores)))
+    for block in blocks(stores, block_size(space), coverage):
         for held, rows in zip(maps, block.answers, strict=True):
             if rows is not None:
                 held[block.ids] = rows
+        if told is not None:
+            for i, values in enumerate(block.coverage):
+                told[block.ids, i] = np.nan if values is None else values
     answered = None
     if not all(store.complete for store in stores):
         answered = np.stack([store.answered(0, total) for store in stores], axis=1)
-    loss = DirectCE if kind == "direct-ce" else DirectMFLF
-    return loss(maps, space.class_sets, weights, default_device(), temperature, fingerprint, answered, samples)
+    about = (maps, space.class_sets, weights, default_device(), temperature, fingerprint, answered, samples)
+    return DirectCE(*about, coverage=told, strength=strength) if kind == "direct-ce" else DirectMFLF(*about)
 
 
 def oracle_loss(labels: NDArray[np.int64]) -> FingerprintedLoss:

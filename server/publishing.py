@@ -23,15 +23,16 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
-from consilience.server.answered import Usable, block_size, blocks
+from consilience.server.answered import CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.card import card_markdown
 from consilience.server.contract import RunContract
-from consilience.server.judge import Judgement, agreement, judge
-from consilience.server.labelling import Diagnostics, unifier
+from consilience.server.judge import Judgement, agreement, auroc, judge
+from consilience.server.labelling import Diagnostics, unifier, usable_coverage
 from consilience.server.learning import StudentModel
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
+    CoverageFindings,
     Findings,
     Partition,
     PoolFindings,
@@ -57,8 +58,10 @@ class Outcome:
     space: LabelSpace
     cards: Sequence[SiteCard]
     stores: Sequence[AnswerStore]
+    coverage: CoverageStores
     samples: Usable
     test_stores: Sequence[AnswerStore] | None
+    test_coverage: CoverageStores
     labels: NDArray[np.float32]
     diagnostics: Diagnostics
     curves: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -71,14 +74,16 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
     settings, space, diagnostics = outcome.settings, outcome.space, outcome.diagnostics
     student = StudentModel(outcome.run / "student")
     converged = 1 - diagnostics.not_converged / max(diagnostics.samples, 1)
-    warnings = list(space.warnings())
+    joined = _joined(outcome)
+    warnings = [] if joined else list(space.warnings())
     if diagnostics.not_converged:
         warnings.append(
             f"Unification did not converge for {diagnostics.not_converged:,} of {diagnostics.samples:,} samples."
         )
-    if max(space.components) > 0 and settings.student.learning != "soft-labels":
+    learning = settings.student.learning
+    if max(space.components) > 0 and learning != "soft-labels" and not (joined and learning == "direct-ce"):
         warnings.append(
-            f"The student learnt by {settings.student.learning}, which says nothing about the odds between components; "
+            f"The student learnt by {learning}, which says nothing about the odds between components; "
             "student.learning: soft-labels would follow the rule unify.across."
         )
     if diagnostics.apart:
@@ -87,6 +92,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             "do: about the odds between those the rule unify.across decides."
         )
     judgement, about_test = _judgement(outcome, student)
+    aurocs = _coverage_aurocs(outcome)
     return Findings(
         job=settings.name,
         seed=settings.seed,
@@ -99,7 +105,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             outcome.samples.unknown,
         ),
         space=space,
-        sites=[_site(card, answers[card.name], outcome) for card in outcome.contract.sites],
+        sites=[_site(card, answers[card.name], outcome, aurocs.get(card.name)) for card in outcome.contract.sites],
         unify=UnifyFindings(
             settings.unify.method,
             settings.unify.across,
@@ -107,6 +113,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             diagnostics.seconds,
             converged,
             diagnostics.largest_residual,
+            joined,
         ),
         student=StudentFindings(
             settings.student.architecture,
@@ -146,7 +153,19 @@ def versions() -> dict[str, str]:
     }
 
 
-def _site(card: SiteCard, stores: Sequence[AnswerStore], outcome: Outcome) -> SiteFindings:
+def _joined(outcome: Outcome) -> bool:
+    """Whether coverage decides the odds between components: at most one has no site that gave all of it."""
+    space = outcome.space
+    told = list(zip(space.class_sets, outcome.coverage, strict=True))
+    if outcome.settings.unify.method == "sd" and any(store is None or not store.complete for _, store in told):
+        return False
+    covered = {space.components[classes[0]] for classes, store in told if store is not None and store.complete}
+    return bool(covered) and len(covered) >= max(space.components)
+
+
+def _site(card: SiteCard, held: Sequence[AnswerStore], outcome: Outcome, coverage_auroc: float | None) -> SiteFindings:
+    stores = [store for store in held if store.about.kind == "log-probs"]
+    covers = [store for store in held if store.about.kind == "coverage"]
     asked = sum(store.about.size for store in stores)
     answered = sum(len(store) for store in stores)
     return SiteFindings(
@@ -163,7 +182,33 @@ def _site(card: SiteCard, stores: Sequence[AnswerStore], outcome: Outcome) -> Si
         precision=outcome.settings.ask.encoding,
         holdout_accuracy=card.holdout_accuracy,
         calibration=None if card.calibration is None else card.calibration.model_dump(),
+        coverage=CoverageFindings(
+            asked=bool(covers),
+            encoding=covers[0].about.encoding if covers else None,
+            bytes=sum(store.bytes for store in covers),
+            answers=sum(len(store) for store in covers),
+            missed=sum(store.about.size - len(store) for store in covers),
+        ),
+        coverage_auroc=coverage_auroc,
     )
+
+
+def _coverage_aurocs(outcome: Outcome) -> dict[str, float | None]:
+    """Return site -> AUROC of its coverage: on the pool where its true labels are known, else on the test pool."""
+    test, space, settings = outcome.test, outcome.space, outcome.settings
+    if test is None:
+        return {}
+    synonyms, path = settings.labels.synonyms, settings.judge.pool_labels
+    if path is not None:
+        truth, stores = pool_truth(path, len(outcome.pool), test, space, synonyms), outcome.coverage
+    else:
+        truth, stores = test_truth(test, space, synonyms), outcome.test_coverage
+    found: dict[str, float | None] = {}
+    for site, classes, store in zip(space.sites, space.class_sets, stores, strict=True):
+        if store is not None:
+            told = store.answered(0, len(truth))
+            found[site] = auroc(store.read_answered(0, len(truth))[told, 0], truth[told], classes)
+    return found
 
 
 def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | None, list[str]]:
@@ -182,7 +227,17 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
             absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
             warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
         if len({label for i in whole for label in space.class_sets[i]}) == len(space):
-            unified = unifier(space, settings.unify, outcome.cards, whole)(list(given.values())).probs
+            covers = [outcome.test_coverage[i] for i in whole]
+            told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
+            coverage = usable_coverage(settings.unify, told)
+            solve = unifier(space, settings.unify, outcome.cards, whole, covered=coverage is not None)
+            unified = solve(list(given.values()), coverage=coverage).probs
+            partly = [c.about.site for c in covers if c is not None and not c.complete]
+            if partly:
+                warnings.append(
+                    f"The unified ensemble is judged without the coverage of {', '.join(partly)}: it was not given "
+                    "for the whole test pool."
+                )
         else:
             warnings.append(
                 "There is no unified ensemble: the sites that answered the whole test pool do not know every class."

@@ -61,6 +61,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             "seconds": findings.unify.seconds,
             "converged": findings.unify.converged,
             "residual": findings.unify.residual,
+            "joined": findings.unify.joined,
         },
         "agreement": findings.agreement,
         "partition": None
@@ -123,6 +124,9 @@ def derived_warnings(findings: Findings) -> list[str]:
             found.append(f"Site {site.name} is left out{': ' + lacking if lacking else ''}{why}.")
         elif site.missed:
             found.append(f"Site {site.name}: {lacking}{why}.")
+        if (told := site.coverage).missed and site.name in findings.space.sites:
+            total = told.answers + told.missed
+            found.append(f"Site {site.name}: no coverage for {number_of(told.missed, 'sample')} of {total:,}{why}.")
     found += [f"{who[0].upper()}{who[1:]} does not take part: {why}." for who, why in findings.left_out.items()]
     pool = findings.pool
     if pool.left_out:
@@ -193,9 +197,10 @@ def _score(score: Score | None) -> dict[str, Any]:
 
 
 def _site(site: SiteFindings, score: SiteScore | None, took_part: bool) -> dict[str, Any]:
-    names = ("accuracy", "teacher_accuracy", "student_accuracy", "student_accuracy_restricted", "coverage_auroc")
+    names = ("accuracy", "teacher_accuracy", "student_accuracy", "student_accuracy_restricted", "confidence_auroc")
     return {
         **vars(site),
+        "coverage": vars(site.coverage),
         "took_part": took_part,
         "test_images": score.count if score else None,
         **{name: getattr(score, name) if score else None for name in names},

@@ -36,13 +36,30 @@ class PoolFindings:
 
 
 @dataclass(frozen=True)
+class CoverageFindings:
+    """What one site told of coverage, about pool and test pool together.
+
+    `encoding` is None where it was not asked; `bytes` is the size of the `answers`; `missed` are samples that it was
+    asked about and did not answer.
+    """
+
+    asked: bool = False
+    encoding: str | None = None
+    bytes: int = 0
+    answers: int = 0
+    missed: int = 0
+
+
+@dataclass(frozen=True)
 class SiteFindings:
     """One site, whether it took part to the end or not.
 
     `classes` are its own names in the order of its answers. `asked`, `answers` and `missed` count samples of pool and
     test pool together; `bytes` is the size of the answers. `reason` says why samples were missed. `precision` is the
     encoding of its answers. `holdout_accuracy` and `calibration` (the fields of `CalibrationCard`) are the site's own
-    claims about its teacher, where it makes them.
+    claims about its teacher, where it makes them. All these are about log-probabilities; `coverage` is about coverage.
+    `coverage_auroc`: AUROC of its coverage as a score for "this image is of one of my classes", None where that is not
+    known.
     """
 
     name: str
@@ -58,11 +75,16 @@ class SiteFindings:
     precision: str = "f32"
     holdout_accuracy: float | None = None
     calibration: Mapping[str, Any] | None = None
+    coverage: CoverageFindings = CoverageFindings()
+    coverage_auroc: float | None = None
 
 
 @dataclass(frozen=True)
 class UnifyFindings:
-    """How unification went: `converged` is a share of samples, `residual` the largest of any sample."""
+    """How unification went: `converged` is a share of samples, `residual` the largest of any sample.
+
+    `joined`: the sites' coverage decides the odds between components, and not the rule `across`.
+    """
 
     method: str
     across: str
@@ -70,6 +92,7 @@ class UnifyFindings:
     seconds: float
     converged: float | None = None
     residual: float | None = None
+    joined: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.coverage.learned import CoverageRecord, load_coverage, read_record
-from consilience.client.coverage.learning import epochs_of, learn_coverage
+from consilience.client.coverage.learning import learn_coverage
+from consilience.client.coverage.showing import learn_and_show
 from consilience.common.preprocessing import Images
 
-__all__ = ["Coverage", "CoverageRecord", "epochs_of", "learn_coverage", "load_coverage", "read_record"]
+__all__ = ["Coverage", "CoverageRecord", "learn_and_show", "learn_coverage", "load_coverage", "read_record"]
 
 
 class Coverage(Protocol):

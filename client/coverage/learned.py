@@ -91,7 +91,8 @@ class LearnedCoverage:
 def score_of(model: nn.Module, images: Images, preprocessing: Preprocessing) -> NDArray[np.float64]:
     """Return (n,) scores: the log of the odds that the network gives to "one of mine"."""
     logits = scores(model, images, preprocessing).astype(np.float64)
-    return np.logaddexp.reduce(logits[:, :-1], axis=1) - logits[:, -1]
+    mine: NDArray[np.float64] = np.logaddexp.reduce(logits[:, :-1], axis=1)
+    return mine - logits[:, -1]
 
 
 def load_coverage(settings: SiteSettings) -> LearnedCoverage | None:

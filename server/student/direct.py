@@ -56,16 +56,21 @@ class _Direct(ABC):
         ):
             given = torch.from_numpy(np.asarray(answers[rows], np.float32)).to(self._device)
             terms = self._terms(given / self._temperature, logits[:, classes] / self._temperature)
+            terms = self._covered(i, rows, terms * self._temperature**2, logits)
             if shares is None:
                 total = total + weight * terms.mean()
             else:
                 total = total + (shares[:, i] * terms.reshape(len(rows), -1).mean(dim=1)).mean()
-        return total * (self._temperature**2 / (sum(self._weights) if shares is None else 1.0))
+        return total / (sum(self._weights) if shares is None else 1.0)
 
     def _shares(self, answered: NDArray[np.bool_]) -> Tensor:
         """Return (b, N): each site's share of a sample's loss, 0 where it did not answer; rows sum to 1."""
         weights = answered * np.asarray(self._weights, np.float32)
         return torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)).to(self._device)
+
+    def _covered(self, site: int, rows: NDArray[np.int64], terms: Tensor, logits: Tensor) -> Tensor:
+        """Return the terms of a site with what its coverage of the samples `rows` adds and takes."""
+        return terms
 
     @abstractmethod
     def _terms(self, given: Tensor, own: Tensor) -> Tensor:
@@ -73,7 +78,48 @@ class _Direct(ABC):
 
 
 class DirectCE(_Direct):
-    """sum_i w_i KL(p_i || softmax(s restricted to L_i)) / sum_i w_i, mean over the batch (methods.md 6.8, CE-BP)."""
+    """sum_i w_i KL(p_i || softmax(s restricted to L_i)) / sum_i w_i, mean over the batch (methods.md 6.8, CE-BP).
+
+    `coverage` (n, N) floating, typically a memory map: how likely site i holds a sample to be of one of its classes,
+    NaN where it does not say; None when no site does. Where it says c, with q = softmax(s) over all classes, the
+    site's part is (1 - strength + strength c) KL(p_i || softmax(s restricted to L_i)) + strength BCE(c || q(L_i)). At
+    strength 1 that is the likelihood of its answer when "none of mine" is one more choice, which stands for all classes
+    that it does not know; near 0 coverage ties only what answers leave open. A site that knows every class has no such
+    choice: its coverage says nothing. At a temperature T it is the answers that are softened: BCE is at T = 1.
+    """
+
+    def __init__(
+        self,
+        answers: Sequence[NDArray[np.floating]],
+        class_sets: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        device: torch.device,
+        temperature: float = 1.0,
+        fingerprint: str = "",
+        answered: NDArray[np.bool_] | None = None,
+        samples: NDArray[np.int64] | None = None,
+        *,
+        coverage: NDArray[np.floating] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        super().__init__(answers, class_sets, weights, device, temperature, fingerprint, answered, samples)
+        self._coverage, self._strength = coverage, strength
+
+    def _covered(self, site: int, rows: NDArray[np.int64], terms: Tensor, logits: Tensor) -> Tensor:
+        if self._coverage is None:
+            return terms
+        mine = torch.zeros(logits.shape[1], dtype=torch.bool, device=self._device)
+        mine[self._class_sets[site]] = True
+        if mine.all():
+            return terms
+        told = torch.from_numpy(np.asarray(self._coverage[rows, site], np.float32)).to(self._device)
+        says = ~told.isnan()
+        c = torch.where(says, told, 1.0)
+        terms = (1 - self._strength + self._strength * c) * terms
+        whole = torch.logsumexp(logits, dim=1)
+        inside = torch.logsumexp(logits[:, mine], dim=1) - whole
+        outside = torch.logsumexp(logits[:, ~mine], dim=1) - whole
+        return terms - self._strength * torch.where(says, c * inside + (1 - c) * outside, 0.0)
 
     def _terms(self, given: Tensor, own: Tensor) -> Tensor:
         log_p = torch.log_softmax(given, dim=1)

@@ -18,6 +18,9 @@ class SoftLabels:
     were estimated (Vongkulbhisal et al., CVPR 2019; the factor T^2 keeps the gradient's size). `fingerprint` names
     what the labels are, so that a training is not resumed with others. `samples` (m,) are the rows of `probs` that
     are learnt from, where not all are: training's sample j has the label `probs[samples[j]]`.
+
+    `other` (n,) floating in [0, 1] says how likely each sample is outside the label space, typically a memory map: its
+    part of the mean is weighed by 1 - other, so that such samples leave training in proportion.
     """
 
     def __init__(
@@ -27,13 +30,18 @@ class SoftLabels:
         temperature: float = 1.0,
         fingerprint: str = "",
         samples: NDArray[np.int64] | None = None,
+        other: NDArray[np.floating] | None = None,
     ) -> None:
         self.fingerprint = f"soft-labels {temperature} {fingerprint}"
         self._probs, self._device, self._temperature, self._samples = probs, device, temperature, samples
+        self._other = other
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
         at = ids.cpu().numpy() if self._samples is None else self._samples[ids.cpu().numpy()]
         rows = torch.from_numpy(self._probs[at]).to(self._device, torch.float32, non_blocking=True)
         log_probs = torch.log_softmax(logits / self._temperature, dim=1)
-        return -(rows * log_probs).sum(dim=1).mean() * self._temperature**2
+        terms = -(rows * log_probs).sum(dim=1)
+        if self._other is not None:
+            terms = terms * torch.from_numpy(1 - np.asarray(self._other[at], np.float32)).to(self._device)
+        return terms.mean() * self._temperature**2

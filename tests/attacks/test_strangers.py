@@ -21,6 +21,7 @@ DIGEST, POLICY = "a" * 64, "c" * 16
 QUESTION = Question(job="job", pool=DIGEST, start=0, stop=2, encoding="f32", teacher=DIGEST, policy=POLICY)
 ROWS = np.log(np.full((2, 3), 1 / 3, np.float32))
 GOOD = Answer(QUESTION, encode(ROWS, "f32"), 0.1)
+ABOUT_COVERAGE = QUESTION.model_copy(update={"kind": "coverage", "encoding": "u8"})
 
 scalars = st.one_of(
     st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=20), st.binary(max_size=20)
@@ -49,13 +50,17 @@ def content(base: RecordDict, changes: dict[str, Any], missing: set[str]) -> Rec
 
 
 @settings(max_examples=400)
-@given(st.dictionaries(keys, records, max_size=4), st.sets(keys, max_size=2))
-def test_a_reply_is_an_answer_or_refused(changes: dict[str, Any], missing: set[str]) -> None:
+@given(
+    st.dictionaries(keys, records, max_size=4),
+    st.sets(keys, max_size=2),
+    st.sampled_from([GOOD, Answer(ABOUT_COVERAGE, b"\x00\xff", 0.1)]),
+)
+def test_a_reply_is_an_answer_or_refused(changes: dict[str, Any], missing: set[str], good: Answer) -> None:
     try:
-        answer = Answer.from_content(content(GOOD.to_content(), changes, missing), QUESTION)
+        answer = Answer.from_content(content(good.to_content(), changes, missing), good.question)
     except ProtocolError:
         return
-    assert answer.question == QUESTION
+    assert answer.question == good.question
     assert isinstance(answer.data, bytes)
     assert 0 <= answer.seconds < float("inf")
 
@@ -89,13 +94,16 @@ lines = st.one_of(
 )
 
 
+KINDS = [{"encoding": "f32", "classes": 3}, {"kind": "coverage", "encoding": "u8", "classes": 1}]
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(lines, max_size=5), st.binary(max_size=100), st.booleans())
+@given(st.lists(lines, max_size=5), st.binary(max_size=100), st.booleans(), st.sampled_from(KINDS))
 def test_a_store_opens_or_says_what_is_damaged(
-    tmp_path_factory: pytest.TempPathFactory, index: list[bytes], data: bytes, ended: bool
+    tmp_path_factory: pytest.TempPathFactory, index: list[bytes], data: bytes, ended: bool, kind: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
-    about = About(site="s", pool=DIGEST, size=10, teacher=DIGEST, policy=POLICY, encoding="f32", classes=3)
+    about = About(site="s", pool=DIGEST, size=10, teacher=DIGEST, policy=POLICY, **kind)
     AnswerStore(folder, about)
     (folder / "index.jsonl").write_bytes(b"\n".join(index) + (b"\n" if ended else b""))
     (folder / "answers.bin").write_bytes(data)
@@ -105,6 +113,25 @@ def test_a_store_opens_or_says_what_is_damaged(
     except ConsilienceError:
         return  # a refusal of ours
     assert len(store) == 10
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=30), st.sampled_from(["f16", "u8"]))
+def test_bytes_about_coverage_are_coverage_or_not_stored(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, encoding: Any
+) -> None:
+    about = About(
+        site="s", pool=DIGEST, size=10, teacher=DIGEST, policy=POLICY, kind="coverage", encoding=encoding, classes=1
+    )
+    store = AnswerStore(tmp_path_factory.mktemp("store"), about)
+    question = ABOUT_COVERAGE.model_copy(update={"stop": 10, "encoding": encoding})
+    try:
+        store.append(Answer(question, data, 0.1))
+    except ProtocolError:
+        assert len(store) == 0
+        return
+    told = store.read(0, 10)
+    assert np.all((told >= 0) & (told <= 1))
 
 
 @given(st.binary(max_size=200))

@@ -16,10 +16,10 @@ from scipy.special import log_softmax
 from consilience.client import app as app_module
 from consilience.client.site import RefusedError, Site
 from consilience.common.data import from_arrays
-from consilience.common.encoding import decode, encode
+from consilience.common.encoding import decode, decode_coverage, encode, encode_coverage
 from consilience.common.errors import DataError, TeacherError
 from consilience.common.pool import Pool
-from consilience.common.protocol import Answer, CardRequest, Contract, Question, Refusal, SiteCard
+from consilience.common.protocol import Answer, CardRequest, Contract, CoverageCard, Question, Refusal, SiteCard
 from consilience.common.settings import CallableTeacher, NpzData, Policy, Preprocessing, SiteSettings
 from consilience.deploy.local_grid import LocalGrid
 
@@ -243,3 +243,153 @@ def test_malformed_questions_are_refused(ask_app: Any, kind: str) -> None:
         refusal = Refusal.find(ask_app(kind, content))
         assert refusal is not None
         assert refusal.code == "bad-question"
+
+
+class Familiar:
+    """Coverage whose rounding depends on the batch it is shown; `gives` replaces what it says."""
+
+    fingerprint = "e" * 64
+    description = "a forest of familiarity"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.gives: Any = None
+
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        self.batches.append(len(images))
+        if self.gives is not None:
+            return self.gives(len(images))  # type: ignore[no-any-return]
+        means = images.reshape(len(images), -1).mean(axis=1) / 256
+        return np.asarray(means * (1 - len(images) * 1e-4), np.float32)
+
+
+@pytest.fixture
+def familiar() -> Familiar:
+    return Familiar()
+
+
+@pytest.fixture
+def covering(site: Site, teacher: Linear, familiar: Familiar) -> Site:
+    return Site(site.settings, teacher, familiar)
+
+
+def about_coverage(site: Site, pool: Pool, start: int, stop: int, **changes: Any) -> Question:
+    fields = {"kind": "coverage", "teacher": Familiar.fingerprint, "encoding": "f16"}
+    return question(site, pool, start, stop, **{**fields, **changes})
+
+
+def test_the_card_offers_coverage_as_far_as_the_policy_allows(site: Site, teacher: Linear, familiar: Familiar) -> None:
+    def offered(**policy: Any) -> CoverageCard | None:
+        settings = site.settings.model_copy(update={"policy": Policy(**policy)})
+        return Site(settings, teacher, familiar).card.coverage
+
+    assert offered() == CoverageCard(
+        fingerprint="e" * 64, encodings=("f16", "u8"), description="a forest of familiarity"
+    )
+    coarse = offered(coverage="u8")
+    assert coarse is not None
+    assert coarse.encodings == ("u8",)
+    assert offered(coverage="off") is None
+    assert site.card.coverage is None
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, SIZE - 1), st.integers(1, SIZE))
+def test_a_sample_s_coverage_is_the_same_bytes_however_questions_are_cut(
+    covering: Site, pool: Pool, start: int, stop: int
+) -> None:
+    if stop <= start:
+        return
+    whole = covering.answer(about_coverage(covering, pool, 0, SIZE)).data
+    assert covering.answer(about_coverage(covering, pool, start, stop)).data == whole[start * 2 : stop * 2]
+
+
+def test_coverage_is_its_own_in_the_same_batches_as_the_teacher_s(
+    covering: Site, pool: Pool, teacher: Linear, familiar: Familiar
+) -> None:
+    covering.answer(question(covering, pool, 5, 40))
+    answer = covering.answer(about_coverage(covering, pool, 5, 40))
+    assert familiar.batches == teacher.batches == [16, 16, 16]
+    expected = np.concatenate([familiar.scores(pool.read(start, start + 16)) for start in (0, 16, 32)])[5:40]
+    assert np.allclose(decode_coverage(answer.data, 35, "f16"), expected, atol=2**-12)
+    coarse = covering.answer(about_coverage(covering, pool, 5, 40, encoding="u8")).data
+    assert coarse == encode_coverage(expected, "u8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"stop": SIZE + 1}, "bad-question"),
+        ({"pool": "0" * 64}, "unknown-pool"),
+        ({"teacher": "0" * 64}, "other-teacher"),
+        ({"teacher": FINGERPRINT}, "other-teacher"),
+        ({"policy": "0" * 16}, "other-teacher"),
+        ({"encoding": "f32"}, "encoding-not-allowed"),
+        ({"kind": "log-probs"}, "other-teacher"),
+    ],
+)
+def test_questions_about_coverage_that_it_cannot_answer_are_refused(
+    covering: Site, pool: Pool, familiar: Familiar, changes: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(RefusedError) as caught:
+        covering.answer(about_coverage(covering, pool, 0, 5).model_copy(update=changes))
+    assert caught.value.code == code
+    assert familiar.batches == []
+
+
+def test_a_question_about_coverage_for_a_site_that_has_none_is_refused(site: Site, pool: Pool) -> None:
+    with pytest.raises(RefusedError) as caught:
+        site.answer(about_coverage(site, pool, 0, 5))
+    assert caught.value.code == "other-teacher"
+
+
+@pytest.mark.parametrize(("policy", "encoding"), [("off", "f16"), ("off", "u8"), ("u8", "f16")])
+def test_the_policy_bounds_coverage(
+    covering: Site, pool: Pool, teacher: Linear, familiar: Familiar, policy: Any, encoding: str
+) -> None:
+    changed = covering.settings.model_copy(update={"policy": Policy(coverage=policy)})
+    strict = Site(changed, teacher, familiar)
+    with pytest.raises(RefusedError) as caught:
+        strict.answer(about_coverage(strict, pool, 0, 5, encoding=encoding))
+    assert caught.value.code == "encoding-not-allowed"
+    assert familiar.batches == []
+
+
+def raising(n: int) -> np.ndarray:
+    raise TeacherError("secret path /data/patients")
+
+
+@pytest.mark.parametrize(
+    "gives",
+    [
+        lambda n: np.full(n, np.nan, np.float32),
+        lambda n: np.append(np.zeros(n - 1), 2.0),
+        lambda n: np.append(np.zeros(n - 1), -1e-6),
+        lambda n: np.zeros(n + 1),
+        lambda n: np.zeros((n, 1)),
+        lambda n: np.zeros(n, int),
+        lambda n: None,
+        lambda n: ["0.5"] * n,
+        raising,
+    ],
+)
+def test_coverage_that_is_none_is_a_failed_teacher_and_log_probs_go_on(
+    covering: Site, pool: Pool, familiar: Familiar, gives: Any
+) -> None:
+    familiar.gives = gives
+    with pytest.raises(RefusedError) as caught:
+        covering.answer(about_coverage(covering, pool, 0, 5))
+    assert caught.value.code == "teacher-failed"
+    assert "coverage" in caught.value.reason
+    assert "secret" not in caught.value.reason
+    assert covering.answer(question(covering, pool, 0, 5)).data
+
+
+def test_a_loaded_site_has_the_coverage_that_it_learned(
+    site: Site, familiar: Familiar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilience.client.site.load_settings", lambda path, kind: site.settings)
+    monkeypatch.setattr("consilience.client.site.load_teacher", lambda settings: site.teacher)
+    assert Site.load(tmp_path / "site.yaml").coverage is None
+    monkeypatch.setattr("consilience.client.site.load_coverage", lambda settings: familiar)
+    assert Site.load(tmp_path / "site.yaml").coverage is familiar

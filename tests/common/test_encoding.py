@@ -1,4 +1,4 @@
-"""Log-probabilities as bytes: error bounds, and refusal of everything else."""
+"""Log-probabilities and coverage as bytes: error bounds, and refusal of everything else."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from consilience.common.encoding import SUM_TOLERANCE, decode, encode, row_bytes
+from consilience.common.encoding import SUM_TOLERANCE, decode, decode_coverage, encode, encode_coverage, row_bytes
 from consilience.common.errors import ProtocolError
-from consilience.common.settings import Encoding
+from consilience.common.settings import CoverageEncoding, Encoding
 
 
 def random_rows(seed: int, rows: int, classes: int, spread: float = 5) -> np.ndarray:
@@ -75,3 +75,43 @@ def test_random_bytes_give_a_distribution_or_a_refusal(
         return
     assert len(data) == rows * row_bytes(classes, encoding)
     assert np.all(np.abs(np.exp(values.astype(np.float64)).sum(axis=1) - 1) <= SUM_TOLERANCE)
+
+
+@given(st.lists(st.floats(0, 1, width=32), max_size=30))
+def test_coverage_comes_back_within_its_bound(values: list[float]) -> None:
+    coverage = np.array(values, np.float32)
+    fine = decode_coverage(encode_coverage(coverage, "f16"), len(values), "f16")
+    assert np.all(np.abs(fine - coverage) <= coverage * 2.0**-11 + 2.0**-25)
+    coarse = decode_coverage(encode_coverage(coverage, "u8"), len(values), "u8")
+    assert np.all(np.abs(coarse - coverage) <= 1 / 512)
+    assert np.all(np.diff(coarse[np.argsort(coverage, kind="stable")]) >= 0)
+
+
+def test_a_byte_of_coverage_is_the_middle_of_its_interval() -> None:
+    told = decode_coverage(bytes(range(256)), 256, "u8")
+    assert np.array_equal(told, (np.arange(256) + 0.5) / 256)
+    assert encode_coverage(told, "u8") == bytes(range(256))
+    assert encode_coverage(np.array([0, 1 / 256, 1], np.float32), "u8") == bytes([0, 1, 255])
+
+
+@pytest.mark.parametrize("value", [np.nan, 2.0, -0.001, 1.001, np.inf, -np.inf])
+def test_numbers_that_are_no_coverage_are_refused_by_row(value: float) -> None:
+    data = np.array([0.0, 1.0, value, 0.5], "<f2").tobytes()
+    with pytest.raises(ProtocolError, match=r"no coverage: row 2 is .*, not a number from 0 to 1"):
+        decode_coverage(data, 4, "f16")
+
+
+@pytest.mark.parametrize(("encoding", "size"), [("f16", 3), ("f16", 2), ("f16", 5), ("u8", 1), ("u8", 3), ("u8", 0)])
+def test_coverage_of_another_length_is_refused(encoding: CoverageEncoding, size: int) -> None:
+    with pytest.raises(ProtocolError, match=f"{size} bytes; allowed: [24] for 2 rows of 1 {encoding} values"):
+        decode_coverage(bytes(size), 2, encoding)
+
+
+@given(st.binary(max_size=16), st.integers(0, 8), st.sampled_from(["f16", "u8"]))
+def test_random_bytes_are_coverage_or_refused(data: bytes, rows: int, encoding: CoverageEncoding) -> None:
+    try:
+        values = decode_coverage(data, rows, encoding)
+    except ProtocolError:
+        return
+    assert values.shape == (rows,)
+    assert np.all((values >= 0) & (values <= 1))

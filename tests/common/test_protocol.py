@@ -17,6 +17,7 @@ from consilience.common.protocol import (
     Answer,
     CardRequest,
     Contract,
+    CoverageCard,
     Question,
     Record,
     Refusal,
@@ -25,6 +26,7 @@ from consilience.common.protocol import (
 )
 
 DIGEST, OTHER, POLICY = "a" * 64, "b" * 64, "c" * 16
+COVERAGE = {"fingerprint": OTHER, "encodings": ["f16", "u8"], "description": "a forest"}
 
 
 def question(**changes: Any) -> Question:
@@ -45,6 +47,9 @@ RECORDS: list[Record] = [
     Contract(job="job", labels=("cat", "dog"), class_set=(1, 0), pools=(DIGEST,), teacher=OTHER),
     Agreement(pools=(DIGEST, OTHER)),
     question(),
+    SiteCard(**card(coverage=CoverageCard(fingerprint=OTHER, encodings=("f16", "u8"), description="a forest"))),
+    question(kind="coverage", encoding="u8"),
+    question(kind="coverage", encoding="f16"),
 ]
 
 
@@ -88,19 +93,40 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
         {"class_priors": (0.5,)},
         {"class_priors": (0.5, 0.6)},
         {"surprise": 1},
+        {"coverage": {}},
+        {"coverage": 1},
+        {"coverage": {**COVERAGE, "fingerprint": "abc"}},
+        {"coverage": {**COVERAGE, "encodings": []}},
+        {"coverage": {**COVERAGE, "encodings": ["f32"]}},
+        {"coverage": {**COVERAGE, "encodings": ["u8"] * 3}},
+        {"coverage": {**COVERAGE, "description": "\x1b[2Jowned"}},
+        {"coverage": {**COVERAGE, "description": "x" * 501}},
+        {"coverage": {**COVERAGE, "surprise": 1}},
         {"protocol": 2},
     ],
 )
 def test_a_card_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:
     import json
 
-    SiteCard(**card(calibration=CALIBRATION))  # the same card without the change is fine
+    whole = {**card(calibration=CALIBRATION), "coverage": COVERAGE}  # without the change it is fine
+    SiteCard.from_content(RecordDict({"record": ConfigRecord({"json": json.dumps(whole)})}))
     content = RecordDict({"record": ConfigRecord({"json": json.dumps({**card(), **changes})})})
     with pytest.raises(ProtocolError, match="SiteCard"):
         SiteCard.from_content(content)
 
 
-@pytest.mark.parametrize("changes", [{"start": -1}, {"stop": 3}, {"stop": 2}, {"encoding": "u1"}, {"kind": "weights"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start": -1},
+        {"stop": 3},
+        {"stop": 2},
+        {"encoding": "u1"},
+        {"kind": "weights"},
+        {"encoding": "u8"},
+        {"kind": "coverage", "encoding": "f32"},
+    ],
+)
 def test_a_question_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:
     import json
 
@@ -124,6 +150,7 @@ def test_an_answer_comes_back_as_it_was() -> None:
         {"encoding": "f32"},
         {"teacher": DIGEST},
         {"policy": "d" * 16},
+        {"kind": "coverage"},
     ],
 )
 def test_an_answer_to_another_question_is_refused(changes: dict[str, Any]) -> None:

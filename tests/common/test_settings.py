@@ -54,6 +54,8 @@ HOSTED = {"kind": "onnx", "path": "m.onnx", "classes": ["a"], "preprocessing": {
         ({k: v for k, v in SITE.items() if k != "data"}, ["teacher.kind is train", "data"]),
         ({**SITE, "name": "Site One"}, ["'name' is 'Site One'", "pattern"]),
         ({**SITE, "policy": {"precision": "f8"}}, ["'policy.precision' is 'f8'", "'f32' or 'f16'"]),
+        ({**SITE, "policy": {"coverage": "f32"}}, ["'policy.coverage' is 'f32'", "'off', 'u8' or 'f16'"]),
+        ({**SITE, "policy": {"coverage": True}}, ["'policy.coverage' is True"]),
         ({**SITE, "teacher": {**HOSTED, "classes": ["a", "a"]}}, ["teacher", "'a' is named twice"]),
         ({**SITE, "teacher": {**HOSTED, "classes": ["\x1b[2J"]}}, ["'teacher.classes.0'"]),
         ({**SITE, "data": {"kind": "folder", "path": "x", "size": [0, 28]}}, ["'data.size.0' is 0"]),
@@ -116,3 +118,38 @@ def test_the_policy_s_version_follows_its_content() -> None:
 
 def test_one_value_a_channel_is_allowed() -> None:
     assert Preprocessing(channels=3, mean=(0.1, 0.2, 0.3), std=(1, 1, 1)).mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("written", "allowed"), [("off", ()), ("'off'", ()), ("u8", ("u8",)), ("f16", ("f16", "u8")), ("", ("f16", "u8"))]
+)
+def test_the_policy_says_how_finely_coverage_may_leave(tmp_path: Path, written: str, allowed: tuple[str, ...]) -> None:
+    path = tmp_path / "site.yaml"
+    policy = f"policy: {{coverage: {written}}}\n" if written else ""
+    path.write_text(
+        f"name: s\ndata: {{kind: npz, path: d.npz}}\nteacher: {{kind: train, architecture: cnn3}}\n{policy}"
+    )
+    loaded = load_settings(path, SiteSettings)
+    assert loaded.policy.coverage_encodings == allowed
+    dump_settings(loaded, path)
+    assert load_settings(path, SiteSettings) == loaded
+
+
+def test_another_policy_of_coverage_is_another_version() -> None:
+    versions = {Policy().version, Policy(coverage="u8").version, Policy(coverage="off").version}
+    assert len(versions) == 3
+
+
+@pytest.mark.parametrize("method", ["sd", "mf-p", "mf-lv", "mf-lf"])
+def test_a_prior_of_other_needs_a_method_that_knows_it(method: str) -> None:
+    raw = {"name": "job", "unify": {"method": method, "other": 0.5}}
+    text = message(raw, JobSettings)
+    assert "unify" in text
+    assert f"other is 0.5, which method '{method}' does not know" in text
+    assert parse_settings({**raw, "unify": {"method": method}}, JobSettings, source="x", folder=Path()).unify.other == 0
+    parse_settings({**raw, "unify": {"other": 0.5}}, JobSettings, source="x", folder=Path())
+
+
+@pytest.mark.parametrize("other", [-0.1, float("nan"), float("inf")])
+def test_a_prior_of_other_is_a_number_of_at_least_0(other: float) -> None:
+    assert "'unify.other'" in message({"name": "job", "unify": {"other": other}}, JobSettings)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from consilience.common.encoding import encode
-from consilience.common.protocol import Agreement, Answer, Contract, Question, Refusal, SiteCard
+from consilience.common.encoding import encode, encode_coverage
+from consilience.common.protocol import Agreement, Answer, Contract, CoverageCard, Question, Refusal, SiteCard
+from consilience.common.settings import CoverageEncoding, Encoding
 from consilience.deploy.local_grid import LocalGrid
 
 DIGEST, POLICY, CLASSES = "a" * 64, "c" * 16, 3
+COVERAGE = "e" * 64
+"""Fingerprint of the coverage that sites of these tests have."""
 Handler = Callable[[Question, int], RecordDict]
 
 
@@ -24,9 +28,18 @@ def rows(question: Question) -> np.ndarray:
     return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), np.float32)
 
 
+def covered(question: Question) -> np.ndarray:
+    """What an honest site says of coverage: (n,), each sample's own number."""
+    return np.asarray((np.arange(question.start, question.stop) * 37 % 101 + 1) / 128, np.float32)
+
+
 def honest(question: Question, attempt: int) -> RecordDict:
     """Answer as asked."""
-    return Answer(question, encode(rows(question), question.encoding), 0.1).to_content()
+    if question.kind == "coverage":
+        data = encode_coverage(covered(question), cast(CoverageEncoding, question.encoding))
+    else:
+        data = encode(rows(question), cast(Encoding, question.encoding))
+    return Answer(question, data, 0.1).to_content()
 
 
 class Sites:
@@ -37,9 +50,12 @@ class Sites:
         handlers: dict[str, Handler],
         cards: dict[str, str] | None = None,
         classes: dict[str, tuple[str, ...]] | None = None,
+        coverage: dict[str, tuple[CoverageEncoding, ...]] | None = None,
     ) -> None:
         self.handlers, self.cards, self.classes = handlers, cards or {}, classes or {}
+        self.coverage = coverage or {}
         self.attempts: dict[tuple[str, int], int] = {}
+        self.asked_coverage: dict[tuple[str, int], int] = {}
         self.lock = threading.Lock()
         self.app = ClientApp()
         self.app.query("card")(self.card)
@@ -56,6 +72,9 @@ class Sites:
             teacher=DIGEST,
             description="",
             policy=POLICY,
+            coverage=CoverageCard(fingerprint=COVERAGE, encodings=self.coverage[name], description="")
+            if name in self.coverage
+            else None,
         )
         return Message(card.to_content(), reply_to=message)
 
@@ -73,7 +92,8 @@ class Sites:
         name = str(context.node_config["name"])
         question = Question.from_content(message.content)
         with self.lock:
-            attempt = self.attempts[name, question.start] = self.attempts.get((name, question.start), 0) + 1
+            counts = self.asked_coverage if question.kind == "coverage" else self.attempts
+            attempt = counts[name, question.start] = counts.get((name, question.start), 0) + 1
         return Message(self.handlers[name](question, attempt), reply_to=message)
 
 

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from consilience.common.encoding import encode
+from consilience.common.encoding import encode, encode_coverage
 from consilience.common.errors import ProtocolError, RunError, StorageError
 from consilience.common.protocol import Answer, Question
-from consilience.common.settings import Encoding
+from consilience.common.settings import CoverageEncoding, Encoding
 from consilience.server.answers import About, AnswerStore
 
 DIGEST, POLICY, SIZE, CLASSES = "a" * 64, "c" * 16, 100, 3
@@ -178,3 +178,61 @@ def test_missing_and_stored_share_out_the_pool(
     missing = {i for start, stop in store.missing() for i in range(start, stop)}
     assert missing == set(range(SIZE)) - {i for b in order[:n] for i in range(b * 10, b * 10 + 10)}
     assert len(store) == n * 10
+
+
+def about_coverage(**changes: Any) -> About:
+    return about(kind="coverage", encoding="f16", classes=1, **changes)
+
+
+def coverage_answer(data: bytes, start: int, stop: int, encoding: CoverageEncoding = "f16") -> Answer:
+    question = Question(
+        job="job",
+        pool=DIGEST,
+        start=start,
+        stop=stop,
+        kind="coverage",
+        encoding=encoding,
+        teacher=DIGEST,
+        policy=POLICY,
+    )
+    return Answer(question, data, 0.5)
+
+
+@pytest.mark.parametrize("encoding", ["f16", "u8"])
+def test_coverage_is_kept_as_numbers_from_0_to_1(tmp_path: Path, encoding: CoverageEncoding) -> None:
+    told = np.linspace(0, 1, 40).astype(np.float32)
+    store = AnswerStore(tmp_path, about_coverage().model_copy(update={"encoding": encoding}))
+    for start, stop in ((20, 40), (0, 10)):
+        store.append(coverage_answer(encode_coverage(told[start:stop], encoding), start, stop, encoding))
+    for opened in (store, AnswerStore(tmp_path, store.about)):
+        assert len(opened) == 30
+        assert opened.bytes == 30 * (2 if encoding == "f16" else 1)
+        assert opened.read(22, 33).shape == (11, 1)
+        assert np.allclose(opened.read(22, 33)[:, 0], told[22:33], atol=1 / 512 + 1e-7)
+        expected = np.where((np.arange(40) < 10) | (np.arange(40) >= 20), told, 0)
+        assert np.allclose(opened.read_answered(0, 40)[:, 0], expected, atol=1 / 512 + 1e-7)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        np.array([0.5, np.nan], "<f2").tobytes(),
+        np.array([0.5, 2.0], "<f2").tobytes(),
+        np.array([0.5, -0.5], "<f2").tobytes(),
+        b"",
+        bytes(3),
+        bytes(5),
+    ],
+)
+def test_what_is_no_coverage_is_not_stored(tmp_path: Path, data: bytes) -> None:
+    store = AnswerStore(tmp_path, about_coverage())
+    with pytest.raises(ProtocolError):
+        store.append(coverage_answer(data, 0, 2))
+    assert len(AnswerStore(tmp_path, about_coverage())) == 0
+    assert not (tmp_path / "answers.bin").exists()
+
+
+def test_a_store_of_one_kind_is_not_opened_as_another(tmp_path: Path) -> None:
+    AnswerStore(tmp_path, about_coverage())
+    with pytest.raises(RunError, match="another kind"):
+        AnswerStore(tmp_path, about(encoding="f16", classes=1))

@@ -20,7 +20,7 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import CONTRACT, Answer, Contract, Question, SiteCard
 from consilience.common.settings import Ask
 from consilience.deploy.local_grid import LocalGrid
-from consilience.server import asking, enrolment
+from consilience.server import asking, enrolment, question_size
 from consilience.server.answers import About, AnswerStore
 from consilience.server.asking import ask
 from consilience.server.enrolment import agree, at_least, collect_cards
@@ -28,7 +28,20 @@ from consilience.server.events import Events
 from consilience.server.messages import UNAVAILABLE
 from consilience.server.progress import Progress
 from consilience.server.question_size import QuestionSize
-from helpers.sites import CLASSES, DIGEST, POLICY, Handler, ScriptedGrid, Sites, grid_of, honest, refusing, rows
+from helpers.sites import (
+    CLASSES,
+    COVERAGE,
+    DIGEST,
+    POLICY,
+    Handler,
+    ScriptedGrid,
+    Sites,
+    covered,
+    grid_of,
+    honest,
+    refusing,
+    rows,
+)
 
 SIZE = 100
 
@@ -590,3 +603,44 @@ def test_events_survive_a_torn_line(tmp_path: Path) -> None:
     Events(path).add("two", site="a")
     lines = path.read_text().splitlines()
     assert [json.loads(lines[i])["event"] for i in (0, 2)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("first", ["coverage", "log-probs"])
+def test_a_node_is_asked_for_both_kinds_in_questions_that_the_wider_one_allows(
+    tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    monkeypatch.setattr(question_size, "MOST_BYTES", 12 * 32)  # 32 samples of three classes, 192 of coverage
+    asked: list[Question] = []
+
+    def noted(question: Question, attempt: int) -> RecordDict:
+        asked.append(question)
+        return honest(question, attempt)
+
+    coverage = About(
+        site="one", pool=DIGEST, size=SIZE, teacher=COVERAGE, policy=POLICY, kind="coverage", encoding="f16", classes=1
+    )
+    log_probs = AnswerStore(tmp_path / "one", about("one"))
+    covers = AnswerStore(tmp_path / "one-coverage", coverage)
+    progress = Progress(tmp_path / "progress.json", "job")
+    with grid_of(Sites({"one": noted})) as grid:
+        (node,) = grid.get_node_ids()
+        pairs = [(node, covers), (node, log_probs)]
+        (state,) = ask(
+            grid,
+            "job",
+            pairs if first == "coverage" else pairs[::-1],
+            Ask(encoding="f32"),
+            events=Events(tmp_path / "events.jsonl"),
+            reporter=reporter,
+            progress=progress,
+        )
+    assert (state.asked, state.lost, state.failures) == (2 * SIZE, 0, [])
+    assert np.array_equal(log_probs.read(0, SIZE), everything())
+    whole = asked[0].model_copy(update={"start": 0, "stop": SIZE})
+    assert np.array_equal(covers.read(0, SIZE)[:, 0], covered(whole))
+    assert max(len(question) for question in asked) <= 32
+    assert asked[0].kind == first
+    view = progress.sites["one"].view()
+    assert (view["asked"], view["answered"], view["bytes"]) == (2 * SIZE, 2 * SIZE, SIZE * (4 * CLASSES + 2))
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert {(e["kind"], e["start"]) for e in events if e["event"] == "answered"} == {(q.kind, q.start) for q in asked}

@@ -13,20 +13,23 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
 from consilience.common.data import from_arrays
+from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, DataError, PoolError, RunError, SettingsError, StorageError
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Question, SiteCard
+from consilience.common.protocol import Answer, Question, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.server import publishing
 from consilience.server.answers import AnswerStore
 from consilience.server.app import app as server_app
 from consilience.server.job import Job
 from consilience.server.report import comparable
-from helpers.sites import Handler, Sites, grid_of, honest, refusing
+from helpers.sites import COVERAGE, Handler, Sites, covered, grid_of, honest, refusing
 
 SAMPLES, TEST = 40, 12
 
@@ -485,3 +488,218 @@ def test_progress_names_the_stage_and_ends_with_done(home: Path, reporter: Repor
     progress = read_json(home / "run" / "progress.json")
     assert progress["stage"] == "done"
     assert [(site["name"], site["answered"], site["asked"]) for site in progress["sites"]] == [("one", 52, 52)]
+
+
+OFFERS: dict[str, Any] = {"coarse": ("u8",), "fine": ("u8", "f16")}
+THREE: dict[str, Handler] = {"coarse": honest, "fine": honest, "none": honest}
+CLASSES_OF = {"coarse": ("a", "b", "c"), "fine": ("c", "d", "e"), "none": ("e", "a", "b")}
+
+
+def covering(handlers: dict[str, Handler] | None = None, **changes: Any) -> Sites:
+    return Sites(handlers or THREE, classes=CLASSES_OF, coverage=OFFERS, **changes)
+
+
+def no_coverage(question: Question, attempt: int) -> RecordDict:
+    return refusing(question, attempt) if question.kind == "coverage" else honest(question, attempt)
+
+
+def some_coverage(question: Question, attempt: int) -> RecordDict:
+    return (
+        refusing(question, attempt)
+        if question.kind == "coverage" and question.start < 16
+        else honest(question, attempt)
+    )
+
+
+def sites_of(report: dict[str, Any]) -> dict[str, Any]:
+    return {site["name"]: site for site in report["sites"]}
+
+
+@pytest.mark.parametrize("pool_labels", ["labels.npy", None])
+def test_sites_that_offer_coverage_are_asked_for_it_as_finely_as_they_allow(
+    home: Path, reporter: Reporter, pool_labels: str | None
+) -> None:
+    sites = covering()
+    report = do_with(home, sites, reporter, judge={"pool_labels": pool_labels})
+    assert {name for name, _ in sites.asked_coverage} == {"coarse", "fine"}
+    found = sites_of(report)
+    told = {"answers": SAMPLES + TEST, "missed": 0, "asked": True}
+    assert found["fine"]["coverage"] == {**told, "encoding": "f16", "bytes": 2 * (SAMPLES + TEST)}
+    assert found["coarse"]["coverage"] == {**told, "encoding": "u8", "bytes": SAMPLES + TEST}
+    nothing = {"answers": 0, "missed": 0, "asked": False}
+    assert found["none"]["coverage"] == {**nothing, "encoding": None, "bytes": 0}
+    assert [site["answers"] for site in report["sites"]] == [SAMPLES + TEST] * 3
+    pool = Pool.open(home / "pool")
+    for name, kinds in (("fine", 4), ("coarse", 4), ("none", 2)):
+        folders = list((home / "run" / "answers" / name).iterdir())
+        assert len(folders) == kinds
+    about = read_json(home / "run" / "answers" / "fine" / f"{pool.digest[:12]}-coverage" / "about.json")
+    assert (about["kind"], about["teacher"], about["classes"]) == ("coverage", COVERAGE, 1)
+    # AUROC of the numbers themselves against "the true class is one of mine"; the classes of the data are c, b, a, z
+    count = SAMPLES if pool_labels else TEST
+    names = np.array(["c", "b", "a", "z"])[np.arange(count) % 4]
+    question = Question(job="j", pool="a" * 64, start=0, stop=count, encoding="f32", teacher="a" * 64, policy="c" * 16)
+    for name in ("fine", "coarse"):
+        mine = np.isin(names, CLASSES_OF[name])
+        expected = roc_auc_score(mine, covered(question))
+        assert found[name]["coverage_auroc"] == pytest.approx(expected)
+    assert found["none"]["coverage_auroc"] is None
+    card = (home / "run" / "card.md").read_text()
+    assert "| fine (coverage) | 52 | 1 | 16-bit (f16) | 104 (104" in card
+    assert "| coarse (coverage) | 52 | 1 | 8-bit (u8) | 52 (52" in card
+    assert "none (coverage)" not in card
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ask": {"coverage": False}}, *({"unify": {"method": m}} for m in ("mf-p", "mf-lv", "mf-lf"))]
+)
+def test_nobody_is_asked_for_coverage_that_is_not_wanted(
+    home: Path, reporter: Reporter, changes: dict[str, Any]
+) -> None:
+    sites = covering()
+    report = do_with(home, sites, reporter, **changes)
+    assert sites.asked_coverage == {}
+    assert not any(site["coverage"]["asked"] for site in report["sites"])
+    assert not list((home / "run" / "answers").glob("*/*-coverage"))
+
+
+def test_a_site_has_answered_everything_when_it_has_given_its_coverage(home: Path, reporter: Reporter) -> None:
+    with pytest.raises(AskingError, match=r"2 of 3 sites.*fine lacks coverage of 52 samples \(.*teacher-failed"):
+        do_with(home, covering({**THREE, "fine": no_coverage}), reporter)
+    sites = covering()
+    do_with(home, sites, reporter)
+    assert sites.attempts == {}
+    assert sites.asked_coverage == {("fine", 0): 2, ("fine", 16): 1, ("fine", 32): 1}  # 0 in both pools
+
+
+@pytest.mark.parametrize("learning", ["soft-labels", "direct-ce", "direct-mf-lf"])
+def test_partial_coverage_is_used_and_completed_later(home: Path, reporter: Reporter, learning: str) -> None:
+    changes: dict[str, Any] = {"ask": {"min_sites": 2}, "student": {"learning": learning}}
+    partial = do_with(home, covering({**THREE, "fine": some_coverage}), reporter, **changes)
+    fine = sites_of(partial)["fine"]
+    assert (fine["coverage"]["answers"], fine["coverage"]["missed"], fine["missed"]) == (24, 28, 0)
+    assert fine["took_part"] is True
+    assert any("Site fine: no coverage for 28" in warning for warning in partial["warnings"])
+    assert any("judged without the coverage of fine" in warning for warning in partial["warnings"])
+    assert partial["pool"]["left_out"] == 0
+    diagnostics = read_json(home / "run" / "labels" / "diagnostics.json")
+    assert diagnostics["coverage"] == {"coarse": SAMPLES, "fine": 24}
+
+    completed = do_with(home, covering(), reporter, **changes)
+    fresh = do_with(home, covering(), reporter, run="fresh", **changes)
+    assert comparable(completed) == comparable(fresh)
+    if learning == "direct-ce":
+        assert completed["learning"]["student"][0]["loss"] != partial["learning"]["student"][0]["loss"]
+    student = ["student", "model.safetensors"]
+    assert home.joinpath("run", *student).read_bytes() == home.joinpath("fresh", *student).read_bytes()
+
+
+def test_a_server_killed_while_coverage_comes_in_asks_for_the_rest_only(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = AnswerStore.append
+    stored: list[Question] = []
+
+    def killed(store: AnswerStore, answer: Any) -> None:
+        if sum(question.kind == "coverage" for question in stored) == 3:
+            raise KeyboardInterrupt
+        append(store, answer)
+        stored.append(answer.question)
+
+    monkeypatch.setattr(AnswerStore, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        do_with(home, covering(), reporter)
+    monkeypatch.undo()
+    sites = covering()
+    report = do_with(home, sites, reporter)
+    logs = sum(question.kind == "log-probs" for question in stored)
+    assert sum(sites.attempts.values()) == 3 * 4 - logs
+    assert sum(sites.asked_coverage.values()) == 2 * 4 - 3
+    assert comparable(report) == comparable(do_with(home, covering(), reporter, run="fresh"))
+
+
+def test_a_site_with_coverage_is_folded_in(home: Path, reporter: Reporter) -> None:
+    coarse = {"coarse": honest}
+    do_with(home, covering(coarse), reporter)
+    sites = covering()
+    report = do_with(home, sites, reporter, fold_in=True)
+    assert {name for name, _ in sites.asked_coverage} == {"fine"}
+    assert comparable(report) == comparable(do_with(home, covering(), reporter, run="fresh"))
+
+
+def test_a_site_whose_coverage_changed_is_named(home: Path, reporter: Reporter) -> None:
+    with pytest.raises(AskingError):
+        do_with(home, covering({**THREE, "fine": no_coverage}), reporter)
+    other = Sites(THREE, classes=CLASSES_OF, coverage={**OFFERS, "fine": ("u8",)})
+    with pytest.raises(RunError, match="changed: site fine"):
+        do_with(home, other, reporter)
+
+
+def test_the_unified_ensemble_takes_the_coverage_of_the_test_pool(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    real = publishing.unifier
+
+    def recorded(*about: Any, **more: Any) -> Any:
+        solve = real(*about, **more)
+
+        def call(log_probs: Any, *, coverage: Any) -> Any:
+            given.append(coverage)
+            return solve(log_probs, coverage=coverage)
+
+        return call
+
+    monkeypatch.setattr(publishing, "unifier", recorded)
+    report = do_with(home, covering(), reporter)
+    question = Question(job="j", pool="a" * 64, start=0, stop=TEST, encoding="f32", teacher="a" * 64, policy="c" * 16)
+    ((coarse, fine, none),) = given
+    assert none is None
+    assert np.array_equal(fine, covered(question))
+    assert np.allclose(coarse, covered(question), atol=1 / 512)
+    assert report["baselines"]["unified_ensemble"]["accuracy"] is not None
+
+
+APART: dict[str, tuple[str, ...]] = {"one": ("a", "b"), "three": ("e", "f", "g"), "two": ("c", "d")}
+
+
+def apart(question: Question, attempt: int) -> RecordDict:
+    if question.kind == "coverage":
+        return honest(question, attempt)
+    rows = np.full((len(question), 2), np.log(0.5), np.float32)
+    return Answer(question, encode(rows, "f32"), 0.1).to_content()
+
+
+@pytest.mark.parametrize(
+    ("covers", "learning", "warned"),
+    [
+        ({}, "soft-labels", ["fall apart"]),
+        ({"two"}, "soft-labels", ["fall apart"]),
+        ({"two", "three"}, "soft-labels", []),
+        ({"two", "three"}, "direct-ce", []),
+        ({"two"}, "direct-ce", ["fall apart", "learnt by direct-ce"]),
+        ({"two", "three"}, "direct-mf-lf", ["learnt by direct-mf-lf"]),
+    ],
+)
+def test_what_decides_between_components_is_said(
+    home: Path, reporter: Reporter, covers: set[str], learning: str, warned: list[str]
+) -> None:
+    handlers: dict[str, Handler] = {"one": apart, "three": honest, "two": apart}
+    sites = Sites(handlers, classes=APART, coverage=dict.fromkeys(covers, ("f16",)))
+    report = do_with(home, sites, reporter, student={"learning": learning}, judge={"pool_labels": None})
+    words = ("fall apart", "learnt by")
+    assert [w for w in report["warnings"] if any(word in w for word in words)] == [
+        next(w for w in report["warnings"] if word in w) for word in warned
+    ]
+    joined = covers == {"two", "three"}
+    assert report["unify"]["joined"] is joined
+    card = (home / "run" / "card.md").read_text()
+    assert ("settled by the sites' coverage" in card) is joined
+    assert ("Across components the sites’ coverage decides" in (home / "run" / "report.html").read_text()) is joined
+
+
+def test_how_likely_samples_are_outside_goes_into_learning(home: Path, reporter: Reporter) -> None:
+    do_with(home, covering(), reporter, unify={"other": 0.5}, judge={"pool_labels": None})
+    assert np.load(home / "run" / "labels" / "other.npy").shape == (SAMPLES,)
+    do_with(home, covering(), reporter, run="plain", judge={"pool_labels": None})
+    assert not (home / "plain" / "labels" / "other.npy").exists()

@@ -109,7 +109,7 @@ class TestEnsembles:
         assert found.baselines == other.baselines
         assert found.best_site == other.best_site
         north = found.sites[1]
-        assert (north.teacher_accuracy, north.accuracy, north.coverage_auroc) == (None, None, None)
+        assert (north.teacher_accuracy, north.accuracy, north.confidence_auroc) == (None, None, None)
         assert north.student_accuracy is not None
         assert north.count > 0
 
@@ -236,7 +236,7 @@ class TestSites:
         assert found.student_accuracy == pytest.approx(1 / 3)  # takes the a and one c for b
         assert found.student_accuracy_restricted == 1.0  # with b out of the question all are right
         assert found.accuracy == pytest.approx(2 / 4)
-        assert found.coverage_auroc == pytest.approx(1.0)  # 0.7, 0.6, 0.7 for its own against 0.4
+        assert found.confidence_auroc == pytest.approx(1.0)  # 0.7, 0.6, 0.7 for its own against 0.4
 
     def test_auroc_is_scikit_learns(self) -> None:
         case = random_case(7)
@@ -244,13 +244,13 @@ class TestSites:
             judge(space=SPACE, **case).sites, SPACE.class_sets, case["answers"], strict=True
         ):
             mine = [t in classes for t in case["truth"]]
-            assert site.coverage_auroc == pytest.approx(roc_auc_score(mine, np.exp(answers).max(1)))
+            assert site.confidence_auroc == pytest.approx(roc_auc_score(mine, np.exp(answers).max(1)))
 
     @pytest.mark.parametrize("truth", [[0, 1, 0], [2, 3, -1]])
     def test_auroc_is_none_when_all_or_no_images_are_its_own(self, truth: list[int]) -> None:
         east = logs([0.9, 0.1], [0.2, 0.8], [0.6, 0.4])
         found = judge(truth, SPACE, [east, None, None], None, one_hot([0, 0, 0]), None).sites[0]
-        assert found.coverage_auroc is None
+        assert found.confidence_auroc is None
         assert (found.teacher_accuracy is None) == (truth[0] == 2)
 
     def test_the_json_is_strict(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from consilience.common.encoding import encode
+from consilience.common.encoding import encode, encode_coverage
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question, SiteCard
@@ -16,8 +18,8 @@ from consilience.common.settings import Unify
 from consilience.server import answered, labelling
 from consilience.server.answered import usable
 from consilience.server.answers import About, AnswerStore
-from consilience.server.labelling import unify_pool
-from consilience.server.unify import Prior, unify
+from consilience.server.labelling import labels_key, load_other, unify_pool
+from consilience.server.unify import Prior, Unifier, unify
 
 DIGEST, POLICY, SIZE = "a" * 64, "c" * 16, 50
 CLASSES = {"one": ["a", "b", "c"], "two": ["c", "d"]}
@@ -107,7 +109,7 @@ def test_labels_are_kept_until_the_settings_change(
 ) -> None:
     first = run(tmp_path / "labels", space, stores, cards, Unify())
     with monkeypatch.context() as patched:
-        patched.setattr(labelling, "unifier", lambda *arguments: pytest.fail("unified again"))
+        patched.setattr(labelling, "unifier", lambda *arguments, **more: pytest.fail("unified again"))
         assert np.array_equal(run(tmp_path / "labels", space, stores, cards, Unify()), first)
     other = run(tmp_path / "labels", space, stores, cards, Unify(method="sd"))
     assert not np.allclose(other, first, atol=1e-3)
@@ -211,3 +213,186 @@ def test_samples_that_fewer_sites_link_are_counted(tmp_path: Path) -> None:
         )
     assert (diagnostics.samples, diagnostics.apart) == (SIZE, 15)
     assert np.allclose(labels.sum(axis=1), 1, atol=1e-5)
+
+
+def coverage_of(folder: Path, site: str, told: np.ndarray, ranges: list[tuple[int, int]]) -> AnswerStore:
+    about = About(
+        site=site, pool=DIGEST, size=SIZE, teacher=DIGEST, policy=POLICY, kind="coverage", encoding="f16", classes=1
+    )
+    store = AnswerStore(folder / f"{site}-coverage", about)
+    for start, stop in ranges:
+        cover(store, told, start, stop)
+    return store
+
+
+def cover(store: AnswerStore, told: np.ndarray, start: int, stop: int) -> None:
+    question = Question(
+        job="job", pool=DIGEST, start=start, stop=stop, kind="coverage", encoding="f16", teacher=DIGEST, policy=POLICY
+    )
+    store.append(Answer(question, encode_coverage(told[start:stop], "f16"), 0.0))
+
+
+class Recorder:
+    """Stands before the real unifier and keeps what it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.options: list[dict[str, Any]] = []
+        self.calls: list[tuple[list[np.ndarray], Any]] = []
+        self.other = 0.25
+        recorder = self
+
+        class Recorded(Unifier):
+            def __init__(self, *sets: Any, **options: Any) -> None:
+                recorder.options.append(options)
+                super().__init__(*sets, **options)
+
+            def __call__(self, log_probs: Any, **options: Any) -> Any:
+                recorder.calls.append((list(log_probs), options["coverage"]))
+                unified = super().__call__(log_probs, **options)
+                return replace(unified, other=np.full(len(log_probs[0]), recorder.other, np.float32))
+
+        monkeypatch.setattr(labelling, "Unifier", Recorded)
+
+
+TOLD = [np.arange(SIZE, dtype=np.float32) / 64, 1 - np.arange(SIZE, dtype=np.float32) / 64]
+"""Exact in binary16, another number for every sample and site."""
+
+
+@pytest.mark.parametrize("values", [4, 28, 10**6])
+def test_coverage_arrives_with_its_samples_and_sites(
+    tmp_path: Path,
+    space: LabelSpace,
+    stores: list[AnswerStore],
+    cards: list[SiteCard],
+    monkeypatch: pytest.MonkeyPatch,
+    values: int,
+) -> None:
+    monkeypatch.setattr(answered, "BLOCK_VALUES", values)
+    recorder = Recorder(monkeypatch)
+    covers = [coverage_of(tmp_path, name, told, [(0, SIZE)]) for name, told in zip(CLASSES, TOLD, strict=True)]
+    with Reporter(quiet=True) as reporter:
+        _, diagnostics = unify_pool(
+            tmp_path / "q", space, stores, cards, Unify(), reporter, coverage=[covers[0], covers[1]]
+        )
+        assert [np.concatenate([told[i] for _, told in recorder.calls]).tolist() for i in (0, 1)] == [
+            told.tolist() for told in TOLD
+        ]
+        assert diagnostics.coverage == {"one": SIZE, "two": SIZE}
+        recorder.calls.clear()
+        _, one = unify_pool(tmp_path / "one", space, stores, cards, Unify(), reporter, coverage=[None, covers[1]])
+        assert all(told[0] is None for _, told in recorder.calls)
+        assert np.concatenate([told[1] for _, told in recorder.calls]).tolist() == TOLD[1].tolist()
+        assert one.coverage == {"two": SIZE}
+        recorder.calls.clear()
+        _, none = unify_pool(tmp_path / "none", space, stores, cards, Unify(), reporter, coverage=[None, None])
+        assert all(told is None for _, told in recorder.calls)
+        assert none.coverage == {}
+    assert {options["other"] for options in recorder.options} == {0.0}
+    assert not (tmp_path / "q" / "other.npy").exists()
+
+
+@pytest.mark.parametrize("values", [12, 10**6])
+def test_a_sample_without_a_site_s_coverage_is_unified_as_if_the_site_had_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int
+) -> None:
+    monkeypatch.setattr(answered, "BLOCK_VALUES", values)
+    recorder = Recorder(monkeypatch)
+    classes = {"one": ["a", "b", "c"], "two": ["a", "b", "c"]}
+    rng = np.random.default_rng(1)
+    rows = [log_softmax(rng.normal(0, 2, (SIZE, 3)), axis=1).astype(np.float32) for _ in classes]
+    held = [
+        store_of(tmp_path, "one", rows[0], [(0, 30), (40, 45)]),
+        store_of(tmp_path, "two", rows[1], [(20, 44)]),
+    ]
+    covers = [
+        coverage_of(tmp_path, "one", TOLD[0], [(5, 25), (28, 42)]),
+        coverage_of(tmp_path, "two", TOLD[1], [(0, 24), (30, 50)]),
+    ]
+    with Reporter(quiet=True) as reporter:
+        labels, diagnostics = unify_pool(
+            tmp_path / "q", LabelSpace.build(classes), held, cards_for(classes), Unify(), reporter, coverage=covers
+        )
+    number = {tuple(row): (site, at) for site in (0, 1) for at, row in enumerate(rows[site].tolist())}
+    seen: dict[tuple[int, int], float | None] = {}
+    for given, told in recorder.calls:
+        for column, block in enumerate(given):
+            for at, row in enumerate(block.tolist()):
+                values_told = None if told is None else told[column]
+                seen[number[tuple(row)]] = None if values_told is None else float(values_told[at])
+    answering = [{*range(30), *range(40, 45)}, {*range(20, 44)}]
+    covering = [{*range(5, 25), *range(28, 42)}, {*range(24), *range(30, 50)}]
+    assert seen == {
+        (site, at): float(TOLD[site][at]) if at in covering[site] else None for site in (0, 1) for at in answering[site]
+    }
+    assert diagnostics.coverage == {"one": len(answering[0] & covering[0]), "two": len(answering[1] & covering[1])}
+    assert diagnostics.samples == 45
+    assert np.allclose(labels[:45].sum(axis=1), 1, atol=1e-5)
+
+
+def test_the_key_tells_which_coverage_there_is(
+    tmp_path: Path, space: LabelSpace, stores: list[AnswerStore], cards: list[SiteCard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cover_one = coverage_of(tmp_path, "one", TOLD[0], [(0, 20)])
+    cover_two = coverage_of(tmp_path, "two", TOLD[1], [(0, 20)])
+    settings = Unify()
+    keys = [labels_key(space, stores, settings, given) for given in (None, [cover_one, None], [None, cover_two])]
+    assert labels_key(space, stores, settings, [None, None]) == keys[0]
+    cover(cover_one, TOLD[0], 20, SIZE)
+    keys.append(labels_key(space, stores, settings, [cover_one, None]))
+    keys.append(labels_key(space, stores, Unify(other=0.1), [cover_one, None]))
+    assert len(set(keys)) == 5
+    recorder = Recorder(monkeypatch)
+    with Reporter(quiet=True) as reporter:
+        given = (space, stores, cards, settings, reporter)
+        unify_pool(tmp_path / "q", *given)
+        unify_pool(tmp_path / "q", *given)
+        assert len(recorder.calls) == 1
+        unify_pool(tmp_path / "q", *given, coverage=[cover_one, None])
+        assert len(recorder.calls) == 2
+        unify_pool(tmp_path / "q", *given, coverage=[None, cover_two])  # every answer, and coverage of 20 samples
+        assert sorted(len(rows[0]) for rows, _ in recorder.calls[2:]) == [20, SIZE - 20]
+
+
+def test_how_likely_a_sample_is_outside_is_written_where_the_settings_say_so(
+    tmp_path: Path, space: LabelSpace, stores: list[AnswerStore], cards: list[SiteCard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    covers = [coverage_of(tmp_path, "one", TOLD[0], [(0, SIZE)]), None]
+    with Reporter(quiet=True) as reporter:
+
+        def unify_with(other: float) -> None:
+            unify_pool(tmp_path / "q", space, stores, cards, Unify(other=other), reporter, coverage=covers)
+
+        unify_with(0.5)
+        assert recorder.options[-1]["other"] == 0.5
+        other = load_other(tmp_path / "q")
+        assert other is not None
+        assert (other.shape, other.dtype) == ((SIZE,), np.float32)
+        assert np.all(other == 0.25)
+        calls = len(recorder.calls)
+        unify_with(0.5)
+        assert len(recorder.calls) == calls
+        (tmp_path / "q" / "other.npy").unlink()
+        unify_with(0.5)
+        assert len(recorder.calls) == 2 * calls
+        unify_with(0.0)
+        assert load_other(tmp_path / "q") is None
+
+
+def test_without_coverage_no_sample_is_outside_and_sd_takes_coverage_of_all_or_none(
+    tmp_path: Path, space: LabelSpace, stores: list[AnswerStore], cards: list[SiteCard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    covers = [
+        coverage_of(tmp_path, "one", TOLD[0], [(0, 30)]),
+        coverage_of(tmp_path, "two", TOLD[1], [(20, 40)]),
+    ]
+    with Reporter(quiet=True) as reporter:
+        unify_pool(tmp_path / "ce", space, stores, cards, Unify(other=0.5), reporter, coverage=covers)
+        assert sorted(options["other"] for options in recorder.options) == [0.0, 0.5]
+        assert [len(rows[0]) for rows, told in recorder.calls if told is None] == [10]
+        recorder.calls.clear()
+        _, found = unify_pool(tmp_path / "sd", space, stores, cards, Unify(method="sd"), reporter, coverage=covers)
+    given = [(len(rows[0]), told) for rows, told in recorder.calls if told is not None]
+    assert [length for length, _ in given] == [10]
+    assert found.coverage == {"one": 10, "two": 10}

@@ -198,7 +198,7 @@ class TestReportDict:
             assert (row["name"], row["classes"]) == (site.name, list(site.classes))
             assert (row["answers"], row["bytes"]) == (site.answers, site.bytes)
             assert row["teacher_accuracy"] == score.teacher_accuracy
-            assert row["coverage_auroc"] == score.coverage_auroc
+            assert row["confidence_auroc"] == score.confidence_auroc
             assert row["took_part"] is True
             assert row["calibration"] is None
         assert report["unify"]["method"] == "ce"

@@ -133,3 +133,107 @@ def test_fingerprints_tell_what_is_learnt_from(answers: list[np.ndarray]) -> Non
         DirectCE(answers, CLASS_SETS, [1, 1, 1], CPU, fingerprint="a").fingerprint,
     }
     assert len(prints) == 6
+
+
+COVERAGE = np.random.default_rng(8).uniform(0.05, 0.95, (6, 3)).astype(np.float32)
+
+
+def part(site: int, row: int, answers: list[np.ndarray], logits: np.ndarray, temperature: float = 1.0) -> float:
+    """T^2 KL(p || softmax(s restricted to L_i)) of one sample, both at temperature T, as its formula stands."""
+    p = log_softmax(answers[site][row].astype(np.float64) / temperature)
+    q = log_softmax(logits[row, CLASS_SETS[site]] / temperature)
+    return float((np.exp(p) * (p - q)).sum()) * temperature**2
+
+
+def bce(site: int, row: int, c: float, logits: np.ndarray) -> float:
+    q = softmax(logits[row])[CLASS_SETS[site]].sum()
+    return float(-(c * np.log(q) + (1 - c) * np.log(1 - q)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_direct_ce_with_coverage_is_its_formula(answers: list[np.ndarray], temperature: float) -> None:
+    told = COVERAGE.copy()
+    told[:, 1] = np.nan
+    told[2, 0] = np.nan
+    logits = np.random.default_rng(9).normal(0, 2, (6, 5))
+    loss = DirectCE(answers, CLASS_SETS, WEIGHTS, CPU, temperature, coverage=told)
+    found = loss(torch.from_numpy(logits), torch.arange(6))
+    expected = 0.0
+    for site, weight in enumerate(WEIGHTS):
+        for row in range(6):
+            c = float(told[row, site])
+            kl = part(site, row, answers, logits, temperature)
+            expected += weight * (kl if np.isnan(c) else c * kl + bce(site, row, c, logits))
+    assert found.item() == pytest.approx(expected / 6 / sum(WEIGHTS), rel=1e-6)
+
+
+def test_direct_ce_with_coverage_takes_the_sites_that_answered(answers: list[np.ndarray]) -> None:
+    logits = torch.from_numpy(np.random.default_rng(10).normal(0, 2, (4, 5)))
+    learnt = np.array([0, 1, 3, 5])
+    found = DirectCE(answers, CLASS_SETS, WEIGHTS, CPU, answered=ANSWERED, samples=learnt, coverage=COVERAGE)(
+        logits, torch.arange(4)
+    ).item()
+    expected = 0.0
+    for at, row in enumerate(learnt):
+        there = [site for site in range(3) if ANSWERED[row, site]]
+        rows, s = [a[[row]] for a in answers], logits.numpy()[[at]]
+        for site in there:
+            c = float(COVERAGE[row, site])
+            value = c * part(site, 0, rows, s) + bce(site, 0, c, s)
+            expected += WEIGHTS[site] * value / sum(WEIGHTS[i] for i in there)
+    assert found == pytest.approx(expected / 4, rel=1e-6)
+
+
+def test_a_site_that_knows_every_class_has_no_choice_of_none(answers: list[np.ndarray]) -> None:
+    given = [log_softmax(np.random.default_rng(11).normal(0, 1, (6, 5)), axis=1).astype(np.float32)]
+    logits = torch.from_numpy(np.random.default_rng(12).normal(0, 2, (6, 5)))
+    half = np.full((6, 1), 0.5, np.float32)
+    plain = DirectCE(given, [[0, 1, 2, 3, 4]], [1.0], CPU)(logits, torch.arange(6)).item()
+    found = DirectCE(given, [[0, 1, 2, 3, 4]], [1.0], CPU, coverage=half)(logits, torch.arange(6)).item()
+    assert found == pytest.approx(plain / 2, rel=1e-6)
+
+
+def test_coverage_settles_what_overlap_leaves_open(tmp_path: Path) -> None:
+    """Two sites that share no class: the student learns the truth, read from a memory map, where both give coverage."""
+    truth = softmax(np.random.default_rng(13).normal(0, 1, (6, 5)), axis=1)
+    sets = [[0, 1], [4, 2, 3]]
+    given = [np.log(truth[:, c] / truth[:, c].sum(axis=1, keepdims=True)).astype(np.float32) for c in sets]
+    np.save(tmp_path / "c.npy", np.stack([truth[:, c].sum(axis=1) for c in sets], axis=1).astype(np.float32))
+    loss = DirectCE(given, sets, [1.0, 2.0], CPU, coverage=np.load(tmp_path / "c.npy", mmap_mode="r"))
+    assert np.allclose(minimise(loss, 6, 5), truth, atol=1e-4)
+    assert not np.allclose(minimise(DirectCE(given, sets, [1.0, 2.0], CPU), 6, 5), truth, atol=1e-2)
+
+
+def test_coverage_is_learnt_at_temperature_1() -> None:
+    """Softened answers and unsoftened coverage of one truth: s / T fits the answers, s the coverage."""
+    truth = np.random.default_rng(14).normal(0, 2, (4, 5))
+    given = [log_softmax(truth[:, c], axis=1).astype(np.float32) for c in CLASS_SETS]
+    told = np.stack([softmax(truth, axis=1)[:, c].sum(axis=1) for c in CLASS_SETS], axis=1).astype(np.float32)
+    loss = DirectCE(given, CLASS_SETS, WEIGHTS, CPU, temperature=4.0, coverage=told)
+    assert np.allclose(minimise(loss, 4, 5), softmax(truth, axis=1), atol=1e-3)
+
+
+@pytest.mark.parametrize("far", [60.0, 1e4])
+def test_coverage_of_a_student_that_is_sure_stays_finite(far: float) -> None:
+    logits = torch.tensor([[far, 0.0, 0.0], [0.0, far, 0.0]], dtype=torch.float32, requires_grad=True)
+    given = [np.zeros((2, 1), np.float32)]
+    for c in (0.0, 0.5, 1.0):
+        value = DirectCE(given, [[0]], [1.0], CPU, coverage=np.full((2, 1), c, np.float32))(logits, torch.arange(2))
+        (gradient,) = torch.autograd.grad(value, logits)
+        # sure and wrong by c in the one row, by 1 - c in the other
+        assert value.item() == pytest.approx(far / 2, abs=1)
+        assert torch.isfinite(gradient).all()
+
+
+def test_samples_outside_the_label_space_leave_training_in_proportion(tmp_path: Path) -> None:
+    rng = np.random.default_rng(15)
+    probs, logits = rng.dirichlet(np.ones(4), 9).astype(np.float32), rng.normal(0, 2, (3, 4)).astype(np.float32)
+    np.save(tmp_path / "other.npy", rng.uniform(0, 1, 9).astype(np.float32))
+    other = np.load(tmp_path / "other.npy", mmap_mode="r")
+    loss = SoftLabels(probs, CPU, 2.0, samples=np.array([8, 0, 3, 5]), other=other)
+    at = [3, 8, 5]
+    found = loss(torch.from_numpy(logits), torch.tensor([2, 0, 3])).item()
+    each = -(probs[at] * log_softmax(logits / 2, axis=1)).sum(axis=1)
+    assert found == pytest.approx(((1 - other[at]) * each).mean() * 4, rel=1e-5)
+    gone = SoftLabels(probs, CPU, other=np.ones(9, np.float32))
+    assert gone(torch.from_numpy(logits), torch.arange(3)).item() == 0
