@@ -32,7 +32,7 @@ SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
 @app.command()
 def train(site: SiteFile, as_json: AsJson = False) -> None:
-    """Train the site's teacher on its private data, calibrate it, learn coverage; goes on where an earlier call stopped.
+    """Train the site's teacher, calibrate it, learn its coverage; goes on where an earlier call stopped.
 
     A teacher that exists already is calibrated only. Coverage is learned where the policy lets it out.
     """

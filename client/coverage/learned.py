@@ -27,7 +27,7 @@ _AGAIN = "Run `consilience site train`"
 
 
 class CoverageRecord(Settings):
-    """coverage.json: what was learned from what, how well private and pool images are told apart, or why nothing was."""
+    """coverage.json: what was learned from what, and how well private and pool images are told apart."""
 
     settings: str
     """Digest of the settings of coverage, the teacher's classes and the seed."""
