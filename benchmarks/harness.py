@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """Read --json FILE and --quick; start over with the thread policy of the command line where it is not set."""
+def options(
+    description: str | None, add: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
+    """Read --json, --quick and what `add` adds; start over with the command line's thread policy if none is set."""
     if "OMP_WAIT_POLICY" not in os.environ:  # torch reads it once, when it is imported
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "passive"})
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="a small size, to see that it runs")
+    if add is not None:
+        add(parser)
     return parser.parse_args()
 
 

@@ -1,0 +1,346 @@
+"""Claim: sites that know what is not theirs give better labels, above all where no class links them.
+
+Scenarios, each under several seeds: Fashion-MNIST (F: 4,000 private images a site, a pool of 8,000) and CIFAR-10 (C:
+6,000 and 15,000) among three sites, whose classes overlap ({0-4}, {3-7}, {6-9, 0}) or not ({0-3}, {4-6}, {7-9});
+digits in three styles (`shift`); a pool with 30 % images of no known class (`unknown`); all sites know all classes
+(`complete`). In each a student is learned without coverage (`plain`), with it (`coverage`), and directly from answers
+and coverage (`direct`). A seed decides which images are private and which are the pool, initial weights and the order
+of training; none is picked. What is done is kept in the folder `--work`, and a second call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, RecordDict
+from numpy.typing import NDArray
+
+from consilience.client.app import app as client_app
+from consilience.client.app import forget_sites
+from consilience.common.data import ImageData, open_data
+from consilience.common.files import read_json, write_json
+from consilience.common.pool import Pool
+from consilience.common.preprocessing import resize
+from consilience.common.progress import Reporter
+from consilience.common.settings import (
+    Ask,
+    Coverage,
+    EmbeddedData,
+    Fit,
+    JobSettings,
+    Judge,
+    NpzData,
+    Policy,
+    SiteSettings,
+    Student,
+    TrainTeacher,
+    Unify,
+)
+from consilience.common.settings_file import dump_settings
+from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
+from consilience.deploy.simulation import train_site
+from consilience.server.app import app as server_app
+from harness import options, show
+
+Images, Labels = NDArray[np.uint8], NDArray[np.int64]
+OVERLAP = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
+DISJOINT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
+ALL = (tuple(range(10)),) * 3
+ARCHITECTURES = ("cnn3", "resnet8", "vgg6")
+VARIANTS = ("plain", "coverage", "direct")
+LEARNED = Coverage(fit=Fit(epochs=15, batch_size=256, learning_rate=0.05, precision="f32"))
+STRANGERS = "of no known class"
+OTHER = 0.1
+"""Prior weight of "no known class" in the scenario that has such images."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images of a scenario, and epochs."""
+
+    private: int
+    pool: int
+    test: int = 10_000
+    epochs: int = 20
+    coverage: Coverage = LEARNED
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Where images come from and who knows what."""
+
+    data: str
+    classes: tuple[tuple[int, ...], ...]
+    sizes: Sizes
+
+
+F, C = Sizes(4_000, 8_000), Sizes(6_000, 15_000)
+SCENARIOS = {
+    "F-overlap": Scenario("fashion_mnist", OVERLAP, F),
+    "F-disjoint": Scenario("fashion_mnist", DISJOINT, F),
+    "C-overlap": Scenario("cifar10", OVERLAP, C),
+    "C-disjoint": Scenario("cifar10", DISJOINT, C),
+    "shift": Scenario("digits", OVERLAP, Sizes(2_000, 6_000, 6_000)),
+    "unknown": Scenario("fashion_mnist+usps", OVERLAP, F),
+    "complete": Scenario("fashion_mnist", ALL, F),
+}
+QUICK = Scenario(
+    "embedded",
+    DISJOINT,
+    Sizes(300, 400, 200, 2, Coverage(architecture="cnn3", fit=Fit(epochs=2, batch_size=64, precision="f32"))),
+)
+
+
+class Source:
+    """Labelled images that are given away, each once, class by class in a random order."""
+
+    def __init__(self, images: Images, labels: Labels, random: np.random.Generator) -> None:
+        self.images, self.labels = images if images.ndim == 4 else images[..., None], labels
+        self._left = {int(c): list(random.permutation(np.flatnonzero(labels == c))) for c in np.unique(labels)}
+
+    def take(self, classes: Sequence[int], count: int) -> tuple[Images, Labels]:
+        """Return about `count` images, evenly of `classes`; as many as there are left."""
+        each = [self._left[c] for c in classes]
+        chosen = [held.pop() for held in each for _ in range(min(count // len(classes), len(held)))]
+        return self.images[chosen], self.labels[chosen]
+
+
+def read(name: str, split: str, folders: Sequence[Path]) -> tuple[Images, Labels, list[str]]:
+    """Read NAME-SPLIT.npz (x, y, names) from the first folder that has it."""
+    if name == "embedded":
+        data = open_data(EmbeddedData(kind="embedded", split="train" if split == "train" else "test"))
+        return data.read(), data.need_labels(name), list(data.class_names)
+    for folder in folders:
+        if (folder / f"{name}-{split}.npz").exists():
+            with np.load(folder / f"{name}-{split}.npz") as held:
+                return held["x"], held["y"].astype(np.int64), [str(n) for n in held["names"]]
+    sys.exit(f"{name}-{split}.npz is in none of: {', '.join(map(str, folders))}. Name its folder with --data")
+
+
+def styles(split: str, folders: Sequence[Path], random: np.random.Generator) -> list[Source]:
+    """Return digits as MNIST, USPS and inverted MNIST have them, 28 x 28."""
+    mnist, labels, _ = read("mnist", split, folders)
+    half = random.permutation(len(mnist))
+    first, second = half[: len(half) // 2], half[len(half) // 2 :]
+    usps, theirs, _ = read("usps", split, folders)
+    return [
+        Source(mnist[first], labels[first], random),
+        Source(resize(usps[..., None], (28, 28)), theirs, random),
+        Source(255 - mnist[second], labels[second], random),
+    ]
+
+
+def share_out(
+    scenario: Scenario, folders: Sequence[Path], random: np.random.Generator
+) -> tuple[list[tuple[Images, Labels]], tuple[Images, Labels], tuple[Images, Labels], list[str]]:
+    """Return the sites' images, the pool's, the test images, and class names."""
+    sizes, every = scenario.sizes, range(10)
+    if scenario.data == "digits":
+        sources, tests = styles("train", folders, random), styles("test", folders, random)
+        sites = [s.take(c, sizes.private) for s, c in zip(sources, scenario.classes, strict=True)]
+        pool, test = (
+            joined(s.take(every, sizes.pool // 3) for s in sources),
+            joined(s.take(every, sizes.test // 3) for s in tests),
+        )
+        return sites, shuffled(pool, random), test, [str(k) for k in every]
+    name, _, strangers = scenario.data.partition("+")
+    images, labels, names = read(name, "train", folders)
+    source = Source(images, labels, random)
+    pool = source.take(every, sizes.pool)
+    sites = [source.take(c, sizes.private) for c in scenario.classes]
+    images, labels, _ = read(name, "test", folders)
+    test = Source(images, labels, random).take(every, sizes.test)
+    if strangers:
+        others, _, _ = read(strangers, "train", folders)
+        count = round(len(pool[0]) * 0.3 / 0.7)
+        chosen = random.permutation(len(others))[:count]
+        pool = joined([pool, (resize(others[chosen][..., None], pool[0].shape[1:3]), np.full(count, len(names)))])
+        names = [*names, STRANGERS]
+    return sites, shuffled(pool, random), test, names
+
+
+def joined(parts: Any) -> tuple[Images, Labels]:
+    """Return the parts as one."""
+    held = list(parts)
+    return np.concatenate([images for images, _ in held]), np.concatenate([labels for _, labels in held])
+
+
+def shuffled(part: tuple[Images, Labels], random: np.random.Generator) -> tuple[Images, Labels]:
+    """Return the same in a random order."""
+    order = random.permutation(len(part[0]))
+    return part[0][order], part[1][order]
+
+
+def save(path: Path, part: tuple[Images, Labels], names: list[str]) -> NpzData:
+    """Write images with labels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, x=part[0], y=part[1], names=np.array(names))
+    return NpzData(kind="npz", path=path)
+
+
+def prepare(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> list[Path]:
+    """Make the pool, the test set and the sites' folders; returns the sites' files."""
+    random = np.random.default_rng(seed)
+    sites, pool, test, names = share_out(scenario, folders, random)
+    for folder, images in (("pool", pool[0]), ("test-pool", test[0])):
+        if not (home / folder).exists():
+            held = ImageData(images.shape[1:], None, (), len(images), lambda ids, images=images: images[ids])  # type: ignore[misc]
+            Pool.build(held, home / folder)
+    np.save(home / "pool-labels.npy", pool[1])
+    save(home / "test.npz", test, names)
+    fit = Fit(epochs=scenario.sizes.epochs, precision="f32")
+    paths = []
+    for k, part in enumerate(sites):
+        path = home / f"site-{k + 1}" / "site.yaml"
+        settings = SiteSettings(
+            name=f"site-{k + 1}",
+            data=save(path.parent / "private.npz", part, names),
+            teacher=TrainTeacher(kind="train", architecture=ARCHITECTURES[k], fit=fit),
+            policy=Policy(holdout_accuracy=True, coverage="f16"),
+            coverage=scenario.sizes.coverage,
+            pools=(home / "pool", home / "test-pool"),
+            state=path.parent / "state",
+            seed=1000 * seed + k,
+        )
+        dump_settings(settings, path)
+        paths.append(path)
+    return paths
+
+
+def job(scenario: Scenario, seed: int, home: Path, variant: str, other: float) -> JobSettings:
+    """Return the job of one variant; only the one with coverage trains the oracle too."""
+    return JobSettings(
+        name=variant,
+        seed=seed,
+        pool=home / "pool",
+        ask=Ask(coverage=variant != "plain"),
+        unify=Unify(other=other if variant != "plain" else 0.0),
+        student=Student(
+            learning="direct-ce" if variant == "direct" else "soft-labels",
+            fit=Fit(epochs=scenario.sizes.epochs, precision="f32"),
+        ),
+        judge=Judge(
+            test=NpzData(kind="npz", path=home / "test.npz"),
+            test_pool=home / "test-pool",
+            pool_labels=home / "pool-labels.npy" if variant == "coverage" else None,
+        ),
+    )
+
+
+def do(task: tuple[JobSettings, Path, list[Path]]) -> dict[str, Any]:
+    """Do a job with the sites at `paths` and return its report."""
+    settings, run, paths = task
+    if not (run / "report.json").exists():
+        run.mkdir(parents=True, exist_ok=True)
+        dump_settings(settings, run / "job.yaml")
+        forget_sites()
+        with LocalGrid(client_app, [{"site": str(path)} for path in paths], workers=1) as grid:
+            about = {"run": str(run), "quiet": True}
+            context = Context(run_id=1, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=about)
+            server_app(grid=grid, context=context)
+    return dict(read_json(run / "report.json"))
+
+
+def train_quietly(path: Path) -> None:
+    """Train a site in a process of its own."""
+    with Reporter() as reporter:
+        train_site(path, reporter)
+
+
+def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the figures of one scenario under one seed."""
+    home.mkdir(parents=True, exist_ok=True)
+    paths = prepare(scenario, seed, home, folders)
+    other = OTHER if name == "unknown" else 0.0
+    variants = [v for v in VARIANTS if not (v == "direct" and other)]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        list(pool.map(train_quietly, paths))
+        tasks = [(job(scenario, seed, home, v, other), home / "runs" / v, paths) for v in variants]
+        reports = dict(zip(variants, pool.map(do, tasks), strict=True))
+    full = reports["coverage"]
+    return {
+        "students": {v: report["student"]["accuracy"] for v, report in reports.items()},
+        "calibration_errors": {v: report["student"]["calibration_error"] for v, report in reports.items()},
+        "unified": {v: (r["baselines"]["unified_ensemble"] or {}).get("accuracy") for v, r in reports.items()},
+        "naive": full["baselines"]["naive"]["accuracy"],
+        "best_site": full["baselines"]["best_site"]["accuracy"],
+        "oracle": (full["baselines"]["oracle"] or {}).get("accuracy"),
+        "coverage_auroc": [site["coverage_auroc"] for site in full["sites"]],
+        "confidence_auroc": [site["confidence_auroc"] for site in full["sites"]],
+        "own_classes": [
+            {"site": site["teacher_accuracy"], "student": site["student_accuracy"]} for site in full["sites"]
+        ],
+    }
+
+
+def spread(values: Sequence[float | None], scale: float = 100.0) -> str:
+    """Return mean and standard deviation."""
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{statistics.mean(known):.1f} ± {statistics.stdev(known) if len(known) > 1 else 0.0:.1f}"
+
+
+def gap_closed(figures: Sequence[dict[str, Any]]) -> Iterator[float]:
+    """Yield the share of the way from the plain student to the oracle that coverage goes, seed by seed."""
+    for each in figures:
+        plain, covered, oracle = each["students"]["plain"], each["students"]["coverage"], each["oracle"]
+        if oracle is not None and oracle > plain:
+            yield (covered - plain) / (oracle - plain)
+
+
+def arguments_too(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's own options."""
+    cache = Path(os.environ.get("CONSILIENCE_DATA", Path.home() / ".cache" / "consilience-data"))
+    parser.add_argument("--data", type=Path, action="append", metavar="FOLDER", help="where NAME-SPLIT.npz files lie")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep runs and figures here, and go on from them")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=sorted(SCENARIOS), default=list(SCENARIOS))
+    parser.set_defaults(cache=cache)
+
+
+def main() -> None:
+    """Measure what is not measured yet, and show everything."""
+    arguments = options(__doc__, arguments_too)
+    scenarios = {"quick": QUICK} if arguments.quick else {name: SCENARIOS[name] for name in arguments.only}
+    folders = [*(arguments.data or []), arguments.cache]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (arguments.work or Path(temporary)).resolve()
+        for seed in range(1 if arguments.quick else arguments.seeds):  # seed by seed: a part says something of all
+            for name, scenario in scenarios.items():
+                done = work / f"{name}-{seed}.json"
+                if not done.exists():
+                    write_json(done, measure(name, scenario, seed, work / f"{name}-{seed}", folders))
+                found[name].append(read_json(done))
+                print(f"{name}, seed {seed}: {found[name][-1]['students']}", file=sys.stderr)
+    rows = [
+        (
+            name,
+            *(spread([f["students"].get(v) for f in figures]) for v in VARIANTS),
+            spread([f["oracle"] for f in figures]),
+            spread(list(gap_closed(figures))),
+            spread([statistics.mean(f["coverage_auroc"]) for f in figures]),
+            spread([statistics.mean(f["confidence_auroc"]) for f in figures]),
+            spread([f["calibration_errors"]["coverage"] for f in figures]),
+        )
+        for name, figures in found.items()
+    ]
+    columns = ("", *VARIANTS, "oracle", "gap closed", "AUROC coverage", "AUROC confidence", "ECE")
+    title = "Students without and with coverage, %, mean ± standard deviation over seeds"
+    show(title, columns, rows, {"scenarios": found}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
