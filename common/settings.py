@@ -332,7 +332,7 @@ class Unify(Settings):
     temperature: float = Field(default=1.0, gt=0, le=100)
     prior_correction: bool = False
     """Correct answers for the class priors of the sites whose policy tells them, towards a uniform prior."""
-    strength: float = Field(default=0.25, gt=0, le=1)
+    strength: float = Field(default=0.1, gt=0, le=1)
     """How much coverage counts beside answers, for method `ce`: with 1 a site's answer is weighed by its coverage, near
     0 coverage decides only what the answers leave open (docs/unify.md)."""
     other: float = Field(default=0.0, ge=0, allow_inf_nan=False)

@@ -19,7 +19,7 @@ LEAST = 1e-6
 """Coverage counts as at least this and at most 1 minus this: nobody who calibrates on thousands of samples can know
 more, and one site's 0 or 1 must not overrule all others for certain."""
 
-STRENGTH = 0.25
+STRENGTH = 0.1
 """How much coverage counts beside answers, unless something else is said (docs/unify.md gives the evidence)."""
 
 Coverage = Sequence[Answers | None]
