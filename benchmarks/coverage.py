@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from baselines import NAMES, score_pool
 from flwr.app import Context, RecordDict
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
@@ -60,6 +62,7 @@ ALL = (tuple(range(10)),) * 3
 ARCHITECTURES = ("cnn3", "resnet8", "vgg6")
 VARIANTS = ("plain", "coverage", "direct")
 LEARNED = Coverage(fit=Fit(epochs=15, batch_size=256, learning_rate=0.05, precision="f32"))
+LEARNED_DIGITS = LEARNED.model_copy(update={"fit": LEARNED.fit.model_copy(update={"mirror": False})})
 STRANGERS = "of no known class"
 OTHER = 0.1
 """Prior weight of "no known class" in the scenario that has such images."""
@@ -74,6 +77,11 @@ class Sizes:
     test: int = 10_000
     epochs: int = 20
     coverage: Coverage = LEARNED
+    mirror: bool = True
+
+    def fit(self) -> Fit:
+        """Return how teachers and students are trained."""
+        return Fit(epochs=self.epochs, precision="f32", mirror=self.mirror)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ SCENARIOS = {
     "F-disjoint": Scenario("fashion_mnist", DISJOINT, F),
     "C-overlap": Scenario("cifar10", OVERLAP, C),
     "C-disjoint": Scenario("cifar10", DISJOINT, C),
-    "shift": Scenario("digits", OVERLAP, Sizes(2_000, 6_000, 6_000)),
+    "shift": Scenario("digits", OVERLAP, Sizes(2_000, 6_000, 6_000, coverage=LEARNED_DIGITS, mirror=False)),
     "unknown": Scenario("fashion_mnist+usps", OVERLAP, F),
     "complete": Scenario("fashion_mnist", ALL, F),
 }
@@ -199,7 +207,7 @@ def prepare(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) 
             Pool.build(held, home / folder)
     np.save(home / "pool-labels.npy", pool[1])
     save(home / "test.npz", test, names)
-    fit = Fit(epochs=scenario.sizes.epochs, precision="f32")
+    fit = scenario.sizes.fit()
     paths = []
     for k, part in enumerate(sites):
         path = home / f"site-{k + 1}" / "site.yaml"
@@ -228,7 +236,7 @@ def job(scenario: Scenario, seed: int, home: Path, variant: str, other: float) -
         unify=Unify(other=other if variant != "plain" else 0.0),
         student=Student(
             learning="direct-ce" if variant == "direct" else "soft-labels",
-            fit=Fit(epochs=scenario.sizes.epochs, precision="f32"),
+            fit=scenario.sizes.fit(),
         ),
         judge=Judge(
             test=NpzData(kind="npz", path=home / "test.npz"),
@@ -277,11 +285,27 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
         "best_site": full["baselines"]["best_site"]["accuracy"],
         "oracle": (full["baselines"]["oracle"] or {}).get("accuracy"),
         "coverage_auroc": [site["coverage_auroc"] for site in full["sites"]],
-        "confidence_auroc": [site["confidence_auroc"] for site in full["sites"]],
+        "baseline_auroc": baselines(scenario, paths, np.load(home / "pool-labels.npy"), seed),
         "own_classes": [
             {"site": site["teacher_accuracy"], "student": site["student_accuracy"]} for site in full["sites"]
         ],
     }
+
+
+def baselines(scenario: Scenario, paths: list[Path], truth: Labels, seed: int) -> dict[str, list[float | None]]:
+    """Return each baseline's AUROC of "mine" on the pool, site by site; None where all of the pool is."""
+    found: dict[str, list[float | None]] = {name: [] for name in NAMES}
+    for path, classes in zip(paths, scenario.classes, strict=True):
+        mine = np.isin(truth, classes)
+        for name, scored in score_pool(path, seed).items():
+            found[name].append(None if mine.all() else float(roc_auc_score(mine, scored)))
+    return found
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean over sites, None where one is not known."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None
 
 
 def spread(values: Sequence[float | None], scale: float = 100.0) -> str:
@@ -331,15 +355,22 @@ def main() -> None:
             *(spread([f["students"].get(v) for f in figures]) for v in VARIANTS),
             spread([f["oracle"] for f in figures]),
             spread(list(gap_closed(figures))),
-            spread([statistics.mean(f["coverage_auroc"]) for f in figures]),
-            spread([statistics.mean(f["confidence_auroc"]) for f in figures]),
             spread([f["calibration_errors"]["coverage"] for f in figures]),
         )
         for name, figures in found.items()
     ]
-    columns = ("", *VARIANTS, "oracle", "gap closed", "AUROC coverage", "AUROC confidence", "ECE")
+    columns = ("", *VARIANTS, "oracle", "gap closed", "ECE")
     title = "Students without and with coverage, %, mean ± standard deviation over seeds"
     show(title, columns, rows, {"scenarios": found}, arguments.json)
+    ranked = [
+        (
+            name,
+            spread([mean(f["coverage_auroc"]) for f in figures]),
+            *(spread([mean(f["baseline_auroc"][baseline]) for f in figures]) for baseline in NAMES),
+        )
+        for name, figures in found.items()
+    ]
+    show('AUROC of "mine" over the pool, mean over sites, %', ("", "coverage", *NAMES), ranked, {}, None)
 
 
 if __name__ == "__main__":

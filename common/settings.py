@@ -108,6 +108,9 @@ class Fit(Settings):
     learning_rate: float = Field(default=0.1, gt=0, le=10)
     weight_decay: float = Field(default=5e-4, ge=0, le=1)
     augment: bool = True
+    """Whether images are moved by up to an eighth of their size, and mirrored, each time anew."""
+    mirror: bool = True
+    """Whether augmentation mirrors images left and right: not for digits, writing, or sides of a body."""
     compile: bool = False
     precision: Literal["auto", "f32"] = "auto"
     """auto: bf16 where a measurement at the start shows that it pays, else f32; f32: the same result every time."""

@@ -233,6 +233,19 @@ def test_network_sees_its_images(stripes: Labelled, augment: bool) -> None:
     assert unchanged < 45 if augment else unchanged == 90
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_images_are_mirrored_unless_that_changes_what_they_are(mirror: bool) -> None:
+    images = np.zeros((60, 16, 16, 1), np.uint8)
+    images[:, :, :8] = 255
+    seen: list[Tensor] = []
+    model = small()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()) if model.training else None)
+    fit = fit_of(epochs=1, batch_size=60, mirror=mirror)
+    train(model, images, Supervised(np.zeros(60, np.int64), CPU), fit, PLAIN, seed=0, folder=None)
+    bright_right = int((seen[0][:, 0, :, -1].mean(dim=1) > seen[0][:, 0, :, 0].mean(dim=1)).sum())
+    assert 15 < bright_right < 45 if mirror else bright_right == 0
+
+
 def test_network_that_does_not_fit_the_images(stripes: Labelled) -> None:
     images, labels = stripes
     for model in (
