@@ -145,7 +145,9 @@ class _Run:
             order = order.repeat(self.batch)
         if not self.fit.augment:
             return order, None
-        drawn = Windows.draw(len(order), self.pixels.shape, generator(self.seed, "windows", epoch), flip=self.fit.mirror)
+        drawn = Windows.draw(
+            len(order), self.pixels.shape, generator(self.seed, "windows", epoch), flip=self.fit.mirror
+        )
         return order, drawn
 
     def _step(
