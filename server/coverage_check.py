@@ -7,6 +7,7 @@ compares the two (server/unify/recalibrate), and how coverage is used (server/la
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,11 +110,15 @@ def _verdicts(
     found = {}
     for i, parts in told.items():
         if (count := sum(map(len, parts))) >= FEWEST:
-            mass = np.concatenate(masses[i])
-            (fit,) = recalibrate([np.concatenate(parts)], lambda _, mass=mass: mass)
+            (fit,) = recalibrate([np.concatenate(parts)], partial(_sole, np.concatenate(masses[i])))
             if fit is not None and np.isfinite(fit.agreement):
                 found[i] = Verdict(agreement=fit.agreement, samples=count, reason=fit.reason)
     return found
+
+
+def _sole(masses: NDArray[np.float64], _: int) -> NDArray[np.float64]:
+    """Return the masses of the only site there is."""
+    return masses
 
 
 def _bears_on(classes: Sequence[int], components: NDArray[np.int64]) -> bool:

@@ -188,7 +188,7 @@ class TestReportDict:
         assert report["student"]["calibration_error"] == judged.calibration_error
         assert [row["name"] for row in report["student"]["per_class"]] == list(findings.space.names)
         assert [row["recall"] for row in report["student"]["per_class"]] == [c.recall for c in judged.classes]
-        for name in ("naive", "best_site", "hard_vote", "max_confidence", "unified_ensemble", "oracle"):
+        for name in BASELINES:
             score = judged.baselines[name]
             assert score is not None
             assert report["baselines"][name]["accuracy"] == score.accuracy
@@ -465,11 +465,11 @@ class TestViews:
         report["student"].update(accuracy=0.789, interval=[0.7626, 0.8132])
         report["baselines"]["oracle"]["accuracy"] = None
         found = contenders(report)
-        assert [c["kind"] for c in found] == ["student", *["other"] * 5]
+        assert [c["kind"] for c in found] == ["student", *["other"] * 6]
         assert found[0]["value"].replace("\u00a0", " ") == "78.9 %"
         assert found[0]["interval"].replace("\u00a0", " ") == "76.3–81.3 %"
         assert (found[0]["width"], found[0]["low"], found[0]["span"]) == ("78.90", "76.26", "5.06")
-        assert found[5]["about"].endswith(report["baselines"]["best_site"]["site"])
+        assert found[6]["about"].endswith(report["baselines"]["best_site"]["site"])
 
     def test_overlap(self) -> None:
         few, many = overlap(make()), overlap(wide(40, 100))
