@@ -53,8 +53,9 @@ def check_coverage(
 
     Each site's coverage is compared with q(L_i), unified without it, on at most 4,000 of the usable samples drawn by
     `seed`. One bad site spoils what is said of the others: so the worst is left out first and the rest looked at
-    again, until there is no bad one. A site that nobody can judge any more keeps the verdict it had. Raises
-    `UnifyError`, `StorageError`.
+    again, until there is no bad one. Where the others' coverage says how likely a sample is of several sites' classes
+    together, and a rule shares that out, this may clear a site that was bad before, but not make one bad; a site that
+    nobody can judge any more keeps the verdict it had. Raises `UnifyError`, `StorageError`.
     """
     left = [i for i, store in enumerate(coverage) if store is not None]
     if not left or samples.count < FEWEST:
@@ -63,7 +64,9 @@ def check_coverage(
     found: dict[int, Verdict] = {}
     while left:
         kept = [store if i in left else None for i, store in enumerate(coverage)]
-        found.update(_verdicts(space, stores, kept, solvers, ids))
+        for i, (verdict, firm) in _verdicts(space, stores, kept, solvers, ids).items():
+            if firm or (i in found and not verdict.reason):
+                found[i] = verdict
         bad = [i for i in left if i in found and found[i].reason]
         if not bad:
             break
@@ -91,10 +94,11 @@ def _verdicts(
     coverage: CoverageStores,
     solvers: Solvers,
     ids: NDArray[np.int64],
-) -> dict[int, Verdict]:
-    """Return site -> verdict, with the coverage of just these sites."""
+) -> dict[int, tuple[Verdict, bool]]:
+    """Return site -> verdict with the coverage of just these sites, and whether no rule has a part in it."""
     told: dict[int, list[NDArray[np.float32]]] = {i: [] for i, store in enumerate(coverage) if store is not None}
     masses: dict[int, list[NDArray[np.float64]]] = {i: [] for i in told}
+    firm: dict[int, list[NDArray[np.bool_]]] = {i: [] for i in told}
     for block in blocks(stores, block_size(space), coverage, ids):
         answers = [rows for rows in block.answers if rows is not None]
         for i in told:
@@ -104,15 +108,21 @@ def _verdicts(
             others = [None if j == i else block.coverage[j] for j in block.sites]
             given = others if any(values is not None for values in others) else None
             unified = solvers(block.sites, given is not None)(answers, coverage=given)
-            if _bears_on(space.class_sets[i], unified.components):
+            determined = _determined(space.class_sets[i], unified.components)
+            if determined or given is not None:
                 told[i].append(own)
                 masses[i].append(unified.probs[:, list(space.class_sets[i])].sum(axis=1, dtype=np.float64))
+                firm[i].append(np.full(len(own), determined))
     found = {}
-    for i, parts in told.items():
-        if (count := sum(map(len, parts))) >= FEWEST:
-            (fit,) = recalibrate([np.concatenate(parts)], partial(_sole, np.concatenate(masses[i])))
-            if fit is not None and np.isfinite(fit.agreement):
-                found[i] = Verdict(agreement=fit.agreement, samples=count, reason=fit.reason)
+    for i in told:
+        if sum(map(len, told[i])) < FEWEST:
+            continue
+        values, mass, sure = np.concatenate(told[i]), np.concatenate(masses[i]), np.concatenate(firm[i])
+        if enough := bool(sure.sum() >= FEWEST):
+            values, mass = values[sure], mass[sure]
+        (fit,) = recalibrate([values], partial(_sole, mass))
+        if fit is not None and np.isfinite(fit.agreement):
+            found[i] = Verdict(agreement=fit.agreement, samples=len(values), reason=fit.reason), enough
     return found
 
 
@@ -121,7 +131,7 @@ def _sole(masses: NDArray[np.float64], _: int) -> NDArray[np.float64]:
     return masses
 
 
-def _bears_on(classes: Sequence[int], components: NDArray[np.int64]) -> bool:
-    """Whether answers and coverage determine the mass of `classes` against the others, and not the rule alone."""
+def _determined(classes: Sequence[int], components: NDArray[np.int64]) -> bool:
+    """Whether answers and coverage determine the mass of `classes` against the others, and no rule."""
     own = np.isin(np.arange(len(components)), np.asarray(classes))
     return bool(np.isin(components[~own], components[own]).any())
