@@ -16,7 +16,7 @@ from consilience.server.plots import place
 from consilience.server.report_format import decimal
 from consilience.server.report_svg import BAR, BLUE, GREY, MUTED, inline, sheet
 
-SIDE = 236
+SIDE = 216
 """Pixels of a square figure's side: three stand beside one another."""
 _QUARTERS = (0, 0.25, 0.5, 0.75, 1)
 _NAMES = ("0", "25", "50", "75", "100")
