@@ -266,7 +266,7 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
             coverage = usable_coverage(settings.unify, told)
             sets = [space.class_sets[i] for i in whole]
             solve = unifier(space, settings.unify, outcome.cards, whole, covered=False)
-            if anchored(solve, sets, coverage):
+            if settings.unify.other and anchored(solve, sets, coverage):
                 solve = unifier(space, settings.unify, outcome.cards, whole)
             unified = solve(list(given.values()), coverage=coverage).probs
             partly = [c.about.site for c in covers if c is not None and not c.complete]
