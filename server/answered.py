@@ -69,24 +69,30 @@ def block_size(space: LabelSpace) -> int:
     return max(1, BLOCK_VALUES // len(space))
 
 
-def blocks(stores: Sequence[AnswerStore], size: int, coverage: CoverageStores | None = None) -> Iterator[Block]:
+def blocks(
+    stores: Sequence[AnswerStore],
+    size: int,
+    coverage: CoverageStores | None = None,
+    ids: NDArray[np.int64] | None = None,
+) -> Iterator[Block]:
     """Yield every sample that a site answered, `size` samples of the pool at a time, by who answered and gave coverage.
 
     `coverage`: each site's store of coverage, None for a site that was not asked for it; without any, no block has
-    coverage. Where every site answered everything, these are the pool's samples in order.
+    coverage. `ids` (m,) ascending: these samples alone. Where every site answered everything, these are the pool's
+    samples in order.
     """
     sites = len(stores)
     covers = coverage or [None] * sites
     complete = all(store.complete for store in (*stores, *covers) if store is not None)
-    for start, stop in _cuts(stores, size):
-        whole = np.arange(start, stop)
+    wanted = np.arange(stores[0].about.size) if ids is None else ids
+    for at in range(0, len(wanted), size):
+        whole = wanted[at : at + size]
+        held = [read_rows(store, whole) for store in stores]
+        given = [None if store is None else read_rows(store, whole)[:, 0] for store in covers]
         if complete:
-            told = [None if store is None else store.read(start, stop)[:, 0] for store in covers]
-            yield Block(whole, [store.read(start, stop) for store in stores], told)
+            yield Block(whole, list(held), given)
             continue
-        held = [store.read_answered(start, stop) for store in stores]
-        given = [None if store is None else store.read_answered(start, stop)[:, 0] for store in covers]
-        for pattern, rows in _patterns([*stores, *covers], start, stop):
+        for pattern, rows in _patterns([*stores, *covers], whole):
             if not pattern[:sites].any():
                 continue
             answers = [a[rows] if p else None for a, p in zip(held, pattern, strict=False)]
@@ -97,6 +103,17 @@ def blocks(stores: Sequence[AnswerStore], size: int, coverage: CoverageStores | 
             yield Block(whole[rows], answers, told)
 
 
+def read_rows(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return what a store holds about the samples `ids` (b,) ascending, zeros where there is nothing."""
+    parts = [store.read_answered(start, stop) for start, stop in _runs(ids)]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, store.about.classes), np.float32), *parts])
+
+
+def read_known(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return (b,) bool: which of the samples `ids` (b,) ascending a store holds."""
+    return np.concatenate([np.empty(0, np.bool_), *(store.answered(start, stop) for start, stop in _runs(ids))])
+
+
 def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
     """Find the samples that can be learnt from. `stores` are those of the sites of `space`, about one pool."""
     total = stores[0].about.size
@@ -105,7 +122,7 @@ def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
     mask, lacking = np.zeros(total, np.bool_), Counter[int]()
     everything = set(range(len(space)))
     for start, stop in _cuts(stores, block_size(space)):
-        for pattern, rows in _patterns(stores, start, stop):
+        for pattern, rows in _patterns(stores, np.arange(start, stop)):
             unknown = everything.difference(*(space.class_sets[i] for i in np.flatnonzero(pattern)))
             mask[start + rows] = not unknown
             lacking.update(dict.fromkeys(unknown, len(rows)))
@@ -118,10 +135,17 @@ def _cuts(stores: Sequence[AnswerStore], size: int) -> Iterator[tuple[int, int]]
         yield start, min(start + size, total)
 
 
-def _patterns(stores: CoverageStores, start: int, stop: int) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
-    """Yield (which stores hold them, (b,) rows that exactly these hold) for the samples start..stop-1."""
-    nothing = np.zeros(stop - start, np.bool_)
-    given = np.stack([nothing if store is None else store.answered(start, stop) for store in stores], axis=1)
+def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges (start, stop) of samples that follow one another."""
+    cuts = np.flatnonzero(np.diff(ids) != 1) + 1
+    for part in np.split(ids, cuts) if len(ids) else ():
+        yield int(part[0]), int(part[-1]) + 1
+
+
+def _patterns(stores: CoverageStores, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+    """Yield (which stores hold them, (b,) rows that exactly these hold) for samples `ids`."""
+    nothing = np.zeros(len(ids), np.bool_)
+    given = np.stack([nothing if store is None else read_known(store, ids) for store in stores], axis=1)
     kinds, which = np.unique(np.packbits(given, axis=1), axis=0, return_inverse=True)
     for kind in range(len(kinds)):
         rows = np.flatnonzero(which.reshape(-1) == kind)

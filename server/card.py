@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from consilience.server.report_coverage import coverage_summary
 from consilience.server.report_findings import Findings
 from consilience.server.report_format import MISSING, count, decimal, number_of, percent, size
 from consilience.server.report_page import CONTENDERS
@@ -135,6 +136,8 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
         f"{escape(unify.across)}",
         f"* Seed: {findings.seed}",
     ]
+    if told := coverage_summary(findings):
+        facts.append(f"* Coverage: {escape(told)}")
     warnings = [f"* {escape(str(warning))}" for warning in report["warnings"]]
     known = ["Worth knowing:\n\n" + "\n".join(warnings)] if warnings else []
     return "\n\n".join(["## What it was made of", table(head, rows, right=4), "\n".join(facts), *known])

@@ -30,9 +30,10 @@ from consilience.server.answers import AnswerStore
 from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
 from consilience.server.contract import RunContract
+from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
-from consilience.server.labelling import labels_key, load_other, unify_pool
+from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
 from consilience.server.learning import check_student, direct_loss, learn, oracle_loss, soft_label_loss
 from consilience.server.progress import Progress
 from consilience.server.publishing import Outcome, gather, publish
@@ -79,11 +80,12 @@ class Job:
             samples = self._usable(stores, space)
         self._forget_timing(space, stores, coverage)
         with self._stage("unify"):
-            labels, diagnostics = unify_pool(
-                self.run / "labels", space, stores, cards, self.settings.unify, self.reporter, samples, coverage
-            )
+            about = (space, stores, cards, self.settings.unify, self.reporter, samples, coverage, self.settings.seed)
+            labels, diagnostics = unify_pool(self.run / "labels", *about)
+            self._tell_checks(diagnostics)
         with self._stage("learn"):
-            curves = {"student": self.learn(space, stores, coverage, labels, diagnostics.key, samples.ids)}
+            used = believed(space, coverage, diagnostics.checks)
+            curves = {"student": self.learn(space, stores, used, labels, diagnostics.key, samples.ids)}
         with self._stage("oracle"):
             oracle = self.learn_oracle(space)
             if oracle is not None:
@@ -245,10 +247,17 @@ class Job:
             self.reporter.say(f"Warning: {left_out:,} of {samples.size:,} samples are left out of learning")
         return samples
 
+    def _tell_checks(self, diagnostics: Diagnostics) -> None:
+        """Say whose coverage is left out of unification."""
+        for site, verdict in diagnostics.checks.items():
+            if verdict.reason:
+                self.events.add("coverage-left-out", site=site, reason=verdict.reason, agreement=verdict.agreement)
+                self.reporter.say(f"Warning: the coverage of site {site} is left out: {verdict.reason}")
+
     def _forget_timing(self, space: LabelSpace, stores: list[AnswerStore], coverage: CoverageStores) -> None:
         """Drop what earlier stages took if their work is done anew because answers have come in since."""
         notes = self.run / "labels" / "diagnostics.json"
-        key = labels_key(space, stores, self.settings.unify, coverage)
+        key = labels_key(space, stores, self.settings.unify, coverage, self.settings.seed)
         if notes.exists() and read_json(notes).get("key") != key:
             for name in ("unify", "learn", "oracle", "judge"):
                 self.timing.pop(name, None)

@@ -24,7 +24,7 @@ from consilience.common.labels import LabelSpace
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-BASELINES = ("naive", "best_site", "hard_vote", "max_confidence", "unified_ensemble", "oracle")
+BASELINES = ("naive", "best_site", "hard_vote", "max_confidence", "least_uncertain", "unified_ensemble", "oracle")
 """Names of the baselines, in the order in which they are told."""
 BINS = 15
 """Equal-width bins of the expected calibration error."""
@@ -199,18 +199,28 @@ def calibration(probs: Floats, truth: Ints) -> tuple[float, tuple[Bin, ...]]:
 
     ECE = sum over b of |B_b| / m · | accuracy(B_b) - mean top probability(B_b) |.
     """
-    top = probs.max(1)
-    hit = probs.argmax(1) == truth
-    edges = np.linspace(0, 1, BINS + 1)
-    at = np.clip(np.searchsorted(edges, top, side="left") - 1, 0, BINS - 1)
+    return reliability(probs.max(1), probs.argmax(1) == truth)
+
+
+def reliability(told: Floats, hit: NDArray[np.bool_]) -> tuple[float, tuple[Bin, ...]]:
+    """Return the expected calibration error of probabilities `told` (m,) of what was so or not, `hit` (m,); m >= 1.
+
+    With it the bins, as in `calibration`: a bin's `confidence` is the mean of `told`, its `accuracy` that of `hit`.
+    """
+    edges, at = np.linspace(0, 1, BINS + 1), bin_of(told)
     count = np.bincount(at, minlength=BINS)
-    confidence = np.bincount(at, weights=top, minlength=BINS)
+    confidence = np.bincount(at, weights=told, minlength=BINS)
     hits = np.bincount(at, weights=hit, minlength=BINS)
     bins = tuple(
         Bin(float(low), float(high), int(n), float(c / n) if n else None, float(h / n) if n else None)
         for low, high, n, c, h in zip(edges[:-1], edges[1:], count, confidence, hits, strict=True)
     )
-    return float(np.abs(confidence - hits).sum() / len(top)), bins
+    return float(np.abs(confidence - hits).sum() / len(told)), bins
+
+
+def bin_of(told: Floats) -> Ints:
+    """Return (m,) the bins ((b - 1) / 15, b / 15] that probabilities (m,) lie in, counted from 0; 0 is in the first."""
+    return np.clip(np.searchsorted(np.linspace(0, 1, BINS + 1), told, side="left") - 1, 0, BINS - 1)
 
 
 def agreement(blocks: Iterable[Sequence[ArrayLike | None]], space: LabelSpace) -> Floats:
@@ -249,6 +259,19 @@ def auroc(scores: ArrayLike, truth: ArrayLike, classes: ArrayLike) -> float | No
     return float(roc_auc_score(mine, np.asarray(scores))) if 0 < mine.sum() < len(mine) else None
 
 
+def uncertainty(probs: Floats) -> Floats:
+    """Return (m,) the entropy of probabilities (m, k) relative to log k: 0 is certain, 1 is a guess.
+
+    Shen et al., AAAI 2019, let the teacher answer for which it is least. A site of a single class always says
+    that class: that tells nothing, and counts as 1.
+    """
+    k = probs.shape[1]
+    if k == 1:
+        return np.ones(len(probs))
+    logs = np.log(probs, where=probs > 0, out=np.zeros_like(probs))
+    return np.asarray(-(probs * logs).sum(1) / math.log(k))
+
+
 def softmax(scores: Floats) -> Floats:
     """Return the probabilities (m, k) of log-probabilities or logits (m, k), row by row."""
     exp = np.exp(scores - scores.max(1, keepdims=True))
@@ -271,23 +294,30 @@ def _best_site(truth: Ints, space: LabelSpace, tops: Sequence[Ints | None]) -> i
 
 
 def _ensembles(space: LabelSpace, probs: Sequence[Floats | None], m: int) -> dict[str, Ints | None]:
-    """Return the arg-max labels (m,) of the three ways to combine answers without unifying them."""
-    names = ("naive", "hard_vote", "max_confidence")
+    """Return the arg-max labels (m,) of the four ways to combine answers without unifying them."""
+    names = ("naive", "hard_vote", "max_confidence", "least_uncertain")
     if all(p is None for p in probs):
         return dict.fromkeys(names)
     summed = np.zeros((m, len(space)))
     votes = np.zeros_like(summed)
     largest = np.zeros_like(summed)
+    certain, least = np.zeros_like(summed), np.full(m, np.inf)
     rows = np.arange(m)
     for site in sorted(range(len(probs)), key=lambda i: space.sites[i]):
         p, classes = probs[site], np.asarray(space.class_sets[site])
         if p is None:
             continue
         summed[:, classes] += p
-        votes[rows, classes[p.argmax(1)]] += 1
+        top, doubt = classes[p.argmax(1)], uncertainty(p)
+        votes[rows, top] += 1
+        certain[doubt < least] = 0.0
+        no_worse = doubt <= least
+        certain[rows[no_worse], top[no_worse]] = 1.0
+        least = np.minimum(least, doubt)
         largest[:, classes] = np.maximum(largest[:, classes], p)
     # The zero-padded mean differs from the sum by a factor only.
-    return dict(zip(names, (summed.argmax(1), _first(votes, summed), _first(largest, summed)), strict=True))
+    chosen = (summed.argmax(1), *(_first(values, summed) for values in (votes, largest, certain)))
+    return dict(zip(names, chosen, strict=True))
 
 
 def _first(values: Floats, ties: Floats) -> Ints:

@@ -21,6 +21,7 @@ from consilience.common.protocol import SiteCard
 from consilience.common.settings import Unify
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore
+from consilience.server.coverage_check import Verdict, believed, check_coverage
 from consilience.server.unify import Prior, Unifier
 
 
@@ -41,6 +42,8 @@ class Diagnostics(BaseModel):
     `unify.across` decides more about them than about the others."""
     coverage: dict[str, int] = {}
     """Site -> samples in whose labels its coverage has a part."""
+    checks: dict[str, Verdict] = {}
+    """Site -> what the others say of its coverage, where they can; method `ce` only."""
 
 
 def unifier(
@@ -83,12 +86,27 @@ def usable_coverage(settings: Unify, told: list[NDArray[np.float32] | None]) -> 
     return told if enough(values is not None for values in told) else None
 
 
+def anchored(solve: Unifier, class_sets: Sequence[Sequence[int]], told: Sequence[object | None] | None) -> bool:
+    """Whether some site of every component gives coverage: else nothing says that a sample is outside of all classes.
+
+    `class_sets` are those of the sites that `solve` is for, `told` their coverage, None for a site that gives none.
+    """
+    components = solve.components
+    given = {int(components[c[0]]) for c, values in zip(class_sets, told or [], strict=False) if values is not None}
+    return len(given) == int(components.max()) + 1
+
+
 def labels_key(
-    space: LabelSpace, stores: Sequence[AnswerStore], settings: Unify, coverage: CoverageStores | None = None
+    space: LabelSpace,
+    stores: Sequence[AnswerStore],
+    settings: Unify,
+    coverage: CoverageStores | None = None,
+    seed: int = 0,
 ) -> str:
     """Return what tells one pool's labels from others: settings, classes, and which samples each site answered.
 
-    `coverage`: each site's store of coverage, None for a site that was not asked for it.
+    `coverage`: each site's store of coverage, None for a site that was not asked for it. `seed` draws the samples by
+    which coverage is checked.
     """
     covers = coverage or [None] * len(stores)
     return sha256(
@@ -100,6 +118,7 @@ def labels_key(
                 "missing": [list(store.missing()) for store in stores],
                 "coverage": [None if store is None else store.about.model_dump(mode="json") for store in covers],
                 "no coverage": [None if store is None else list(store.missing()) for store in covers],
+                "seed": seed,
             }
         )
     )
@@ -123,15 +142,17 @@ def unify_pool(
     reporter: Reporter,
     samples: Usable | None = None,
     coverage: CoverageStores | None = None,
+    seed: int = 0,
 ) -> tuple[NDArray[np.float32], Diagnostics]:
     """Write `folder`/q.npy, (n, L) float32 memory-mapped, unless it is there for the same answers and settings.
 
     Each sample's label comes from the sites that answered it, with the coverage of those that gave it (`coverage`:
-    one store a site, None for a site that was not asked). With `settings.other` above 0 there is `folder`/other.npy,
-    (n,) float32, too. Rows of samples that are not usable are zero: they have no label. Returns the labels and the
-    diagnostics. Raises `UnifyError`, `StorageError`.
+    one store a site, None for a site that was not asked). For method `ce`, coverage that is noise or inverted in the
+    eyes of the other sites is left out; samples drawn by `seed` show it. With `settings.other` above 0 there is
+    `folder`/other.npy, (n,) float32, too. Rows of samples that are not usable are zero: they have no label. Returns
+    the labels and the diagnostics. Raises `UnifyError`, `StorageError`.
     """
-    key = labels_key(space, stores, settings, coverage)
+    key = labels_key(space, stores, settings, coverage, seed)
     path, notes, outside = folder / "q.npy", folder / "diagnostics.json", folder / "other.npy"
     if notes.exists() and path.exists() and outside.exists() == (settings.other > 0):
         done = Diagnostics.model_validate(read_json(notes))
@@ -145,13 +166,21 @@ def unify_pool(
     other = create_array(outside, np.float32, (samples.size,)) if settings.other else None
     covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)
     began = time.perf_counter()
+    checks: dict[str, Verdict] = {}
+    if coverage is not None and settings.method == "ce":
+        # Coverage is about the truth, not about the truth softened, and the other sites know no outside.
+        plain = settings.model_copy(update={"temperature": 1.0, "other": 0.0})
+        checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed)
+        coverage = believed(space, coverage, checks)
     failed, largest, steps, apart = 0, 0.0, 0.0, 0
     task = reporter.start("unifying", samples.count)
     for block in blocks(stores, block_size(space), coverage):
         if samples.mask is not None and not samples.mask[block.ids[0]]:  # one pattern: usable all or none
             continue
         given = usable_coverage(settings, [block.coverage[i] for i in block.sites])
-        solve = solvers(block.sites, given is not None)
+        solve = solvers(block.sites, False)
+        if other is not None and anchored(solve, [space.class_sets[i] for i in block.sites], given):
+            solve = solvers(block.sites, True)
         unified = solve([rows for rows in block.answers if rows is not None], coverage=given)
         labels[block.ids] = unified.probs
         if other is not None:
@@ -176,6 +205,7 @@ def unify_pool(
         mean_iterations=steps / max(samples.count, 1),
         apart=apart,
         coverage=covered,
+        checks=checks,
     )
     write_json(notes, diagnostics.model_dump(mode="json"))
     return np.load(path, mmap_mode="r"), diagnostics

@@ -78,7 +78,7 @@ def matrix(
     right = max((cell * (c + 0.5 - n_columns) + reach + 12 for c, reach in enumerate(slant)), default=8)
     size_of_cells = n_columns * cell, n_rows * cell
     with sheet(left + size_of_cells[0] + max(right, 8), top + size_of_cells[1] + 6, label) as figure:
-        ax = _axes(figure, left, top, *size_of_cells)
+        ax = place(figure, left, top, *size_of_cells)
         tints = 0.06 + 0.94 * shares
         tints[shares == 0] = 0.03
         image = BLUES(tints)
@@ -112,12 +112,20 @@ def matrix(
         return inline(figure)
 
 
-def reliability(bins: Sequence[Bin]) -> Markup:
-    """Draw how often the student is right against how sure it is, with the number of images in each bin below."""
-    side, left, top, strip = 300, 58, 12, 44
+def reliability(
+    bins: Sequence[Bin],
+    label: str = "Reliability diagram of the student",
+    axes: tuple[str, str] = ("right, %", "top probability, %, and number of images"),
+    side: int = 300,
+) -> Markup:
+    """Draw how often something is so against how likely it was said to be, with the number of each bin below.
+
+    By default that the student is right; `axes` says what stands upright and below.
+    """
+    left, top, strip = 58, 12, 44
     full = [(b.low, b.high, b.count, b.confidence, b.accuracy) for b in bins if b.count]
-    with sheet(left + side + 16, top + side + strip + 54, "Reliability diagram of the student") as figure:
-        upper, lower = _axes(figure, left, top, side, side), _axes(figure, left, top + side + 16, side, strip)
+    with sheet(left + side + 16, top + side + strip + 54, label) as figure:
+        upper, lower = place(figure, left, top, side, side), place(figure, left, top + side + 16, side, strip)
         for low, high, count, confidence, accuracy in full:
             if confidence is None or accuracy is None:
                 continue
@@ -131,13 +139,13 @@ def reliability(bins: Sequence[Bin]) -> Markup:
         upper.set(xlim=(0, 1), ylim=(0, 1), xticks=[])
         upper.set_yticks(quarters, names)
         upper.grid(axis="y")
-        upper.set_ylabel("right, %")
+        upper.set_ylabel(axes[0])
         upper.yaxis.set_label_coords(-44 / side, 0.5)
         most = max((count for _, _, count, _, _ in full), default=1)
         lower.set(xlim=(0, 1), ylim=(0, most))
         lower.set_yticks([most], [f"{most:,}"])
         lower.set_xticks(quarters, names)
-        lower.set_xlabel("top probability, %, and number of images")
+        lower.set_xlabel(axes[1])
         return inline(figure)
 
 
@@ -148,7 +156,7 @@ def learning_curves(curves: Sequence[tuple[str, str, Sequence[tuple[float, float
     points = np.array([point for _, _, curve in curves for point in curve], np.float64)
     first, last, highest = points[:, 0].min(), points[:, 0].max(), max(points[:, 1].max(), 1e-9)
     with sheet(left + side + 16, top + side + 42, "Learning curves") as figure:
-        ax = _axes(figure, left, top, side, side)
+        ax = place(figure, left, top, side, side)
         for name, colour, curve in curves:
             # More points than pixels would only make the page larger.
             drawn = [*curve[: -1 : max(1, len(curve) // 300)], curve[-1]]
@@ -239,7 +247,7 @@ def overlap_ring(space: LabelSpace, most: int = 40) -> Markup:
         return inline(figure)
 
 
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+def place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
     """Add axes that cover these pixels, counted from the figure's upper left corner."""
     w, h = figure.get_size_inches() * 72
     return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))

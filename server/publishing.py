@@ -27,9 +27,11 @@ from consilience.server.answered import CoverageStores, Usable, block_size, bloc
 from consilience.server.answers import AnswerStore
 from consilience.server.card import card_markdown
 from consilience.server.contract import RunContract
+from consilience.server.coverage_check import believed
 from consilience.server.judge import Judgement, agreement, auroc, judge
-from consilience.server.labelling import Diagnostics, unifier, usable_coverage
+from consilience.server.labelling import Diagnostics, anchored, load_other, unifier, usable_coverage
 from consilience.server.learning import StudentModel
+from consilience.server.publishing_coverage import coverage_findings
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
     CoverageFindings,
@@ -92,7 +94,9 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             "do: about the odds between those the rule unify.across decides."
         )
     judgement, about_test = _judgement(outcome, student)
-    aurocs = _coverage_aurocs(outcome)
+    truth = _pool_truth(outcome)
+    told = coverage_findings(outcome.pool, space, outcome.stores, outcome.coverage, diagnostics.checks, truth)
+    aurocs = _coverage_aurocs(outcome, truth)
     return Findings(
         job=settings.name,
         seed=settings.seed,
@@ -105,7 +109,10 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             outcome.samples.unknown,
         ),
         space=space,
-        sites=[_site(card, answers[card.name], outcome, aurocs.get(card.name)) for card in outcome.contract.sites],
+        sites=[
+            _site(card, answers[card.name], outcome, told.get(card.name, CoverageFindings()), aurocs.get(card.name))
+            for card in outcome.contract.sites
+        ],
         unify=UnifyFindings(
             settings.unify.method,
             settings.unify.across,
@@ -114,6 +121,8 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             converged,
             diagnostics.largest_residual,
             joined,
+            settings.unify.strength if settings.unify.method == "ce" else None,
+            *_outside(outcome),
         ),
         student=StudentFindings(
             settings.student.architecture,
@@ -126,7 +135,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         learning=outcome.curves,
         agreement=agreement((block.answers for block in blocks(outcome.stores, block_size(space))), space),
         partition=_partition(outcome.run),
-        samples=_samples(outcome, student),
+        samples=_samples(outcome, student, truth),
         versions=versions(),
     )
 
@@ -156,14 +165,30 @@ def versions() -> dict[str, str]:
 def _joined(outcome: Outcome) -> bool:
     """Whether coverage decides the odds between components: at most one has no site that gave all of it."""
     space = outcome.space
-    told = list(zip(space.class_sets, outcome.coverage, strict=True))
+    used = believed(space, outcome.coverage, outcome.diagnostics.checks)
+    told = list(zip(space.class_sets, used, strict=True))
     if outcome.settings.unify.method == "sd" and any(store is None or not store.complete for _, store in told):
         return False
     covered = {space.components[classes[0]] for classes, store in told if store is not None and store.complete}
     return bool(covered) and len(covered) >= max(space.components)
 
 
-def _site(card: SiteCard, held: Sequence[AnswerStore], outcome: Outcome, coverage_auroc: float | None) -> SiteFindings:
+def _outside(outcome: Outcome) -> tuple[float | None, int | None]:
+    """Return how likely a labelled sample is outside the label space on average, and how many count less than half."""
+    other = load_other(outcome.run / "labels")
+    if other is None:
+        return None, None
+    values = np.asarray(other if outcome.samples.ids is None else other[outcome.samples.ids], np.float64)
+    return float(values.mean()), int((values > 0.5).sum())
+
+
+def _site(
+    card: SiteCard,
+    held: Sequence[AnswerStore],
+    outcome: Outcome,
+    coverage: CoverageFindings,
+    coverage_auroc: float | None,
+) -> SiteFindings:
     stores = [store for store in held if store.about.kind == "log-probs"]
     covers = [store for store in held if store.about.kind == "coverage"]
     asked = sum(store.about.size for store in stores)
@@ -182,7 +207,8 @@ def _site(card: SiteCard, held: Sequence[AnswerStore], outcome: Outcome, coverag
         precision=outcome.settings.ask.encoding,
         holdout_accuracy=card.holdout_accuracy,
         calibration=None if card.calibration is None else card.calibration.model_dump(),
-        coverage=CoverageFindings(
+        coverage=replace(
+            coverage,
             asked=bool(covers),
             encoding=covers[0].about.encoding if covers else None,
             bytes=sum(store.bytes for store in covers),
@@ -193,16 +219,23 @@ def _site(card: SiteCard, held: Sequence[AnswerStore], outcome: Outcome, coverag
     )
 
 
-def _coverage_aurocs(outcome: Outcome) -> dict[str, float | None]:
+def _pool_truth(outcome: Outcome) -> NDArray[np.int64] | None:
+    """Return the pool's true labels in the label space, for judging; None where there are none."""
+    path, synonyms = outcome.settings.judge.pool_labels, outcome.settings.labels.synonyms
+    if path is None or outcome.test is None:
+        return None
+    return pool_truth(path, len(outcome.pool), outcome.test, outcome.space, synonyms)
+
+
+def _coverage_aurocs(outcome: Outcome, pooled: NDArray[np.int64] | None) -> dict[str, float | None]:
     """Return site -> AUROC of its coverage: on the pool where its true labels are known, else on the test pool."""
-    test, space, settings = outcome.test, outcome.space, outcome.settings
-    if test is None:
-        return {}
-    synonyms, path = settings.labels.synonyms, settings.judge.pool_labels
-    if path is not None:
-        truth, stores = pool_truth(path, len(outcome.pool), test, space, synonyms), outcome.coverage
+    test, space = outcome.test, outcome.space
+    if pooled is not None:
+        truth, stores = pooled, outcome.coverage
+    elif test is not None:
+        truth, stores = test_truth(test, space, outcome.settings.labels.synonyms), outcome.test_coverage
     else:
-        truth, stores = test_truth(test, space, synonyms), outcome.test_coverage
+        return {}
     found: dict[str, float | None] = {}
     for site, classes, store in zip(space.sites, space.class_sets, stores, strict=True):
         if store is not None:
@@ -227,10 +260,14 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
             absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
             warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
         if len({label for i in whole for label in space.class_sets[i]}) == len(space):
-            covers = [outcome.test_coverage[i] for i in whole]
+            used = believed(space, outcome.test_coverage, outcome.diagnostics.checks)
+            covers = [used[i] for i in whole]
             told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
             coverage = usable_coverage(settings.unify, told)
-            solve = unifier(space, settings.unify, outcome.cards, whole, covered=coverage is not None)
+            sets = [space.class_sets[i] for i in whole]
+            solve = unifier(space, settings.unify, outcome.cards, whole, covered=False)
+            if settings.unify.other and anchored(solve, sets, coverage):
+                solve = unifier(space, settings.unify, outcome.cards, whole)
             unified = solve(list(given.values()), coverage=coverage).probs
             partly = [c.about.site for c in covers if c is not None and not c.complete]
             if partly:
@@ -265,25 +302,20 @@ def _chunks(total: int, size: int) -> Iterator[NDArray[np.int64]]:
         yield np.arange(start, min(start + size, total))
 
 
-def _samples(outcome: Outcome, student: StudentModel) -> Samples:
+def _samples(outcome: Outcome, student: StudentModel, truth: NDArray[np.int64] | None) -> Samples:
     """Return a few samples spread evenly over those learnt from: no choice, so nothing is picked to look good."""
     usable = outcome.samples.ids
     total = outcome.samples.count
     ids = np.linspace(0, total - 1, min(SAMPLES_SHOWN, total)).astype(np.int64)
     ids = ids if usable is None else usable[ids]
     images = outcome.pool.take(ids)
-    truth = None
-    judge_settings = outcome.settings.judge
-    if judge_settings.pool_labels is not None and outcome.test is not None:
-        synonyms = outcome.settings.labels.synonyms
-        truth = pool_truth(judge_settings.pool_labels, len(outcome.pool), outcome.test, outcome.space, synonyms)[ids]
     return Samples(
         ids=ids,
         images=images,
         soft_labels=np.asarray(outcome.labels[ids]),
         answers=[_rows(store, ids) for store in outcome.stores],
         student=student.log_probs(images),
-        truth=truth,
+        truth=None if truth is None else truth[ids],
     )
 
 

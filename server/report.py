@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from consilience.common.labels import LabelSpace
 from consilience.server.judge import BASELINES, Judgement, Score, SiteScore
+from consilience.server.report_coverage import coverage_dict, coverage_summary, coverage_warnings
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_format import listing, number_of, percent
 from consilience.server.report_page import render_page
@@ -52,7 +54,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
         "student": _student(findings),
         "test": None if judged is None else {"count": judged.count, "outside": judged.outside},
         "baselines": _baselines(judged),
-        "sites": [_site(site, scores.get(site.name), site.name in space.sites) for site in findings.sites],
+        "sites": [_site(site, scores.get(site.name), space) for site in findings.sites],
         "left_out": findings.left_out,
         "unify": {
             "method": findings.unify.method,
@@ -62,6 +64,10 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             "converged": findings.unify.converged,
             "residual": findings.unify.residual,
             "joined": findings.unify.joined,
+            "strength": findings.unify.strength,
+            "other": findings.unify.other,
+            "mostly_other": findings.unify.mostly_other,
+            "coverage": coverage_summary(findings) or None,
         },
         "agreement": findings.agreement,
         "partition": None
@@ -128,6 +134,7 @@ def derived_warnings(findings: Findings) -> list[str]:
             total = told.answers + told.missed
             found.append(f"Site {site.name}: no coverage for {number_of(told.missed, 'sample')} of {total:,}{why}.")
     found += [f"{who[0].upper()}{who[1:]} does not take part: {why}." for who, why in findings.left_out.items()]
+    found += coverage_warnings(findings)
     pool = findings.pool
     if pool.left_out:
         worst = sorted(pool.unknown, key=lambda name: -pool.unknown[name])
@@ -196,12 +203,12 @@ def _score(score: Score | None) -> dict[str, Any]:
     return {"accuracy": score.accuracy, "interval": (score.low, score.high)}
 
 
-def _site(site: SiteFindings, score: SiteScore | None, took_part: bool) -> dict[str, Any]:
+def _site(site: SiteFindings, score: SiteScore | None, space: LabelSpace) -> dict[str, Any]:
     names = ("accuracy", "teacher_accuracy", "student_accuracy", "student_accuracy_restricted", "confidence_auroc")
     return {
         **vars(site),
-        "coverage": vars(site.coverage),
-        "took_part": took_part,
+        "coverage": coverage_dict(site.coverage, space),
+        "took_part": site.name in space.sites,
         "test_images": score.count if score else None,
         **{name: getattr(score, name) if score else None for name in names},
     }

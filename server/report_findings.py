@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from consilience.common.labels import LabelSpace
 from consilience.server.judge import Judgement
+from consilience.server.judge_coverage import CoverageFigures
 
 Curve = Sequence[Mapping[str, Any]]
 """One mapping an epoch, with `epoch`, `loss`, `learning_rate`, `seconds`."""
@@ -36,11 +37,27 @@ class PoolFindings:
 
 
 @dataclass(frozen=True)
+class CoverageExamples:
+    """Pool samples at one end of a site's coverage, the utmost first.
+
+    `ids` (k,) their numbers in the pool, `coverage` (k,), `images` (k, H, W, C) or (k, H, W) uint8; `truth` (k,)
+    indices into the label space, -1 for a class of no site, or None.
+    """
+
+    ids: NDArray[np.integer[Any]]
+    coverage: NDArray[np.floating[Any]]
+    images: NDArray[np.uint8]
+    truth: NDArray[np.integer[Any]] | None = None
+
+
+@dataclass(frozen=True)
 class CoverageFindings:
     """What one site told of coverage, about pool and test pool together.
 
     `encoding` is None where it was not asked; `bytes` is the size of the `answers`; `missed` are samples that it was
-    asked about and did not answer.
+    asked about and did not answer. `figures` and the examples `largest` and `smallest` are about the pool alone, None
+    where the site told nothing about it. `agreement` with the other sites is None where they cannot judge it;
+    `left_out` says why its coverage is left out of unification.
     """
 
     asked: bool = False
@@ -48,6 +65,11 @@ class CoverageFindings:
     bytes: int = 0
     answers: int = 0
     missed: int = 0
+    figures: CoverageFigures | None = None
+    largest: CoverageExamples | None = None
+    smallest: CoverageExamples | None = None
+    agreement: float | None = None
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,10 @@ class SiteFindings:
 class UnifyFindings:
     """How unification went: `converged` is a share of samples, `residual` the largest of any sample.
 
-    `joined`: the sites' coverage decides the odds between components, and not the rule `across`.
+    `joined`: the sites' coverage decides the odds between components, and not the rule `across`. `strength`: how much
+    coverage counts beside answers, None for a method that knows no such thing. `other`: how likely a sample is outside
+    the label space on average, and `mostly_other`: how many samples count less than half for that; None in a closed
+    world.
     """
 
     method: str
@@ -93,6 +118,9 @@ class UnifyFindings:
     converged: float | None = None
     residual: float | None = None
     joined: bool = False
+    strength: float | None = None
+    other: float | None = None
+    mostly_other: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The page report.html: what is shown, in which order, and how much of it.
 
 Lives here: turning findings into the values that the templates lay out, and where long lists are cut. Does not live
-here: markup and style (templates/), figures (server/plots), the pool samples (server/report_samples).
+here: markup and style (templates/), figures (server/plots), the pool samples (server/report_samples), coverage
+(server/report_coverage).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from markupsafe import Markup, escape
 
 from consilience.server import plots, report_format
 from consilience.server.judge import Judgement
+from consilience.server.report_coverage import coverage_views
 from consilience.server.report_findings import Findings
 from consilience.server.report_format import listing, number_of, percent
 from consilience.server.report_samples import sample_views
@@ -28,6 +30,7 @@ CONTENDERS = (
     ("naive", "Naive ensemble", "zero-padded mean of the sites’ probabilities"),
     ("hard_vote", "Majority vote", "each site votes for one of its classes"),
     ("max_confidence", "Most confident site", "the class of the largest probability"),
+    ("least_uncertain", "Least uncertain site", "the class of the answer with the least relative entropy"),
     ("best_site", "Best single site", "the best of the sites on its own"),
     ("oracle", "Oracle", "the same student, trained with the pool’s true labels"),
 )
@@ -62,6 +65,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "agreement": agreement(findings),
         "learning": learning(findings),
         "samples": sample_views(findings),
+        "coverage": coverage_views(findings),
         "stages": bars([(name, seconds) for name, seconds in report["timing"].items()]),
         "bytes": bars([(site["name"], site["bytes"]) for site in report["sites"]], most=12),
         "totals": {name: sum(site[name] for site in report["sites"]) for name in ("answers", "bytes", "seconds")},

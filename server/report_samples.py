@@ -32,11 +32,11 @@ def sample_views(findings: Findings) -> list[dict[str, Any]]:
     return [] if samples is None else [_view(findings, samples, k) for k in range(min(len(samples.ids), MOST_SAMPLES))]
 
 
-def png_data_uri(image: NDArray[np.uint8]) -> str:
-    """Return an image (H, W), (H, W, 1) or (H, W, 3) uint8 as a PNG data URI, scaled down if it is large."""
+def png_data_uri(image: NDArray[np.uint8], side: int = LARGEST_SIDE) -> str:
+    """Return an image (H, W), (H, W, 1) or (H, W, 3) uint8 as a PNG data URI, no side longer than `side` pixels."""
     pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
     picture = Image.fromarray(np.ascontiguousarray(pixels))
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -13,6 +13,7 @@ CONTENDERS = {
     "best_site": "best site",
     "hard_vote": "hard vote",
     "max_confidence": "max confidence",
+    "least_uncertain": "least uncertain",
     "unified_ensemble": "unified ensemble",
 }
 

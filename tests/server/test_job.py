@@ -524,10 +524,10 @@ def test_sites_that_offer_coverage_are_asked_for_it_as_finely_as_they_allow(
     assert {name for name, _ in sites.asked_coverage} == {"coarse", "fine"}
     found = sites_of(report)
     told = {"answers": SAMPLES + TEST, "missed": 0, "asked": True}
-    assert found["fine"]["coverage"] == {**told, "encoding": "f16", "bytes": 2 * (SAMPLES + TEST)}
-    assert found["coarse"]["coverage"] == {**told, "encoding": "u8", "bytes": SAMPLES + TEST}
+    assert found["fine"]["coverage"].items() >= {**told, "encoding": "f16", "bytes": 2 * (SAMPLES + TEST)}.items()
+    assert found["coarse"]["coverage"].items() >= {**told, "encoding": "u8", "bytes": SAMPLES + TEST}.items()
     nothing = {"answers": 0, "missed": 0, "asked": False}
-    assert found["none"]["coverage"] == {**nothing, "encoding": None, "bytes": 0}
+    assert found["none"]["coverage"].items() >= {**nothing, "encoding": None, "bytes": 0}.items()
     assert [site["answers"] for site in report["sites"]] == [SAMPLES + TEST] * 3
     pool = Pool.open(home / "pool")
     for name, kinds in (("fine", 4), ("coarse", 4), ("none", 2)):

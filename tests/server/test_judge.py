@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, entropy
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from consilience.common.labels import LabelSpace
-from consilience.server.judge import BASELINES, BINS, agreement, calibration, judge, score, wilson
+from consilience.server.judge import BASELINES, BINS, agreement, calibration, judge, score, uncertainty, wilson
 
 SPACE = LabelSpace(("a", "b", "c", "d"), ("east", "north", "west"), ((0, 1), (2, 1), (3, 2, 0)))
 
@@ -94,6 +94,47 @@ class TestEnsembles:
         assert found.baselines["best_site"] is not None
         assert found.baselines["best_site"].accuracy == pytest.approx(max(single))
         assert [s.accuracy for s in found.sites] == pytest.approx(single)
+
+    def test_the_least_uncertain_site_answers_against_scipy(self) -> None:
+        case = random_case(11)
+        chosen = []
+        for n in range(len(case["truth"])):
+            doubt = [entropy(np.exp(rows[n].astype(float))) / np.log(len(rows[n])) for rows in case["answers"]]
+            site = int(np.argmin(doubt))
+            chosen.append(SPACE.class_sets[site][case["answers"][site][n].argmax()])
+        found = judge(space=SPACE, **case).baselines
+        assert found["least_uncertain"] == score(chosen, case["truth"])
+        assert found["least_uncertain"] != found["max_confidence"]
+
+    @pytest.mark.parametrize(
+        ("north", "west", "chosen"),
+        [
+            ([0.75, 0.25], [0.2, 0.6, 0.2], 2),  # 0.81 of one bit against 0.87 of log2(3) bits; order of sets (c, b)
+            ([0.6, 0.4], [0.15, 0.7, 0.15], 2),  # more sure of three classes than of two; west's c
+            ([0.8, 0.2], [0.8, 0.1, 0.1], 3),  # a probability of 0.8 each, but 0.72 against 0.58 of the most
+        ],
+    )
+    def test_entropy_counts_relative_to_the_number_of_classes(
+        self, north: list[float], west: list[float], chosen: int
+    ) -> None:
+        for truth in range(4):
+            found = judge([truth], SPACE, [None, logs(north), logs(west)], None, one_hot([0]), None)
+            least = found.baselines["least_uncertain"]
+            assert least is not None
+            assert least.correct == (truth == chosen)
+
+    def test_sites_that_are_equally_certain_tie_and_one_class_says_nothing(self) -> None:
+        # east is certain of a, north of c; west adds to c: the summed probability decides.
+        for order, chosen in (([0.6, 0.3, 0.1], 2), ([0.3, 0.1, 0.6], 0)):
+            west = logs([order[1], order[0], order[2]])
+            found = judge([chosen], SPACE, [logs([1, 0]), logs([1, 0]), west], None, one_hot([0]), None)
+            assert found.baselines["least_uncertain"] == score([chosen], [chosen])
+        space = LabelSpace(("a", "b", "c"), ("one", "two"), ((0,), (1, 2)))
+        found = judge([1], space, [logs([1.0]), logs([0.6, 0.4])], None, one_hot([0], 3), None)
+        assert found.baselines["least_uncertain"] == score([1], [1])
+
+    def test_uncertainty_is_between_certain_and_a_guess(self) -> None:
+        assert uncertainty(np.array([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])) == pytest.approx([0, 1])
 
     def test_offset_of_a_row_changes_nothing(self) -> None:
         case = random_case()

@@ -18,8 +18,11 @@ from PIL import Image
 from consilience.common.labels import LabelSpace
 from consilience.server import plots, report_format
 from consilience.server.judge import BASELINES, Bin, Judgement, agreement, judge
+from consilience.server.judge_coverage import coverage_figures
 from consilience.server.report import comparable, headline, render_html, report_dict
 from consilience.server.report_findings import (
+    CoverageExamples,
+    CoverageFindings,
     Findings,
     Partition,
     PoolFindings,
@@ -188,7 +191,7 @@ class TestReportDict:
         assert report["student"]["calibration_error"] == judged.calibration_error
         assert [row["name"] for row in report["student"]["per_class"]] == list(findings.space.names)
         assert [row["recall"] for row in report["student"]["per_class"]] == [c.recall for c in judged.classes]
-        for name in ("naive", "best_site", "hard_vote", "max_confidence", "unified_ensemble", "oracle"):
+        for name in BASELINES:
             score = judged.baselines[name]
             assert score is not None
             assert report["baselines"][name]["accuracy"] == score.accuracy
@@ -411,6 +414,29 @@ class TestPage:
         assert found.text.count(EVIL) > 10
         assert "<script" not in render_html(findings, report_dict(findings))
 
+    def test_names_are_escaped_where_coverage_is_shown(self) -> None:
+        findings = make((EVIL, "b&b", "c", "d"))
+        rng = np.random.default_rng(0)
+        told, ids = rng.uniform(size=50), np.arange(2)
+        part = CoverageExamples(ids, told[:2], rng.integers(0, 256, (2, 8, 8, 1)).astype(np.uint8), np.array([0, -1]))
+        covered = CoverageFindings(
+            asked=True,
+            figures=coverage_figures(told, told > 0.4, told),
+            largest=part,
+            smallest=replace(part, truth=None),
+            agreement=0.5,
+            left_out="it does not tell",
+        )
+        space = replace(findings.space, sites=(EVIL, *findings.space.sites[1:]))
+        site = replace(findings.sites[0], name=EVIL, coverage=covered)
+        findings = replace(findings, space=space, sites=[site, *findings.sites[1:]])
+        text = words(findings)
+        assert f"ROC of the coverage of {EVIL}" in [v for n, v in page(findings).attributes if n == "aria-label"]
+        for said in ("a class of no site", f"Site {EVIL}: its coverage is left out", "None of it was used"):
+            assert said in text
+        assert "<script" not in render_html(findings, report_dict(findings))
+        strict(report_dict(findings))
+
     @pytest.mark.parametrize("matrix", [None, np.full((3, 3), np.nan)])
     def test_sites_that_cannot_be_compared_get_no_section(self, matrix: Any) -> None:
         assert "Do the sites agree?" in page(make()).text
@@ -465,11 +491,11 @@ class TestViews:
         report["student"].update(accuracy=0.789, interval=[0.7626, 0.8132])
         report["baselines"]["oracle"]["accuracy"] = None
         found = contenders(report)
-        assert [c["kind"] for c in found] == ["student", *["other"] * 5]
+        assert [c["kind"] for c in found] == ["student", *["other"] * 6]
         assert found[0]["value"].replace("\u00a0", " ") == "78.9 %"
         assert found[0]["interval"].replace("\u00a0", " ") == "76.3–81.3 %"
         assert (found[0]["width"], found[0]["low"], found[0]["span"]) == ("78.90", "76.26", "5.06")
-        assert found[5]["about"].endswith(report["baselines"]["best_site"]["site"])
+        assert found[6]["about"].endswith(report["baselines"]["best_site"]["site"])
 
     def test_overlap(self) -> None:
         few, many = overlap(make()), overlap(wide(40, 100))

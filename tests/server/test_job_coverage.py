@@ -1,0 +1,273 @@
+"""A job whose sites give good, constant or inverted coverage: who is left out, and what the report says and shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from flwr.app import RecordDict
+from scipy.special import log_softmax
+from sklearn.metrics import roc_auc_score
+
+from consilience.common.data import from_arrays
+from consilience.common.encoding import encode, encode_coverage
+from consilience.common.files import read_json
+from consilience.common.pool import Pool
+from consilience.common.progress import Reporter
+from consilience.common.protocol import Answer, Question
+from consilience.common.settings import CoverageEncoding, JobSettings
+from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.server import coverage_check
+from consilience.server.job import Job
+from helpers.sites import Handler, Sites, grid_of
+
+SAMPLES, TEST = 400, 30
+NAMES = ("a", "b", "c", "d", "e", "f")
+RING = {"east": ("a", "b", "c"), "north": ("c", "d", "e"), "west": ("e", "f", "a")}
+APART = {"east": ("a", "b"), "north": ("c", "d"), "west": ("e", "f")}
+PAIR = {"east": ("a", "b", "c"), "west": ("d", "e", "f")}
+RNG = np.random.default_rng(5)
+LABELS = RNG.integers(0, len(NAMES), SAMPLES)
+LOGITS = RNG.normal(0, 1, (SAMPLES, len(NAMES))) + 3.0 * np.eye(len(NAMES))[LABELS]
+Told = Callable[[np.ndarray], np.ndarray]
+GOOD: Told = lambda c: c  # noqa: E731
+CONSTANT: Told = lambda c: np.full_like(c, 0.4)  # noqa: E731
+INVERTED: Told = lambda c: 1 - c  # noqa: E731
+NOISE: Told = lambda c: np.random.default_rng(1).permutation(SAMPLES)[: len(c)] / SAMPLES  # noqa: E731
+
+
+def true_coverage(classes: tuple[str, ...]) -> np.ndarray:
+    known = [NAMES.index(name) for name in classes]
+    return np.asarray(np.exp(log_softmax(LOGITS, axis=1))[:, known].sum(axis=1))
+
+
+def site(classes: tuple[str, ...], told: Told) -> Handler:
+    """A site whose answers and coverage are those of the truth but for what `told` makes of the coverage."""
+    known = [NAMES.index(name) for name in classes]
+    values = told(true_coverage(classes))
+
+    def handler(question: Question, attempt: int) -> RecordDict:
+        rows = slice(question.start, question.stop)
+        if question.kind == "coverage":
+            data = encode_coverage(values[rows].astype(np.float32), cast(CoverageEncoding, question.encoding))
+        else:
+            data = encode(log_softmax(LOGITS[rows][:, known], axis=1).astype(np.float32), "f32")
+        return Answer(question, data, 0.1).to_content()
+
+    return handler
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (SAMPLES, 16, 16), np.uint8)
+    Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
+    Pool.build(from_arrays(pixels[:TEST], None, (), where="test"), tmp_path / "test-pool")
+    np.savez(tmp_path / "test.npz", x=pixels[:TEST], y=LABELS[:TEST], names=np.array(NAMES))
+    np.save(tmp_path / "labels.npy", LABELS)
+    return tmp_path
+
+
+@pytest.fixture
+def reporter() -> Iterator[Reporter]:
+    with Reporter(quiet=True) as quiet:
+        yield quiet
+
+
+def do(
+    home: Path,
+    reporter: Reporter,
+    told: dict[str, Told],
+    classes: dict[str, tuple[str, ...]] = RING,
+    run: str = "run",
+    judged: bool = True,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Do a job; a site that `told` does not name gives no coverage."""
+    judge: dict[str, Any] = {"test": {"kind": "npz", "path": "test.npz"}, "test_pool": "test-pool"}
+    raw: dict[str, Any] = {
+        "name": "job",
+        "pool": "pool",
+        "ask": {"encoding": "f32", "question_size": 200, "retries": 0},
+        "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32", "augment": False}},
+        "judge": judge | ({"pool_labels": "labels.npy"} if judged else {}),
+        **changes,
+    }
+    handlers = {name: site(known, told.get(name, GOOD)) for name, known in classes.items()}
+    sites = Sites(handlers, classes=classes, coverage=dict.fromkeys(told, ("f16",)))
+    folder = home / run
+    folder.mkdir(exist_ok=True)
+    dump_settings(parse_settings(raw, JobSettings, source="job.yaml", folder=home), folder / "job.yaml")
+    with grid_of(sites) as grid:
+        Job.open(folder, reporter).do(grid)
+    report: dict[str, Any] = read_json(folder / "report.json")
+    return report
+
+
+def left_out(report: dict[str, Any]) -> dict[str, str]:
+    told = {row["name"]: row["coverage"]["left_out"] for row in report["sites"]}
+    return {name: reason for name, reason in told.items() if reason}
+
+
+def events(home: Path, run: str = "run") -> list[dict[str, Any]]:
+    lines = (home / run / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "coverage-left-out"]
+
+
+@pytest.mark.parametrize(
+    ("told", "out"),
+    [
+        ({"east": GOOD, "north": GOOD, "west": GOOD}, {}),
+        ({"east": GOOD, "north": CONSTANT, "west": GOOD}, {"north": "does not tell"}),
+        ({"east": GOOD, "north": NOISE, "west": GOOD}, {"north": "does not tell"}),
+        ({"east": GOOD, "north": GOOD, "west": INVERTED}, {"west": "none of its classes"}),
+        ({"east": CONSTANT, "north": GOOD, "west": INVERTED}, {"east": "does not tell", "west": "none of its"}),
+        ({"east": INVERTED, "north": INVERTED, "west": GOOD}, {"east": "none of its", "north": "none of its"}),
+    ],
+)
+def test_coverage_that_the_others_contradict_is_left_out_and_said(
+    home: Path, reporter: Reporter, told: dict[str, Told], out: dict[str, str]
+) -> None:
+    report = do(home, reporter, told)
+    found = left_out(report)
+    assert found.keys() == out.keys()
+    assert all(words in found[name] for name, words in out.items())
+    diagnostics = read_json(home / "run" / "labels" / "diagnostics.json")
+    assert {name for name, check in diagnostics["checks"].items() if check["reason"]} == out.keys()
+    assert diagnostics["coverage"] == {name: 0 if name in out else SAMPLES for name in told}
+    assert {event["site"]: event["reason"] for event in events(home)} == found
+    agreement = {row["name"]: row["coverage"]["agreement"] for row in report["sites"]}
+    assert all((agreement[name] < 0.55) == (name in out) for name in told)
+    page = (home / "run" / "report.html").read_text()
+    for name in told:
+        said = [w for w in report["warnings"] if f"Site {name}: its coverage is left out of unification because" in w]
+        assert len(said) == (name in out)
+        assert (f"Site {name}: its coverage is left out" in page) == (name in out)
+    # What is left out is as if it had not been given.
+    rest = {name: values for name, values in told.items() if name not in out}
+    do(home, reporter, rest, run="without")
+    labels = [np.load(home / run / "labels" / "q.npy") for run in ("run", "without")]
+    assert np.array_equal(*labels)
+    students = [(home / run / "student" / "model.safetensors").read_bytes() for run in ("run", "without")]
+    assert (students[0] == students[1]) is True
+
+
+@pytest.mark.parametrize("learning", ["direct-ce", "soft-labels"])
+def test_the_student_and_the_ensemble_do_not_see_it_either(home: Path, reporter: Reporter, learning: str) -> None:
+    student = {"architecture": "cnn3", "learning": learning, "fit": {"epochs": 1, "precision": "f32", "augment": False}}
+    report = do(home, reporter, {"east": GOOD, "north": GOOD, "west": INVERTED}, student=student)
+    other = do(home, reporter, {"east": GOOD, "north": GOOD}, run="without", student=student)
+    assert left_out(report).keys() == {"west"}
+    assert report["student"]["accuracy"] == other["student"]["accuracy"]
+    assert report["baselines"]["unified_ensemble"] == other["baselines"]["unified_ensemble"]
+    assert [e["loss"] for e in report["learning"]["student"]] == [e["loss"] for e in other["learning"]["student"]]
+
+
+def test_where_two_sites_contradict_each_other_and_nobody_else_can_say_both_are_left_out(
+    home: Path, reporter: Reporter
+) -> None:
+    report = do(home, reporter, {"east": GOOD, "west": INVERTED}, PAIR)
+    assert left_out(report).keys() == {"east", "west"}
+    assert report["unify"]["joined"] is False
+    assert any("fall apart" in warning for warning in report["warnings"])
+    assert "None of it was used" in report["unify"]["coverage"]
+
+
+def test_a_site_that_nobody_can_judge_is_believed(home: Path, reporter: Reporter) -> None:
+    report = do(home, reporter, {"east": CONSTANT}, PAIR)
+    assert left_out(report) == {}
+    assert report["sites"][0]["coverage"]["agreement"] is None
+    assert any("nearly the same for every sample (from 0.400 to 0.400)" in w for w in report["warnings"])
+
+
+def test_other_methods_and_few_samples_leave_coverage_alone(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"east": GOOD, "north": GOOD, "west": INVERTED}
+    report = do(home, reporter, told, unify={"method": "sd"})
+    assert left_out(report) == {}
+    assert report["unify"]["strength"] is None
+    monkeypatch.setattr(coverage_check, "FEWEST", SAMPLES + 1)
+    assert left_out(do(home, reporter, told, run="few")) == {}
+    monkeypatch.setattr(coverage_check, "FEWEST", SAMPLES)
+    assert left_out(do(home, reporter, told, run="enough")).keys() == {"west"}
+
+
+def test_a_subset_is_drawn_by_the_seed_of_the_job(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coverage_check, "MOST", 250)
+    told = {"east": GOOD, "north": GOOD, "west": INVERTED}
+
+    def checks(run: str, seed: int) -> Any:
+        do(home, reporter, told, run=run, seed=seed)
+        return read_json(home / run / "labels" / "diagnostics.json")["checks"]
+
+    first = checks("one", 3)
+    assert {check["samples"] for check in first.values()} == {250}
+    assert first == checks("two", 3)
+    assert first != checks("three", 4)
+
+
+def test_a_repeat_keeps_the_verdict(home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"east": GOOD, "north": GOOD, "west": INVERTED}
+    first = do(home, reporter, told)
+    monkeypatch.setattr(coverage_check, "recalibrate", lambda *_: pytest.fail("checked again"))
+    assert left_out(do(home, reporter, told)) == left_out(first)
+
+
+def test_without_coverage_in_a_component_no_sample_is_outside(home: Path, reporter: Reporter) -> None:
+    report = do(
+        home, reporter, {"east": GOOD, "north": INVERTED, "west": GOOD}, APART, unify={"other": 0.05}, judged=False
+    )
+    assert left_out(report).keys() == {"north"}
+    assert report["unify"]["other"] == 0.0
+    whole = do(home, reporter, {"east": GOOD, "north": GOOD, "west": GOOD}, APART, "whole", unify={"other": 0.5})
+    other = np.load(home / "whole" / "labels" / "other.npy").astype(np.float64)
+    assert 0 < whole["unify"]["other"] == pytest.approx(other.mean())
+    assert whole["unify"]["mostly_other"] == int((other > 0.5).sum())
+    assert "samples count less than half" in whole["unify"]["coverage"].replace("\u00a0", " ")
+    card = (home / "whole" / "card.md").read_text()
+    assert "Coverage: 3" in card
+    assert "It decided the odds between components" in card
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_the_report_shows_every_site_s_coverage(home: Path, reporter: Reporter, judged: bool) -> None:
+    report = do(home, reporter, {"east": GOOD, "north": GOOD}, judged=judged)
+    page = (home / "run" / "report.html").read_text()
+    told = "2\u00a0sites gave coverage: east, north. It was used with strength 0.25."
+    assert told in page
+    assert told.replace("\u00a0", " ") in (home / "run" / "card.md").read_text()
+    assert "What the sites say is theirs" in page
+    rows = {row["name"]: row for row in report["sites"]}
+    assert rows["west"]["coverage"]["figures"] is None
+    assert rows["west"]["coverage"]["largest"] == []
+    for name in ("east", "north"):
+        values = true_coverage(RING[name]).astype(np.float16).astype(np.float64)
+        found = rows[name]["coverage"]
+        figures = found["figures"]
+        assert figures["samples"] == sum(figures["counts"]) == SAMPLES
+        assert figures["mean"] == pytest.approx(values.mean(), abs=1e-3)
+        assert (f"ROC of the coverage of {name}" in page) is judged
+        assert (f"Reliability diagram of the coverage of {name}" in page) is judged
+        assert f"Distribution of the coverage of {name}" in page
+        order = np.argsort(-values, kind="stable")
+        for end, ids in (("largest", order[:8]), ("smallest", np.argsort(values, kind="stable")[:8])):
+            assert [e["id"] for e in found[end]] == ids.tolist()
+            assert [e["coverage"] for e in found[end]] == pytest.approx(values[ids], abs=1e-3)
+            assert [e["class"] for e in found[end]] == [NAMES[i] if judged else None for i in LABELS[ids]]
+        mine = np.isin(LABELS, [NAMES.index(c) for c in RING[name]])
+        known = [NAMES.index(c) for c in RING[name]]
+        sure = np.exp(log_softmax(LOGITS[:, known].astype(np.float32), axis=1)).max(axis=1)
+        if judged:
+            assert figures["share"] == mine.mean()
+            assert figures["roc"]["auroc"] == pytest.approx(roc_auc_score(mine, values))
+            assert figures["confidence"]["auroc"] == pytest.approx(roc_auc_score(mine, sure), abs=1e-4)
+            assert rows[name]["coverage_auroc"] == pytest.approx(figures["roc"]["auroc"])
+        else:
+            assert (figures["roc"], figures["share"], figures["mine"], figures["reliability"]) == (None, None, None, [])
