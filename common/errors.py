@@ -273,9 +273,9 @@ class CoverageError(ConsilienceError):
     exit_code = 23
     name = "coverage"
     explanation = (
-        "A site's coverage, its estimate of which images are of its classes, could not be learned from the private data "
-        "and the pool, or what was learned does not fit the settings any more. The message names the reason. A site can "
-        "always take part without it: set policy.coverage: off."
+        "A site's coverage, its estimate of which images are of its classes, could not be learned from the private "
+        "data and the pool, or what was learned does not fit the settings any more. The message names the reason. A "
+        "site can always take part without it: set policy.coverage: off."
     )
 
 
