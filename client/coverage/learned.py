@@ -23,6 +23,8 @@ from consilience.common.preprocessing import Images
 from consilience.common.settings import Preprocessing, Settings, SiteSettings
 
 FOLDER = "coverage"
+MOST_TO_RANK = 0.8
+"""With a higher prior the rest of the pool is too small to say from it how well it is told apart."""
 _AGAIN = "Run `consilience site train`"
 
 
@@ -62,9 +64,9 @@ class CoverageRecord(Settings):
         """Area under the ROC of "mine" over the pool, as far as it can be known without labels.
 
         The pool is a mixture: the chance that a private image outranks one of the pool is prior / 2 + (1 - prior) *
-        AUROC. None where the prior leaves nothing to rank.
+        AUROC. None with a prior above `MOST_TO_RANK`.
         """
-        if self.abstains is not None or self.prior > 0.99:
+        if self.abstains is not None or self.prior > MOST_TO_RANK:
             return None
         return float(np.clip((self.private_over_pool - self.prior / 2) / (1 - self.prior), 0, 1))
 

@@ -52,8 +52,6 @@ STYLE = 0.98
 seen classes but where the images come from, or none of the pool is of the site's classes."""
 BLIND = 0.6
 """With a lower AUROC of "mine", as far as it can be known, coverage tells classes apart hardly better than a coin."""
-MOST_TO_RANK = 0.8
-"""With a higher prior the rest of the pool is too small to say from it how well it is told apart."""
 _BLOCK = 4096
 """Pool images read and scored at once."""
 
@@ -203,7 +201,7 @@ def _warnings(record: CoverageRecord) -> tuple[str, ...]:
             "private and pool images can be told apart nearly always: the pool has hardly any image of the site's "
             "classes, or the two differ in how the images were made, and coverage then speaks of that"
         )
-    if record.auroc is not None and record.auroc < BLIND and record.prior <= MOST_TO_RANK:
+    if record.auroc is not None and record.auroc < BLIND:
         found.append("private images and the rest of the pool cannot be told apart: coverage says little")
     return tuple(found)
 
