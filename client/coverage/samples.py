@@ -104,8 +104,9 @@ def hold_out(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], N
 
     Not a share of each class, rounded: of many classes with two images each nothing would be held out.
     """
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    random = np.random.default_rng(seed)
+    shuffled, order = random.permutation(len(labels)), random.permutation(labels.max(initial=0) + 1)
+    by_class = shuffled[np.argsort(order[labels[shuffled]], kind="stable")]
     held_out = np.zeros(len(labels), np.bool_)
     held_out[by_class[ONE_HELD_OUT_IN // 2 :: ONE_HELD_OUT_IN]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
