@@ -16,6 +16,7 @@ pool's. Memory: these images as uint8, up to three times, and the network with i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def learn_coverage(settings: SiteSettings, on_epoch: Callable[[EpochRecord], Non
     folder = settings.state / FOLDER
     with lock(folder):
         done = read_record(settings)
-        about = {"settings": settings_digest(settings), "data": digest, "pool": pool.digest}
+        about: dict[str, Any] = {"settings": settings_digest(settings), "data": digest, "pool": pool.digest}
         if done is not None and about.items() <= vars(done).items() and is_model(settings, done):
             return done
         pool.verify()
@@ -87,7 +88,7 @@ def _learn(
     settings: SiteSettings,
     data: ImageData,
     pool: Pool,
-    about: dict[str, str],
+    about: dict[str, Any],
     on_epoch: Callable[[EpochRecord], None] | None,
 ) -> CoverageRecord:
     """Learn, whatever was learned before; writes the model. `about` is what the record says it was learned from."""

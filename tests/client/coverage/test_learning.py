@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import resize
 from consilience.common.protocol import CoverageCard, Question
-from consilience.common.settings import SiteSettings
+from consilience.common.settings import CoverageEncoding, SiteSettings
 from consilience.common.settings_file import load_settings
 
 NAMES = ["rows", "columns", "rising", "falling"]
@@ -196,7 +197,7 @@ def test_a_hosted_teacher_that_knows_some_classes_of_the_data(tmp_path: Path) ->
     record = learn_coverage(settings)
     told = loaded(settings).scores(PUBLIC)
     assert record.classes == 2
-    assert record.held_out == int(round((labels < 2).sum() / 5))
+    assert record.held_out == round((labels < 2).sum() / 5)
     assert auroc(told[IS_MINE], told[~IS_MINE]) > 0.9
 
 
@@ -255,19 +256,10 @@ def test_private_data_that_is_the_pool_is_refused(tmp_path: Path) -> None:
         ({"data": None, "teacher": HOSTED}, "'data' is not given"),
         ({"teacher": {**HOSTED, "classes": ["cat", "dog"]}}, "no private image is of a class that the teacher knows"),
         ({"coverage": {**COVERAGE, "preprocessing": {"mean": [0, 0, 0], "std": [1, 1, 1]}}}, "1 channels"),
-        ({"coverage": {**COVERAGE, "fit": {**FIT, "learning_rate": 10, "epochs": 9}, "prior": 1}}, ""),
     ],
 )
 def test_what_cannot_be_learned_from_is_said(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
     settings = make(tmp_path, **fields)
-    if not words:  # a wild learning rate fails or does not, but leaves no coverage that is NaN
-        try:
-            learn_coverage(settings)
-        except CoverageError as error:
-            assert error.hint
-        else:
-            assert np.isfinite(loaded(settings).scores(PUBLIC)).all()
-        return
     with pytest.raises(CoverageError, match=words) as caught:
         learn_coverage(settings)
     assert caught.value.hint
@@ -410,7 +402,7 @@ def test_an_answer_is_the_same_bytes_however_questions_are_cut(site: SiteSetting
     held, pool = settings_of(37), Pool.open(site.state.parent / "pool")
     assert held.coverage is not None
 
-    def ask(start: int, stop: int, encoding: str) -> bytes:
+    def ask(start: int, stop: int, encoding: CoverageEncoding) -> bytes:
         assert held.coverage is not None
         question = Question(
             job="job",
@@ -424,11 +416,12 @@ def test_an_answer_is_the_same_bytes_however_questions_are_cut(site: SiteSetting
         )
         return held.answer(question).data
 
-    for encoding, width in (("f16", 2), ("u8", 1)):
+    widths: list[tuple[CoverageEncoding, int]] = [("f16", 2), ("u8", 1)]
+    for encoding, width in widths:
         whole = ask(0, 600, encoding)
         assert len(whole) == 600 * width
         for cuts in ([0, 1, 36, 37, 38, 300, 599, 600], [0, 250, 600]):
-            parts = [ask(a, b, encoding) for a, b in zip(cuts, cuts[1:], strict=False)]
+            parts = [ask(a, b, encoding) for a, b in pairwise(cuts)]
             assert b"".join(parts) == whole
 
 
