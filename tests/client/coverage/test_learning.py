@@ -21,7 +21,7 @@ from consilience.client.coverage import samples as samples_module
 from consilience.client.coverage.learned import LearnedCoverage
 from consilience.client.coverage.learning import LEAST_POOL, LEAST_PRIVATE
 from consilience.client.coverage.prior import auroc
-from consilience.client.coverage.samples import hold_out
+from consilience.client.coverage.samples import gather, hold_out
 from consilience.client.site import Site
 from consilience.common.data import from_arrays
 from consilience.common.errors import CoverageError, RunError, SettingsError, StorageError, TeacherError
@@ -213,8 +213,16 @@ def test_private_images_of_another_size_and_other_channels(tmp_path: Path, priva
 
 def test_a_few_of_many_pool_images_are_drawn(site: SiteSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples_module, "MOST_POOL", 300)
-    record = learn_coverage(site.model_copy(update={"seed": 5}))
-    assert record.prior == pytest.approx(IS_MINE.mean(), abs=0.2)
+    pool, data = Pool.open(site.state.parent / "pool"), from_arrays(PRIVATE, PRIVATE_LABELS, NAMES, where="test")
+    drawn_of = [
+        gather(site.model_copy(update={"seed": seed}), data, np.arange(300), PRIVATE_LABELS, 2, pool)
+        for seed in (5, 5, 6)
+    ]
+    first, again, other = (held.pool for held in drawn_of)
+    assert len(np.unique(first)) == 300
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert np.array_equal(drawn_of[0].images[len(drawn_of[0].labels) :], PUBLIC[first])
 
 
 # When there is nothing to learn
