@@ -19,6 +19,7 @@ import numpy as np
 
 from consilience.client.agent_cli import papers
 from consilience.client.connection import DroppedError, LostError
+from consilience.client.coverage import load_coverage, tell_coverage
 from consilience.client.fleet import open_fleet
 from consilience.client.reach import certificate_end, connect, resolve
 from consilience.client.teacher import CalibratedTeacher, load_teacher
@@ -76,6 +77,7 @@ class Preflight:
             ("policy", ("settings",), self._tell_policy),
             ("private data", ("settings",), self._open_data),
             ("teacher", ("settings",), self._load_teacher),
+            ("coverage", ("settings",), self._load_coverage),
             ("pools", ("settings",), self._verify_pools),
             ("answer", ("teacher", "pools"), self._answer),
             ("state folder", ("settings",), self._look_at_state),
@@ -135,6 +137,13 @@ class Preflight:
         self._teacher = load_teacher(self._settings)
         teacher = self._teacher
         return f"{len(teacher.classes)} classes, fingerprint {teacher.fingerprint[:12]}, calibration: {teacher.told}"
+
+    def _load_coverage(self) -> str:
+        load_coverage(self._settings)
+        told = tell_coverage(self._settings)
+        if self._settings.policy.coverage == "off":
+            raise SkippedError(told)
+        return told
 
     def _verify_pools(self) -> str:
         if not self._settings.pools:

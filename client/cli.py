@@ -11,7 +11,7 @@ from rich.text import Text
 
 from consilience.client.agent_cli import start
 from consilience.client.check import Preflight
-from consilience.client.coverage import learn_and_show
+from consilience.client.coverage import learn_and_show, tell_coverage
 from consilience.client.init_cli import init
 from consilience.client.site import Site
 from consilience.client.teacher import calibrate_teacher, train_teacher
@@ -32,7 +32,7 @@ SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
 @app.command()
 def train(site: SiteFile, as_json: AsJson = False) -> None:
-    """Train the site's teacher, calibrate it, learn its coverage; goes on where an earlier call stopped.
+    """Train the site's teacher on its private data, calibrate it, learn coverage; goes on where it was interrupted.
 
     A teacher that exists already is calibrated only. Coverage is learned where the policy lets it out.
     """
@@ -62,7 +62,10 @@ def train(site: SiteFile, as_json: AsJson = False) -> None:
 
 @app.command()
 def show(site: SiteFile, as_json: AsJson = False) -> None:
-    """Load the site's teacher and show the site card: all that the server learns before it asks."""
+    """Load the site's teacher and show the site card: all that the server learns before it asks.
+
+    The table also says what stays here: how calibration and coverage came out.
+    """
     emit(as_json, lambda: _about(Site.load(site)))
 
 
@@ -87,6 +90,7 @@ def _about(site: Site) -> Result:
             table.add_row(field, Text(site.calibration + ("; not told" if value is None else "")))
         elif value is not None:
             table.add_row(field, Text(_shown(value)))
+    table.add_row("coverage, not told", Text(tell_coverage(site.settings)))
     return card, table
 
 

@@ -61,7 +61,10 @@ class Site:
 
     @classmethod
     def load(cls, path: Path) -> Site:
-        """Read site.yaml, load teacher and, where there is one, coverage. Raises `SettingsError`, `TeacherError`."""
+        """Read site.yaml, load teacher and, where there is one, coverage.
+
+        Raises `SettingsError`, `TeacherError`, `CoverageError`, `StorageError`.
+        """
         settings = load_settings(path, SiteSettings)
         return cls(settings, load_teacher(settings), load_coverage(settings))
 

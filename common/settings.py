@@ -210,6 +210,12 @@ class Coverage(Settings):
     prior: float | None = Field(default=None, gt=0, le=1)
     """Share of the pool that is of the site's classes, where the site knows it; by default it is estimated."""
 
+    @model_validator(mode="after")
+    def _shaped_as_the_pool(self) -> Coverage:
+        if self.preprocessing.size is not None or self.preprocessing.channels is not None:
+            raise ValueError("preprocessing names size or channels, which are the pool's; leave them out")
+        return self
+
 
 class Policy(Settings):
     """What the site allows to leave. Nothing the server sends can widen it."""

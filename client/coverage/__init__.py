@@ -13,10 +13,18 @@ from numpy.typing import NDArray
 
 from consilience.client.coverage.learned import CoverageRecord, load_coverage, read_record
 from consilience.client.coverage.learning import learn_coverage
-from consilience.client.coverage.showing import learn_and_show
+from consilience.client.coverage.showing import learn_and_show, tell_coverage
 from consilience.common.preprocessing import Images
 
-__all__ = ["Coverage", "CoverageRecord", "learn_and_show", "learn_coverage", "load_coverage", "read_record"]
+__all__ = [
+    "Coverage",
+    "CoverageRecord",
+    "learn_and_show",
+    "learn_coverage",
+    "load_coverage",
+    "read_record",
+    "tell_coverage",
+]
 
 
 class Coverage(Protocol):

@@ -23,11 +23,13 @@ from consilience.common.preprocessing import Images
 from consilience.common.settings import Preprocessing, Settings, SiteSettings
 
 FOLDER = "coverage"
+MOST_TO_RANK = 0.8
+"""With a higher prior the rest of the pool is too small to say from it how well it is told apart."""
 _AGAIN = "Run `consilience site train`"
 
 
 class CoverageRecord(Settings):
-    """coverage.json: what was learned from what, and how well private and pool images are told apart."""
+    """coverage.json: what was learned, and from what; or why nothing was."""
 
     settings: str
     """Digest of the settings of coverage, the teacher's classes and the seed."""
@@ -43,7 +45,7 @@ class CoverageRecord(Settings):
     model: str = ""
     """SHA-256 of model.safetensors."""
     calibration: Platt | None = None
-    prior: float = 0.0
+    prior: float = Field(default=0.0, ge=0, le=1)
     """Share of the pool that is of the site's classes, as given or estimated."""
     held_out: int = 0
     """Private images that prior and calibration were estimated on."""
@@ -62,11 +64,20 @@ class CoverageRecord(Settings):
         """Area under the ROC of "mine" over the pool, as far as it can be known without labels.
 
         The pool is a mixture: the chance that a private image outranks one of the pool is prior / 2 + (1 - prior) *
-        AUROC. None where the prior leaves nothing to rank.
+        AUROC. None with a prior above `MOST_TO_RANK`.
         """
-        if self.abstains is not None or self.prior > 0.99:
+        if self.abstains is not None or self.prior > MOST_TO_RANK:
             return None
         return float(np.clip((self.private_over_pool - self.prior / 2) / (1 - self.prior), 0, 1))
+
+    @property
+    def told(self) -> str:
+        """The record in one line, for the site's own eyes."""
+        if self.abstains is not None:
+            return f"none: {self.abstains}"
+        ranking = "" if self.auroc is None else f", AUROC about {self.auroc:.3f}"
+        found = f"{self.prior:.3g} of the pool of the site's classes{ranking}, by {self.held_out:,} held-out images"
+        return "; ".join([found, *(f"Warning: {warning}" for warning in self.warnings)])
 
 
 @dataclass(frozen=True)
@@ -82,14 +93,16 @@ class LearnedCoverage:
     def scores(self, images: Images) -> NDArray[np.float32]:
         """Return (n,) float32 in (0, 1) for (n, H, W, C) uint8. Raises `TeacherError`."""
         try:
-            found = self.calibration(score_of(self.model, images, self.preprocessing))
+            found = score_of(self.model, images, self.preprocessing)
         except (RuntimeError, ValueError) as error:
             raise TeacherError(f"coverage failed on {len(images)} images of shape {images.shape[1:]}") from error
-        return found.astype(np.float32)
+        if not np.isfinite(found).all():
+            raise TeacherError(f"coverage gave scores that are not finite for {len(images)} images")
+        return self.calibration(found).astype(np.float32)
 
 
 def score_of(model: nn.Module, images: Images, preprocessing: Preprocessing) -> NDArray[np.float64]:
-    """Return (n,) scores: the log of the odds that the network gives to "one of mine"."""
+    """Return (n,) scores of (n, H, W, C) uint8: the log of the odds that the network gives to "one of mine"."""
     logits = scores(model, images, preprocessing).astype(np.float64)
     mine: NDArray[np.float64] = np.logaddexp.reduce(logits[:, :-1], axis=1)
     return mine - logits[:, -1]
@@ -98,20 +111,23 @@ def score_of(model: nn.Module, images: Images, preprocessing: Preprocessing) -> 
 def load_coverage(settings: SiteSettings) -> LearnedCoverage | None:
     """Return the coverage that the site has learned; None where it has none, abstains, or its policy says off.
 
-    Raises `CoverageError` when it was learned from other settings or its files are damaged.
+    Raises `CoverageError` when it was learned from other settings or its files are damaged, and what `read_record`
+    raises.
     """
     if settings.policy.coverage == "off":
         return None
     record = read_record(settings)
-    if record is None or record.calibration is None:
+    if record is None:
         return None
     folder = settings.state / FOLDER
     if record.settings != settings_digest(settings):
         raise CoverageError(
             f"{folder}: the coverage there was learned under other settings or another seed", hint=_AGAIN
         )
+    if record.calibration is None:
+        return None
     path = folder / "model.safetensors"
-    if not path.exists() or sha256_file(path) != record.model:
+    if not is_model(settings, record):
         raise CoverageError(f"{path}: is not the model that coverage.json speaks of", hint=_AGAIN)
     channels = record.preprocessing.channels or 1
     model = build(record.architecture, classes=record.classes + 1, channels=channels, seed=0)
@@ -130,7 +146,10 @@ def load_coverage(settings: SiteSettings) -> LearnedCoverage | None:
 
 
 def read_record(settings: SiteSettings) -> CoverageRecord | None:
-    """Return coverage.json, or None where there is none. Raises `CoverageError` when it is not as it must be."""
+    """Return coverage.json, or None where there is none.
+
+    Raises `CoverageError` when it is not as it must be, `StorageError` when it is no JSON or cannot be read.
+    """
     path = settings.state / FOLDER / "coverage.json"
     if not path.exists():
         return None
@@ -140,7 +159,13 @@ def read_record(settings: SiteSettings) -> CoverageRecord | None:
         raise CoverageError(f"{path}: is not as it must be", hint=f"Remove {path}, then: {_AGAIN}") from error
 
 
+def is_model(settings: SiteSettings, record: CoverageRecord) -> bool:
+    """Whether model.safetensors is there and the one that the record speaks of; an abstaining record needs none."""
+    path = settings.state / FOLDER / "model.safetensors"
+    return record.abstains is not None or (path.exists() and sha256_file(path) == record.model)
+
+
 def settings_digest(settings: SiteSettings) -> str:
-    """Return what the settings decide of coverage."""
+    """Return the digest of what the settings decide of coverage: how it is learned, and of which classes."""
     teacher = None if settings.teacher.kind == "train" else settings.teacher.classes
     return sha256(canonical_json([settings.coverage.model_dump(mode="json"), teacher, settings.seed]))

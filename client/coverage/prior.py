@@ -1,7 +1,7 @@
 """How much of the pool is of the site's classes, from scores alone.
 
-Lives here: class-prior estimation from positive and unlabelled data. Does not live here: where scores come from
-(scorers) and what is made of the prior (calibrate).
+Lives here: class-prior estimation from positive and unlabelled data, and how well scores rank the two. Does not live
+here: where scores come from (learned) and what is made of the prior (calibrate).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ TIGHTNESS = 0.01
 def estimate_prior(mine: NDArray[np.floating], pool: NDArray[np.floating]) -> float:
     """Estimate the share of the pool that is of the site's classes, in (0, 1].
 
-    mine  (n,) scores of private samples that the score's maker has not seen
+    mine  (n,) scores of private samples that the score's maker has not learned from
     pool  (m,) scores of pool samples; a higher score means more like the private data
 
     Best bin estimation (Garg et al., NeurIPS 2021, algorithm 1): were a threshold passed by no sample of other
     classes, the shares of pool and private samples above it would be in the ratio sought. Every threshold bounds it
     from above; the one with the tightest bound, finite samples allowed for, is taken. Where the classes cannot be told
-    apart the estimate is too high, never too low but for chance. Raises `ValueError` for empty scores.
+    apart the estimate is too high, never too low but for chance. Raises `ValueError` without scores, and for NaN.
     """
-    if not len(mine) or not len(pool):
-        raise ValueError("no scores to estimate a prior from")
+    if not len(mine) or not len(pool) or np.isnan(mine).any() or np.isnan(pool).any():
+        raise ValueError("scores are missing or NaN: nothing to estimate a prior from")
     thresholds = np.unique(np.concatenate([mine, pool]))
     of_mine = _share_from(mine, thresholds)
     of_pool = _share_from(pool, thresholds)
@@ -49,7 +49,10 @@ def _share_from(scores: NDArray[np.floating], thresholds: NDArray[np.floating]) 
 
 
 def auroc(mine: NDArray[np.floating], others: NDArray[np.floating]) -> float:
-    """Return the chance that a score of `mine` (n,) is higher than one of `others` (m,), ties counting half."""
+    """Return the chance that a score of `mine` (n,) is higher than one of `others` (m,), ties counting half.
+
+    n and m are at least 1.
+    """
     ranked = np.sort(others)
     below, up_to = np.searchsorted(ranked, mine, side="left"), np.searchsorted(ranked, mine, side="right")
     return float((below + up_to).mean() / (2 * len(others)))

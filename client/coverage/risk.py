@@ -1,6 +1,6 @@
 """What a coverage network learns from: private samples of known classes, and a pool of which nothing is known.
 
-Lives here: the loss. Does not live here: the training loop (common/nets) and what is made of the network (scorers).
+Lives here: the loss. Does not live here: the training loop (common/nets) and what is made of the network (learned).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class PositiveUnlabelled:
     Samples 0..len(labels)-1 are private, with `labels` (n,) in [0, K); later ones are the pool's. `prior` in (0, 1] is
     the share of the pool that is of the site's classes. With l the cross-entropy, the risk over the pool's distribution
     is prior * E_private[l(x, its class)] + E_pool[l(x, K)] - prior * E_private[l(x, K)], where the last two are the
-    risk of the samples that are not mine and cannot be negative (Kiryo et al., NeurIPS 2017; with several positive
-    classes Xu et al., IJCAI 2017). Once a batch makes them negative the network has begun to learn the pool by heart:
-    they are left out there. Telling its own classes apart, not just "mine", makes the network see what they are.
+    share of the risk of samples that are not mine, which cannot be negative (Kiryo et al., NeurIPS 2017; with several
+    positive classes Xu et al., IJCAI 2017). Once a batch makes them negative the network has begun to learn the pool by
+    heart: they are left out there. Telling its own classes apart, not just "mine", makes the network see what they are.
     """
 
     def __init__(self, labels: Tensor, classes: int, prior: float, about: str) -> None:

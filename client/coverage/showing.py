@@ -1,11 +1,11 @@
-"""Learning coverage with a progress bar, and what the person at the terminal should know of the outcome.
+"""What the person at the terminal sees of coverage: its learning, with a progress bar, and what came of it.
 
 Does not live here: the learning (learning).
 """
 
 from __future__ import annotations
 
-from consilience.client.coverage.learned import CoverageRecord
+from consilience.client.coverage.learned import CoverageRecord, read_record
 from consilience.client.coverage.learning import epochs_of, learn_coverage
 from consilience.common.nets import epoch_task
 from consilience.common.progress import Reporter
@@ -22,3 +22,11 @@ def learn_and_show(settings: SiteSettings, reporter: Reporter) -> CoverageRecord
     for warning in record.warnings:
         reporter.say(f"Warning: {settings.name}: {warning}")
     return record
+
+
+def tell_coverage(settings: SiteSettings) -> str:
+    """Return in one line how the site's coverage is, or why there is none. Raises what `read_record` raises."""
+    if settings.policy.coverage == "off":
+        return "none (the policy lets none out)"
+    record = read_record(settings)
+    return "none (not learned yet: run `consilience site train`)" if record is None else record.told

@@ -270,7 +270,7 @@ def familiar() -> Familiar:
 
 @pytest.fixture
 def covering(site: Site, teacher: Linear, familiar: Familiar) -> Site:
-    return Site(site.settings, teacher, familiar)
+    return Site(site.settings.model_copy(update={"policy": Policy(coverage="f16")}), teacher, familiar)
 
 
 def about_coverage(site: Site, pool: Pool, start: int, stop: int, **changes: Any) -> Question:
@@ -283,13 +283,14 @@ def test_the_card_offers_coverage_as_far_as_the_policy_allows(site: Site, teache
         settings = site.settings.model_copy(update={"policy": Policy(**policy)})
         return Site(settings, teacher, familiar).card.coverage
 
-    assert offered() == CoverageCard(
+    assert offered(coverage="f16") == CoverageCard(
         fingerprint="e" * 64, encodings=("f16", "u8"), description="a forest of familiarity"
     )
     coarse = offered(coverage="u8")
     assert coarse is not None
     assert coarse.encodings == ("u8",)
     assert offered(coverage="off") is None
+    assert offered() is None
     assert site.card.coverage is None
 
 

@@ -372,3 +372,49 @@ def test_explain_and_version(consilience: Command) -> None:
     assert "pool" in consilience("explain", 5).stdout
     assert "Ctrl-C" in consilience("explain", 130).stdout
     assert consilience("--version").stdout.startswith("consilience ")
+
+
+def test_sites_without_a_common_class_are_joined_by_the_coverage_that_they_learn(
+    tmp_path: Path, consilience: Command
+) -> None:
+    """Policy, learning, asking, unification, report; the labels are better than those of the same answers alone."""
+    raw = job()
+    simulated = {
+        **raw["simulation"],
+        "pool_share": 0.2,
+        "partition": {"kind": "class-lists", "classes": [["Bag", "Ankle boot"], ["Dress", "Sandal"]]},
+        "coverage": {
+            "architecture": "cnn3",
+            "fit": {"epochs": 2, "batch_size": 64, "learning_rate": 0.05, "precision": "f32", "augment": False},
+        },
+    }
+    raw = job(simulation={**simulated, "policy": {"coverage": "u8"}})
+    labels, reports = {}, {}
+    for name, asks in (("with", True), ("without", False)):
+        run, path = tmp_path / name, tmp_path / f"{name}.yaml"
+        if not asks:  # the same sites again, which need not be trained
+            shutil.copytree(tmp_path / "with" / "simulation", run / "simulation")
+            raw = yaml.safe_load((tmp_path / "with" / "job.yaml").read_text().replace(str(tmp_path / "with"), str(run)))
+            raw["ask"]["coverage"] = False
+            (run / "job.yaml").write_text(yaml.safe_dump(raw))
+        path.write_text(yaml.safe_dump(raw))
+        result = consilience("simulate", path, "--out", run)
+        assert result.exit_code == 0, result.output
+        labels[name] = np.load(run / "labels" / "q.npy")
+        reports[name] = read_json(run / "report.json")
+    with_it, without = reports["with"], reports["without"]
+    assert (with_it["unify"]["joined"], without["unify"]["joined"]) == (True, False)
+    for site in with_it["sites"]:
+        assert site["coverage"]["encoding"] == "u8"
+        assert site["coverage_auroc"] > 0.5
+    assert [site["coverage_auroc"] for site in without["sites"]] == [None, None]
+    assert labels["with"].shape == labels["without"].shape
+    assert np.abs(labels["with"] - labels["without"]).max() > 0.1
+    truth = np.load(tmp_path / "with" / "simulation" / "pool-labels.npy")
+    names = read_json(tmp_path / "with" / "contract.json")["labels"]
+    with np.load(tmp_path / "with" / "simulation" / "test.npz") as file:
+        number = {str(name): k for k, name in enumerate(file["names"])}
+    known = np.array([number[name] for name in names])
+    inside = np.isin(truth, known)
+    right = {key: float((known[q.argmax(axis=1)] == truth)[inside].mean()) for key, q in labels.items()}
+    assert right["with"] > right["without"]

@@ -1,0 +1,123 @@
+"""Which images coverage is learned from.
+
+Lives here: which private images are the site's, which are held out, which of the pool are read, and in what shares they
+make an epoch. Does not live here: what is learned from them (learning).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.common.data import ImageData
+from consilience.common.errors import CoverageError
+from consilience.common.files import sha256
+from consilience.common.nets.seeding import derive
+from consilience.common.pool import Pool
+from consilience.common.preprocessing import Images, fit_shape
+from consilience.common.settings import Preprocessing, SiteSettings
+
+ONE_HELD_OUT_IN = 5
+"""Of so many private images the network does not learn from one: prior and calibration come from these."""
+MOST_POOL = 200_000
+"""Pool images that are learned from, drawn by the seed where there are more."""
+MOST_COPIES = 0.2
+"""Share of the private images that may be in the pool too, byte for byte: the network is told of each copy that it is
+the site's own, and that it may be anybody's."""
+LEAST_SHARE = 0.25
+"""Private images, or the pool's, are repeated until they are this share of an epoch: every batch needs some of both."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a training reads."""
+
+    images: Images
+    """Private images first, then the pool's, (n, H, W, C) uint8 in the pool's shape; either may be repeated."""
+    labels: NDArray[np.int64]
+    """Of the private images among them, in [0, classes)."""
+    classes: int
+    held_out: Images
+    """Private images that are not learned from, in the pool's shape."""
+    pool: NDArray[np.int64]
+    """Ids of the pool's images, sorted."""
+
+
+def mine(settings: SiteSettings, data: ImageData) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Return the ids (n,) of private images of the teacher's classes, their labels (n,) in [0, K), and K.
+
+    Data without labels is one class: all of it is the site's. Raises `CoverageError` when no image is of a class that
+    the teacher knows.
+    """
+    if data.labels is None:
+        return np.arange(len(data)), np.zeros(len(data), np.int64), 1
+    known = set(data.class_names if settings.teacher.kind == "train" else settings.teacher.classes)
+    wanted = np.array([k for k in np.unique(data.labels) if data.class_names[k] in known], np.int64)
+    ids = np.flatnonzero(np.isin(data.labels, wanted))
+    if not len(ids):
+        raise CoverageError(
+            f"{settings.name}: no private image is of a class that the teacher knows; the data have: "
+            f"{', '.join(data.class_names[:20])}",
+            hint="Name the teacher's classes as the data do, or set policy.coverage: off",
+        )
+    return ids, np.searchsorted(wanted, data.labels[ids]), len(wanted)
+
+
+def gather(
+    settings: SiteSettings,
+    data: ImageData,
+    ids: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    classes: int,
+    pool: Pool,
+) -> Samples:
+    """Read the private images `ids` (n,) with `labels` (n,) in [0, classes), and the pool's.
+
+    Raises `CoverageError` when too many of the private images are in the pool, `DataError`, `PoolError`.
+    """
+    shape = Preprocessing(size=pool.shape[:2], channels=1 if pool.shape[2] == 1 else 3)
+    learned, held_out = hold_out(labels, derive(settings.seed, "coverage holdout"))
+    private = fit_shape(data.read(ids[learned]), shape)
+    of_pool = np.arange(len(pool))
+    if len(pool) > MOST_POOL:
+        random = np.random.default_rng(derive(settings.seed, "coverage pool"))
+        of_pool = np.sort(random.permutation(len(pool))[:MOST_POOL])
+    public = pool.take(of_pool)
+    _refuse_copies(settings, private, public)
+    least = LEAST_SHARE / (1 - LEAST_SHARE)
+    privates, publics = (
+        max(1, round(least * len(others) / len(own))) for own, others in ((private, public), (public, private))
+    )
+    return Samples(
+        images=np.concatenate([private] * privates + [public] * publics),
+        labels=np.tile(labels[learned], privates),
+        classes=classes,
+        held_out=fit_shape(data.read(ids[held_out]), shape),
+        pool=of_pool,
+    )
+
+
+def hold_out(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return sorted ids to learn from and to hold out: every fifth, classes in proportion.
+
+    Not a share of each class, rounded: of many classes with two images each nothing would be held out.
+    """
+    random = np.random.default_rng(seed)
+    shuffled, order = random.permutation(len(labels)), random.permutation(labels.max(initial=0) + 1)
+    by_class = shuffled[np.argsort(order[labels[shuffled]], kind="stable")]
+    held_out = np.zeros(len(labels), np.bool_)
+    held_out[by_class[ONE_HELD_OUT_IN // 2 :: ONE_HELD_OUT_IN]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _refuse_copies(settings: SiteSettings, private: Images, public: Images) -> None:
+    copies = {sha256(image.tobytes()) for image in public}
+    shared = np.mean([sha256(image.tobytes()) in copies for image in private])
+    if shared > MOST_COPIES:
+        raise CoverageError(
+            f"{settings.name}: {shared:.0%} of the private images are in the pool, byte for byte; allowed: "
+            f"{MOST_COPIES:.0%}. Private data that is public says nothing about which pool images are of its classes",
+            hint="Name data that is not in the pool, or set policy.coverage: off",
+        )
