@@ -132,7 +132,8 @@ def epochs(settings: SiteSettings) -> int:
 def test_it_tells_the_site_s_classes_from_others_and_how_many_they_are(learned: SiteSettings) -> None:
     record, coverage = record_of(learned), loaded(learned)
     told = coverage.scores(PUBLIC)
-    assert (told.dtype, told.shape) == (np.float32, (600,))
+    assert told.dtype == np.float32
+    assert told.shape == (600,)
     assert auroc(told[IS_MINE], told[~IS_MINE]) > 0.9
     assert record.auroc == pytest.approx(auroc(told[IS_MINE], told[~IS_MINE]), abs=0.15)
     assert record.prior == pytest.approx(IS_MINE.mean(), abs=0.12)
