@@ -113,7 +113,7 @@ def test_what_is_not_the_kind_of_answer_that_was_asked_for_is_not_kept(
     names: tuple[str, ...] = ("bad", "good")
     sites = Sites({"bad": handler, "good": honest})
     with Reporter(quiet=True) as reporter, grid_of(sites) as grid:
-        nodes = dict(zip(names, sorted(grid.get_node_ids()), strict=True))
+        nodes: dict[str, int] = dict(zip(names, sorted(grid.get_node_ids()), strict=True))
         stores = {
             (name, kind): AnswerStore(tmp_path / f"{name}-{kind}", about.model_copy(update={"site": name}))
             for name in nodes

@@ -90,7 +90,7 @@ def test_a_run_leaves_what_the_design_says(run: Path) -> None:
         assert (run / name).stat().st_size > 0, name
     report = read_json(run / "report.json")
     contenders = [report["student"], *report["baselines"].values()]
-    assert len(contenders) == 7
+    assert len(contenders) == 8
     assert all(0 <= entry["accuracy"] <= 1 for entry in contenders)
     labels = np.load(run / "labels" / "q.npy", mmap_mode="r")
     assert labels.shape == (300, 4)

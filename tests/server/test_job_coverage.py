@@ -240,7 +240,7 @@ def test_without_coverage_in_a_component_no_sample_is_outside(home: Path, report
 def test_the_report_shows_every_site_s_coverage(home: Path, reporter: Reporter, judged: bool) -> None:
     report = do(home, reporter, {"east": GOOD, "north": GOOD}, judged=judged)
     page = (home / "run" / "report.html").read_text()
-    told = "2\u00a0sites gave coverage: east, north. It was used with strength 0.25."
+    told = "2\u00a0sites gave coverage: east, north. It was used with strength 0.1."
     assert told in page
     assert told.replace("\u00a0", " ") in (home / "run" / "card.md").read_text()
     assert "What the sites say is theirs" in page

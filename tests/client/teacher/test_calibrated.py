@@ -303,7 +303,7 @@ def test_site_train_calibrates_and_show_says_what_came_of_it(make: Make, tmp_pat
     }
     shown = typed("site", "show", site).stdout
     assert record.told in shown
-    assert "not told" not in shown
+    assert "; not told" not in shown
     make()  # the policy tells nothing about the private images unless it says so
     assert Site.load(tmp_path / "site.yaml").card.calibration is None
     assert f"{record.told}; not told" in typed("site", "show", site).stdout

@@ -64,8 +64,8 @@ def test_overconfident_coverage_is_brought_back() -> None:
     assert found.a == pytest.approx(0.5, abs=0.07)
     assert found.b == pytest.approx(-0.5, abs=0.15)
     repaired = [c if i != 1 else found(c) for i, c in enumerate(coverage)]
-    before = np.abs(unify(answers, SETS, coverage=coverage).probs - truth).sum(axis=1).mean()
-    after = np.abs(unify(answers, SETS, coverage=repaired).probs - truth).sum(axis=1).mean()
+    before = np.abs(unify(answers, SETS, coverage=coverage, strength=1.0).probs - truth).sum(axis=1).mean()
+    after = np.abs(unify(answers, SETS, coverage=repaired, strength=1.0).probs - truth).sum(axis=1).mean()
     assert after < 0.9 * before
 
 
