@@ -38,7 +38,7 @@ from consilience.client.coverage.samples import Samples, gather, mine
 from consilience.client.teacher.trained import digest_of
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import CoverageError, StudentError
-from consilience.common.files import canonical_json, lock, sha256, sha256_file, write_json
+from consilience.common.files import lock, sha256, sha256_file, write_json
 from consilience.common.nets import EpochRecord, build, default_device, save_model, train
 from consilience.common.nets.seeding import derive
 from consilience.common.pool import Pool
@@ -71,7 +71,7 @@ def learn_coverage(settings: SiteSettings, on_epoch: Callable[[EpochRecord], Non
             hint=f"Set {field} in the site's settings, or policy.coverage: off",
         )
     data, pool = open_data(settings.data), Pool.open(settings.pools[0])
-    digest = digest_of(data) if data.labels is not None else _digest_without_labels(data)
+    digest = digest_of(data)
     folder = settings.state / FOLDER
     with lock(folder):
         done = read_record(settings)
@@ -205,9 +205,3 @@ def _warnings(record: CoverageRecord) -> tuple[str, ...]:
     if record.auroc is not None and record.auroc < BLIND:
         found.append("private images and the rest of the pool cannot be told apart: coverage says little")
     return tuple(found)
-
-
-def _digest_without_labels(data: ImageData) -> str:
-    """As `digest_of`, for data without labels."""
-    some = np.unique(np.linspace(0, len(data) - 1, 256 if len(data) else 0).astype(np.int64))
-    return sha256(canonical_json([data.shape, len(data), sha256(np.ascontiguousarray(data.read(some)).tobytes())]))

@@ -122,7 +122,7 @@ def fit(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord:
             hint="Set calibration to temperature, and data to private images that the teacher was not trained on",
         )
     data = open_data(settings.data)
-    digest = digest_of(data) if data.labels is not None else ""
+    digest = digest_of(data)
     with lock(_folder(settings)):
         done = _read(settings, teacher)
         if done is not None and _fits(done, settings, teacher) and done.data_digest == digest:
