@@ -61,7 +61,7 @@ DISJOINT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
 ALL = (tuple(range(10)),) * 3
 ARCHITECTURES = ("cnn3", "resnet8", "vgg6")
 VARIANTS = ("plain", "coverage", "direct")
-LEARNED = Coverage(fit=Fit(epochs=15, batch_size=256, learning_rate=0.05, precision="f32"))
+LEARNED = Coverage(fit=Fit(epochs=15, batch_size=256, learning_rate=0.05))
 LEARNED_DIGITS = LEARNED.model_copy(update={"fit": LEARNED.fit.model_copy(update={"mirror": False})})
 STRANGERS = "of no known class"
 OTHER = 0.1
@@ -81,7 +81,7 @@ class Sizes:
 
     def fit(self) -> Fit:
         """Return how teachers and students are trained."""
-        return Fit(epochs=self.epochs, precision="f32", mirror=self.mirror)
+        return Fit(epochs=self.epochs, mirror=self.mirror)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Flower's `flower-superlink` with two things of ours: `python -m` this module.
+"""Flower's `flower-superlink` with three things of ours: `python -m` this module.
 
 Lives here: a bound on what one call of a site may carry (Flower's own is 2 GB, which the SuperLink would hold in memory
-several times over, for whoever sends it), and a line in strangers.jsonl for each key that is turned away. Does not
-live here: starting and watching the process (server/superlink), telling the coordinator (server/strangers).
+several times over, for whoever sends it), more patience with its own database, and a line in strangers.jsonl for each
+key that is turned away. Does not live here: starting and watching the process (server/superlink), telling the
+coordinator (server/strangers).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from consilience.server.strangers import Strangers
 
 MOST_BYTES = 64 * 2**20
 """Bytes of one call: an answer travels in pieces of 5 MB, a card or an agreement in one."""
+BUSY_SECONDS = 25
+"""How long a call waits while others write to the database. Flower's own 5 s are too short where many sites report at
+once to a busy machine; a site gives a call up after 30 s."""
 FOLDER_OPTION = "--database"
 
 
@@ -22,9 +26,16 @@ def main(arguments: list[str]) -> None:
     """Run the command with `arguments`, which are those of `sys.argv`."""
     command = importlib.import_module("flwr.superlink.cli.flower_superlink")  # the package shows the function instead
     command.__dict__["GRPC_MAX_MESSAGE_LENGTH"] = MOST_BYTES
+    be_patient()
     if FOLDER_OPTION in arguments and "FleetServicer" in command.__dict__:  # a flwr whose sites speak gRPC
         watch(command.__dict__, Strangers(Path(arguments[arguments.index(FOLDER_OPTION) + 1]).parent))
     command.flower_superlink()
+
+
+def be_patient() -> None:
+    """Let every database that is opened from now on wait `BUSY_SECONDS` for others that write."""
+    database = importlib.import_module("flwr.supercore.sql_mixin").__dict__
+    database["SQLITE_PRAGMAS"] = (*database["SQLITE_PRAGMAS"], ("busy_timeout", str(1000 * BUSY_SECONDS)))
 
 
 def watch(names: dict[str, Any], strangers: Strangers) -> None:

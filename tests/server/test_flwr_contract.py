@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.supercore import sql_mixin
 
 import consilience.server.grid
 import consilience.server.superlink
@@ -181,6 +182,15 @@ def test_a_database_keeps_the_keys_of_sites_as_we_forget_them(tmp_path: Path) ->
         superlink.end()
     ((key, status, name),) = rows
     assert (key[:26], status, name) == (b"-----BEGIN PUBLIC KEY-----", "unregistered", "hospital-a")
+
+
+def test_the_superlink_waits_for_its_database_as_long_as_we_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    superlink_process.be_patient()
+    database = sqlite3.connect(":memory:")
+    sql_mixin._set_sqlite_pragmas(database, None)
+    assert database.execute("PRAGMA busy_timeout").fetchall() == [(1000 * superlink_process.BUSY_SECONDS,)]
+    database.close()
 
 
 def test_the_command_line_of_the_superlink_has_our_options() -> None:
