@@ -159,7 +159,8 @@ def test_registered_sites_that_lie_are_refused_and_the_others_finish(place: Depl
     agent = place.agent("crashing")
     liars = place.process("liars.log", [f"{name}={place.files[name]}" for name in hostile], module="helpers.hostile")
     place.wait_online(*HONEST, *hostile, "crashing")
-    run = place.submit(place.job("besieged", ask={"min_sites": 3, "wait_for": len(REASONS) + 3, "retries": 1, "deadline": 200}))
+    asked = {"min_sites": 3, "wait_for": len(REASONS) + 3, "retries": 1, "deadline": 200}
+    run = place.submit(place.job("besieged", ask=asked))
     assert place.ended(run) == "done", place.done("status", run)
 
     answered = place.samples(run, "answered")
