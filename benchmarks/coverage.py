@@ -26,7 +26,11 @@ import numpy as np
 from baselines import NAMES, score_pool
 from flwr.app import Context, RecordDict
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
@@ -49,10 +53,12 @@ from consilience.common.settings import (
     TrainTeacher,
     Unify,
 )
-from consilience.common.settings_file import dump_settings
+from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.simulation import train_site
 from consilience.server.app import app as server_app
+from consilience.server.contract import RunContract
+from consilience.server.stores import stores_about
 from harness import options, show
 
 Images, Labels = NDArray[np.uint8], NDArray[np.int64]
@@ -286,10 +292,26 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
         "oracle": (full["baselines"]["oracle"] or {}).get("accuracy"),
         "coverage_auroc": [site["coverage_auroc"] for site in full["sites"]],
         "baseline_auroc": baselines(scenario, paths, np.load(home / "pool-labels.npy"), seed),
+        "ceiling": ceiling(home, np.load(home / "pool-labels.npy")),
         "own_classes": [
             {"site": site["teacher_accuracy"], "student": site["student_accuracy"]} for site in full["sites"]
         ],
     }
+
+
+def ceiling(home: Path, truth: Labels) -> float:
+    """Return how well labels do that a logistic regression learns from the same answers and coverage *and true labels*.
+
+    Cross-validated over the pool. No product can do this; it says how much the answers hold for any way of unifying.
+    """
+    run, pool = home / "runs" / "coverage", Pool.open(home / "pool")
+    sites, settings = RunContract.load(run / "contract.json").sites, load_settings(run / "job.yaml", JobSettings)
+    answers, coverage = stores_about(run, settings, sites, pool)
+    parts = [store.read(0, len(pool)) for store in answers]
+    given = [np.clip(store.read(0, len(pool)).reshape(-1, 1), 1e-3, 1 - 1e-3) for store in coverage if store]
+    held = np.concatenate([*(np.maximum(part, -14) for part in parts), *(np.log(c / (1 - c)) for c in given)], axis=1)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return float(cross_val_score(model, held, truth, cv=3).mean())
 
 
 def baselines(scenario: Scenario, paths: list[Path], truth: Labels, seed: int) -> dict[str, list[float | None]]:
