@@ -294,7 +294,12 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
         "baseline_auroc": baselines(scenario, paths, np.load(home / "pool-labels.npy"), seed),
         "ceiling": ceiling(home, np.load(home / "pool-labels.npy")),
         "own_classes": [
-            {"site": site["teacher_accuracy"], "student": site["student_accuracy"]} for site in full["sites"]
+            {
+                "site": site["teacher_accuracy"],
+                "student": site["student_accuracy"],
+                "student_restricted": site["student_accuracy_restricted"],
+            }
+            for site in full["sites"]
         ],
     }
 
@@ -346,6 +351,13 @@ def gap_closed(figures: Sequence[dict[str, Any]]) -> Iterator[float]:
             yield (covered - plain) / (oracle - plain)
 
 
+def beaten(figures: Sequence[dict[str, Any]]) -> str:
+    """Say at how many sites the student is better on the site's classes: choosing among these, and among all."""
+    held = [site for each in figures for site in each["own_classes"]]
+    counts = [sum(s[kind] > s["site"] for s in held) for kind in ("student_restricted", "student")]
+    return f"{counts[0]}, {counts[1]} of {len(held)}"
+
+
 def arguments_too(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's own options."""
     cache = Path(os.environ.get("CONSILIENCE_DATA", Path.home() / ".cache" / "consilience-data"))
@@ -378,10 +390,12 @@ def main() -> None:
             spread([f["oracle"] for f in figures]),
             spread(list(gap_closed(figures))),
             spread([f["calibration_errors"]["coverage"] for f in figures]),
+            spread([f["ceiling"] for f in figures]),
+            beaten(figures),
         )
         for name, figures in found.items()
     ]
-    columns = ("", *VARIANTS, "oracle", "gap closed", "ECE")
+    columns = ("", *VARIANTS, "oracle", "gap closed", "ECE", "ceiling", "sites beaten")
     title = "Students without and with coverage, %, mean ± standard deviation over seeds"
     show(title, columns, rows, {"scenarios": found}, arguments.json)
     ranked = [
