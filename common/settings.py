@@ -344,10 +344,16 @@ class Unify(Settings):
     strength: float = Field(default=0.1, gt=0, le=1)
     """How much coverage counts beside answers, for method `ce`: with 1 a site's answer is weighed by its coverage, near
     0 coverage decides only what the answers leave open (docs/unify.md)."""
+    strengths: dict[Name, Annotated[float, Field(gt=0, le=1)]] = {}
+    """Site -> how much its coverage counts, for the sites where that is not `strength`."""
     other: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Prior weight of "outside the whole label space", where sites give coverage; 0: every sample is of some class.
     For method `ce` only.
     With more, `labels/other.npy` says how likely a sample is outside, and soft labels count by the rest."""
+
+    def strength_of(self, site: str) -> float:
+        """How much a site's coverage counts."""
+        return self.strengths.get(site, self.strength)
 
     @property
     def takes_coverage(self) -> bool:

@@ -40,16 +40,16 @@ class RunContract(BaseModel):
 
     @classmethod
     def build(cls, job: JobSettings, cards: Iterable[SiteCard], pools: tuple[str, ...]) -> RunContract:
-        """Align the cards' classes. Raises `LabelError`, or `SettingsError` for weights of unknown sites."""
+        """Align the cards' classes. Raises `LabelError`, or `SettingsError` for weights or strengths of unknown sites."""
         sites = sorted(cards, key=lambda card: card.name)
         space = LabelSpace.build({card.name: card.classes for card in sites}, job.labels.synonyms, job.labels.classes)
-        unknown = sorted(set(job.unify.weights) - set(space.sites))
-        if unknown:
-            raise SettingsError(
-                f"job.yaml: field 'unify.weights.{unknown[0]}' names no connected site; "
-                f"connected: {', '.join(space.sites)}",
-                hint="Correct the name or start that site",
-            )
+        for field, named in (("weights", job.unify.weights), ("strengths", job.unify.strengths)):
+            if unknown := sorted(named.keys() - set(space.sites)):
+                raise SettingsError(
+                    f"job.yaml: field 'unify.{field}.{unknown[0]}' names no connected site; "
+                    f"connected: {', '.join(space.sites)}",
+                    hint="Correct the name or start that site",
+                )
         for card in sites:
             _check_encoding(job, card)
         owners = {

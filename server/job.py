@@ -288,7 +288,7 @@ class Job:
                 key,
                 samples,
                 coverage,
-                unify.strength,
+                [unify.strength_of(site) for site in space.sites],
             )
         images = self.pool.read(0, len(self.pool)) if samples is None else self.pool.take(samples)
         return learn(folder, images, space, loss, settings, self.settings.seed, self.reporter, "student")

@@ -75,7 +75,7 @@ def unifier(
         temperature=settings.temperature,
         prior=prior,
         across=settings.across,
-        strength=settings.strength,
+        strength=[settings.strength_of(space.sites[i]) for i in chosen],
         other=settings.other if covered else 0.0,
     )
 

@@ -163,13 +163,13 @@ def direct_loss(
     fingerprint: str,
     samples: NDArray[np.int64] | None = None,
     coverage: CoverageStores | None = None,
-    strength: float = 1.0,
+    strength: Sequence[float] = (1.0,),
 ) -> FingerprintedLoss:
     """Return the loss of a -BP route, for all samples or `samples`.
 
     The answers are decoded once into memory-mapped files in `folder`. Sites that did not answer a sample have no
     part in its loss. `coverage`: one store a site, None for a site that was not asked; `direct-ce` makes use of it,
-    by `strength`.
+    by `strength`: one number a site, or one for all.
     """
     total = stores[0].about.size
     maps = [

@@ -122,6 +122,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             diagnostics.largest_residual,
             joined,
             settings.unify.strength if settings.unify.method == "ce" else None,
+            settings.unify.strengths,
             *_outside(outcome),
         ),
         student=StudentFindings(

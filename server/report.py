@@ -65,6 +65,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             "residual": findings.unify.residual,
             "joined": findings.unify.joined,
             "strength": findings.unify.strength,
+            "strengths": dict(findings.unify.strengths),
             "other": findings.unify.other,
             "mostly_other": findings.unify.mostly_other,
             "coverage": coverage_summary(findings) or None,

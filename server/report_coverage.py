@@ -50,6 +50,8 @@ def coverage_summary(findings: Findings) -> str:
     elif unify.strength is not None:
         out = [site.name for site in gave if site.name not in used]
         text += f" It was used with strength {unify.strength:g}"
+        others = [f"{site} {value:g}" for site, value in sorted(unify.strengths.items()) if site in used]
+        text += f" ({listing(others)})" if others else ""
         text += f", but for that of {listing(out)}." if out else "."
     if unify.components > 1:
         decided = "It decided the odds between components."

@@ -106,7 +106,8 @@ class UnifyFindings:
     """How unification went: `converged` is a share of samples, `residual` the largest of any sample.
 
     `joined`: the sites' coverage decides the odds between components, and not the rule `across`. `strength`: how much
-    coverage counts beside answers, None for a method that knows no such thing. `other`: how likely a sample is outside
+    coverage counts beside answers, None for a method that knows no such thing; `strengths`: sites of which that is
+    something else. `other`: how likely a sample is outside
     the label space on average, and `mostly_other`: how many samples count less than half for that; None in a closed
     world.
     """
@@ -119,6 +120,7 @@ class UnifyFindings:
     residual: float | None = None
     joined: bool = False
     strength: float | None = None
+    strengths: Mapping[str, float] = field(default_factory=dict)
     other: float | None = None
     mostly_other: int | None = None
 

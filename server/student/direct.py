@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy import typing as npt
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -81,11 +82,12 @@ class DirectCE(_Direct):
     """sum_i w_i KL(p_i || softmax(s restricted to L_i)) / sum_i w_i, mean over the batch (methods.md 6.8, CE-BP).
 
     `coverage` (n, N) floating, typically a memory map: how likely site i holds a sample to be of one of its classes,
-    NaN where it does not say; None when no site does. Where it says c, with q = softmax(s) over all classes, the
-    site's part is (1 - strength + strength c) KL(p_i || softmax(s restricted to L_i)) + strength BCE(c || q(L_i)). At
-    strength 1 that is the likelihood of its answer when "none of mine" is one more choice, which stands for all classes
-    that it does not know; near 0 coverage ties only what answers leave open. A site that knows every class has no such
-    choice: its coverage says nothing. At a temperature T it is the answers that are softened: BCE is at T = 1.
+    NaN where it does not say; None when no site does. `strength`: one number for all sites, or one each, in (0, 1].
+    Where a site says c, with q = softmax(s) over all classes, its part is (1 - strength + strength c) KL(p_i ||
+    softmax(s restricted to L_i)) + strength BCE(c || q(L_i)). At strength 1 that is the likelihood of its answer when
+    "none of mine" is one more choice, which stands for all classes that it does not know; near 0 coverage ties only
+    what answers leave open. A site that knows every class has no such choice: its coverage says nothing. At a
+    temperature T it is the answers that are softened: BCE is at T = 1.
     """
 
     def __init__(
@@ -100,10 +102,11 @@ class DirectCE(_Direct):
         samples: NDArray[np.int64] | None = None,
         *,
         coverage: NDArray[np.floating] | None = None,
-        strength: float = 1.0,
+        strength: npt.ArrayLike = 1.0,
     ) -> None:
         super().__init__(answers, class_sets, weights, device, temperature, fingerprint, answered, samples)
-        self._coverage, self._strength = coverage, strength
+        self._coverage = coverage
+        self._strength = [float(each) for each in np.broadcast_to(np.asarray(strength, np.float64), (len(answers),))]
 
     def _covered(self, site: int, rows: NDArray[np.int64], terms: Tensor, logits: Tensor) -> Tensor:
         if self._coverage is None:
@@ -115,11 +118,12 @@ class DirectCE(_Direct):
         told = torch.from_numpy(np.asarray(self._coverage[rows, site], np.float32)).to(self._device)
         says = ~told.isnan()
         c = torch.where(says, told, 1.0)
-        terms = (1 - self._strength + self._strength * c) * terms
+        strength = self._strength[site]
+        terms = (1 - strength + strength * c) * terms
         whole = torch.logsumexp(logits, dim=1)
         inside = torch.logsumexp(logits[:, mine], dim=1) - whole
         outside = torch.logsumexp(logits[:, ~mine], dim=1) - whole
-        return terms - self._strength * torch.where(says, c * inside + (1 - c) * outside, 0.0)
+        return terms - strength * torch.where(says, c * inside + (1 - c) * outside, 0.0)
 
     def _terms(self, given: Tensor, own: Tensor) -> Tensor:
         log_p = torch.log_softmax(given, dim=1)

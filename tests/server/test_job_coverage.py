@@ -226,13 +226,16 @@ def test_without_coverage_in_a_component_no_sample_is_outside(home: Path, report
     )
     assert left_out(report).keys() == {"north"}
     assert report["unify"]["other"] == 0.0
-    whole = do(home, reporter, {"east": GOOD, "north": GOOD, "west": GOOD}, APART, "whole", unify={"other": 0.5})
+    chosen = {"other": 0.5, "strengths": {"north": 0.5}}
+    whole = do(home, reporter, {"east": GOOD, "north": GOOD, "west": GOOD}, APART, "whole", unify=chosen)
     other = np.load(home / "whole" / "labels" / "other.npy").astype(np.float64)
     assert 0 < whole["unify"]["other"] == pytest.approx(other.mean())
     assert whole["unify"]["mostly_other"] == int((other > 0.5).sum())
     assert "samples count less than half" in whole["unify"]["coverage"].replace("\u00a0", " ")
     card = (home / "whole" / "card.md").read_text()
     assert "Coverage: 3" in card
+    assert "It was used with strength 0.1 (north 0.5)." in card
+    assert (whole["unify"]["strength"], whole["unify"]["strengths"]) == (0.1, {"north": 0.5})
     assert "It decided the odds between components" in card
 
 

@@ -150,8 +150,10 @@ def bce(site: int, row: int, c: float, logits: np.ndarray) -> float:
     return float(-(c * np.log(q) + (1 - c) * np.log(1 - q)))
 
 
-@pytest.mark.parametrize(("temperature", "strength"), [(1.0, 1.0), (3.0, 1.0), (1.0, 0.25), (3.0, 0.25)])
-def test_direct_ce_with_coverage_is_its_formula(answers: list[np.ndarray], temperature: float, strength: float) -> None:
+@pytest.mark.parametrize(("temperature", "strength"), [(1.0, 1.0), (3.0, 0.25), (1.0, (0.25, 1.0, 0.5))])
+def test_direct_ce_with_coverage_is_its_formula(
+    answers: list[np.ndarray], temperature: float, strength: float | tuple[float, ...]
+) -> None:
     told = COVERAGE.copy()
     told[:, 1] = np.nan
     told[2, 0] = np.nan
@@ -160,10 +162,11 @@ def test_direct_ce_with_coverage_is_its_formula(answers: list[np.ndarray], tempe
     found = loss(torch.from_numpy(logits), torch.arange(6))
     expected = 0.0
     for site, weight in enumerate(WEIGHTS):
+        by = strength[site] if isinstance(strength, tuple) else strength
         for row in range(6):
             c = float(told[row, site])
             kl = part(site, row, answers, logits, temperature)
-            covered = (1 - strength + strength * c) * kl + strength * bce(site, row, c, logits)
+            covered = (1 - by + by * c) * kl + by * bce(site, row, c, logits)
             expected += weight * (kl if np.isnan(c) else covered)
     assert found.item() == pytest.approx(expected / 6 / sum(WEIGHTS), rel=1e-6)
 
