@@ -55,7 +55,7 @@ def learn_heads(
     vectors: Vectors,
     on_images: Callable[[int, int], None] | None = None,
 ) -> tuple[Heads, Floats, Floats, float]:
-    """Return heads, the scores (n,) of private images that are new to the teacher and (m,) of the pool's, and the prior.
+    """Return heads, scores (n,) of private images that are new to the teacher and (m,) of the pool's, and the prior.
 
     `digest` is that of `data`; `private` are ids, labels and the number of classes, as samples.mine gives them.
     `on_images` is told how many images of how many the teacher has seen just now. Raises `AbstainError` when too few
@@ -103,7 +103,7 @@ def learn_heads(
         found = heads, heads.scores(ours[new], parts[0][new]), heads.scores(theirs, parts[1])
         if not (np.isfinite(found[1]).all() and np.isfinite(found[2]).all()):
             raise CoverageError(
-                f"{settings.name}: the heads on the teacher's {settings.coverage.family} give scores that are not finite",
+                f"{settings.name}: heads on the teacher's {settings.coverage.family} give scores that are not finite",
                 hint="Set coverage.family: network",
             )
         return found

@@ -4,8 +4,8 @@ Lives here: which part an image belongs to, the heads, their training. Does not 
 (vectors), the loss (risk), and prior and calibration (by_vectors).
 
 An image's part is decided by its bytes. Head k learns from private and pool images of all parts but k, and scores the
-images of part k: those that were learned from, their copies, and any other. So every image, of the private data or the
-pool, now or later, is scored in the same way, by a head to which it is new; what is fitted to such scores holds for all.
+images of part k: private ones, the pool's, their copies, and any other. So every image, now or later, is scored in the
+same way, by a head to which it is new, and what is fitted to some of these scores holds for all.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class CoverageRecord(Settings):
     """Fingerprint of what decides the vectors that heads are fed; empty for a network."""
     abstains: str | None = None
     """Why the site gives no coverage."""
-    classes: int = 0
+    classes: int = Field(default=0, ge=0, le=100_000)
     preprocessing: Preprocessing = Preprocessing()
     model: str = ""
     """SHA-256 of model.safetensors."""
@@ -93,7 +93,8 @@ class CoverageRecord(Settings):
         if self.abstains is not None:
             return f"none: {self.abstains}"
         ranking = "" if self.auroc is None else f", AUROC about {self.auroc:.3f}"
-        found = f"{self.how}: {self.prior:.3g} of the pool of the site's classes{ranking}, by {self.held_out:,} held-out images"
+        found = f"{self.how}: {self.prior:.3g} of the pool of the site's classes{ranking}, "
+        found += f"by {self.held_out:,} held-out images"
         return "; ".join([found, *(f"Warning: {warning}" for warning in self.warnings)])
 
 

@@ -6,12 +6,12 @@ which images are learned from (samples), the loss (risk), the share of the pool 
 scores to coverage (calibrate), use (learned).
 
 Private data of site i follows p(x | Y in L_i), the pool p(x). By Bayes their ratio is P(Y in L_i | x) / P(Y in L_i):
-coverage, up to one constant that class-prior estimation gives (methods of positive and unlabelled learning). A network's
-scores that it is estimated from are those of private images held out, and of the very pool images that the network learned
-from: these are what is asked about. A network that learns the pool by heart makes the estimate too low.
+coverage, up to one constant that class-prior estimation gives (methods of positive and unlabelled learning). The scores
+that it is estimated from are, of a network, those of private images held out, and of the very pool images that the
+network learned from: these are what is asked about. A network that learns the pool by heart makes the estimate too low.
 
-Time of a network: `epochs` and a third more passes of the images that are learned from, forwards and back, and two forwards of the
-pool's. Memory: these images as uint8, up to three times, and the network with its gradients for one batch.
+Time of a network: `epochs` and a third more passes of the images that are learned from, forwards and back, and two
+forwards of the pool's. Memory: these images as uint8, up to three times, and the network with its gradients for one batch.
 """
 
 from __future__ import annotations

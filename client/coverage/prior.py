@@ -16,8 +16,8 @@ CONFIDENCE = 0.1
 TIGHTNESS = 0.01
 """gamma of the paper."""
 FIRST_PRIOR = 0.3
-"""What is taken for the prior by a first training, whose scores it is then estimated from. Too low a prior costs little,
-too high a one much."""
+"""What a first, short training takes for the prior, which is then estimated from its scores. Too low a prior costs
+little, too high a one much."""
 
 
 def estimate_prior(mine: NDArray[np.floating], pool: NDArray[np.floating]) -> float:

@@ -63,7 +63,7 @@ def vectors_of(settings: SiteSettings, teacher: CalibratedTeacher) -> Vectors:
     size = scores.feature_size if isinstance(scores, NetworkScores) else None
     if not isinstance(scores, NetworkScores) or size is None:
         raise CoverageError(
-            f"{settings.name}: coverage.family is 'features', and the teacher has no linear layer that gives its scores",
+            f"{settings.name}: coverage.family is 'features', and no linear layer gives the teacher's scores",
             hint="Set coverage.family: outputs, which works with any teacher",
         )
     return Vectors(behind.fingerprint, size, scores.features)

@@ -44,7 +44,7 @@ def network_scores(
     preprocessing: Preprocessing,
     classes: int,
 ) -> NetworkScores:
-    """Return the scoring function of `module`, built by the name `architecture` for `classes`, with `weights` from `path`.
+    """Return the scoring function of `module`, built as `architecture` for `classes`, with `weights` from `path`.
 
     Raises `TeacherError` naming the first tensor that is missing, odd or misshapen.
     """

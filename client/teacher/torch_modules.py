@@ -61,7 +61,7 @@ class NetworkScores:
     def features(self, images: Images) -> NDArray[np.float32]:
         """Return (n, `feature_size`) float32: what the last linear layer is fed for (n, H, W, C) uint8.
 
-        Not for two threads at once. Raises `ValueError` where there is no such layer, or it is not fed one row an image.
+        Not for two threads at once. Raises `ValueError` where there is no such layer, or it is fed no row an image.
         """
         held: list[torch.Tensor] = []
         if self._last is None:
