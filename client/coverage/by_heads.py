@@ -8,8 +8,8 @@ learn from them all the same: what tells the site's classes from others is there
 fitted to the scores of private images that are new to the teacher as well as to their head: of a trained teacher, those
 that `teacher.holdout` kept out of its training. Of a hosted one it is not known, and all private images count as new.
 
-Time: one pass of private and pool images through the teacher; then the heads, twice (once where the prior is given),
-seconds on one core for ten thousand images. Memory: the vectors as float32, at most `MOST_CELLS` numbers of either
+Time: one pass of private and pool images through the teacher; then the heads, `EPOCHS` and a third more passes of their
+vectors, seconds on one core for ten thousand images. Memory: the vectors as float32, at most `MOST_CELLS` numbers of either
 sample, up to four times; of the images a batch.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.coverage.head import Heads, parts_of, train_heads
+from consilience.client.coverage.head import EPOCHS, Heads, parts_of, train_heads
 from consilience.client.coverage.prior import FIRST_PRIOR, estimate_prior
 from consilience.client.coverage.samples import MOST_POOL, digests, refuse_copies, shape_of, some
 from consilience.client.coverage.vectors import Vectors
@@ -98,8 +98,8 @@ def learn_heads(
         raise AbstainError(f"the teacher's {settings.coverage.family} are the same for every image")
     parts = parts_of(our_digests), parts_of(their_digests)
 
-    def scores(prior: float) -> tuple[Heads, Floats, Floats]:
-        heads = train_heads(ours, labels, private[2], theirs, parts, prior, seed)
+    def scores(prior: float, epochs: int) -> tuple[Heads, Floats, Floats]:
+        heads = train_heads(ours, labels, private[2], theirs, parts, prior, seed, epochs)
         found = heads, heads.scores(ours[new], parts[0][new]), heads.scores(theirs, parts[1])
         if not (np.isfinite(found[1]).all() and np.isfinite(found[2]).all()):
             raise CoverageError(
@@ -108,8 +108,8 @@ def learn_heads(
             )
         return found
 
-    prior = settings.coverage.prior or estimate_prior(*scores(FIRST_PRIOR)[1:])
-    heads, held, pooled = scores(prior)
+    prior = settings.coverage.prior or estimate_prior(*scores(FIRST_PRIOR, EPOCHS // 3)[1:])
+    heads, held, pooled = scores(prior, EPOCHS)
     return heads, held, pooled, settings.coverage.prior or estimate_prior(held, pooled)
 
 

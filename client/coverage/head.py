@@ -24,7 +24,7 @@ from consilience.common.nets.seeding import derive, generator, seeded
 PARTS = 5
 WIDTH = 64
 """Hidden units of a head."""
-EPOCHS = 8
+EPOCHS = 15
 BATCH = 256
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 1e-4
@@ -74,6 +74,7 @@ def train_heads(
     parts: tuple[NDArray[np.int64], NDArray[np.int64]],
     prior: float,
     seed: int,
+    epochs: int = EPOCHS,
 ) -> Heads:
     """Return heads that have learned from private vectors (n, size) of `labels` (n,) in [0, classes), and the pool's.
 
@@ -93,21 +94,23 @@ def train_heads(
         own, others = (np.flatnonzero((part_of != part) & who) for who in (ours, ~ours))
         times = repeats(len(own), len(others))
         ids = np.concatenate([own] * times[0] + [others] * times[1])
-        _train(head, inputs, ids, loss, derive(seed, "head", part))
+        _train(head, inputs, ids, loss, epochs, derive(seed, "head", part))
     return heads.eval()
 
 
-def _train(head: nn.Module, inputs: Tensor, ids: NDArray[np.int64], loss: PositiveUnlabelled, seed: int) -> None:
+def _train(
+    head: nn.Module, inputs: Tensor, ids: NDArray[np.int64], loss: PositiveUnlabelled, epochs: int, seed: int
+) -> None:
     """Train one head on the rows `ids` of `inputs`."""
     batch = max(1, min(BATCH, len(ids)))
     steps = len(ids) // batch
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     known = torch.from_numpy(ids)
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         order = known[torch.randperm(len(ids), generator=generator(seed, "order", epoch))].to(inputs.device)
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
-            optimizer.param_groups[0]["lr"] = one_cycle(epoch * steps + step, EPOCHS * steps, LEARNING_RATE)
+            optimizer.param_groups[0]["lr"] = one_cycle(epoch * steps + step, epochs * steps, LEARNING_RATE)
             optimizer.zero_grad()
             torch.autograd.backward(loss(head(inputs[rows]), rows))
             optimizer.step()

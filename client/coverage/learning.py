@@ -11,7 +11,7 @@ that it is estimated from are, of a network, those of private images held out, a
 network learned from: these are what is asked about. A network that learns the pool by heart makes the estimate too low.
 
 Time of a network: `epochs` and a third more passes of the images that are learned from, forwards and back, and two
-forwards of the pool's. Memory: these images as uint8, up to three times, and the network with its gradients for one batch.
+forwards of the pool's. Memory: these images as uint8, up to three times, and the network with its gradients a batch.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def stripes(classes: list[int], n: int, seed: int) -> tuple[np.ndarray, np.ndarr
     return np.clip(grey, 0, 255).astype(np.uint8)[..., None], labels
 
 
-_, PRIVATE, PRIVATE_LABELS = drawn([0, 1, 2], 600, 1)
-POINTS, PUBLIC, PUBLIC_LABELS = drawn([0, 1, 2, 3, 3, 3], 1200, 2)
+_, PRIVATE, PRIVATE_LABELS = drawn([0, 1, 2], 400, 1)
+POINTS, PUBLIC, PUBLIC_LABELS = drawn([0, 1, 2, 3, 3, 3], 800, 2)
 IS_MINE = PUBLIC_LABELS < 3
 STRIPES, STRIPE_LABELS = stripes([0, 1], 400, 1)
 STRIPED, STRIPED_LABELS = stripes([0, 1, 2, 3], 600, 2)
@@ -189,7 +189,7 @@ def test_heads_on_a_black_box_s_outputs_rank_nearly_as_the_densities_do(site: Si
     assert auroc(surest[IS_MINE], surest[~IS_MINE]) < best - 0.1  # so there was something to learn
     assert record.prior == pytest.approx(IS_MINE.mean(), abs=0.1)
     assert told.mean() == pytest.approx(IS_MINE.mean(), abs=0.1)
-    assert (record.family, record.classes, record.held_out, record.warnings) == ("outputs", 3, 600, ())
+    assert (record.family, record.classes, record.held_out, record.warnings) == ("outputs", 3, 400, ())
     _, fresh, labels = drawn([0, 1, 2, 3, 3, 3], 600, 9)
     seen = loaded(site).scores(fresh)
     assert auroc(seen[labels < 3], seen[labels == 3]) > best - 0.04
@@ -311,7 +311,7 @@ def test_too_few_images_are_a_reason_to_abstain(site: SiteSettings) -> None:
 
 
 def test_private_data_that_is_the_pool_is_refused(site: SiteSettings) -> None:
-    settings = make(site.state.parent, (PUBLIC[:600], PRIVATE_LABELS), PUBLIC, "outputs")
+    settings = make(site.state.parent, (PUBLIC[:400], PRIVATE_LABELS), PUBLIC, "outputs")
     with pytest.raises(CoverageError, match="100% of the private images are in the pool"):
         learn_coverage(settings)
 
@@ -332,7 +332,7 @@ def test_it_is_learned_once_and_to_the_same_bytes(site: SiteSettings) -> None:
     before = record_of(site)
     assert images_seen(site) == 0
     shutil.rmtree(site.state / "coverage")
-    assert images_seen(site) == 600 + 1200
+    assert images_seen(site) == 400 + 800
     assert record_of(site) == before
     other = site.model_copy(update={"seed": 1})
     with pytest.raises(CoverageError, match="other settings or another seed"):
@@ -348,7 +348,7 @@ def test_another_teacher_s_coverage_does_not_load_and_is_learned_anew(site: Site
     with pytest.raises(CoverageError, match="learned for another teacher") as caught:
         load_coverage(settings)
     assert "consilience site train" in caught.value.hint
-    assert images_seen(settings) == 1800
+    assert images_seen(settings) == 1200
     assert loaded(settings).fingerprint != before
 
 
