@@ -9,8 +9,8 @@ fitted to the scores of private images that are new to the teacher as well as to
 that `teacher.holdout` kept out of its training. Of a hosted one it is not known, and all private images count as new.
 
 Time: one pass of private and pool images through the teacher; then the heads, `EPOCHS` and a third more passes of their
-vectors, seconds on one core for ten thousand images. Memory: the vectors as float32, at most `MOST_CELLS` numbers of either
-sample, up to four times; of the images a batch.
+vectors, seconds on one core for ten thousand images. Memory: the vectors as float32, at most `MOST_CELLS` numbers of
+either sample, up to three times; of the images a batch.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def train_heads(
     heads.centre.copy_(torch.from_numpy(pool.mean(axis=0, dtype=np.float64)))
     heads.scale.copy_(torch.from_numpy(np.where(deviation > _FLAT, deviation, 1.0)))
     heads.to(device)
-    inputs = (torch.from_numpy(np.concatenate([private, pool])).to(device) - heads.centre) / heads.scale
+    inputs = torch.from_numpy(np.concatenate([private, pool])).to(device).sub_(heads.centre).div_(heads.scale)
     loss = PositiveUnlabelled(torch.from_numpy(labels).to(device), classes, prior, "vectors")
     part_of, ours = np.concatenate(parts), np.arange(len(private) + len(pool)) < len(private)
     for part, head in enumerate(heads.heads):
