@@ -106,7 +106,7 @@ SCENARIOS = {
 QUICK = Scenario(
     "embedded",
     DISJOINT,
-    Sizes(300, 400, 200, 2, Coverage(architecture="cnn3", fit=Fit(epochs=2, batch_size=64, precision="f32"))),
+    Sizes(440, 400, 200, 2, Coverage(architecture="cnn3", fit=Fit(epochs=2, batch_size=64, precision="f32"))),
 )
 
 

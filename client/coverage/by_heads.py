@@ -10,7 +10,7 @@ that `teacher.holdout` kept out of its training. Of a hosted one it is not known
 
 Time: one pass of private and pool images through the teacher; then the heads, `EPOCHS` and a third more passes of their
 vectors, seconds on one core for ten thousand images. Memory: the vectors as float32, at most `MOST_CELLS` numbers of
-either sample, up to three times; of the images a batch.
+either sample, up to three times; of the images a batch. What is interrupted begins anew.
 """
 
 from __future__ import annotations

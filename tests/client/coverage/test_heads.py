@@ -100,7 +100,7 @@ def make(
     """Write a site's data, pool, teacher and site.yaml, and read the settings."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "planted_model.py").write_text(MODEL)
-    arrays = {} if private[1] is None else {"y": private[1], "names": np.array(NAMES)}
+    arrays: dict[str, Any] = {} if private[1] is None else {"y": private[1], "names": np.array(NAMES)}
     np.savez(folder / "private.npz", x=private[0], **arrays)
     shutil.rmtree(folder / "pool", ignore_errors=True)
     Pool.build(from_arrays(public, None, (), where="test"), folder / "pool")
