@@ -1,12 +1,14 @@
-"""Scores of others for "this image is of one of my classes", to be compared with coverage (used by coverage.py).
+"""Scores for "this image is of one of my classes", to be compared with a network's coverage (used by coverage.py).
 
 Largest probability and energy (Liu et al., NeurIPS 2020) of a teacher's outputs, Mahalanobis distance on its features
 (Lee et al., NeurIPS 2018), and the density ratio on its features by KuLSIF (Kanamori et al., Machine Learning 2012),
-which is how Selective-FD (Shao et al., Nature Communications 2024) selects. A higher score means more like mine.
+which is how Selective-FD (Shao et al., Nature Communications 2024) selects; and coverage by the other families. A
+higher score means more like mine.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from torch import nn
 
+from consilience.client.coverage import learn_coverage, load_coverage
 from consilience.client.teacher import TrainedTeacher
 from consilience.common.data import open_data
 from consilience.common.files import read_json
@@ -26,6 +29,7 @@ from consilience.common.settings_file import load_settings
 
 Floats = NDArray[np.float64]
 NAMES = ("largest probability", "energy", "mahalanobis", "density ratio (KuLSIF)")
+FAMILIES = ("features", "outputs")
 MOST = 2_000
 """Samples of either kind that the density ratio is fitted on: its time grows with their cube."""
 
@@ -52,6 +56,25 @@ def score_pool(path: Path, seed: int) -> dict[str, Floats]:
         "mahalanobis": mahalanobis(mine, labels, features),
         "density ratio (KuLSIF)": density_ratio(mine, features, np.random.default_rng(seed)),
     }
+
+
+def score_by_family(path: Path, family: str) -> Floats | None:
+    """Return coverage (n,) of the pool by `family`, for the trained site whose site.yaml is at `path`.
+
+    None where the site abstains.
+    """
+    settings = load_settings(path, SiteSettings)
+    state = path.parent / f"state-{family}"
+    shutil.copytree(settings.state, state, ignore=shutil.ignore_patterns("coverage"), dirs_exist_ok=True)
+    chosen = settings.coverage.model_copy(update={"family": family})
+    settings = settings.model_copy(update={"state": state, "coverage": chosen})
+    learn_coverage(settings)
+    coverage, pool = load_coverage(settings), Pool.open(settings.pools[0])
+    if coverage is None:
+        return None
+    size = settings.batch_size
+    parts = [coverage.scores(pool.read(at, min(at + size, len(pool)))) for at in range(0, len(pool), size)]
+    return np.concatenate(parts).astype(np.float64)
 
 
 def outputs(model: nn.Module, images: Images, record: TrainedTeacher) -> tuple[Floats, Floats]:

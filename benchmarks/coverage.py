@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baselines import NAMES, score_pool
+from baselines import FAMILIES, NAMES, score_by_family, score_pool
 from flwr.app import Context, RecordDict
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -112,7 +112,7 @@ SCENARIOS = {
 QUICK = Scenario(
     "embedded",
     DISJOINT,
-    Sizes(300, 400, 200, 2, Coverage(architecture="cnn3", fit=Fit(epochs=2, batch_size=64, precision="f32"))),
+    Sizes(440, 400, 200, 2, Coverage(architecture="cnn3", fit=Fit(epochs=2, batch_size=64, precision="f32"))),
 )
 
 
@@ -320,12 +320,17 @@ def ceiling(home: Path, truth: Labels) -> float:
 
 
 def baselines(scenario: Scenario, paths: list[Path], truth: Labels, seed: int) -> dict[str, list[float | None]]:
-    """Return each baseline's AUROC of "mine" on the pool, site by site; None where all of the pool is."""
-    found: dict[str, list[float | None]] = {name: [] for name in NAMES}
+    """Return each baseline's and other family's AUROC of "mine" on the pool, site by site.
+
+    None where all of the pool is, or the site abstains.
+    """
+    found: dict[str, list[float | None]] = {name: [] for name in (*FAMILIES, *NAMES)}
     for path, classes in zip(paths, scenario.classes, strict=True):
         mine = np.isin(truth, classes)
-        for name, scored in score_pool(path, seed).items():
-            found[name].append(None if mine.all() else float(roc_auc_score(mine, scored)))
+        scores: dict[str, NDArray[np.float64] | None] = dict(score_pool(path, seed))
+        scores |= {family: score_by_family(path, family) for family in FAMILIES}
+        for name, scored in scores.items():
+            found[name].append(None if mine.all() or scored is None else float(roc_auc_score(mine, scored)))
     return found
 
 
@@ -402,11 +407,13 @@ def main() -> None:
         (
             name,
             spread([mean(f["coverage_auroc"]) for f in figures]),
-            *(spread([mean(f["baseline_auroc"][baseline]) for f in figures]) for baseline in NAMES),
+            # figures that were kept before a column was added lack it
+            *(spread([mean(f["baseline_auroc"].get(other, [None])) for f in figures]) for other in (*FAMILIES, *NAMES)),
         )
         for name, figures in found.items()
     ]
-    show('AUROC of "mine" over the pool, mean over sites, %', ("", "coverage", *NAMES), ranked, {}, None)
+    columns = ("", "network", *FAMILIES, *NAMES)
+    show('AUROC of "mine" over the pool, mean over sites, %', columns, ranked, {}, None)
 
 
 if __name__ == "__main__":

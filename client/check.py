@@ -77,7 +77,7 @@ class Preflight:
             ("policy", ("settings",), self._tell_policy),
             ("private data", ("settings",), self._open_data),
             ("teacher", ("settings",), self._load_teacher),
-            ("coverage", ("settings",), self._load_coverage),
+            ("coverage", ("teacher",), self._load_coverage),
             ("pools", ("settings",), self._verify_pools),
             ("answer", ("teacher", "pools"), self._answer),
             ("state folder", ("settings",), self._look_at_state),
@@ -139,7 +139,7 @@ class Preflight:
         return f"{len(teacher.classes)} classes, fingerprint {teacher.fingerprint[:12]}, calibration: {teacher.told}"
 
     def _load_coverage(self) -> str:
-        load_coverage(self._settings)
+        load_coverage(self._settings, self._teacher)
         told = tell_coverage(self._settings)
         if self._settings.policy.coverage == "off":
             raise SkippedError(told)

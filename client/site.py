@@ -66,7 +66,8 @@ class Site:
         Raises `SettingsError`, `TeacherError`, `CoverageError`, `StorageError`.
         """
         settings = load_settings(path, SiteSettings)
-        return cls(settings, load_teacher(settings), load_coverage(settings))
+        teacher = load_teacher(settings)
+        return cls(settings, teacher, load_coverage(settings, teacher))
 
     @property
     def calibration(self) -> str:

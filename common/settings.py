@@ -24,6 +24,7 @@ Encoding = Literal["f32", "f16"]
 """Encodings of log-probabilities."""
 CoverageEncoding = Literal["f16", "u8"]
 """Encodings of coverage, finest first."""
+CoverageFamily = Literal["network", "features", "outputs"]
 Method = Literal["sd", "ce", "mf-p", "mf-lv", "mf-lf"]
 Across = Literal["centred", "equal", "proportional"]
 
@@ -198,12 +199,18 @@ TeacherSettings = Annotated[
 
 
 class Coverage(Settings):
-    """How the site learns which images are of its classes: a network that tells its private data from its first pool.
+    """How the site learns which images are of its classes: by telling its private data from its first pool.
 
     Not learned where `policy.coverage` is off.
     """
 
+    family: CoverageFamily = "network"
+    """What tells them apart. `network`: a network of its own, from pixels. `features`: small heads on what the
+    teacher's last linear layer is fed, for a teacher of kind `train` or `state_dict`. `outputs`: small heads on the
+    teacher's calibrated log-probabilities, for any teacher. The latter two learn in seconds once the teacher has seen
+    the images, and what they see is what the teacher sees of them."""
     architecture: str = "vgg6"
+    """Of the network; this, `fit` and `preprocessing` count for `family: network` alone."""
     fit: Fit = Fit(epochs=15, batch_size=256, learning_rate=0.05)
     preprocessing: Preprocessing = Preprocessing()
     """Means and deviations; size and channels are the pool's."""
@@ -284,6 +291,15 @@ class SiteSettings(Settings):
     def _training_needs_data(self) -> SiteSettings:
         if self.teacher.kind == "train" and self.data is None:
             raise ValueError("teacher.kind is train, so data must name the private data to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _features_need_a_network(self) -> SiteSettings:
+        if self.coverage.family == "features" and self.teacher.kind not in ("train", "state_dict"):
+            raise ValueError(
+                f"coverage.family is features, which needs a teacher of kind train or state_dict, not "
+                f"{self.teacher.kind}; take coverage.family: outputs, which works with any teacher"
+            )
         return self
 
 

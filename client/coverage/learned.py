@@ -1,26 +1,34 @@
 """Coverage that was learned: its record, and its use.
 
-Lives here: state/coverage/coverage.json, the network's score, loading. Does not live here: learning (learning).
+Lives here: state/coverage/coverage.json, the network's score, loading. Does not live here: learning (learning) and the
+heads' score (by_heads).
 
-state/coverage/ holds coverage.json (a `CoverageRecord`), model.safetensors unless the site abstains, and training/.
+state/coverage/ holds coverage.json (a `CoverageRecord`), model.safetensors unless the site abstains, and, of a network,
+training/.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
+from consilience.client.coverage.by_heads import score_by_heads
 from consilience.client.coverage.calibrate import Platt
+from consilience.client.coverage.head import Heads
+from consilience.client.coverage.vectors import vectors_of
+from consilience.client.teacher import CalibratedTeacher, load_teacher
 from consilience.client.teacher.protocol import fingerprint_of
 from consilience.common.errors import CoverageError, StudentError, TeacherError
 from consilience.common.files import canonical_json, read_json, sha256, sha256_file
 from consilience.common.nets import build, load_model, scores
 from consilience.common.preprocessing import Images
-from consilience.common.settings import Preprocessing, Settings, SiteSettings
+from consilience.common.settings import CoverageFamily, Preprocessing, Settings, SiteSettings
 
 FOLDER = "coverage"
 MOST_TO_RANK = 0.8
@@ -37,10 +45,14 @@ class CoverageRecord(Settings):
     """Digest of the private data."""
     pool: str
     """Digest of the pool."""
-    architecture: str
+    family: CoverageFamily = "network"
+    architecture: str = ""
+    """Of the network; empty for another family."""
+    teacher: str = ""
+    """Fingerprint of what decides the vectors that heads are fed; empty for a network."""
     abstains: str | None = None
     """Why the site gives no coverage."""
-    classes: int = 0
+    classes: int = Field(default=0, ge=0, le=100_000)
     preprocessing: Preprocessing = Preprocessing()
     model: str = ""
     """SHA-256 of model.safetensors."""
@@ -71,29 +83,34 @@ class CoverageRecord(Settings):
         return float(np.clip((self.private_over_pool - self.prior / 2) / (1 - self.prior), 0, 1))
 
     @property
+    def how(self) -> str:
+        """What gives the scores, in few words: they go into the site card."""
+        return self.architecture if self.family == "network" else f"heads on the teacher's {self.family}"
+
+    @property
     def told(self) -> str:
         """The record in one line, for the site's own eyes."""
         if self.abstains is not None:
             return f"none: {self.abstains}"
         ranking = "" if self.auroc is None else f", AUROC about {self.auroc:.3f}"
-        found = f"{self.prior:.3g} of the pool of the site's classes{ranking}, by {self.held_out:,} held-out images"
+        found = f"{self.how}: {self.prior:.3g} of the pool of the site's classes{ranking}, "
+        found += f"by {self.held_out:,} held-out images"
         return "; ".join([found, *(f"Warning: {warning}" for warning in self.warnings)])
 
 
 @dataclass(frozen=True)
 class LearnedCoverage:
-    """A network behind a calibration."""
+    """Scores (n,) of (n, H, W, C) uint8 images behind a calibration."""
 
     fingerprint: str
     description: str
-    model: nn.Module
-    preprocessing: Preprocessing
+    score: Callable[[Images], NDArray[np.float64]]
     calibration: Platt
 
     def scores(self, images: Images) -> NDArray[np.float32]:
         """Return (n,) float32 in (0, 1) for (n, H, W, C) uint8. Raises `TeacherError`."""
         try:
-            found = score_of(self.model, images, self.preprocessing)
+            found = self.score(images)
         except (RuntimeError, ValueError) as error:
             raise TeacherError(f"coverage failed on {len(images)} images of shape {images.shape[1:]}") from error
         if not np.isfinite(found).all():
@@ -108,11 +125,12 @@ def score_of(model: nn.Module, images: Images, preprocessing: Preprocessing) -> 
     return mine - logits[:, -1]
 
 
-def load_coverage(settings: SiteSettings) -> LearnedCoverage | None:
+def load_coverage(settings: SiteSettings, teacher: CalibratedTeacher | None = None) -> LearnedCoverage | None:
     """Return the coverage that the site has learned; None where it has none, abstains, or its policy says off.
 
-    Raises `CoverageError` when it was learned from other settings or its files are damaged, and what `read_record`
-    raises.
+    `teacher` is the site's; where it is not given, and heads need it, it is loaded. Raises `CoverageError` when it was
+    learned from other settings or, of heads, for another teacher, or its files are damaged, and what `read_record`
+    and, for heads, `load_teacher` raise.
     """
     if settings.policy.coverage == "off":
         return None
@@ -129,18 +147,29 @@ def load_coverage(settings: SiteSettings) -> LearnedCoverage | None:
     path = folder / "model.safetensors"
     if not is_model(settings, record):
         raise CoverageError(f"{path}: is not the model that coverage.json speaks of", hint=_AGAIN)
-    channels = record.preprocessing.channels or 1
-    model = build(record.architecture, classes=record.classes + 1, channels=channels, seed=0)
+    model: nn.Module
+    score: Callable[[Images], NDArray[np.float64]]
+    if record.family == "network":
+        channels = record.preprocessing.channels or 1
+        model = build(record.architecture, classes=record.classes + 1, channels=channels, seed=0)
+        score = partial(score_of, model, preprocessing=record.preprocessing)
+        decides = {"architecture", "preprocessing", "calibration"}
+    else:
+        vectors = vectors_of(settings, teacher or load_teacher(settings))
+        if vectors.teacher != record.teacher:
+            raise CoverageError(f"{folder}: the coverage there was learned for another teacher", hint=_AGAIN)
+        model = heads = Heads(vectors.size, record.classes)
+        score = partial(score_by_heads, heads, vectors)
+        decides = {"family", "teacher", "calibration"}
     try:
         load_model(path, model)
     except StudentError as error:
         raise CoverageError(error.message, hint=_AGAIN) from error
-    parts = record.model_dump(mode="json", include={"architecture", "preprocessing", "calibration"})
+    parts = record.model_dump(mode="json", include=decides)
     return LearnedCoverage(
         fingerprint=fingerprint_of({"kind": "coverage", **parts}, record.model),
-        description=f"private data against the pool, {record.architecture}"[:500],
-        model=model,
-        preprocessing=record.preprocessing,
+        description=f"private data against the pool, {record.how}"[:500],
+        score=score,
         calibration=record.calibration,
     )
 

@@ -1,16 +1,17 @@
 """Learning a site's coverage: private data against a pool.
 
-Lives here: the order of what is done, when the site had better abstain, what is written to state/coverage, what the
-site is warned of. Does not live here: which images are learned from (samples), the network's loss (risk), the share of
-the pool that is the site's (prior), the map from scores to coverage (calibrate), use (learned).
+Lives here: the choice of the family, the order of what is done, when the site had better abstain, what is written to
+state/coverage, what the site is warned of; the family `network`. Does not live here: the other families (by_heads),
+which images are learned from (samples), the loss (risk), the share of the pool that is the site's (prior), the map from
+scores to coverage (calibrate), use (learned).
 
 Private data of site i follows p(x | Y in L_i), the pool p(x). By Bayes their ratio is P(Y in L_i | x) / P(Y in L_i):
 coverage, up to one constant that class-prior estimation gives (methods of positive and unlabelled learning). The scores
-that it is estimated from are those of private images held out, and of the very pool images that the network learned
-from: these are what is asked about. A network that learns the pool by heart makes the estimate too low.
+that it is estimated from are, of a network, those of private images held out, and of the very pool images that the
+network learned from: these are what is asked about. A network that learns the pool by heart makes the estimate too low.
 
-Time: `epochs` and a third more passes of the images that are learned from, forwards and back, and two forwards of the
-pool's. Memory: these images as uint8, up to three times, and the network with its gradients for one batch.
+Time of a network: `epochs` and a third more passes of the images that are learned from, forwards and back, and two
+forwards of the pool's. Memory: these images as uint8, up to three times, and the network with its gradients a batch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from consilience.client.coverage.by_heads import AbstainError, learn_heads
 from consilience.client.coverage.calibrate import fit_platt
 from consilience.client.coverage.learned import (
     FOLDER,
@@ -32,9 +34,11 @@ from consilience.client.coverage.learned import (
     score_of,
     settings_digest,
 )
-from consilience.client.coverage.prior import auroc, estimate_prior
+from consilience.client.coverage.prior import FIRST_PRIOR, auroc, estimate_prior
 from consilience.client.coverage.risk import PositiveUnlabelled
 from consilience.client.coverage.samples import Samples, gather, mine
+from consilience.client.coverage.vectors import Vectors, vectors_of
+from consilience.client.teacher import load_teacher
 from consilience.client.teacher.trained import digest_of
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import CoverageError, StudentError
@@ -46,8 +50,6 @@ from consilience.common.settings import Fit, Preprocessing, SiteSettings
 
 LEAST_PRIVATE = LEAST_POOL = 200
 """Images below which there is nothing to learn from, and too few to calibrate on."""
-FIRST_PRIOR = 0.3
-"""What the first, short training takes for the prior. Too low a prior costs little, too high a one much."""
 STYLE = 0.98
 """With a higher chance than this that a private image has a higher score than one of the pool, the network has not
 seen classes but where the images come from, or none of the pool is of the site's classes."""
@@ -57,12 +59,18 @@ _BLOCK = 4096
 """Pool images read and scored at once."""
 
 
-def learn_coverage(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None) -> CoverageRecord:
+def learn_coverage(
+    settings: SiteSettings,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    on_images: Callable[[int, int], None] | None = None,
+) -> CoverageRecord:
     """Learn the site's coverage of its first pool; resumes, and returns at once when it is learned.
 
-    A site with too little to learn from abstains: the record says why. Raises `CoverageError` without private data or
-    a pool, when the private data is the pool, and when training fails; `DataError`, `PoolError`, `SettingsError`,
-    `MissingExtraError`, `StorageError`, and `RunError` when another process is at it.
+    `on_epoch` is told of every epoch of a network, `on_images`, for heads, how many images of how many the teacher has
+    seen just now. A site with too little to learn from abstains: the record says why. Raises `CoverageError` without
+    private data or a pool, when the private data is the pool, when training fails, and for features of a teacher that
+    has none; `DataError`, `PoolError`, `SettingsError`, `MissingExtraError`, `StorageError`, `RunError` when another
+    process is at it, and, where heads need the teacher, `TeacherError`.
     """
     if settings.data is None or not settings.pools:
         field = "data" if settings.data is None else "pools"
@@ -75,11 +83,21 @@ def learn_coverage(settings: SiteSettings, on_epoch: Callable[[EpochRecord], Non
     folder = settings.state / FOLDER
     with lock(folder):
         done = read_record(settings)
+        family = settings.coverage.family
+        vectors = None if family == "network" else vectors_of(settings, load_teacher(settings))
         about: dict[str, Any] = {"settings": settings_digest(settings), "data": digest, "pool": pool.digest}
+        about |= {"family": family, "architecture": settings.coverage.architecture if vectors is None else ""}
+        about |= {"teacher": "" if vectors is None else vectors.teacher}
         if done is not None and about.items() <= vars(done).items() and is_model(settings, done):
             return done
         pool.verify()
-        record = _learn(settings, data, pool, about, on_epoch)
+        try:
+            if vectors is None:
+                record = _learn(settings, data, pool, about, on_epoch)
+            else:
+                record = _learn_heads(settings, data, pool, about, vectors, on_images)
+        except AbstainError as reason:
+            record = CoverageRecord(**about, abstains=str(reason))
         write_json(folder / "coverage.json", record.model_dump(mode="json"))  # last: it speaks of the model
         return record
 
@@ -93,11 +111,7 @@ def _learn(
 ) -> CoverageRecord:
     """Learn, whatever was learned before; writes the model. `about` is what the record says it was learned from."""
     chosen = settings.coverage
-    ids, labels, classes = mine(settings, data)
-    if len(ids) < LEAST_PRIVATE or len(pool) < LEAST_POOL:
-        why = f"{len(ids):,} private images of its classes and {len(pool):,} of the pool are too few: "
-        why += f"{LEAST_PRIVATE} and {LEAST_POOL} are needed"
-        return CoverageRecord(**about, architecture=chosen.architecture, abstains=why)
+    ids, labels, classes = _enough(settings, data, pool)
     preprocessing = _as_used(settings, pool)
     samples = gather(settings, data, ids, labels, classes, pool)
     prior = chosen.prior
@@ -107,13 +121,47 @@ def _learn(
     model = _train(settings, samples, preprocessing, chosen.fit, prior, "coverage", on_epoch)
     held, of_pool = _scores(settings, model, samples, pool, preprocessing)
     prior = chosen.prior or estimate_prior(held, of_pool)
+    return _record(settings, {**about, "classes": classes, "preprocessing": preprocessing}, model, held, of_pool, prior)
+
+
+def _learn_heads(
+    settings: SiteSettings,
+    data: ImageData,
+    pool: Pool,
+    about: dict[str, Any],
+    vectors: Vectors,
+    on_images: Callable[[int, int], None] | None,
+) -> CoverageRecord:
+    """Do as `_learn` by heads on the teacher's vectors."""
+    private = _enough(settings, data, pool)
+    heads, held, of_pool, prior = learn_heads(settings, data, about["data"], private, pool, vectors, on_images)
+    return _record(settings, {**about, "classes": private[2]}, heads, held, of_pool, prior)
+
+
+def _enough(settings: SiteSettings, data: ImageData, pool: Pool) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Return what `mine` returns. Raises `AbstainError` when there is too little to learn from."""
+    ids, labels, classes = mine(settings, data)
+    if len(ids) < LEAST_PRIVATE or len(pool) < LEAST_POOL:
+        raise AbstainError(
+            f"{len(ids):,} private images of its classes and {len(pool):,} of the pool are too few: "
+            f"{LEAST_PRIVATE} and {LEAST_POOL} are needed"
+        )
+    return ids, labels, classes
+
+
+def _record(
+    settings: SiteSettings,
+    about: dict[str, Any],
+    model: nn.Module,
+    held: NDArray[np.float64],
+    of_pool: NDArray[np.float64],
+    prior: float,
+) -> CoverageRecord:
+    """Write the model, calibrate on the scores (n,) of held-out private images and (m,) of the pool's, and say all."""
     path = settings.state / FOLDER / "model.safetensors"
     save_model(path, model)
     record = CoverageRecord(
         **about,
-        architecture=chosen.architecture,
-        classes=classes,
-        preprocessing=preprocessing,
         model=sha256_file(path),
         calibration=fit_platt(held, of_pool, prior),
         prior=prior,

@@ -15,6 +15,9 @@ CONFIDENCE = 0.1
 """delta of the paper: the bounds hold with this chance of failing."""
 TIGHTNESS = 0.01
 """gamma of the paper."""
+FIRST_PRIOR = 0.3
+"""What a first, short training takes for the prior, which is then estimated from its scores. Too low a prior costs
+little, too high a one much."""
 
 
 def estimate_prior(mine: NDArray[np.floating], pool: NDArray[np.floating]) -> float:

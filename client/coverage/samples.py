@@ -77,19 +77,13 @@ def gather(
 
     Raises `CoverageError` when too many of the private images are in the pool, `DataError`, `PoolError`.
     """
-    shape = Preprocessing(size=pool.shape[:2], channels=1 if pool.shape[2] == 1 else 3)
+    shape = shape_of(pool)
     learned, held_out = hold_out(labels, derive(settings.seed, "coverage holdout"))
     private = fit_shape(data.read(ids[learned]), shape)
-    of_pool = np.arange(len(pool))
-    if len(pool) > MOST_POOL:
-        random = np.random.default_rng(derive(settings.seed, "coverage pool"))
-        of_pool = np.sort(random.permutation(len(pool))[:MOST_POOL])
+    of_pool = some(len(pool), MOST_POOL, derive(settings.seed, "coverage pool"))
     public = pool.take(of_pool)
-    _refuse_copies(settings, private, public)
-    least = LEAST_SHARE / (1 - LEAST_SHARE)
-    privates, publics = (
-        max(1, round(least * len(others) / len(own))) for own, others in ((private, public), (public, private))
-    )
+    refuse_copies(settings, digests(private), digests(public))
+    privates, publics = repeats(len(private), len(public))
     return Samples(
         images=np.concatenate([private] * privates + [public] * publics),
         labels=np.tile(labels[learned], privates),
@@ -112,9 +106,33 @@ def hold_out(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], N
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _refuse_copies(settings: SiteSettings, private: Images, public: Images) -> None:
-    copies = {sha256(image.tobytes()) for image in public}
-    shared = np.mean([sha256(image.tobytes()) in copies for image in private])
+def some(count: int, most: int, seed: int) -> NDArray[np.int64]:
+    """Return sorted ids of `count` samples, or of `most` of them drawn by the seed."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
+
+
+def shape_of(pool: Pool) -> Preprocessing:
+    """Return the pool's size and channels, which private images are brought into."""
+    return Preprocessing(size=pool.shape[:2], channels=1 if pool.shape[2] == 1 else 3)
+
+
+def repeats(private: int, public: int) -> tuple[int, int]:
+    """Return how often each of so many private images and pool images is in an epoch."""
+    least = LEAST_SHARE / (1 - LEAST_SHARE)
+    return max(1, round(least * public / max(private, 1))), max(1, round(least * private / max(public, 1)))
+
+
+def digests(images: Images) -> list[str]:
+    """Return the SHA-256 of each image's bytes."""
+    return [sha256(image.tobytes()) for image in images]
+
+
+def refuse_copies(settings: SiteSettings, private: list[str], public: list[str]) -> None:
+    """Raise `CoverageError` when too many of the private images' digests are among the pool's."""
+    copies = set(public)
+    shared = np.mean([digest in copies for digest in private])
     if shared > MOST_COPIES:
         raise CoverageError(
             f"{settings.name}: {shared:.0%} of the private images are in the pool, byte for byte; allowed: "

@@ -8,15 +8,23 @@ from __future__ import annotations
 from consilience.client.coverage.learned import CoverageRecord, read_record
 from consilience.client.coverage.learning import epochs_of, learn_coverage
 from consilience.common.nets import epoch_task
-from consilience.common.progress import Reporter
+from consilience.common.progress import Reporter, Task
 from consilience.common.settings import SiteSettings
 
 
 def learn_and_show(settings: SiteSettings, reporter: Reporter) -> CoverageRecord:
     """Learn the site's coverage; arguments, result and errors as `learn_coverage`'s."""
-    epochs = epochs_of(settings.coverage.fit, settings.coverage.prior)
-    name = f"learning the coverage of {settings.name} ({settings.coverage.architecture})"
-    record = learn_coverage(settings, epoch_task(reporter, name, epochs))
+    chosen = settings.coverage
+    how = chosen.architecture if chosen.family == "network" else f"heads on the teacher's {chosen.family}"
+    name = f"learning the coverage of {settings.name} ({how})"
+    tasks: list[Task] = []
+
+    def on_images(count: int, total: int) -> None:
+        if not tasks:
+            tasks.append(reporter.start(name, total))
+        tasks[0].advance(count)
+
+    record = learn_coverage(settings, epoch_task(reporter, name, epochs_of(chosen.fit, chosen.prior)), on_images)
     if record.abstains is not None:
         reporter.say(f"{settings.name} gives no coverage: {record.abstains}")
     for warning in record.warnings:

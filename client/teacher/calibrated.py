@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from consilience.client.calibration import LEAST_SAMPLES, CalibrationMap, CalibrationScores, Method, fit_calibration
 from consilience.client.teacher.protocol import Teacher
-from consilience.client.teacher.trained import HOLDOUT, digest_of, present_classes, split, trained_record
+from consilience.client.teacher.trained import digest_of, held_out
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.files import canonical_json, lock, read_json, sha256, write_json
@@ -146,14 +146,7 @@ def _held_out(
     """Return ids (n,) of samples that the teacher was not trained on, their labels (n,) in its order, or why not."""
     none = np.empty(0, np.int64)
     if settings.teacher.kind == "train":
-        if trained_record(settings).data_digest != digest:
-            raise TeacherError(
-                f"{settings.name}: the private data are not those that the teacher was trained on",
-                hint="Run `consilience site train`",
-            )
-        labels, _ = present_classes(data)
-        _, held_out = split(labels, settings.teacher.holdout, derive(settings.seed, HOLDOUT))
-        return held_out, labels[held_out], ""
+        return *held_out(settings, data, digest), ""
     if data.labels is None:
         return none, none, "the private data have no labels"
     missing = [name for name in teacher.classes if name not in data.class_names]

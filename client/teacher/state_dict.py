@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from consilience.client.teacher.protocol import Scores, brief, refuse
-from consilience.client.teacher.torch_modules import module_scores
+from consilience.client.teacher.torch_modules import NetworkScores
 from consilience.common.errors import TeacherError
 from consilience.common.nets import build, default_device
 from consilience.common.settings import Preprocessing, StateDictTeacher
@@ -31,13 +31,20 @@ def scores_of(settings: StateDictTeacher, data: bytes) -> Scores:
     candidates: tuple[int, ...] = (settings.preprocessing.channels,) if settings.preprocessing.channels else (1, 3)
     modules = [build(settings.architecture, classes=len(settings.classes), channels=c, seed=0) for c in candidates]
     module = next((module for module in modules if _shapes(module.state_dict()) == _shapes(weights)), modules[0])
-    return network_scores(settings.path, settings.architecture, module, weights, settings.preprocessing)
+    return network_scores(
+        settings.path, settings.architecture, module, weights, settings.preprocessing, len(settings.classes)
+    )
 
 
 def network_scores(
-    path: Path, architecture: str, module: nn.Module, weights: dict[str, torch.Tensor], preprocessing: Preprocessing
-) -> Scores:
-    """Return the scoring function of `module`, built by the name `architecture`, with `weights` from `path`.
+    path: Path,
+    architecture: str,
+    module: nn.Module,
+    weights: dict[str, torch.Tensor],
+    preprocessing: Preprocessing,
+    classes: int,
+) -> NetworkScores:
+    """Return the scoring function of `module`, built as `architecture` for `classes`, with `weights` from `path`.
 
     Raises `TeacherError` naming the first tensor that is missing, odd or misshapen.
     """
@@ -52,7 +59,7 @@ def network_scores(
     module.load_state_dict(weights)
     device = default_device()
     module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return module_scores(module.eval(), preprocessing, device)
+    return NetworkScores(module.eval(), classes, preprocessing, device)
 
 
 def read_weights(path: Path, data: bytes) -> dict[str, torch.Tensor]:

@@ -129,7 +129,9 @@ def load_trained(settings: SiteSettings) -> ScoringTeacher:
         fingerprint=fingerprint_of({"kind": "train", **parts}, record.model_digest),
         outputs="logits",
         where=str(path),
-        scores=network_scores(path, record.architecture, module, read_weights(path, data), record.preprocessing),
+        scores=network_scores(
+            path, record.architecture, module, read_weights(path, data), record.preprocessing, len(record.classes)
+        ),
     )
 
 
@@ -156,6 +158,20 @@ def present_classes(data: ImageData) -> tuple[NDArray[np.int64], tuple[str, ...]
     if not len(present):
         raise TeacherError("The site's private data holds no sample", hint="Name data with at least one image")
     return np.searchsorted(present, labels), tuple(data.class_names[k] for k in present)
+
+
+def held_out(settings: SiteSettings, data: ImageData, digest: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return sorted ids (n,) of `data`, of digest `digest`, that the trained teacher has not learned from, and labels.
+
+    Labels (n,) are numbered as the teacher's classes. Raises `TeacherError` when it was trained on other data.
+    """
+    if trained_record(settings).data_digest != digest:
+        raise TeacherError(
+            f"{settings.name}: the private data are not those that the teacher was trained on", hint=_RETRAIN
+        )
+    labels, _ = present_classes(data)
+    _, ids = split(labels, _wanted(settings).holdout, derive(settings.seed, HOLDOUT))
+    return ids, labels[ids]
 
 
 def split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
