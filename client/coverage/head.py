@@ -1,7 +1,7 @@
 """Small classifiers on vectors, cross-fitted: every image is scored by one that has not learned from it.
 
 Lives here: which part an image belongs to, the heads, their training. Does not live here: where vectors come from
-(vectors), the loss (risk), and prior and calibration (by_vectors).
+(vectors), the loss (risk), and prior and calibration (by_heads).
 
 An image's part is decided by its bytes. Head k learns from private and pool images of all parts but k, and scores the
 images of part k: private ones, the pool's, their copies, and any other. So every image, now or later, is scored in the

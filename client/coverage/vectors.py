@@ -1,7 +1,7 @@
 """What a head is fed: one vector an image, from the site's own teacher.
 
 Lives here: the teacher's features and its outputs as vectors, and when it gives none. Does not live here: what is
-learned from vectors (head, by_vectors) and how a network comes by its features (client/teacher/torch_modules).
+learned from vectors (head, by_heads) and how a network comes by its features (client/teacher/torch_modules).
 """
 
 from __future__ import annotations
