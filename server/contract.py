@@ -40,7 +40,7 @@ class RunContract(BaseModel):
 
     @classmethod
     def build(cls, job: JobSettings, cards: Iterable[SiteCard], pools: tuple[str, ...]) -> RunContract:
-        """Align the cards' classes. Raises `LabelError`, or `SettingsError` for weights or strengths of unknown sites."""
+        """Align the cards' classes. Raises `LabelError`; `SettingsError` for weights or strengths of unknown sites."""
         sites = sorted(cards, key=lambda card: card.name)
         space = LabelSpace.build({card.name: card.classes for card in sites}, job.labels.synonyms, job.labels.classes)
         for field, named in (("weights", job.unify.weights), ("strengths", job.unify.strengths)):
