@@ -1,7 +1,7 @@
 """Claim: answers in 8 bits cost nothing measurable, and the three largest of five classes next to nothing.
 
-The embedded job's teachers answer once, in f32. Their answers are then encoded, decoded and unified by `ce` in each
-encoding, and the labels compared with the pool's true ones and with those of f32. The second table compares steps for
+The embedded job's teachers answer once, in f32. Their answers are then encoded, decoded and unified in each encoding,
+by `ce` and by `sd`, and the labels compared with the pool's true ones and, for `ce`, with those of f32. The second table compares steps for
 bytes: uniform or square, over a reach of R below the row's largest log-probability (or below 0), or in the root of p.
 """
 
@@ -79,19 +79,21 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     exact = unify(answers, space.class_sets, len(space)).probs
     for encoding in ENCODINGS:
-        sent = [decode(encode(rows, encoding), *rows.shape, encoding) for rows in answers]
+        sent = [decode(encode(rows, encoding), len(rows), rows.shape[1], encoding) for rows in answers]
         labels = unify(sent, space.class_sets, len(space)).probs
+        mixed = unify(sent, space.class_sets, len(space), method="sd").probs
         figures[encoding] = {
             "bytes": sum(row_bytes(rows.shape[1], encoding) for rows in answers) / len(answers),
             "accuracy": float((labels.argmax(axis=1) == truth).mean()),
+            "accuracy_sd": float((mixed.argmax(axis=1) == truth).mean()),
             "as_f32": float((labels.argmax(axis=1) == exact.argmax(axis=1)).mean()),
             "distance": float(np.abs(labels - exact).sum(axis=1).mean() / 2),
         }
     rows = [
-        (e, f["bytes"], f"{f['accuracy']:.1%}", f"{f['as_f32']:.1%}", f"{f['distance']:.4f}")
+        (e, f["bytes"], f"{f['accuracy']:.1%}", f"{f['accuracy_sd']:.1%}", f"{f['as_f32']:.1%}", f"{f['distance']:.4f}")
         for e, f in figures.items()
     ]
-    columns = ("encoding", "bytes a sample", "labels right", "same class as f32", "distance to f32")
+    columns = ("encoding", "bytes a sample", "labels right", "by sd", "same class as f32", "distance to f32")
     show(f"Unified labels of {len(truth):,} samples, {len(answers)} sites", columns, rows, {}, None)
 
     even, squares = np.arange(256) / 255, (np.arange(256) / 255) ** 2
