@@ -1,8 +1,9 @@
 """Claim: answers in 8 bits cost nothing measurable, and the three largest of five classes next to nothing.
 
 The embedded job's teachers answer once, in f32. Their answers are then encoded, decoded and unified in each encoding,
-by `ce` and by `sd`, and the labels compared with the pool's true ones and, for `ce`, with those of f32. The second table compares steps for
-bytes: uniform or square, over a reach of R below the row's largest log-probability (or below 0), or in the root of p.
+by `ce` and by `sd`, and the labels compared with the pool's true ones and, for `ce`, with those of f32. The second
+table compares steps for bytes: uniform or square, over a reach of R below the row's largest log-probability (or below
+0), or in the root of p.
 """
 
 from __future__ import annotations

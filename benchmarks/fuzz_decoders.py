@@ -1,8 +1,8 @@
 """Claim: no bytes crash a decoder of answers, or make it take more memory than 4 times the bytes and 8 MiB.
 
-Encoded rows are changed at random (bytes set, copied, cut, added; special numbers put in) and checked and decoded again:
-what comes back must be a distribution, or a `ProtocolError`. The first other outcome ends the program with the bytes.
-Ten minutes by default, as the claim wants.
+Encoded rows are changed at random (bytes set, copied, cut, added; special numbers put in), checked and decoded: what
+comes back must be a distribution, or a `ProtocolError`. The first other outcome ends the program and says how to have
+it again. Ten minutes, as the claim wants, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def changed(data: bytearray, random: np.random.Generator) -> bytes:
 
 def trial(encoding: str, random: np.random.Generator) -> tuple[bool, int]:
     """Do one; return whether the bytes were taken, and the bytes of memory that the check took beyond 4 times them."""
-    classes = int(random.choice([1, 2, 5, 41, 256, 257, 70_000]))
+    classes = int(random.choice([1, 2, 5, 41, 256, 257, 70_000], p=[0.16] * 6 + [0.04]))
     rows = int(random.integers(0, 4))
     logits = random.normal(0, random.choice([0, 1, 10, 1000]), (rows, classes))
     whole = encode((logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32), encoding)
