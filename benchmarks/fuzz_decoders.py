@@ -52,14 +52,15 @@ def trial(encoding: str, random: np.random.Generator) -> tuple[bool, int]:
     data = changed(bytearray(data), random)
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
+    refused = False
     try:
-        try:
-            check(data, rows, classes, encoding)
-        finally:
-            spare = tracemalloc.get_traced_memory()[1] - before - 4 * len(data)
-        found = decode(data, rows, classes, encoding)
+        check(data, rows, classes, encoding)
     except ProtocolError:
+        refused = True
+    spare = tracemalloc.get_traced_memory()[1] - before - 4 * len(data)
+    if refused:
         return False, spare
+    found = decode(data, rows, classes, encoding)
     sums = np.exp(found.astype(np.float64)).sum(axis=1)
     assert found.shape == (rows, classes), "another shape"
     assert np.all(np.isfinite(found)), "not finite"
