@@ -36,7 +36,7 @@ from consilience.common.errors import (
 from consilience.common.files import lock, storage_error
 from consilience.common.identity import Kit, PrivateKey, key_fingerprint, load_key, words
 from consilience.common.pool import Pool
-from consilience.common.settings import SiteSettings
+from consilience.common.settings import SiteSettings, encoding_names
 from consilience.common.settings_file import load_settings
 
 LEAST_SPACE = 100 * 2**20
@@ -118,7 +118,7 @@ class Preflight:
     def _tell_policy(self) -> str:
         policy = self._settings.policy
         told = ["name, classes, kind and fingerprint of the teacher"]
-        told += [f"log-probabilities as {' or '.join(policy.encodings)}"]
+        told += [f"log-probabilities as {' or '.join(encoding_names(policy.encodings))}"]
         if policy.coverage_encodings:
             told += [f"coverage, if the site has learned it, as {' or '.join(policy.coverage_encodings)}"]
         told += ["the class shares of the private data"] if policy.class_priors else []

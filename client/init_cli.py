@@ -41,7 +41,8 @@ teacher:
   kind: train
   architecture: cnn3
 
-# What may leave, at most: log-probabilities as f32 or f16, and whether two facts about the private data may be told.
+# What may leave, at most: log-probabilities as f32, f16, u8, top-3 (or another number) or votes, the finest first, and
+# whether two facts about the private data may be told.
 policy:
   precision: f16
   class_priors: false

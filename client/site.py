@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -34,7 +35,7 @@ from consilience.common.protocol import (
     RefusalCode,
     SiteCard,
 )
-from consilience.common.settings import CoverageEncoding, Encoding, SiteSettings
+from consilience.common.settings import CoverageEncoding, SiteSettings, allowed_by
 from consilience.common.settings_file import load_settings
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class Site:
         tried = min(self.settings.batch_size, len(pools[0]))
         began = time.perf_counter()
         with self._lock:
-            self._score(pools[0], 0, tried, "log-probs")
+            for _ in self._score(pools[0], 0, tried, "log-probs"):
+                pass
         return Agreement(pools=contract.pools, samples=tried, seconds=time.perf_counter() - began)
 
     def answer(self, question: Question) -> Answer:
@@ -127,19 +129,23 @@ class Site:
         fingerprint = None if answering is None else answering.fingerprint
         if question.teacher != fingerprint or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
-        encodings = policy.encodings if question.kind == "log-probs" else policy.coverage_encodings
-        if question.encoding not in encodings:
+        if question.kind == "log-probs":
+            allowed = allowed_by(policy.encodings, question.encoding)
+        else:
+            allowed = question.encoding in policy.coverage_encodings
+        if not allowed:
             raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding")
         pool = self._pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         began = time.perf_counter()
         with self._lock:
-            rows = self._score(pool, question.start, question.stop, question.kind)
-        if question.kind == "log-probs":
-            data = encode(rows, cast(Encoding, question.encoding))
-        else:
-            data = encode_coverage(rows, cast(CoverageEncoding, question.encoding))
+            scored = self._score(pool, question.start, question.stop, question.kind)
+            if question.kind == "log-probs":
+                data = b"".join(encode(rows, question.encoding) for rows in scored)
+            else:
+                encoding = cast(CoverageEncoding, question.encoding)
+                data = b"".join(encode_coverage(rows, encoding) for rows in scored)
         return Answer(question, data, time.perf_counter() - began)
 
     def _coverage_of(self, images: Images) -> NDArray[np.float32]:
@@ -152,11 +158,13 @@ class Site:
             raise TeacherError(f"Coverage: {problem}")
         return scores.astype(np.float32)
 
-    def _score(self, pool: Pool, start: int, stop: int, kind: Kind) -> NDArray[np.float32]:
-        """Return (stop - start, classes) log-probabilities or (stop - start,) coverage. Raises `RefusedError`."""
-        teaches, rows_asked = kind == "log-probs", stop - start
+    def _score(self, pool: Pool, start: int, stop: int, kind: Kind) -> Iterator[NDArray[np.float32]]:
+        """Yield, batch by batch, (b, classes) log-probabilities or (b,) coverage of the samples start..stop-1.
+
+        Raises `RefusedError`.
+        """
+        teaches = kind == "log-probs"
         size, scores = self.settings.batch_size, self.teacher.log_probs if teaches else self._coverage_of
-        out = np.empty((rows_asked, len(self.teacher.classes)) if teaches else rows_asked, np.float32)
         for first in range(start - start % size, stop, size):
             last = min(first + size, len(pool))
             try:
@@ -165,8 +173,7 @@ class Site:
                 what = "teacher" if teaches else "coverage"
                 raise RefusedError("teacher-failed", f"the site's {what} gave no usable answer") from error
             low, high = max(start, first), min(stop, last)
-            out[low - start : high - start] = rows[low - first : high - first]
-        return out
+            yield np.asarray(rows[low - first : high - first], np.float32)
 
     def _pool(self, digest: str) -> Pool:
         """Return the site's copy of a pool, verified once per process."""

@@ -15,14 +15,13 @@ from flwr.app import ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from consilience.common.errors import ProtocolError
-from consilience.common.settings import NAME_PATTERN, ClassName, CoverageEncoding, Encoding
+from consilience.common.settings import ENCODINGS, NAME_PATTERN, ClassName, CoverageEncoding, Encoding
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 1_000_000
 
 Kind = Literal["log-probs", "coverage"]
 """What an answer tells of a pool sample: the teacher's log-probabilities, or how likely it is of the site's classes."""
-ENCODINGS: dict[Kind, tuple[str, ...]] = {"log-probs": get_args(Encoding), "coverage": get_args(CoverageEncoding)}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -101,7 +100,8 @@ class SiteCard(Record):
 
     name: SiteName
     classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
-    encodings: tuple[Encoding, ...] = Field(min_length=1)
+    encodings: tuple[Encoding, ...] = Field(min_length=1, max_length=len(ENCODINGS))
+    """What it may be asked for; `settings.allowed_by` says which of `top-K` these allow."""
     teacher: Digest
     """Fingerprint of the teacher: another teacher has another one."""
     description: Line
@@ -158,7 +158,8 @@ class Question(Record):
     start: int = Field(ge=0)
     stop: int = Field(ge=1)
     kind: Kind = "log-probs"
-    encoding: Encoding | CoverageEncoding
+    encoding: Encoding
+    """Of coverage only a `CoverageEncoding`."""
     teacher: Digest
     """Fingerprint of what is to answer: of the teacher, or, for kind `coverage`, of the coverage."""
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
@@ -171,8 +172,8 @@ class Question(Record):
 
     @model_validator(mode="after")
     def _encoding_fits(self) -> Question:
-        if self.encoding not in ENCODINGS[self.kind]:
-            raise ValueError(f"encoding of {self.kind} must be one of {', '.join(ENCODINGS[self.kind])}")
+        if self.kind == "coverage" and self.encoding not in get_args(CoverageEncoding):
+            raise ValueError(f"encoding of coverage must be one of {', '.join(get_args(CoverageEncoding))}")
         return self
 
     def __len__(self) -> int:

@@ -6,10 +6,13 @@ and how a mistake in them reads (settings_file), what the fields do.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from consilience.common.files import canonical_json, sha256
 
@@ -20,11 +23,49 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\P{C}*$")]
 """Printable: a name of a stranger's is shown on terminals and pages."""
 
-Encoding = Literal["f32", "f16"]
-"""Encodings of log-probabilities."""
+ENCODINGS = ("f32", "f16", "u8", "votes")
+"""Encodings of log-probabilities that a fixed name has, finest first."""
+_TOP = re.compile("top-([1-9][0-9]{0,5})")
+
+
+def largest_sent(encoding: str) -> int | None:
+    """Return the K of `top-K`, how many classes of a row are sent; None for every other encoding."""
+    found = _TOP.fullmatch(encoding)
+    return int(found[1]) if found else None
+
+
+def _encoding(value: str) -> str:
+    if value not in ENCODINGS and largest_sent(value) is None:
+        raise PydanticCustomError("encoding", "Input should be f32, f16, u8, top-K (for example top-3) or votes")
+    return value
+
+
+Encoding = Annotated[str, AfterValidator(_encoding)]
+"""Encodings of log-probabilities (docs/encodings.md), finest first: `f32`, `f16`, `u8`, `top-K` for a K of 1 or more,
+`votes`."""
 CoverageEncoding = Literal["f16", "u8"]
 """Encodings of coverage, finest first."""
 CoverageFamily = Literal["network", "features", "outputs"]
+
+
+def allowed_by(encodings: Iterable[Encoding], asked: Encoding) -> bool:
+    """Whether a site that allows `encodings` allows `asked`: f32, f16 and `top-K` allow `top-J` for every J, or J <= K.
+
+    A `top-J` can be computed from each of these, so it tells nothing more.
+    """
+    wanted = largest_sent(asked)
+    if wanted is None:
+        return asked in encodings
+    return any(held in ("f32", "f16") or (largest_sent(held) or 0) >= wanted for held in encodings)
+
+
+def encoding_names(encodings: Iterable[Encoding]) -> list[str]:
+    """Return for people what `encodings` allow: the names, with `top-K` where every K is allowed."""
+    found = list(encodings)
+    place = found.index("votes") if "votes" in found else len(found)
+    return [*found[:place], *["top-K"] * (not {"f32", "f16"}.isdisjoint(found)), *found[place:]]
+
+
 Method = Literal["sd", "ce", "mf-p", "mf-lv", "mf-lf"]
 Across = Literal["centred", "equal", "proportional"]
 
@@ -228,7 +269,9 @@ class Policy(Settings):
     """What the site allows to leave. Nothing the server sends can widen it."""
 
     precision: Encoding = "f32"
-    """The finest encoding of log-probabilities that may leave."""
+    """The finest encoding of log-probabilities that may leave: `f32`, `f16`, `u8` (a byte a class), `top-K`, for
+    example `top-3` (the three largest and the sum of the others), or `votes` (the largest class alone). Whatever can be
+    computed from it may leave too: see [encodings](encodings.md)."""
     coverage: Literal["off", "u8", "f16"] = "off"
     """The finest encoding of coverage that may leave: of the site's estimate, one number a pool sample, of how likely
     the sample is of one of its classes. `u8` tells it to 1/256; `off`: it does not leave."""
@@ -240,8 +283,10 @@ class Policy(Settings):
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
-        """Encodings the server may ask for, finest first."""
-        return ("f32", "f16") if self.precision == "f32" else ("f16",)
+        """Encodings the server may ask for, finest first; `allowed_by` says which of `top-K` these allow."""
+        if self.precision in ENCODINGS:
+            return ENCODINGS[ENCODINGS.index(self.precision) :]
+        return (self.precision, "votes")
 
     @field_validator("coverage", mode="before")
     @classmethod
@@ -316,6 +361,8 @@ class Ask(Settings):
     """How the pool is asked about."""
 
     encoding: Encoding = "f16"
+    """How sites' log-probabilities come: `f32`, `f16`, `u8`, `top-K` such as `top-3`, or `votes`; every site's policy
+    must allow it. [Encodings](encodings.md) says what each costs and loses."""
     coverage: bool = True
     """Ask the sites that offer coverage for it, each in the finest encoding that it allows. Only the methods `sd` and
     `ce` make use of coverage, `sd` where every site that answered a sample gave it: with another `unify.method` no
@@ -479,10 +526,10 @@ class JobSettings(Settings):
                 "which learns from the answers as they are"
             )
         if self.simulation is not None:
-            if self.ask.encoding not in self.simulation.policy.encodings:
+            if not allowed_by(self.simulation.policy.encodings, self.ask.encoding):
                 raise ValueError(
                     f"ask.encoding is {self.ask.encoding!r}; simulation.policy allows: "
-                    f"{', '.join(self.simulation.policy.encodings)}"
+                    f"{', '.join(encoding_names(self.simulation.policy.encodings))}"
                 )
             if self.simulation.data == self.simulation.test:
                 raise ValueError("simulation.data and simulation.test are the same images; name another split")

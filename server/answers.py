@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from consilience.common.encoding import DTYPES, decode, decode_coverage, row_bytes, wire_values
+from consilience.common.encoding import check, coverage_bytes, coverage_values, decode_coverage, row_bytes, unpack
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
 from consilience.common.files import read_json, sha256, storage_error, sync_folder, write_json
 from consilience.common.protocol import Answer, Digest, Kind
@@ -40,9 +40,17 @@ class About(BaseModel):
     """Fingerprint of what answers: of the teacher, or of the coverage."""
     policy: str
     kind: Kind = "log-probs"
-    encoding: Encoding | CoverageEncoding
+    encoding: Encoding
+    """Of coverage only a `CoverageEncoding`."""
     classes: int = Field(ge=1)
     """Numbers a row: the site's classes; 1 for coverage."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample's answer."""
+        if self.kind == "coverage":
+            return coverage_bytes(cast(CoverageEncoding, self.encoding))
+        return row_bytes(self.classes, self.encoding)
 
 
 class _Entry(BaseModel):
@@ -114,7 +122,7 @@ class AnswerStore:
             entry = _Entry.model_validate_json(line)
         except ValidationError:
             return None
-        expected = (entry.stop - entry.start) * row_bytes(self.about.classes, self.about.encoding)
+        expected = (entry.stop - entry.start) * self.about.row_bytes
         return entry if entry.bytes == expected else None
 
     def _place(self, entry: _Entry) -> int:
@@ -163,7 +171,7 @@ class AnswerStore:
         if self.about.kind == "coverage":
             decode_coverage(data, rows, cast(CoverageEncoding, self.about.encoding))
         else:
-            decode(data, rows, self.about.classes, cast(Encoding, self.about.encoding))
+            check(data, rows, self.about.classes, self.about.encoding)
 
     def __len__(self) -> int:
         """Samples answered."""
@@ -200,7 +208,7 @@ class AnswerStore:
         Raises `StorageError` when one is missing or its bytes have changed since they were stored.
         """
         out = np.empty((stop - start, self.about.classes), np.float32)
-        width = row_bytes(self.about.classes, self.about.encoding)
+        width = self.about.row_bytes
         at, place = start, bisect_right(self._starts, start) - 1
         while at < stop:
             if not 0 <= place < len(self._entries) or not self._entries[place].start <= at < self._entries[place].stop:
@@ -211,10 +219,16 @@ class AnswerStore:
             self._check(entry)
             until = min(stop, entry.stop)
             low = entry.offset + (at - entry.start) * width
-            rows = self._bytes(low, low + (until - at) * width).view(DTYPES[self.about.encoding])
-            out[at - start : until - start] = wire_values(rows).reshape(until - at, self.about.classes)
+            self._decode(self._bytes(low, low + (until - at) * width), out[at - start : until - start])
             at, place = until, place + 1
         return out
+
+    def _decode(self, raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        """Decode stored rows into `out`; they were checked when they arrived, and their SHA-256 says they are those."""
+        if self.about.kind == "coverage":
+            out[:, 0] = coverage_values(raw, cast(CoverageEncoding, self.about.encoding))
+        else:
+            unpack(raw, self.about.encoding, out)
 
     def answered(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Return (stop - start,) bool: which of the samples start..stop-1 are answered."""

@@ -16,7 +16,6 @@ from types import MappingProxyType
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from consilience.common.encoding import row_bytes
 from consilience.common.errors import ProtocolError
 from consilience.common.progress import Reporter, Task
 from consilience.common.protocol import ANSWER, Answer, Question
@@ -176,7 +175,7 @@ class _Asking:
     def add(self, node: int, stores: Sequence[AnswerStore]) -> None:
         name = stores[0].about.site
         progress = self._progress.sites.setdefault(name, SiteProgress(name, stores))
-        widest = max(row_bytes(store.about.classes, store.about.encoding) for store in stores)
+        widest = max(store.about.row_bytes for store in stores)
         size = QuestionSize(self._settings.question_size, widest)
         site = self.sites[node] = _Site(SiteState(name, node), progress, size, time.monotonic())
         for store in stores:

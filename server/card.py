@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from consilience.common.settings import largest_sent
 from consilience.server.report_coverage import coverage_summary
-from consilience.server.report_findings import Findings
+from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_format import MISSING, count, decimal, number_of, percent, size
 from consilience.server.report_page import CONTENDERS
 
@@ -22,7 +23,7 @@ _SPECIAL = re.compile(
     r"|^[#+=-]"  # headings and lists, at the start only
 )
 _BREAKS = re.compile(r"[\s\x00-\x1f\x7f\u2028\u2029]+")
-PRECISION = {"f32": "32-bit", "f16": "16-bit", "u8": "8-bit"}
+PRECISION = {"f32": "32-bit", "f16": "16-bit", "u8": "8-bit", "votes": "the largest class alone"}
 
 
 def card_markdown(findings: Findings, report: Mapping[str, Any]) -> str:
@@ -181,7 +182,7 @@ def _scores(findings: Findings, report: Mapping[str, Any]) -> str:
 
 def _privacy(findings: Findings) -> str:
     rows = [
-        [escape(s.name), count(s.answers), count(len(s.classes)), _precision(s.precision), _bytes(s.bytes)]
+        [escape(s.name), count(s.answers), count(_numbers(s)), _precision(s.precision), _bytes(s.bytes)]
         for s in findings.sites
     ]
     told = [(s.name, s.coverage) for s in findings.sites if s.coverage.encoding is not None]
@@ -198,8 +199,8 @@ def _privacy(findings: Findings) -> str:
         [
             "## Privacy",
             "No formal guarantee: soft labels over the pool left the sites. No private sample, weight or gradient "
-            "did, and no code of the server ran at a site. An answer is one log-probability for each class of the "
-            "site; answers can tell something about the data that a teacher was trained on, and so can this student, "
+            f"did, and no code of the server ran at a site. {_answer(findings)}; answers can tell something about "
+            "the data that a teacher was trained on, and so can this student, "
             f"which was trained from them. {coverage}Beside its site card (name, class names, the teacher in words and "
             "its fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and calibration "
             "on held-out private images and the shares of the classes) each site let out:",
@@ -208,7 +209,32 @@ def _privacy(findings: Findings) -> str:
     )
 
 
+def _answer(findings: Findings) -> str:
+    """Say what an answer is; every site is asked for the same."""
+    encoding = findings.sites[0].precision if findings.sites else "f32"
+    if encoding == "votes":
+        return "An answer is which of the site's classes is the likeliest"
+    most = largest_sent(encoding)
+    if most is not None:
+        return (
+            f"An answer is the site's likeliest classes, at most {most:,}, with their log-probabilities, and what the "
+            "others have together"
+        )
+    return "An answer is one log-probability for each class of the site"
+
+
+def _numbers(site: SiteFindings) -> int:
+    """Return how many numbers an answer has: ids count too."""
+    most, classes = largest_sent(site.precision), len(site.classes)
+    if most is not None and most < classes:
+        return 2 * most + 1
+    return 1 if site.precision == "votes" else classes * (1 if most is None else 2)
+
+
 def _precision(encoding: str) -> str:
+    most = largest_sent(encoding)
+    if most is not None:
+        return f"the {most} largest, 16-bit ({encoding})"
     return f"{PRECISION[encoding]} ({encoding})" if encoding in PRECISION else escape(encoding)
 
 

@@ -17,7 +17,7 @@ from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsErr
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard
-from consilience.common.settings import CoverageEncoding, JobSettings
+from consilience.common.settings import CoverageEncoding, JobSettings, allowed_by, encoding_names
 
 
 class RunContract(BaseModel):
@@ -134,10 +134,10 @@ def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | No
 
 
 def _check_encoding(job: JobSettings, card: SiteCard) -> None:
-    if job.ask.encoding not in card.encodings:
+    if not allowed_by(card.encodings, job.ask.encoding):
         raise SettingsError(
             f"job.yaml: field 'ask.encoding' is {job.ask.encoding!r}; site {card.name} allows: "
-            f"{', '.join(card.encodings)}",
+            f"{', '.join(encoding_names(card.encodings))}",
             hint="Choose an encoding that every site allows",
         )
 

@@ -27,9 +27,9 @@ HONEST = ("hospital-a", "hospital-b")
 EVERYTHING = list(range(64))
 REASONS = {
     "nan": "An answer holds no log-probabilities: row 0 holds NaN or an infinite value",
-    "scores": "An answer holds no log-probabilities: row 0's probabilities sum to",
-    "narrow": "An answer has 64 bytes; allowed: 96 for 16 rows of 3 f16 values",
-    "tenfold": "An answer has 960 bytes; allowed: 96 for 16 rows of 3 f16 values",
+    "scores": "An answer holds no log-probabilities: row 0 has probabilities that sum to",
+    "narrow": "An answer has 64 bytes; allowed: 96 for 16 rows of 3 classes as f16",
+    "tenfold": "An answer has 960 bytes; allowed: 96 for 16 rows of 3 classes as f16",
     "others": "An answer's start is not the question's",
     "stranger": "An answer's teacher is not the question's",
     "old": "An answer's start is not the question's",

@@ -94,7 +94,13 @@ lines = st.one_of(
 )
 
 
-KINDS = [{"encoding": "f32", "classes": 3}, {"kind": "coverage", "encoding": "u8", "classes": 1}]
+KINDS = [
+    {"encoding": "f32", "classes": 3},
+    {"encoding": "u8", "classes": 3},
+    {"encoding": "top-2", "classes": 3},
+    {"encoding": "votes", "classes": 3},
+    {"kind": "coverage", "encoding": "u8", "classes": 1},
+]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 from consilience.client import app as app_module
 from consilience.client.site import RefusedError, Site
 from consilience.common.data import from_arrays
-from consilience.common.encoding import decode, decode_coverage, encode, encode_coverage
+from consilience.common.encoding import decode, decode_coverage, encode, encode_coverage, row_bytes
 from consilience.common.errors import DataError, TeacherError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Answer, CardRequest, Contract, CoverageCard, Question, Refusal, SiteCard
@@ -73,15 +73,16 @@ def question(site: Site, pool: Pool, start: int, stop: int, **changes: Any) -> Q
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, SIZE - 1), st.integers(1, SIZE))
+@given(st.integers(0, SIZE - 1), st.integers(1, SIZE), st.sampled_from(["f32", "f16", "u8", "top-2", "votes"]))
 def test_a_sample_s_answer_is_the_same_bytes_however_questions_are_cut(
-    site: Site, pool: Pool, start: int, stop: int
+    site: Site, pool: Pool, start: int, stop: int, encoding: str
 ) -> None:
     if stop <= start:
         return
-    whole = site.answer(question(site, pool, 0, SIZE)).data
-    part = site.answer(question(site, pool, start, stop)).data
-    assert part == whole[start * 12 : stop * 12]
+    whole = site.answer(question(site, pool, 0, SIZE, encoding=encoding)).data
+    part = site.answer(question(site, pool, start, stop, encoding=encoding)).data
+    width = row_bytes(3, encoding)
+    assert part == whole[start * width : stop * width]
 
 
 def test_the_teacher_sees_aligned_batches_and_answers_are_its_own(site: Site, pool: Pool, teacher: Linear) -> None:
@@ -110,11 +111,18 @@ def test_questions_it_cannot_answer_are_refused(site: Site, pool: Pool, changes:
 
 def test_the_policy_bounds_the_encoding(site: Site, pool: Pool, teacher: Linear) -> None:
     strict = Site(site.settings.model_copy(update={"policy": Policy(precision="f16")}), teacher)
-    assert strict.card.encodings == ("f16",)
+    assert strict.card.encodings == ("f16", "u8", "votes")
     policy = strict.settings.policy.version
     with pytest.raises(RefusedError, match="policy does not allow"):
         strict.answer(question(site, pool, 0, 5, policy=policy))
     assert strict.answer(question(site, pool, 0, 5, policy=policy, encoding="f16")).data
+    coarse = Site(site.settings.model_copy(update={"policy": Policy(precision="top-2")}), teacher)
+    policy = coarse.settings.policy.version
+    for encoding in ("f16", "u8", "top-3"):
+        with pytest.raises(RefusedError, match="policy does not allow"):
+            coarse.answer(question(site, pool, 0, 5, policy=policy, encoding=encoding))
+    for encoding, width in (("top-2", 8), ("top-1", 5), ("votes", 1)):
+        assert len(coarse.answer(question(site, pool, 0, 5, policy=policy, encoding=encoding)).data) == 5 * width
 
 
 def test_class_priors_are_told_only_if_the_policy_says_so(site: Site, tmp_path: Path, teacher: Linear) -> None:

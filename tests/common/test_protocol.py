@@ -48,6 +48,10 @@ RECORDS: list[Record] = [
     Agreement(pools=(DIGEST, OTHER)),
     question(),
     SiteCard(**card(coverage=CoverageCard(fingerprint=OTHER, encodings=("f16", "u8"), description="a forest"))),
+    question(encoding="u8"),
+    question(encoding="top-12"),
+    question(encoding="votes"),
+    SiteCard(**card(encodings=("top-3", "votes"))),
     question(kind="coverage", encoding="u8"),
     question(kind="coverage", encoding="f16"),
 ]
@@ -71,6 +75,8 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
         {"classes": ("\x1b[2Jowned",)},
         {"description": "one\ntwo"},
         {"encodings": ("f64",)},
+        {"encodings": ("votes", "top-x")},
+        {"encodings": ("votes",) * 5},
         {"teacher": "abc"},
         {"policy": "x" * 16},
         {"holdout_accuracy": 1.5},
@@ -123,8 +129,11 @@ def test_a_card_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None
         {"stop": 2},
         {"encoding": "u1"},
         {"kind": "weights"},
-        {"encoding": "u8"},
+        {"encoding": "top-0"},
+        {"encoding": 3},
         {"kind": "coverage", "encoding": "f32"},
+        {"kind": "coverage", "encoding": "top-3"},
+        {"kind": "coverage", "encoding": "votes"},
     ],
 )
 def test_a_question_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:

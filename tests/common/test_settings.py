@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from consilience.common.errors import SettingsError
-from consilience.common.settings import JobSettings, Policy, Preprocessing, SiteSettings
+from consilience.common.settings import (
+    Ask,
+    JobSettings,
+    Policy,
+    Preprocessing,
+    SiteSettings,
+    allowed_by,
+    encoding_names,
+)
 from consilience.common.settings_file import dump_settings, load_settings, parse_settings
 
 SITE: dict[str, Any] = {
@@ -53,7 +62,10 @@ HOSTED = {"kind": "onnx", "path": "m.onnx", "classes": ["a"], "preprocessing": {
         ({k: v for k, v in SITE.items() if k != "name"}, ["'name' is missing"]),
         ({k: v for k, v in SITE.items() if k != "data"}, ["teacher.kind is train", "data"]),
         ({**SITE, "name": "Site One"}, ["'name' is 'Site One'", "pattern"]),
-        ({**SITE, "policy": {"precision": "f8"}}, ["'policy.precision' is 'f8'", "'f32' or 'f16'"]),
+        (
+            {**SITE, "policy": {"precision": "f8"}},
+            ["'policy.precision' is 'f8'", "f32, f16, u8, top-K"],
+        ),
         ({**SITE, "policy": {"coverage": "f32"}}, ["'policy.coverage' is 'f32'", "'off', 'u8' or 'f16'"]),
         ({**SITE, "policy": {"coverage": True}}, ["'policy.coverage' is True"]),
         ({**SITE, "teacher": {**HOSTED, "classes": ["a", "a"]}}, ["teacher", "'a' is named twice"]),
@@ -112,8 +124,35 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
 def test_the_policy_s_version_follows_its_content() -> None:
     assert Policy().version == Policy(precision="f32").version
     assert Policy().version != Policy(precision="f16").version
-    assert Policy(precision="f16").encodings == ("f16",)
-    assert Policy().encodings == ("f32", "f16")
+
+
+FINENESS = [
+    ("f32", "f32 f16 u8 top-K votes", "f32 f16 u8 top-1 top-999999 votes", "u16 top-0"),
+    ("f16", "f16 u8 top-K votes", "f16 u8 top-1 top-999999 votes", "f32"),
+    ("u8", "u8 votes", "u8 votes", "f32 f16 top-1 top-3"),
+    ("top-3", "top-3 votes", "top-3 top-2 top-1 votes", "f32 f16 u8 top-4 top-30"),
+    ("votes", "votes", "votes", "f32 f16 u8 top-1"),
+]
+
+
+@pytest.mark.parametrize(("finest", "told", "allowed", "refused"), FINENESS)
+def test_a_policy_allows_what_can_be_computed_from_the_finest(
+    finest: str, told: str, allowed: str, refused: str
+) -> None:
+    encodings = Policy(precision=finest).encodings
+    assert encoding_names(encodings) == told.split()
+    assert all(allowed_by(encodings, asked) for asked in allowed.split())
+    assert not any(allowed_by(encodings, asked) for asked in refused.split())
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "f64", "F32", "top", "top-", "top-0", "top-03", "top--3", "top-1000000", "top-3 ", "top-3\n", "top-²"]
+)
+def test_another_word_is_no_encoding(wrong: str) -> None:
+    for model in (Policy, Ask):
+        field = "precision" if model is Policy else "encoding"
+        with pytest.raises(ValidationError, match="top-K"):
+            model.model_validate({field: wrong})
 
 
 def test_one_value_a_channel_is_allowed() -> None:

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.protocol import Agreement, Answer, Contract, CoverageCard, Question, Refusal, SiteCard
-from consilience.common.settings import CoverageEncoding, Encoding
+from consilience.common.settings import ENCODINGS, CoverageEncoding
 from consilience.deploy.local_grid import LocalGrid
 
 DIGEST, POLICY, CLASSES = "a" * 64, "c" * 16, 3
@@ -38,7 +38,7 @@ def honest(question: Question, attempt: int) -> RecordDict:
     if question.kind == "coverage":
         data = encode_coverage(covered(question), cast(CoverageEncoding, question.encoding))
     else:
-        data = encode(rows(question), cast(Encoding, question.encoding))
+        data = encode(rows(question), question.encoding)
     return Answer(question, data, 0.1).to_content()
 
 
@@ -68,7 +68,7 @@ class Sites:
         card = SiteCard(
             name=self.cards.get(name, name),
             classes=self.classes.get(name, ("a", "b", "c")),
-            encodings=("f32", "f16"),
+            encodings=ENCODINGS,
             teacher=DIGEST,
             description="",
             policy=POLICY,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from consilience.common.encoding import encode, encode_coverage
+from consilience.common.encoding import decode, encode, encode_coverage
 from consilience.common.errors import ProtocolError, RunError, StorageError
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import CoverageEncoding, Encoding
@@ -28,19 +28,25 @@ def about(**changes: Any) -> About:
     return About(**{**fields, "encoding": "f32", "classes": CLASSES, **changes})
 
 
+WIDTHS = {"f32": 12, "f16": 6, "u8": 3, "top-2": 8, "top-9": 9, "votes": 1}
+
+
+def exact() -> np.ndarray:
+    return log_softmax(np.random.default_rng(0).normal(0, 2, (SIZE, CLASSES)), axis=1).astype(np.float32)
+
+
 def truth(encoding: Encoding = "f32") -> np.ndarray:
-    rows = log_softmax(np.random.default_rng(0).normal(0, 2, (SIZE, CLASSES)), axis=1).astype(np.float32)
-    return np.frombuffer(encode(rows, encoding), "<f4" if encoding == "f32" else "<f2").reshape(SIZE, -1).astype("f4")
+    return decode(encode(exact(), encoding), SIZE, CLASSES, encoding)
 
 
 def answer(start: int, stop: int, encoding: Encoding = "f32", rows: np.ndarray | None = None) -> Answer:
     question = Question(
         job="job", pool=DIGEST, start=start, stop=stop, encoding=encoding, teacher=DIGEST, policy=POLICY
     )
-    return Answer(question, encode(truth(encoding)[start:stop] if rows is None else rows, encoding), 0.5)
+    return Answer(question, encode(exact()[start:stop] if rows is None else rows, encoding), 0.5)
 
 
-@pytest.mark.parametrize("encoding", ["f32", "f16"])
+@pytest.mark.parametrize("encoding", WIDTHS)
 def test_answers_in_any_order_are_read_back_in_the_pool_s(tmp_path: Path, encoding: Encoding) -> None:
     store = AnswerStore(tmp_path, about(encoding=encoding))
     assert list(store.missing()) == [(0, SIZE)]
@@ -52,7 +58,7 @@ def test_answers_in_any_order_are_read_back_in_the_pool_s(tmp_path: Path, encodi
     for opened in (store, AnswerStore(tmp_path, about(encoding=encoding))):
         assert opened.complete
         assert list(opened.missing()) == []
-        assert (len(opened), opened.bytes, opened.seconds) == (100, 100 * 3 * (4 if encoding == "f32" else 2), 2.5)
+        assert (len(opened), opened.bytes, opened.seconds) == (100, 100 * WIDTHS[encoding], 2.5)
         for start, stop in [(0, 100), (5, 6), (39, 41), (0, 0), (60, 97)]:
             assert np.array_equal(opened.read(start, stop), truth(encoding)[start:stop])
 

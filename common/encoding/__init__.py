@@ -1,0 +1,122 @@
+"""Answers as bytes and back, with every value checked on the way in. docs/encodings.md specifies the bytes.
+
+An encoded block is n rows of one width, row by row, everything little-endian. Lives here: log-probabilities in any
+encoding, block by block, so that memory does not grow with rows times classes. Does not live here: what a row is, by
+kind of encoding (floats, squares, largest); coverage (coverage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.common.encoding.coverage import (
+    coverage_bytes,
+    coverage_problem,
+    coverage_values,
+    decode_coverage,
+    encode_coverage,
+)
+from consilience.common.encoding.floats import SUM_TOLERANCE, Floats, RowProblem
+from consilience.common.encoding.largest import Largest, Votes
+from consilience.common.encoding.squares import Squares
+from consilience.common.errors import ProtocolError
+from consilience.common.settings import Encoding, largest_sent
+
+__all__ = [
+    "SUM_TOLERANCE",
+    "check",
+    "coverage_bytes",
+    "coverage_problem",
+    "coverage_values",
+    "decode",
+    "decode_coverage",
+    "encode",
+    "encode_coverage",
+    "row_bytes",
+    "unpack",
+]
+
+BLOCK_VALUES = 2**18
+"""Classes, or encoded bytes, worked on at a time."""
+
+
+class _Codec(Protocol):
+    """What a row is in one encoding. `raw` is (n, row_bytes) contiguous."""
+
+    def row_bytes(self, classes: int) -> int: ...
+    def pack(self, rows: NDArray[np.float32]) -> bytes: ...
+    def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None: ...
+    def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]: ...
+
+
+_CODECS: dict[str, _Codec] = {
+    "f32": Floats(np.dtype("<f4")),
+    "f16": Floats(np.dtype("<f2")),
+    "u8": Squares(),
+    "votes": Votes(),
+}
+
+
+@cache
+def _codec(encoding: Encoding) -> _Codec:
+    most = largest_sent(encoding)
+    return _CODECS[encoding] if most is None else Largest(most)
+
+
+def row_bytes(classes: int, encoding: Encoding) -> int:
+    """Return the bytes of one row over `classes` classes."""
+    return _codec(encoding).row_bytes(classes)
+
+
+def encode(log_probs: NDArray[np.float32], encoding: Encoding) -> bytes:
+    """Encode (n, k) log-probabilities. A row's bytes depend on this row alone."""
+    codec = _codec(encoding)
+    return b"".join(codec.pack(log_probs[low:high]) for low, high in _blocks(*log_probs.shape))
+
+
+def check(data: bytes | memoryview, rows: int, classes: int, encoding: Encoding) -> None:
+    """Check `rows` encoded rows over `classes` classes; takes little memory, however many classes there are.
+
+    Raises `ProtocolError` when the length is wrong, or a row is not the log of a distribution, naming the first: NaN
+    or infinite values, probabilities that do not sum to 1 within `SUM_TOLERANCE`, classes that do not exist, stand
+    twice or out of order.
+    """
+    codec, width = _codec(encoding), row_bytes(classes, encoding)
+    if len(data) != rows * width:
+        raise ProtocolError(
+            f"An answer has {len(data):,} bytes; allowed: {rows * width:,} for {rows} rows of {classes} classes as "
+            f"{encoding}"
+        )
+    raw = np.frombuffer(data, np.uint8).reshape(rows, width)
+    for low, high in _blocks(rows, width):
+        if problem := codec.problem(raw[low:high], classes):
+            raise ProtocolError(f"An answer holds no log-probabilities: row {low + problem[0]} {problem[1]}")
+
+
+def unpack(raw: NDArray[np.uint8], encoding: Encoding, out: NDArray[np.float32]) -> None:
+    """Decode the bytes of `check`ed rows, (n * row_bytes,) contiguous, into `out` (n, k)."""
+    codec = _codec(encoding)
+    rows, classes = out.shape
+    whole = raw.reshape(rows, row_bytes(classes, encoding))
+    for low, high in _blocks(rows, classes):
+        out[low:high] = codec.unpack(whole[low:high], classes)
+
+
+def decode(data: bytes | memoryview, rows: int, classes: int, encoding: Encoding) -> NDArray[np.float32]:
+    """Decode `rows` rows over `classes` classes to (rows, classes) float32. Raises `ProtocolError` as `check` does."""
+    check(data, rows, classes, encoding)
+    out = np.empty((rows, classes), np.float32)
+    unpack(np.frombuffer(data, np.uint8), encoding, out)
+    return out
+
+
+def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows, each of about `BLOCK_VALUES` values."""
+    size = max(1, BLOCK_VALUES // width)
+    for low in range(0, rows, size):
+        yield low, min(low + size, rows)
