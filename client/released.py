@@ -27,7 +27,7 @@ BLOCK_BYTES = 2**20
 Score = Callable[[NDArray[np.bool_]], bytes]
 """Encodes the asked samples that a mask (question's samples,) chooses, row after row."""
 Permit = Callable[[int], None]
-"""Raises `RefusedError` when so many samples more may not be released."""
+"""Raises `RefusedError` when an answer with so many samples more may not leave."""
 
 
 @dataclass
@@ -63,15 +63,13 @@ class Released:
         """
         subject = subject_of(question)
         new = self.missing(question, size)
-        data = b""
-        if new.any():
-            permit(int(new.sum()))  # before the work
-            data = score(new)
+        permit(int(new.sum()))  # before the work
+        data = score(new) if new.any() else b""
         with self.ledger.alone():
             # another process may have released some meanwhile: theirs are given, ours dropped
             still = self._new(question, size)
+            permit(int(still.sum()))
             if still.any():
-                permit(int(still.sum()))
                 rows = np.frombuffer(data, np.uint8).reshape(-1, width)[still[new]]
                 self._release(question, subject, width, still, rows)
                 self._new(question, size)

@@ -130,9 +130,11 @@ class Site:
         tried = min(self.settings.batch_size, len(pools[0]))
         began = time.perf_counter()
         with self._lock:
+            self.ledger.refresh()
             check_job(self.settings.policy, self.ledger, contract.job)
-            new = sum(self._new(contract.job, pool) for pool in pools)
-            check_budget(self.settings.policy, self.ledger, contract.job, new)
+            check_budget(
+                self.settings.policy, self.ledger, contract.job, sum(self._new(contract.job, p) for p in pools)
+            )
             self._score(pools[0], 0, np.ones(tried, np.bool_), "log-probs")
         return Agreement(pools=contract.pools, samples=tried, seconds=time.perf_counter() - began)
 
@@ -185,15 +187,19 @@ class Site:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
         began = time.perf_counter()
         with self._lock:
-            check_job(policy, self.ledger, question.job)
             data = self.released.give(
                 question,
                 size=len(pool),
                 width=width,
                 score=lambda new: self._encoded(question, pool, new),
-                permit=lambda samples: check_budget(policy, self.ledger, question.job, samples),
+                permit=lambda samples: self._permit(question.job, samples),
             )
         return Answer(question, data, time.perf_counter() - began)
+
+    def _permit(self, job: str, samples: int) -> None:
+        """Refuse what the policy does not allow now. Raises `RefusedError`."""
+        check_job(self.settings.policy, self.ledger, job)
+        check_budget(self.settings.policy, self.ledger, job, samples)
 
     def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
         """Return the encoded rows of those samples of a question that the mask `new` chooses."""
