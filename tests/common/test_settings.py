@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from consilience.common.errors import SettingsError
-from consilience.common.settings import JobSettings, Policy, Preprocessing, SiteSettings
+from consilience.common.settings import JobSettings, Limits, Policy, Preprocessing, SiteSettings
 from consilience.common.settings_file import dump_settings, load_settings, parse_settings
 
 SITE: dict[str, Any] = {
@@ -61,7 +61,7 @@ HOSTED = {"kind": "onnx", "path": "m.onnx", "classes": ["a"], "preprocessing": {
         ({**SITE, "policy": {"limit": {}}}, ["'policy.limit' is unknown", "limits, approval, ends"]),
         (
             {**SITE, "policy": {"limits": {"per_week": 1}}},
-            ["'policy.limits.per_week' is unknown", "per_job, per_month"],
+            ["'policy.limits.per_week' is unknown", "per_job"],
         ),
         ({**SITE, "policy": {"limits": {"per_job": -1}}}, ["'policy.limits.per_job' is -1", "greater than or equal"]),
         ({**SITE, "policy": {"pools": ["abc"]}}, ["'policy.pools.0' is 'abc'"]),
@@ -147,7 +147,7 @@ def test_every_field_of_the_policy_enters_its_version() -> None:
     }
     assert set(others) == set(Policy.model_fields)
     versions = {Policy().version, *(Policy(**{name: value}).version for name, value in others.items())}
-    versions |= {Policy(**{"limits": {name: None}}).version for name in ("per_job", "per_month", "lifetime")}
+    versions |= {Policy(limits=Limits(**{name: None})).version for name in Limits.model_fields}
     assert len(versions) == 1 + len(others) + 3
 
 
