@@ -110,6 +110,7 @@ def crashes(home: Path, kills: int) -> dict[str, Any]:
     while found["kills"] < kills:
         bench = Bench(home / f"crash-{folder}", size=4_000, lifetime=3_500)
         folder += 1
+        spent, rows, left = 0, 0, dict[int, str]()
         for seed in range(min(25, kills - found["kills"])):
             child = fork(partial(bench.answer, seed, None))
             time.sleep(chance.uniform(0.0, 0.25))

@@ -41,8 +41,8 @@ teacher:
   kind: train
   architecture: cnn3
 
-# What may leave, at most: log-probabilities as f32 or f16, whether two facts about the private data may be told, how many
-# samples are answered about in all, and whether a person must approve each job. More: docs/privacy.md
+# What may leave, at most: log-probabilities as f32 or f16, whether two facts about the private data may be told, about
+# how many samples in all, and whether a person must approve each job. More: docs/privacy.md
 policy:
   precision: f16
   class_priors: false
