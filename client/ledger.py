@@ -258,7 +258,8 @@ class Ledger:
         entry = row.entry
         if row.seq != self.count + 1:
             raise self._bad(self.count + 1, "is missing")
-        if row.chain != chain_of(self.chain, row.seq, row.time, entry, row.body) or row.time < self.last:
+        bound = row.chain == chain_of(self.chain, row.seq, row.time, entry, row.body)
+        if not bound or row.time < self.last or entry.samples < 0:  # nothing counts down, whoever wrote it
             raise self._bad(row.seq, CHANGED)
         self.count, self.chain, self.last = row.seq, row.chain, row.time
         if entry.samples:

@@ -69,5 +69,5 @@ def check_job(policy: Policy, ledger: Ledger, job: str) -> None:
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:
     """Refuse to release so many samples more than were, where a limit does not allow it. Raises `RefusedError`."""
-    if samples and any(limit.left is not None and samples > limit.left for limit in limits(policy, ledger, job)):
+    if any(limit.left is not None and samples > limit.left for limit in limits(policy, ledger, job)):
         raise RefusedError("budget-exhausted", "the site's limits do not allow so many samples more")

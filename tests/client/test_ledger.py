@@ -128,6 +128,25 @@ def test_a_row_with_a_hash_made_anew_is_noticed_by_the_head(settings: SiteSettin
         Ledger.open(settings)
 
 
+@pytest.mark.parametrize(
+    ("samples", "when"), [(-5, None), (5, "2020-01-01T00:00:00+00:00"), (5, None)], ids=["negative", "early", "fine"]
+)
+def test_not_even_a_chain_that_was_made_anew_counts_down(
+    settings: SiteSettings, samples: int, when: str | None
+) -> None:
+    ledger = filled(settings)
+    body, before, when = ledger.row(3).body, ledger.row(2).chain, when or ledger.last
+    ledger.close()
+    forged = module.chain_of(before, 3, when, answer(samples), body)
+    edit(settings, f"UPDATE rows SET samples = {samples}, time = '{when}', chain = '{forged}' WHERE seq = 3")
+    write_json(ledger.head, {"rows": 3, "chain": forged, "samples": 1})
+    if samples == 5 and when == ledger.last:
+        assert Ledger.open(settings).spent.lifetime == 12
+    else:
+        with pytest.raises(LedgerError, match="row 3 is not as it was written"):
+            Ledger.open(settings)
+
+
 def test_an_older_copy_that_was_put_back_is_noticed(settings: SiteSettings, tmp_path: Path) -> None:
     ledger = filled(settings)
     ledger.close()
@@ -189,6 +208,13 @@ def test_what_happens_to_the_file_while_it_is_in_use_is_noticed(settings: SiteSe
     shutil.copy(ledger.path, replaced)
     replaced.rename(ledger.path)
     with pytest.raises(LedgerError, match="was replaced while it was in use"):
+        add(ledger, answer(1))
+
+
+def test_a_head_that_tells_of_more_rows_is_noticed_before_anything_leaves(settings: SiteSettings) -> None:
+    ledger = filled(settings)
+    write_json(ledger.head, {**read_json(ledger.head), "rows": 9})
+    with pytest.raises(LedgerError, match="tells of 9 rows"):
         add(ledger, answer(1))
 
 

@@ -130,6 +130,30 @@ def test_what_another_process_released_while_this_one_worked_is_given(tmp_path: 
     slow.close()
 
 
+def test_a_limit_that_another_process_used_up_meanwhile_holds(tmp_path: Path, pool: Pool) -> None:
+    class Slow(Fickle):
+        def log_probs(self, images: Any) -> Any:
+            other.answer(about(other, pool, 30, 40))
+            return super().log_probs(images)
+
+    other, slow = make_site(tmp_path, limits={"lifetime": 15}), make_site(tmp_path, Slow(), limits={"lifetime": 15})
+    with pytest.raises(RefusedError) as caught:
+        slow.answer(about(slow, pool, 0, 10))
+    assert caught.value.code == "budget-exhausted"
+    assert (spent(slow), spent(other)) == (10, 10)
+    other.close()
+    slow.close()
+
+
+def test_released_bytes_that_are_cut_off_while_the_site_runs_are_not_given(site: Site, pool: Pool) -> None:
+    site.answer(about(site, pool, 0, 30))
+    (path,) = (site.settings.state / "released").rglob("*.bin")
+    os.truncate(path, 29 * ROW + 1)
+    with pytest.raises(LedgerError, match="lost or changed"):
+        site.answer(about(site, pool, 20, 30))
+    assert len(site.answer(about(site, pool, 20, 29)).data) == 9 * ROW
+
+
 @pytest.mark.parametrize("damage", ["removed", "shorter", "changed", "exchanged"])
 def test_released_bytes_that_are_lost_or_changed_are_not_given(
     site: Site, pool: Pool, tmp_path: Path, damage: str
