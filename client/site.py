@@ -128,13 +128,12 @@ class Site:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
         pools = [self._pool(digest) for digest in dict.fromkeys(contract.pools)]
         tried = min(self.settings.batch_size, len(pools[0]))
-        began = time.perf_counter()
         with self._lock:
             self.ledger.refresh()
             check_job(self.settings.policy, self.ledger, contract.job)
-            check_budget(
-                self.settings.policy, self.ledger, contract.job, sum(self._new(contract.job, p) for p in pools)
-            )
+            new = sum(self._new(contract.job, pool) for pool in pools)
+            check_budget(self.settings.policy, self.ledger, contract.job, new)
+            began = time.perf_counter()
             self._score(pools[0], 0, np.ones(tried, np.bool_), "log-probs")
         return Agreement(pools=contract.pools, samples=tried, seconds=time.perf_counter() - began)
 

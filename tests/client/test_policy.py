@@ -137,8 +137,8 @@ def test_a_job_is_answered_once_a_person_approved_it_under_this_policy(tmp_path:
     assert refused(site, pool, 0, 1) == "not-approved"
     with person.alone():
         person.append(approval("job", site.settings.policy.version, given=True))
-    assert site.answer(about(site, pool, 0, 1)).data
     site.agree(contract(pool))
+    assert site.answer(about(site, pool, 0, 1)).data
     with person.alone():
         person.append(approval("job", site.settings.policy.version, given=False))
     assert refused(site, pool, 0, 1) == "not-approved"
