@@ -1,8 +1,8 @@
 """The site's ledger: what left, row by row, each bound to the one before by a hash. It only ever grows.
 
 Lives here: the database (STATE/ledger.db), its verification, and the second file with its length and last hash (the
-head), by which an older copy that was put back is noticed. Does not live here: what may leave (client/policy), the
-bytes that left (client/released).
+head), by which an older copy that was put back is noticed. Does not live here: what a row tells (client/ledger_rows),
+what may leave (client/policy), the bytes that left (client/released).
 
 A row is committed, and then the head written, before the bytes of which it speaks leave: whatever is interrupted, what
 is counted as spent is never less than what left.
@@ -17,18 +17,16 @@ import os
 import sqlite3
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Self
 
+from consilience.client.ledger_rows import Entry, Row, Spent, chain_of
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
-from consilience.common.files import canonical_json, read_json, sha256, storage_error, write_json
+from consilience.common.files import canonical_json, read_json, storage_error, write_json
 from consilience.common.settings import SiteSettings
 
-EntryKind = Literal["answer", "mechanism", "approval", "carried"]
 COLUMNS = ("seq", "time", "kind", "job", "samples", "subject", "body", "chain")
 CHANGED = "is not as it was written"
 FIRST = "0" * 64
@@ -50,65 +48,6 @@ CREATE TRIGGER IF NOT EXISTS rows_stay_so BEFORE UPDATE ON rows BEGIN SELECT RAI
 def utc_now() -> datetime:
     """Return what this machine takes for the time."""
     return datetime.now(UTC)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a row tells: of an answer, a mechanism that added noise, a person's approval, or what was carried over.
-
-    `subject`: of an answer the name of the released bytes' file; of a mechanism its name; of an approval the policy
-    version. `body`: the particulars, JSON values.
-    """
-
-    kind: EntryKind
-    job: str
-    subject: str
-    samples: int = 0
-    """Samples newly released."""
-    body: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Row:
-    """An entry in its place: numbered from 1, its time never before the last row's."""
-
-    seq: int
-    time: str
-    entry: Entry
-    body: str
-    """The entry's body as it is stored."""
-    chain: str
-    """SHA-256 over this row and the chain of the one before."""
-
-    @property
-    def month(self) -> str:
-        """The month in which it counts, as YYYY-MM."""
-        return self.time[:7]
-
-
-@dataclass
-class Spent:
-    """Samples newly released so far."""
-
-    jobs: Counter[str] = field(default_factory=Counter)
-    months: Counter[str] = field(default_factory=Counter)
-    lifetime: int = 0
-
-
-def mechanism(job: str, name: str, parameters: Mapping[str, Any]) -> Entry:
-    """Return the entry of one use of a noise mechanism: with its parameters any accountant can sum up the loss."""
-    return Entry("mechanism", job, name, body={"parameters": dict(parameters)})
-
-
-def approval(job: str, policy: str, *, given: bool) -> Entry:
-    """Return the entry of a person's approval of a job under a policy version, or of its withdrawal."""
-    return Entry("approval", job, policy, body={"given": given})
-
-
-def chain_of(before: str, seq: int, when: str, entry: Entry, body: str) -> str:
-    """Return the hash that binds a row to the one before. `body` is the entry's, as it is stored."""
-    row = [before, seq, when, entry.kind, entry.job, entry.samples, entry.subject, body]
-    return sha256(canonical_json(row))
 
 
 class Ledger:

@@ -17,8 +17,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from consilience.client.ledger import COLUMNS, Ledger, Row
+from consilience.client.ledger import COLUMNS, Ledger
 from consilience.client.ledger_restart import restart as restart_ledger
+from consilience.client.ledger_rows import Row
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import LedgerError, SettingsError
 from consilience.common.files import atomic

@@ -9,7 +9,8 @@ import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 
-from consilience.client.ledger import Entry, Ledger, locked, paths, read_head, utc_now
+from consilience.client.ledger import Ledger, locked, paths, read_head, utc_now
+from consilience.client.ledger_rows import Entry
 from consilience.common.errors import LedgerError, RunError
 from consilience.common.files import lock, storage_error, sync_folder, write_json
 from consilience.common.settings import SiteSettings

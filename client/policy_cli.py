@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from consilience.client.explain import explain as explain_job
 from consilience.client.explain import tell_policy
-from consilience.client.ledger import Ledger, approval
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_rows import approval
 from consilience.client.site import Site
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import SettingsError

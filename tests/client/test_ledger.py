@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from consilience.client import ledger as module
-from consilience.client.ledger import Entry, Ledger, approval, mechanism
+from consilience.client.ledger import Ledger
 from consilience.client.ledger_restart import restart
+from consilience.client.ledger_rows import Entry, approval, chain_of, mechanism
 from consilience.common.errors import LedgerError, RunError, StorageError
 from consilience.common.files import lock, read_json, write_json
 from consilience.common.settings import SiteSettings
@@ -122,7 +123,7 @@ def test_a_row_with_a_hash_made_anew_is_noticed_by_the_head(settings: SiteSettin
     ledger = filled(settings)
     body, before = ledger.row(3).body, ledger.row(2).chain
     ledger.close()
-    forged = module.chain_of(before, 3, ledger.last, answer(1), body)
+    forged = chain_of(before, 3, ledger.last, answer(1), body)
     edit(settings, f"UPDATE rows SET samples = 1, chain = '{forged}' WHERE seq = 3")
     with pytest.raises(LedgerError, match=r"row 3 is not the one that .*ledger\.head"):
         Ledger.open(settings)
@@ -137,7 +138,7 @@ def test_not_even_a_chain_that_was_made_anew_counts_down(
     ledger = filled(settings)
     body, before, when = ledger.row(3).body, ledger.row(2).chain, when or ledger.last
     ledger.close()
-    forged = module.chain_of(before, 3, when, answer(samples), body)
+    forged = chain_of(before, 3, when, answer(samples), body)
     edit(settings, f"UPDATE rows SET samples = {samples}, time = '{when}', chain = '{forged}' WHERE seq = 3")
     write_json(ledger.head, {"rows": 3, "chain": forged, "samples": 1})
     if samples == 5 and when == ledger.last:

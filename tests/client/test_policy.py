@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from consilience.__main__ import app
 from consilience.client import app as app_module
 from consilience.client import ledger as ledger_module
-from consilience.client.ledger import Ledger, approval
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_rows import approval
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.encoding import decode
