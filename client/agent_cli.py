@@ -22,6 +22,7 @@ import typer
 
 from consilience.client.agent import Agent
 from consilience.client.health import health_server
+from consilience.client.ledger import Ledger
 from consilience.common.cli import Result, emit
 from consilience.common.errors import ConsilienceError, DuplicateError, IdentityError, RunError
 from consilience.common.files import lock
@@ -99,6 +100,9 @@ def serve(path: Path) -> None:
                 f"An agent of this site is running already: it holds {settings.state / 'agent'}",
                 hint="Stop that one first; it may be a service",
             ) from error
+        ledger = Ledger.open(settings)
+        log.info("the ledger is in order: %d rows, %d samples released", ledger.count, ledger.spent.lifetime)
+        ledger.close()
         log.info("the server's words: %s", kit.words)
         agent = Agent(path.resolve(), settings.state, kit, key)
         held.enter_context(health_server(settings.health_port, agent.status))

@@ -14,8 +14,9 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from consilience.client.site import RefusedError, Site
-from consilience.common.errors import ConsilienceError, ProtocolError
+from consilience.client.policy import RefusedError
+from consilience.client.site import Site
+from consilience.common.errors import ConsilienceError, LedgerError, ProtocolError
 from consilience.common.protocol import CardRequest, Contract, Question, Refusal
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ def site_of(context: Context) -> Site:
 def forget_sites() -> None:
     """Drop every loaded site, so that the next question loads it anew."""
     with _loading:
+        for site in _sites.values():
+            site.close()
         _sites.clear()
 
 
@@ -75,6 +78,9 @@ def _reply(message: Message, handle: Callable[[], RecordDict]) -> Message:
     except ProtocolError as error:
         log.warning("refused a malformed question: %s", error)
         content = Refusal(code="bad-question", reason="the question is malformed").to_content()
+    except LedgerError as error:
+        log.error("answers nothing: %s", error)
+        content = Refusal(code="ledger-damaged", reason="the site's record of its answers is not in order").to_content()
     except ConsilienceError as error:
         log.error("cannot answer: %s", error)
         content = Refusal(code="internal", reason="the site cannot answer now").to_content()

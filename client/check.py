@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,7 +21,9 @@ import numpy as np
 from consilience.client.agent_cli import papers
 from consilience.client.connection import DroppedError, LostError
 from consilience.client.coverage import load_coverage, tell_coverage
+from consilience.client.explain import tell_policy
 from consilience.client.fleet import open_fleet
+from consilience.client.ledger import Ledger
 from consilience.client.reach import certificate_end, connect, resolve
 from consilience.client.teacher import CalibratedTeacher, load_teacher
 from consilience.common.data import open_data
@@ -81,6 +84,7 @@ class Preflight:
             ("pools", ("settings",), self._verify_pools),
             ("answer", ("teacher", "pools"), self._answer),
             ("state folder", ("settings",), self._look_at_state),
+            ("ledger", ("state folder",), self._verify_ledger),
             ("key", ("settings",), self._load_key),
             ("kit", ("key",), self._load_kit),
             ("name", ("kit",), lambda: ", ".join(resolve(self._kit))),
@@ -123,7 +127,7 @@ class Preflight:
             told += [f"coverage, if the site has learned it, as {' or '.join(policy.coverage_encodings)}"]
         told += ["the class shares of the private data"] if policy.class_priors else []
         told += ["accuracy and calibration on private images kept out of training"] if policy.holdout_accuracy else []
-        return f"lets out: {', '.join(told)}; nothing else"
+        return f"lets out: {', '.join(told)}; nothing else. {'; '.join(tell_policy(policy))}"
 
     def _open_data(self) -> str:
         if self._settings.data is None:
@@ -173,6 +177,10 @@ class Preflight:
                 hint="Make room on that disk",
             )
         return f"{free / 2**30:.1f} GB left"
+
+    def _verify_ledger(self) -> str:
+        with closing(Ledger.open(self._settings)) as ledger:
+            return f"{ledger.count:,} rows as they were written; {ledger.spent.lifetime:,} samples released so far"
 
     def _load_key(self) -> str:
         self._key = load_key(self._settings.key)

@@ -12,7 +12,11 @@ from rich.text import Text
 from consilience.client.agent_cli import start
 from consilience.client.check import Preflight
 from consilience.client.coverage import learn_and_show, tell_coverage
+from consilience.client.explain import tell_policy
 from consilience.client.init_cli import init
+from consilience.client.ledger_cli import app as ledger
+from consilience.client.policy import limits
+from consilience.client.policy_cli import approve, explain
 from consilience.client.site import Site
 from consilience.client.teacher import calibrate_teacher, train_teacher
 from consilience.common.cli import AsJson, Result, emit, emit_findings
@@ -26,6 +30,12 @@ app = typer.Typer(help="A data owner's side.", no_args_is_help=True)
 app.command()(init)
 
 app.command()(start)
+
+app.command()(approve)
+
+app.command()(explain)
+
+app.add_typer(ledger, name="ledger")
 
 SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
@@ -91,6 +101,15 @@ def _about(site: Site) -> Result:
         elif value is not None:
             table.add_row(field, Text(_shown(value)))
     table.add_row("coverage, not told", Text(tell_coverage(site.settings)))
+    policy = site.settings.policy
+    table.add_row("policy, not told", Text("; ".join(tell_policy(policy))))
+    # of one job: that of a job that took nothing yet
+    for limit in limits(policy, site.ledger, ""):
+        most = "no limit" if limit.most is None else f"at most {limit.most:,} samples"
+        name = limit.name.strip()
+        spent = f"; {limit.spent:,} released" if name != "job" else " each"
+        table.add_row(f"{name}, not told", Text(most + spent))
+    site.close()
     return card, table
 
 

@@ -41,12 +41,15 @@ teacher:
   kind: train
   architecture: cnn3
 
-# What may leave, at most: log-probabilities as f32, f16, u8, top-3 (or another number) or votes, the finest first, and
-# whether two facts about the private data may be told.
+# What may leave, at most: log-probabilities as f32, f16, u8, top-3 (or another number) or votes, the finest first,
+# whether two facts about the private data may be told, about how many samples in all, and whether a person must approve
+# each job. More: docs/privacy.md
 policy:
   precision: f16
   class_priors: false
   holdout_accuracy: false
+  limits: {{per_job: 100000, per_month: 200000, lifetime: 1000000}}
+  approval: false
 
 # Folders of the public pools that this site holds a copy of, for example [pool].
 pools: []

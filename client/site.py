@@ -18,10 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.coverage import Coverage, load_coverage
+from consilience.client.ledger import Ledger
+from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_pool
+from consilience.client.released import Released
+from consilience.client.shaping import check_floor, shape
 from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher, load_teacher
 from consilience.common.data import open_data
-from consilience.common.encoding import coverage_problem, encode, encode_coverage
-from consilience.common.errors import DataError, PoolError, ProtocolError, StorageError, TeacherError
+from consilience.common.encoding import coverage_bytes, coverage_problem, encode, encode_coverage, row_bytes
+from consilience.common.errors import DataError, PoolError, StorageError, TeacherError
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
@@ -32,28 +36,23 @@ from consilience.common.protocol import (
     CoverageCard,
     Kind,
     Question,
-    RefusalCode,
     SiteCard,
 )
-from consilience.common.settings import CoverageEncoding, SiteSettings, allowed_by
+from consilience.common.settings import CoverageEncoding, Encoding, SiteSettings
 from consilience.common.settings_file import load_settings
 
 log = logging.getLogger(__name__)
 
 
-class RefusedError(ProtocolError):
-    """The site will not or cannot answer: `code` and the constant `reason` are all that a stranger is told."""
-
-    def __init__(self, code: RefusalCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code: RefusalCode = code
-        self.reason = reason
+MOST_ANSWER_BYTES = 64 * 2**20
+"""A larger answer is more than a server takes in one call."""
 
 
 class Site:
     """A data owner taking part. One per process and site file; safe to call from several threads."""
 
     def __init__(self, settings: SiteSettings, teacher: Teacher, coverage: Coverage | None = None) -> None:
+        check_floor(settings.policy, len(teacher.classes))
         self.settings = settings
         self.teacher = teacher
         self.coverage = coverage
@@ -64,16 +63,33 @@ class Site:
     def load(cls, path: Path) -> Site:
         """Read site.yaml, load teacher and, where there is one, coverage.
 
-        Raises `SettingsError`, `TeacherError`, `CoverageError`, `StorageError`.
+        Raises `SettingsError`, `TeacherError`, `CoverageError`, `StorageError`. The ledger is opened when it is needed.
         """
         settings = load_settings(path, SiteSettings)
         teacher = load_teacher(settings)
         return cls(settings, teacher, load_coverage(settings, teacher))
 
+    def close(self) -> None:
+        """Let go of what is open; another use opens it again."""
+        with self._lock:
+            if (ledger := self.__dict__.pop("ledger", None)) is not None:
+                ledger.close()
+            self.__dict__.pop("released", None)
+
     @property
     def calibration(self) -> str:
         """How the teacher is calibrated, in one line for the site's own eyes."""
         return self.teacher.told if isinstance(self.teacher, CalibratedTeacher) else "none"
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What left so far. Raises `LedgerError`, `StorageError`; the next use tries again."""
+        return Ledger.open(self.settings)
+
+    @cached_property
+    def released(self) -> Released:
+        """The answers that left. Raises what `ledger` raises."""
+        return Released(self.settings.state / "released", self.ledger)
 
     @cached_property
     def card(self) -> SiteCard:
@@ -103,50 +119,101 @@ class Site:
     def agree(self, contract: Contract) -> Agreement:
         """Check that the site can take part: same teacher, its classes in place, every pool here and intact.
 
-        The teacher is tried on the first batch, so that one that does not work is known before anybody counts on it.
-        Raises `RefusedError`.
+        The policy must allow the job, and all of its pools within the limits. The teacher is tried on the first batch,
+        so that one that does not work is known before anybody counts on it. Raises `RefusedError`, `LedgerError`,
+        `StorageError`.
         """
         if contract.teacher != self.teacher.fingerprint:
             raise RefusedError("other-teacher", "the contract names another teacher")
         within = all(label < len(contract.labels) for label in contract.class_set)
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
-        pools = [self._pool(digest) for digest in contract.pools]
+        pools = [self._pool(digest) for digest in dict.fromkeys(contract.pools)]
         tried = min(self.settings.batch_size, len(pools[0]))
-        began = time.perf_counter()
         with self._lock:
-            for _ in self._score(pools[0], 0, tried, "log-probs"):
+            self.ledger.refresh()
+            check_job(self.settings.policy, self.ledger, contract.job)
+            new = sum(self._new(contract.job, pool) for pool in pools)
+            check_budget(self.settings.policy, self.ledger, contract.job, new)
+            began = time.perf_counter()
+            for _ in self._score(pools[0], 0, np.ones(tried, np.bool_), "log-probs"):
                 pass
         return Agreement(pools=contract.pools, samples=tried, seconds=time.perf_counter() - began)
 
+    def _new(self, job: str, pool: Pool) -> int:
+        """Return how many samples of a pool were not released yet, in the encoding in which the most were."""
+        return min(
+            int(self.released.missing(question, len(pool)).sum()) if len(pool) else 0
+            for question in (
+                self.question(job, pool.digest, len(pool), "log-probs", encoding)
+                for encoding in self.settings.policy.encodings
+            )
+        )
+
+    def question(self, job: str, pool: str, size: int, kind: Kind, encoding: Encoding | CoverageEncoding) -> Question:
+        """Return the question about all `size` samples of a pool that this site would answer now.
+
+        For kind `coverage` the site must have one.
+        """
+        answering = self.teacher if kind == "log-probs" else self.coverage
+        assert answering is not None
+        return Question(
+            job=job,
+            pool=pool,
+            start=0,
+            stop=max(1, size),
+            kind=kind,
+            encoding=encoding,
+            teacher=answering.fingerprint,
+            policy=self.settings.policy.version,
+        )
+
     def answer(self, question: Question) -> Answer:
-        """Score the samples a question asks about and encode them as it asks.
+        """Score the samples a question asks about and encode them as it asks; what left before leaves as it did.
 
         Teacher and coverage always see the same aligned batches of the pool, whatever range is asked, so that a
-        sample's answer is the same bytes however the server cuts its questions. Raises `RefusedError`.
+        sample's answer is the same bytes however the server cuts its questions. Raises `RefusedError`, `LedgerError`,
+        `StorageError`: nothing leaves then.
         """
         policy, answering = self.settings.policy, self.teacher if question.kind == "log-probs" else self.coverage
         fingerprint = None if answering is None else answering.fingerprint
         if question.teacher != fingerprint or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
-        if question.kind == "log-probs":
-            allowed = allowed_by(policy.encodings, question.encoding)
-        else:
-            allowed = question.encoding in policy.coverage_encodings
-        if not allowed:
-            raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding")
+        check_encoding(policy, question.kind, question.encoding)
         pool = self._pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
+        width = self._width(question)
+        if len(question) * width > MOST_ANSWER_BYTES:
+            raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
         began = time.perf_counter()
         with self._lock:
-            scored = self._score(pool, question.start, question.stop, question.kind)
-            if question.kind == "log-probs":
-                data = b"".join(encode(rows, question.encoding) for rows in scored)
-            else:
-                encoding = cast(CoverageEncoding, question.encoding)
-                data = b"".join(encode_coverage(rows, encoding) for rows in scored)
+            data = self.released.give(
+                question,
+                size=len(pool),
+                width=width,
+                score=lambda new: self._encoded(question, pool, new),
+                permit=lambda samples: self._permit(question.job, samples),
+            )
         return Answer(question, data, time.perf_counter() - began)
+
+    def _width(self, question: Question) -> int:
+        """Return the bytes of one sample's answer."""
+        if question.kind == "coverage":
+            return coverage_bytes(cast(CoverageEncoding, question.encoding))
+        return row_bytes(len(self.teacher.classes), question.encoding)
+
+    def _permit(self, job: str, samples: int) -> None:
+        """Refuse what the policy does not allow now. Raises `RefusedError`."""
+        check_job(self.settings.policy, self.ledger, job)
+        check_budget(self.settings.policy, self.ledger, job, samples)
+
+    def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
+        """Return the encoded rows of those samples of a question that the mask `new` chooses."""
+        scored = self._score(pool, question.start, new, question.kind)
+        if question.kind == "coverage":
+            return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in scored)
+        return b"".join(encode(rows, question.encoding) for rows in scored)
 
     def _coverage_of(self, images: Images) -> NDArray[np.float32]:
         """Return (n,) coverage of one batch. Raises `TeacherError` when it is none."""
@@ -158,25 +225,32 @@ class Site:
             raise TeacherError(f"Coverage: {problem}")
         return scores.astype(np.float32)
 
-    def _score(self, pool: Pool, start: int, stop: int, kind: Kind) -> Iterator[NDArray[np.float32]]:
-        """Yield, batch by batch, (b, classes) log-probabilities or (b,) coverage of the samples start..stop-1.
+    def _score(self, pool: Pool, start: int, new: NDArray[np.bool_], kind: Kind) -> Iterator[NDArray[np.float32]]:
+        """Yield, batch by batch, (b, classes) log-probabilities as they may leave, or (b,) coverage.
 
-        Raises `RefusedError`.
+        Of the samples from `start` on, those that the mask `new` (n,) chooses. Raises `RefusedError`.
         """
-        teaches = kind == "log-probs"
-        size, scores = self.settings.batch_size, self.teacher.log_probs if teaches else self._coverage_of
+        teaches, stop = kind == "log-probs", start + len(new)
+        size, scores = self.settings.batch_size, self._told if teaches else self._coverage_of
         for first in range(start - start % size, stop, size):
             last = min(first + size, len(pool))
+            low, high = max(start, first), min(stop, last)
+            if not new[low - start : high - start].any():
+                continue
             try:
                 rows = scores(pool.read(first, last))
             except TeacherError as error:
                 what = "teacher" if teaches else "coverage"
                 raise RefusedError("teacher-failed", f"the site's {what} gave no usable answer") from error
-            low, high = max(start, first), min(stop, last)
-            yield np.asarray(rows[low - first : high - first], np.float32)
+            yield np.asarray(rows[low - first : high - first], np.float32)[new[low - start : high - start]]
+
+    def _told(self, images: Images) -> NDArray[np.float32]:
+        """Return the teacher's (n, classes) log-probabilities as the policy lets them leave. Raises `TeacherError`."""
+        return shape(self.teacher.log_probs(images), self.settings.policy)
 
     def _pool(self, digest: str) -> Pool:
-        """Return the site's copy of a pool, verified once per process."""
+        """Return the site's copy of a pool, verified once per process. Raises `RefusedError`."""
+        check_pool(self.settings.policy, digest)
         with self._lock:
             if digest not in self._verified:
                 self._verified[digest] = self._find(digest)

@@ -279,6 +279,20 @@ class CoverageError(ConsilienceError):
     )
 
 
+class LedgerError(ConsilienceError):
+    """A site's ledger, or the answers that it speaks of, are not as they were written."""
+
+    exit_code = 24
+    name = "ledger"
+    explanation = (
+        "A site's record of what it released is not as it was written: a row was changed or is missing, an older copy "
+        "was put back, or an answer that was given before is lost. The site answers nothing until it is in order, for "
+        "it could release more than its policy allows. The message names the row or the file. Put the newest copy "
+        "back; if there is none, `consilience site ledger restart` puts the ledger aside and begins another, which "
+        "counts everything spent so far as spent."
+    )
+
+
 REGISTRY: dict[int, type[ConsilienceError]] = {
     cls.exit_code: cls
     for cls in (
@@ -304,6 +318,7 @@ REGISTRY: dict[int, type[ConsilienceError]] = {
         ClockError,
         ServerError,
         CoverageError,
+        LedgerError,
     )
 }
 """Every exit code in use. 0 is success, 2 a wrong command line, 130 an interruption. Codes are never reused."""

@@ -34,10 +34,28 @@ RefusalCode = Literal[
     "encoding-not-allowed",
     "other-teacher",
     "teacher-failed",
+    "pool-not-allowed",
+    "not-approved",
+    "policy-ended",
+    "budget-exhausted",
+    "ledger-damaged",
     "internal",
 ]
+FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
+    {"pool-not-allowed", "not-approved", "policy-ended", "budget-exhausted", "ledger-damaged"}
+)
+"""Refusals that asking again does not change: a person at the site must act first."""
 
 RecordType = TypeVar("RecordType", bound="Record")
+
+
+class RefusedReplyError(ProtocolError):
+    """A site sent a refusal instead of what it was asked for."""
+
+    def __init__(self, code: RefusalCode, reason: str) -> None:
+        super().__init__(f"The site refused: {code}, {reason}")
+        self.final = code in FINAL_REFUSALS
+        """Whether asking again would change nothing."""
 
 
 class Record(BaseModel):
@@ -203,7 +221,7 @@ class Answer:
         """Read an answer to `expected`. Raises `ProtocolError` when it is a refusal or answers anything else."""
         refusal = Refusal.find(content)
         if refusal is not None:
-            raise ProtocolError(f"The site refused: {refusal.code}, {refusal.reason}")
+            raise RefusedReplyError(refusal.code, refusal.reason)
         question = Question.from_content(content)
         for name in type(question).model_fields:
             if getattr(question, name) != getattr(expected, name):
@@ -244,7 +262,7 @@ def read_reply(content: RecordDict, record: type[RecordType]) -> RecordType:
     """Read a reply that must be a `record`. Raises `ProtocolError` when it is a refusal or something else."""
     refusal = Refusal.find(content)
     if refusal is not None:
-        raise ProtocolError(f"The site refused: {refusal.code}, {refusal.reason}")
+        raise RefusedReplyError(refusal.code, refusal.reason)
     return record.from_content(content)
 
 

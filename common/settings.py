@@ -6,6 +6,7 @@ and how a mistake in them reads (settings_file), what the fields do.
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -265,8 +266,22 @@ class Coverage(Settings):
         return self
 
 
+class Limits(Settings):
+    """Most samples that may be released. A sample counts once for each kind and encoding in which it leaves, under each
+    teacher and policy; asked again, it leaves again as the same bytes, at no cost. `null`: no limit."""
+
+    per_job: int | None = Field(default=100_000, ge=0, le=2**53)
+    per_month: int | None = Field(default=200_000, ge=0, le=2**53)
+    """In a calendar month of UTC, over all jobs."""
+    lifetime: int | None = Field(default=1_000_000, ge=0, le=2**53)
+    """Since the ledger began, over all jobs, teachers and policies."""
+
+
 class Policy(Settings):
-    """What the site allows to leave. Nothing the server sends can widen it."""
+    """What the site allows to leave. Nothing the server sends can widen it.
+
+    Another policy is another version: what left under an earlier one counts anew if it is asked again.
+    """
 
     precision: Encoding = "f32"
     """The finest encoding of log-probabilities that may leave: `f32`, `f16`, `u8` (a byte a class), `top-K`, for
@@ -280,6 +295,27 @@ class Policy(Settings):
     holdout_accuracy: bool = False
     """Whether the teacher's accuracy on private images kept out of its training may be told, and how well it is
     calibrated there."""
+    pools: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """Digests of the pools that may be asked about (`consilience pool show` tells a pool's); by default those whose
+    folders `pools` in site.yaml names."""
+    temperature: float = Field(default=1.0, ge=1, le=100)
+    """Answers leave softened by it: log-probabilities are divided by it and normalised. With 1 they leave as they
+    are; with more, large differences between classes are told less."""
+    decimals: int | None = Field(default=None, ge=1, le=8)
+    """Probabilities are rounded to so many decimals before they leave; by default they are not. Those that come out as
+    0 share half a unit of the last decimal."""
+    cap: float = Field(default=1.0, ge=0.5, le=1)
+    """Largest probability that may leave; what is above is shared out among the other classes in proportion."""
+    floor: float = Field(default=0.0, ge=0, lt=0.5)
+    """Least probability that may leave; every class gets it, and the rest is shared out as before. It must be less than
+    one over the number of the teacher's classes."""
+    limits: Limits = Limits()
+    """How many samples may leave in all. The defaults are enough for a pool of 100,000 images a job, and too little to
+    copy the teacher over many: raise them when you know that you want more."""
+    approval: bool = False
+    """Whether each job must be approved by a person at the site first (`consilience site approve`)."""
+    ends: datetime.date | None = None
+    """Last day (UTC) on which answers leave; by default there is none."""
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -321,7 +357,10 @@ class SiteSettings(Settings):
     pools: tuple[Path, ...] = ()
     """Folders of public pools the site holds a copy of; a question names one by its digest."""
     state: Path = Path("state")
-    """Folder of the site's own: the trained teacher lives there."""
+    """Folder of the site's own: the trained teacher, the ledger and the released answers live there."""
+    ledger_head: Path | None = None
+    """File with the ledger's length and last hash, by default `ledger.head` in `state`. On another disk than `state`,
+    it shows that an older copy of the whole of `state` was put back."""
     key: Path = Path("site.key")
     """The site's private key (`consilience site init` makes it). It never leaves the site."""
     kit: Path = Path("kit.json")

@@ -52,9 +52,14 @@ def kind(annotation: Any) -> str:
         return f"{kind(parts[0])} -> {kind(parts[1])}"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true, false", "Path": "path"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
+    return {
+        "str": "text",
+        "int": "whole number",
+        "float": "number",
+        "bool": "true, false",
+        "Path": "path",
+        "date": "date",
+    }.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
 def default(value: Any) -> str:

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from consilience.common.errors import ProtocolError
 from consilience.common.progress import Reporter, Task
-from consilience.common.protocol import ANSWER, Answer, Question
+from consilience.common.protocol import ANSWER, Answer, Question, RefusedReplyError
 from consilience.common.settings import Ask
 from consilience.server.answers import AnswerStore
 from consilience.server.events import Events
@@ -144,12 +144,14 @@ class _Site:
     def open(self) -> bool:
         return bool(self.first or self.spans or self.last or self.flying)
 
-    def drop(self) -> int:
-        """Forget every question; returns how many samples they were about."""
-        questions = [*self.first, *self.last, *self.flying.values()]
+    def drop(self, *, flying: bool = True) -> int:
+        """Forget every question, or those alone that are not on their way; returns how many samples they were about."""
+        questions = [*self.first, *self.last, *(self.flying.values() if flying else ())]
         dropped = sum(len(p.question) for p in questions) + sum(span.high - span.low for span in self.spans)
-        for held in (self.first, self.last, self.spans, self.flying):
+        for held in (self.first, self.last, self.spans):
             held.clear()
+        if flying:
+            self.flying.clear()
         return dropped
 
 
@@ -267,7 +269,8 @@ class _Asking:
             answer = Answer.from_content(content_of(message), pending.question)
             pending.store.append(answer)
         except ProtocolError as error:
-            self._failed(site, pending, error.message)
+            final = isinstance(error, RefusedReplyError) and error.final
+            self._failed(site, pending, error.message, final=final)
             return
         self._note("answered", site, pending)
         site.size.learn(len(pending.question), answer.seconds)
@@ -282,11 +285,18 @@ class _Asking:
         self._note("unanswered", site, pending)
         site.first.append(pending)
 
-    def _failed(self, site: _Site, pending: _Pending, reason: str) -> None:
+    def _failed(self, site: _Site, pending: _Pending, reason: str, *, final: bool) -> None:
+        """Count a failed question; after a `final` refusal the site is asked nothing more in this run."""
         site.state.failures.append(reason)
         site.progress.fail(reason)
         self._note("failed", site, pending, reason=reason)
-        if pending.tries < self._settings.retries:
+        if final:
+            site.state.lost += len(pending.question)
+            lost = site.drop(flying=False)  # what is on its way may have been answered before
+            site.state.lost += lost
+            if lost:
+                self._events.add("given-up", site=site.state.name, samples=lost, reason=reason)
+        elif pending.tries < self._settings.retries:
             pending.tries += 1
             site.last.append(pending)
         else:

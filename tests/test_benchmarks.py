@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["answering", "coverage", "encodings", "fuzz_decoders", "student", "transport", "unify"]
+    "name", ["answering", "coverage", "encodings", "fuzz_decoders", "ledger", "student", "transport", "unify"]
 )
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"

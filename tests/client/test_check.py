@@ -69,6 +69,11 @@ def test_a_key_that_the_server_does_not_know_is_the_only_problem(site: SiteFolde
     assert [name for name, row in rows.items() if row["result"] == "problem"] == ["admission"]
 
 
+def damaged_ledger(site: SiteFolder) -> None:
+    (site.folder / "state").mkdir()
+    (site.folder / "state" / "ledger.head").write_text("x")
+
+
 @pytest.mark.parametrize(
     ("break_it", "problem", "code"),
     [
@@ -77,6 +82,7 @@ def test_a_key_that_the_server_does_not_know_is_the_only_problem(site: SiteFolde
         (lambda site: next((site.folder / "pool").glob("*.bin")).write_bytes(b"\1" * 40 * 48), "pools", 5),
         (lambda site: site.write_settings(teacher={**site.raw["teacher"], "callable": "no:such"}), "teacher", 7),
         (lambda site: (site.folder / "state").write_text(""), "state folder", 10),
+        (damaged_ledger, "ledger", 24),
         (lambda site: (site.folder / "site.key").unlink(), "key", 15),
         (lambda site: site.write_kit(site="another"), "kit", 15),
         (lambda site: site.write_kit(site_fingerprint="0" * 64), "kit", 15),

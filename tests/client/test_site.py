@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from consilience.client import app as app_module
-from consilience.client.site import RefusedError, Site
+from consilience.client.policy import RefusedError
+from consilience.client.site import Site
 from consilience.common.data import from_arrays
 from consilience.common.encoding import decode, decode_coverage, encode, encode_coverage, row_bytes
 from consilience.common.errors import DataError, TeacherError
@@ -61,7 +62,14 @@ def teacher() -> Linear:
 def site(tmp_path: Path, pool: Pool, teacher: Linear) -> Site:
     hosted = CallableTeacher(kind="callable", callable="a:b", classes=Linear.classes, preprocessing=Preprocessing())
     return Site(
-        SiteSettings(name="site-1", teacher=hosted, pools=(tmp_path / "none", pool.folder), batch_size=16), teacher
+        SiteSettings(
+            name="site-1",
+            teacher=hosted,
+            pools=(tmp_path / "none", pool.folder),
+            batch_size=16,
+            state=tmp_path / "state",
+        ),
+        teacher,
     )
 
 

@@ -12,6 +12,7 @@ from consilience.common.errors import SettingsError
 from consilience.common.settings import (
     Ask,
     JobSettings,
+    Limits,
     Policy,
     Preprocessing,
     SiteSettings,
@@ -70,6 +71,20 @@ HOSTED = {"kind": "onnx", "path": "m.onnx", "classes": ["a"], "preprocessing": {
         ({**SITE, "policy": {"coverage": True}}, ["'policy.coverage' is True"]),
         ({**SITE, "teacher": {**HOSTED, "classes": ["a", "a"]}}, ["teacher", "'a' is named twice"]),
         ({**SITE, "teacher": {**HOSTED, "classes": ["\x1b[2J"]}}, ["'teacher.classes.0'"]),
+        ({**SITE, "policy": {"limit": {}}}, ["'policy.limit' is unknown", "limits, approval, ends"]),
+        (
+            {**SITE, "policy": {"limits": {"per_week": 1}}},
+            ["'policy.limits.per_week' is unknown", "per_job"],
+        ),
+        ({**SITE, "policy": {"limits": {"per_job": -1}}}, ["'policy.limits.per_job' is -1", "greater than or equal"]),
+        ({**SITE, "policy": {"pools": ["abc"]}}, ["'policy.pools.0' is 'abc'"]),
+        ({**SITE, "policy": {"temperature": 0.5}}, ["'policy.temperature' is 0.5", "greater than or equal to 1"]),
+        ({**SITE, "policy": {"cap": 0.4}}, ["'policy.cap' is 0.4", "0.5"]),
+        ({**SITE, "policy": {"floor": 0.5}}, ["'policy.floor' is 0.5", "less than 0.5"]),
+        ({**SITE, "policy": {"floor": float("nan")}}, ["'policy.floor' is nan"]),
+        ({**SITE, "policy": {"decimals": 0}}, ["'policy.decimals' is 0"]),
+        ({**SITE, "policy": {"ends": "soon"}}, ["'policy.ends' is 'soon'", "date"]),
+        ({**SITE, "policy": {"approval": "perhaps"}}, ["'policy.approval' is 'perhaps'"]),
         ({**SITE, "data": {"kind": "folder", "path": "x", "size": [0, 28]}}, ["'data.size.0' is 0"]),
         ({**SITE, "teacher": {**HOSTED, "classes": []}}, ["'teacher.classes'", "at least 1"]),
         ({**SITE, "teacher": {**HOSTED, "kind": "callable"}}, ["'teacher.callable' is missing"]),
@@ -153,6 +168,40 @@ def test_another_word_is_no_encoding(wrong: str) -> None:
         field = "precision" if model is Policy else "encoding"
         with pytest.raises(ValidationError, match="top-K"):
             model.model_validate({field: wrong})
+
+
+def test_every_field_of_the_policy_enters_its_version() -> None:
+    others: dict[str, Any] = {
+        "precision": "f16",
+        "coverage": "u8",
+        "class_priors": True,
+        "holdout_accuracy": True,
+        "pools": ("0" * 64,),
+        "temperature": 2.0,
+        "decimals": 3,
+        "cap": 0.9,
+        "floor": 0.01,
+        "limits": {"per_job": 1},
+        "approval": True,
+        "ends": "2030-01-01",
+    }
+    assert set(others) == set(Policy.model_fields)
+    versions = {Policy().version, *(Policy(**{name: value}).version for name, value in others.items())}
+    versions |= {Policy(limits=Limits(**{name: None})).version for name in Limits.model_fields}
+    assert len(versions) == 1 + len(others) + 3
+
+
+def test_a_policy_s_end_comes_back_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(
+        "name: s\ndata: {kind: npz, path: d}\nteacher: {kind: train, architecture: cnn3}\n"
+        "policy: {ends: 2030-01-31, limits: {lifetime: null}}\n"
+    )
+    loaded = load_settings(path, SiteSettings)
+    assert str(loaded.policy.ends) == "2030-01-31"
+    assert loaded.policy.limits.lifetime is None
+    dump_settings(loaded, path)
+    assert load_settings(path, SiteSettings).policy == loaded.policy
 
 
 def test_one_value_a_channel_is_allowed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.app import forget_sites
+from consilience.client.ledger import Ledger
 from consilience.common.errors import StorageError
 from consilience.common.files import read_json
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import load_settings
 from consilience.deploy import simulation
 from consilience.server.answers import AnswerStore
 from consilience.server.report import comparable
@@ -98,6 +102,41 @@ def test_a_run_leaves_what_the_design_says(run: Path) -> None:
     contract = read_json(run / "contract.json")
     assert contract["owners"]["Dress"] == ["site-1", "site-2"]
     assert report["pool"]["digest"] == contract["pools"][0]
+    assert released(run) == {"site-1": 1300, "site-2": 1300}
+
+
+def released(run: Path) -> dict[str, int]:
+    """Return what each site's ledger says that it released to the job."""
+    found = {}
+    for file in sorted((run / "simulation" / "sites").glob("*/site.yaml")):
+        with closing(Ledger.open(load_settings(file, SiteSettings))) as ledger:
+            assert set(ledger.spent.jobs) == {"small"}
+            found[file.parent.name] = ledger.spent.lifetime
+    return found
+
+
+def test_a_job_that_a_site_does_not_allow_says_so_and_goes_on_once_it_does(
+    consilience: Command, tmp_path: Path
+) -> None:
+    raw = job()
+    raw["simulation"]["policy"] = {"approval": True, "limits": {"per_job": 1299}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    command = ("simulate", tmp_path / "job.yaml", "--out", tmp_path / "run")
+    result = consilience(*command)
+    assert result.exit_code == 9
+    assert "not-approved, nobody at the site has approved this job yet" in result.stderr.replace("\n", " ")
+    sites = sorted((tmp_path / "run" / "simulation" / "sites").glob("*/site.yaml"))
+    for site in sites:
+        assert consilience("site", "approve", "small", site).exit_code == 0
+    result = consilience(*command)
+    assert result.exit_code == 9
+    assert "budget-exhausted, the site's limits do not allow so many samples more" in result.stderr.replace("\n", " ")
+    for site in sites:
+        site.write_text(site.read_text().replace("per_job: 1299", "per_job: 1300"))
+        assert consilience("site", "approve", "small", site).exit_code == 0
+    result = consilience(*command)
+    assert result.exit_code == 0, result.output
+    assert released(tmp_path / "run") == {"site-1": 1300, "site-2": 1300}
 
 
 def test_sites_hold_private_images_that_are_in_no_pool(run: Path) -> None:
@@ -141,6 +180,7 @@ def test_what_is_lost_is_made_again(copy: Path, home: Path, consilience: Command
     assert comparable(read_json(copy / "report.json")) == before
     again = events(copy, "asked")[asked:]
     assert {event["site"] for event in again} == ({"site-2"} if "site-2" in lost else set())
+    assert released(copy) == {"site-1": 1300, "site-2": 1300}  # what was asked again was given again
 
 
 def test_another_job_or_seed_is_not_done_in_the_same_folder(copy: Path, home: Path, consilience: Command) -> None:

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, StorageError
 from consilience.common.progress import Reporter
-from consilience.common.protocol import CONTRACT, Answer, Contract, Question, SiteCard
+from consilience.common.protocol import CONTRACT, FINAL_REFUSALS, Answer, Contract, Question, Refusal, SiteCard
 from consilience.common.settings import Ask
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server import asking, enrolment, question_size
@@ -104,6 +104,38 @@ def test_only_what_is_missing_is_asked(tmp_path: Path, reporter: Reporter) -> No
     assert states["one"].asked == 70
     assert {start for _, start in sites.attempts} == {20, 32, 48, 60, 64, 80, 96}
     assert np.array_equal(stores["one"].read(0, SIZE), everything())
+
+
+def test_a_site_whose_limit_is_reached_is_asked_no_more_and_says_why(tmp_path: Path, reporter: Reporter) -> None:
+    def limited(question: Question, attempt: int) -> RecordDict:
+        if question.stop > 48:
+            return Refusal(code="budget-exhausted", reason="the site's limits do not allow more").to_content()
+        return honest(question, attempt)
+
+    sites = Sites({"one": limited, "two": honest})
+    stores, states = run(tmp_path, sites, reporter, retries=5, in_flight=2)
+    assert stores["two"].complete
+    assert len(stores["one"]) == 48
+    assert states["one"].lost == SIZE - 48
+    assert "budget-exhausted, the site's limits do not allow more" in states["one"].failures[-1]
+    asked = {start: tries for (name, start), tries in sites.attempts.items() if name == "one"}
+    assert set(asked.values()) == {1}
+    assert len(asked) <= 3 + 2  # what was on its way already
+    (gone,) = (
+        e for e in map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines()) if e["event"] == "given-up"
+    )
+    assert (gone["site"], "budget-exhausted" in gone["reason"]) == ("one", True)
+
+
+@pytest.mark.parametrize("code", sorted(FINAL_REFUSALS))
+def test_a_refusal_that_a_person_must_lift_is_not_asked_again(tmp_path: Path, reporter: Reporter, code: Any) -> None:
+    def refuses(question: Question, attempt: int) -> RecordDict:
+        return Refusal(code=code, reason="no").to_content()
+
+    sites = Sites({"one": refuses})
+    _, states = run(tmp_path, sites, reporter, retries=3, in_flight=1)
+    assert sites.attempts == {("one", 0): 1}
+    assert states["one"].lost == SIZE
 
 
 def test_a_question_that_fails_is_asked_again(tmp_path: Path, reporter: Reporter) -> None:

@@ -1,0 +1,122 @@
+"""What a job would take from a site, and what of its limits would be left: in words, before anything leaves.
+
+Does not live here: the decisions (client/policy), how it is shown (client/policy_cli).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_pool, limits
+from consilience.client.site import Site
+from consilience.common.errors import PoolError, StorageError
+from consilience.common.pool import Pool
+from consilience.common.protocol import Kind
+from consilience.common.settings import CoverageEncoding, Encoding, JobSettings, Policy, largest_sent
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of answers about one pool that a job would take. `new` of the `samples` were not released before."""
+
+    pool: str
+    kind: Kind
+    encoding: Encoding | CoverageEncoding
+    samples: int
+    new: int
+
+    @property
+    def words(self) -> str:
+        """The part as a person reads it."""
+        most = largest_sent(self.encoding)
+        if self.kind == "coverage":
+            what = "coverage, one number a sample"
+        elif self.encoding == "votes":
+            what = "the likeliest class"
+        elif most is not None:
+            what = f"log-probabilities of the {most:,} likeliest classes, and of all others together"
+        else:
+            what = "log-probabilities of every class"
+        known = "" if self.new == self.samples else f", {self.samples - self.new:,} of them released before"
+        return f"{what}, as {self.encoding}, of {self.samples:,} samples of pool {self.pool[:12]}{known}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a job would take. `refusal`: why the site would not give it; empty when it would."""
+
+    parts: tuple[Part, ...]
+    here: bool
+    """Whether the pools are those that the job names; else they are all that the site holds."""
+    refusal: str
+    left: dict[str, tuple[int | None, int | None]]
+    """Limit -> samples left before and after the job; None: no limit."""
+
+    @property
+    def new(self) -> int:
+        """Samples that would be newly released."""
+        return sum(part.new for part in self.parts)
+
+
+def explain(job: JobSettings, site: Site) -> Explanation:
+    """Work out what `job` would take from `site` now. Raises `PoolError`, `LedgerError`, `StorageError`."""
+    pools, here = _pools(job, site)
+    policy, parts, refusal = site.settings.policy, [], ""
+    kinds: list[tuple[Kind, Any]] = [("log-probs", job.ask.encoding)]
+    if job.ask.coverage and job.unify.takes_coverage and site.card.coverage is not None:
+        kinds.append(("coverage", site.card.coverage.encodings[0]))
+    try:
+        check_job(policy, site.ledger, job.name)
+        for kind, encoding in kinds:
+            check_encoding(policy, kind, encoding)
+            for pool in pools:
+                check_pool(policy, pool.digest)
+    except RefusedError as error:
+        refusal = error.reason
+    for kind, encoding in kinds:
+        for pool in pools:
+            question = site.question(job.name, pool.digest, len(pool), kind, encoding)
+            new = int(site.released.missing(question, len(pool)).sum()) if len(pool) else 0
+            parts.append(Part(pool.digest, kind, encoding, len(pool), new))
+    held = Explanation(tuple(parts), here, refusal, {})
+    if not refusal:
+        try:
+            check_budget(policy, site.ledger, job.name, held.new)
+        except RefusedError as error:
+            refusal = error.reason
+    left = {
+        limit.name: (limit.left, None if limit.left is None else limit.left - held.new)
+        for limit in limits(policy, site.ledger, job.name)
+    }
+    return Explanation(held.parts, here, refusal, left)
+
+
+def tell_policy(policy: Policy) -> list[str]:
+    """Return what the policy takes away from answers and asks of jobs, in words, one a line."""
+    lines = []
+    if policy.temperature != 1:
+        lines.append(f"log-probabilities are softened by a temperature of {policy.temperature:g}")
+    if policy.decimals is not None:
+        lines.append(f"probabilities are rounded to {policy.decimals} decimals")
+    if policy.cap < 1:
+        lines.append(f"no probability above {policy.cap:g} leaves")
+    if policy.floor > 0:
+        lines.append(f"no probability below {policy.floor:g} leaves")
+    lines.append(f"pools: {', '.join(digest[:12] for digest in policy.pools) or 'those that site.yaml names'}")
+    lines.append("each job needs a person's approval" if policy.approval else "no job needs a person's approval")
+    lines.append("it has no end" if policy.ends is None else f"the last day is {policy.ends}")
+    return lines
+
+
+def _pools(job: JobSettings, site: Site) -> tuple[list[Pool], bool]:
+    """Return the pools that a job names where they are on this machine, else all that the site holds."""
+    named = [folder for folder in (job.pool, job.judge.test_pool) if folder is not None]
+    try:
+        pools, here = [Pool.open(folder) for folder in named], bool(named)
+    except (PoolError, StorageError):
+        pools, here = [], False
+    if not here:
+        pools = [Pool.open(Path(folder)) for folder in site.settings.pools]
+    return list({pool.digest: pool for pool in pools}.values()), here

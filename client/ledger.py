@@ -1,0 +1,285 @@
+"""The site's ledger: what left, row by row, each bound to the one before by a hash. It only ever grows.
+
+Lives here: the database (STATE/ledger.db), its verification, and the second file with its length and last hash (the
+head), by which an older copy that was put back is noticed. Does not live here: what a row tells (client/ledger_rows),
+what may leave (client/policy), the bytes that left (client/released).
+
+A row is committed, and then the head written, before the bytes of which it speaks leave: whatever is interrupted, what
+is counted as spent is never less than what left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Self
+
+from consilience.client.ledger_rows import Entry, Row, Spent, chain_of
+from consilience.common.errors import ConsilienceError, LedgerError, StorageError
+from consilience.common.files import canonical_json, read_json, storage_error, write_json
+from consilience.common.settings import SiteSettings
+
+COLUMNS = ("seq", "time", "kind", "job", "samples", "subject", "body", "chain")
+CHANGED = "is not as it was written"
+FIRST = "0" * 64
+"""What the first row is bound to."""
+PATIENCE = 60.0
+"""Seconds that a process waits for others that write."""
+RESTORE = "Put the newest copy back, or begin another with `consilience site ledger restart` (docs/privacy.md)"
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS rows (
+    seq INTEGER PRIMARY KEY, time TEXT NOT NULL, kind TEXT NOT NULL, job TEXT NOT NULL, samples INTEGER NOT NULL,
+    subject TEXT NOT NULL, body TEXT NOT NULL, chain TEXT NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS rows_by_subject ON rows (subject, seq);
+CREATE TRIGGER IF NOT EXISTS rows_stay BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'rows stay'); END;
+CREATE TRIGGER IF NOT EXISTS rows_stay_so BEFORE UPDATE ON rows BEGIN SELECT RAISE(ABORT, 'rows stay so'); END;
+"""
+
+
+def utc_now() -> datetime:
+    """Return what this machine takes for the time."""
+    return datetime.now(UTC)
+
+
+class Ledger:
+    """A ledger that was verified, row by row, when it was opened. Safe to use from several threads and processes."""
+
+    def __init__(self, path: Path, head: Path) -> None:
+        """Open the ledger, or begin one. Raises `LedgerError` naming the first bad row, `StorageError`."""
+        self.path, self.head = path, head
+        self.spent = Spent()
+        self.count, self.chain, self.last = 0, FIRST, ""
+        self._approved: dict[tuple[str, str], bool] = {}
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # what SQLite adds takes its rights over
+            self._file = path.stat().st_ino
+        except OSError as error:
+            raise storage_error(error, path, "write") from error
+        with self._asking_sqlite():
+            self._db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+            self._db.text_factory = lambda raw: raw.decode(errors="replace")  # a row that is not text is a bad row
+        try:
+            with self._alone():
+                self._begin()
+        except ConsilienceError:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, settings: SiteSettings) -> Self:
+        """Open a site's ledger. Raises `LedgerError`, `StorageError`."""
+        return cls(*paths(settings))
+
+    def close(self) -> None:
+        """Let the database go."""
+        self._db.close()
+
+    @property
+    def now(self) -> str:
+        """The time that the next row gets: never before the last row's, whatever the clock says."""
+        return max(utc_now().isoformat(timespec="seconds"), self.last)
+
+    def approved(self, job: str, policy: str) -> bool:
+        """Whether a person approved the job under this policy version, and has not withdrawn that."""
+        return self._approved.get((job, policy), False)
+
+    def rows(self, after: int = 0, subject: str | None = None) -> Iterator[Row]:
+        """Yield the rows after row `after`, or those of them with one subject, in order. Raises `StorageError`."""
+        chosen = "seq > ?" if subject is None else "seq > ? AND subject = ?"
+        with self._asking_sqlite():
+            yield from map(
+                self._row,
+                self._db.execute(
+                    f"SELECT * FROM rows WHERE {chosen} ORDER BY seq", (after,) if subject is None else (after, subject)
+                ),
+            )
+
+    def row(self, seq: int) -> Row:
+        """Return one row. Raises `LedgerError` when it is missing, `StorageError`."""
+        with self._asking_sqlite():
+            values = self._db.execute("SELECT * FROM rows WHERE seq = ?", (seq,)).fetchone()
+        if values is None:
+            raise self._bad(seq, "is missing")
+        return self._row(values)
+
+    def _row(self, values: tuple[Any, ...]) -> Row:
+        seq, when, kind, job, samples, subject, body, chain = values
+        try:
+            return Row(seq, when, Entry(kind, job, subject, samples, json.loads(body)), body, chain)
+        except ValueError:
+            raise self._bad(seq, CHANGED) from None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other process and thread from writing, and know all that they wrote.
+
+        Raises `LedgerError`, `StorageError`.
+        """
+        with self._alone():
+            self._catch_up()
+            yield
+            # what was committed before a crash, here or elsewhere, must be in the head before any byte leaves
+            head = read_head(self.head)
+            if head is None or head["rows"] < self.count:
+                self._write_head()
+            elif head["rows"] > self.count:
+                raise self._bad(self.count + 1, f"is missing: {self.head} tells of {head['rows']:,} rows")
+
+    def refresh(self) -> None:
+        """Know what other processes wrote. Raises `LedgerError`, `StorageError`."""
+        with self._lock:
+            self._catch_up()
+
+    def append(self, *entries: Entry) -> int:
+        """Add rows, all or none; returns the number of the first. They last once the block of `alone` ends well.
+
+        To be called inside `alone`. Raises `StorageError`: nothing was added, or nothing may leave.
+        """
+        first, before, when = self.count + 1, self.chain, self.now
+        with self._asking_sqlite():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for seq, entry in enumerate(entries, first):
+                    body = canonical_json(dict(entry.body)).decode()
+                    before = chain_of(before, seq, when, entry, body)
+                    values = (seq, when, entry.kind, entry.job, entry.samples, entry.subject, body, before)
+                    self._db.execute(f"INSERT INTO rows VALUES ({', '.join('?' * len(COLUMNS))})", values)
+                self._commit()
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+        self._catch_up()
+        return first
+
+    def _commit(self) -> None:
+        self._db.execute("COMMIT")
+
+    def _begin(self) -> None:
+        """Make the table, verify every row, and compare with the head."""
+        with self._asking_sqlite():
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(SCHEMA)
+        head = read_head(self.head)
+        for row in self.rows():
+            self._take(row)
+            if head is not None and row.seq == head["rows"] and row.chain != head["chain"]:
+                raise self._bad(row.seq, f"is not the one that {self.head} tells of")
+        if head is None and self.count:
+            raise LedgerError(f"{self.head} is missing, and the ledger has {self.count:,} rows", hint=RESTORE)
+        if head is not None and self.count < head["rows"]:
+            raise self._bad(
+                self.count + 1, f"and later ones are missing: {self.head} tells of {head['rows']:,} rows; an older copy"
+            )
+        if head is None or self.count > head["rows"]:
+            self._write_head()
+
+    def _catch_up(self) -> None:
+        """Take in the rows that were added since, after a look whether the last known one is still there."""
+        if self.count and self.row(self.count).chain != self.chain:
+            raise self._bad(self.count, CHANGED)
+        for row in self.rows(self.count):
+            self._take(row)
+
+    def _take(self, row: Row) -> None:
+        """Verify the next row and count it."""
+        entry = row.entry
+        if row.seq != self.count + 1:
+            raise self._bad(self.count + 1, "is missing")
+        bound = row.chain == chain_of(self.chain, row.seq, row.time, entry, row.body)
+        if not bound or row.time < self.last or entry.samples < 0:  # nothing counts down, whoever wrote it
+            raise self._bad(row.seq, CHANGED)
+        self.count, self.chain, self.last = row.seq, row.chain, row.time
+        if entry.samples:
+            self.spent.jobs[entry.job] += entry.samples
+            self.spent.months[row.month] += entry.samples
+            self.spent.lifetime += entry.samples
+        if entry.kind == "approval":
+            self._approved[entry.job, entry.subject] = bool(entry.body["given"])
+
+    def _bad(self, seq: int, problem: str) -> LedgerError:
+        return LedgerError(f"{self.path}: row {seq:,} {problem}", hint=RESTORE)
+
+    def _write_head(self) -> None:
+        write_json(self.head, {"rows": self.count, "chain": self.chain, "samples": self.spent.lifetime})
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock, locked(self.path):
+            try:
+                same = self.path.stat().st_ino == self._file
+            except OSError:
+                same = False
+            if not same:
+                raise LedgerError(
+                    f"{self.path} was replaced while it was in use", hint="Stop the agent, and start it again"
+                )
+            yield
+
+    @contextlib.contextmanager
+    def _asking_sqlite(self) -> Iterator[None]:
+        """Say in our words what SQLite says: what is on the disk is damaged, or the disk does not do its work."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
+                raise LedgerError(f"{self.path} is damaged: {error}", hint=RESTORE) from error
+            raise StorageError(
+                f"Cannot write {self.path}: {error}",
+                hint="Make room on the disk or mend the folder's rights, then run the same command again",
+            ) from error
+
+
+def paths(settings: SiteSettings) -> tuple[Path, Path]:
+    """Return where a site's ledger and its head lie."""
+    return settings.state / "ledger.db", settings.ledger_head or settings.state / "ledger.head"
+
+
+def read_head(path: Path) -> dict[str, Any] | None:
+    """Return rows, chain and samples as the head tells them; None where there is none. Raises `LedgerError`."""
+    if not path.exists():
+        return None
+    try:
+        held = read_json(path)
+        return {"rows": int(held["rows"]), "chain": str(held["chain"]), "samples": int(held["samples"])}
+    except (StorageError, TypeError, KeyError, ValueError) as error:
+        raise LedgerError(f"{path} is damaged", hint=RESTORE) from error
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing the ledger. Raises `StorageError` when one does for longer than `PATIENCE`."""
+    try:
+        file = path.with_suffix(".lock").open("ab")
+    except OSError as error:
+        raise storage_error(error, path, "write") from error
+    with file:
+        until = time.monotonic() + PATIENCE
+        while not _try(file):
+            if time.monotonic() > until:
+                raise StorageError(
+                    f"Another process has kept {path} for more than {PATIENCE:g} s",
+                    hint="Look what holds it (`fuser`), end that, and run the same command again",
+                )
+            time.sleep(0.002)
+        yield
+
+
+def _try(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,153 @@
+"""`consilience site ledger`: what left, for whoever must answer for it.
+
+Does not live here: the ledger itself (client/ledger), beginning another one (client/ledger_restart).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from consilience.client.ledger import COLUMNS, Ledger
+from consilience.client.ledger_restart import restart as restart_ledger
+from consilience.client.ledger_rows import Row
+from consilience.common.cli import AsJson, Result, emit
+from consilience.common.errors import LedgerError, SettingsError
+from consilience.common.files import atomic
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import load_settings
+
+app = typer.Typer(help="The record of what left the site.", no_args_is_help=True)
+SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
+
+
+@app.command()
+def show(site: SiteFile, as_json: AsJson = False) -> None:
+    """Show what was released, by job and month, and what the limits leave."""
+
+    def action() -> Result:
+        settings = load_settings(site, SiteSettings)
+        with closing(Ledger.open(settings)) as ledger:
+            spent, most, month = ledger.spent, settings.policy.limits, ledger.now[:7]
+            data = {
+                **_state(ledger),
+                "spent": {"jobs": dict(spent.jobs), "months": dict(spent.months), "lifetime": spent.lifetime},
+                "limits": most.model_dump(),
+            }
+            table = Table("what", "samples released", "limit")
+            for job, samples in sorted(spent.jobs.items()):
+                if job:
+                    table.add_row(Text(f"job {job}"), f"{samples:,}", _limit(most.per_job))
+            table.add_row(f"month {month}", f"{spent.months[month]:,}", _limit(most.per_month))
+            table.add_row("lifetime", f"{spent.lifetime:,}", _limit(most.lifetime))
+            table.caption = f"{ledger.count:,} rows, verified; the last one's hash: {ledger.chain}"
+            return data, table
+
+    emit(as_json, action)
+
+
+@app.command()
+def verify(
+    site: SiteFile,
+    noted: Annotated[
+        str | None, typer.Option(help="A hash that was shown before and noted elsewhere: its row must still be there.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Verify every row of the ledger, and that no older copy was put back."""
+
+    def action() -> Result:
+        with closing(Ledger.open(load_settings(site, SiteSettings))) as ledger:
+            data: dict[str, Any] = _state(ledger)
+            text = f"{ledger.count:,} rows are as they were written. The last one's hash: {ledger.chain}"
+            if noted is not None:
+                row = next((row for row in ledger.rows() if row.chain == noted), None)
+                if row is None:
+                    raise LedgerError(
+                        f"{ledger.path}: no row has the hash {noted[:80]!r}",
+                        hint="Look whether it was noted right; if so, this ledger is another one or an older copy",
+                    )
+                data["noted_row"] = row.seq
+                text += f"\nThe hash that was noted is that of row {row.seq:,}."
+            return data, text
+
+    emit(as_json, action)
+
+
+@app.command()
+def export(
+    site: SiteFile,
+    file: Annotated[Path, typer.Argument(help="What to write: FILE.csv, or FILE.jsonl with a JSON object a line.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write every row into a file, hashes and all, so that others can verify it."""
+
+    def action() -> Result:
+        lines = {".csv": _csv, ".jsonl": _json_lines}.get(file.suffix)
+        if lines is None:
+            raise SettingsError(f"FILE is {file.name!r}; allowed: a name that ends in .csv or .jsonl", hint="Rename it")
+        with closing(Ledger.open(load_settings(site, SiteSettings))) as ledger, atomic(file) as out:
+            for line in lines(ledger.rows()):
+                out.write(line.encode())
+            return {**_state(ledger), "file": str(file)}, f"{ledger.count:,} rows are in {file}"
+
+    emit(as_json, action)
+
+
+@app.command()
+def restart(
+    site: SiteFile,
+    confirm: Annotated[bool, typer.Option("--yes", help="Do it: what is put aside is not used any more.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a damaged ledger aside and begin another, in which all that was spent counts as spent this month."""
+
+    def action() -> Result:
+        settings = load_settings(site, SiteSettings)
+        if not confirm:
+            raise SettingsError(
+                "The ledger and the released answers would be put aside, and --yes is missing",
+                hint="Look for a newer copy first; then run the same command with --yes",
+            )
+        aside, spent = restart_ledger(settings)
+        data = {"aside": str(aside), "carried": spent}
+        return data, f"A new ledger begins with {spent:,} samples spent. The old one is in {aside}: keep it."
+
+    emit(as_json, action)
+
+
+def _state(ledger: Ledger) -> dict[str, Any]:
+    return {"rows": ledger.count, "chain": ledger.chain, "last": ledger.last or None}
+
+
+def _limit(most: int | None) -> str:
+    return "none" if most is None else f"{most:,}"
+
+
+def _values(row: Row) -> tuple[Any, ...]:
+    entry = row.entry
+    return (row.seq, row.time, entry.kind, entry.job, entry.samples, entry.subject, row.body, row.chain)
+
+
+def _csv(rows: Iterator[Row]) -> Iterator[str]:
+    def line(values: tuple[Any, ...]) -> str:
+        held = io.StringIO()
+        csv.writer(held).writerow(values)
+        return held.getvalue()
+
+    yield line(COLUMNS)
+    yield from (line(_values(row)) for row in rows)
+
+
+def _json_lines(rows: Iterator[Row]) -> Iterator[str]:
+    for row in rows:
+        yield json.dumps({**dict(zip(COLUMNS, _values(row), strict=True)), "body": row.entry.body}) + "\n"

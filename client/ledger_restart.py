@@ -1,0 +1,76 @@
+"""Beginning another ledger where one is damaged or an older copy is all that there is: what was spent stays spent.
+
+Does not live here: the ledger (client/ledger). Only a person at the site does this (`consilience site ledger restart`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
+
+from consilience.client.ledger import Ledger, locked, paths, read_head, utc_now
+from consilience.client.ledger_rows import Entry
+from consilience.common.errors import LedgerError, RunError
+from consilience.common.files import lock, storage_error, sync_folder, write_json
+from consilience.common.settings import SiteSettings
+
+
+def restart(settings: SiteSettings) -> tuple[Path, int]:
+    """Put ledger and released answers aside, and begin a ledger that carries over what was spent.
+
+    Returns the folder they are in now, and the samples carried over: the most that the head or the rows still tell of.
+    They count for this month and for the lifetime. Stopped in between, the next call goes on. Raises `RunError` while
+    an agent runs, `StorageError`.
+    """
+    path, head = paths(settings)
+    with lock(settings.state / "agent"), locked(path):
+        spent, rows = _spent(path, head)
+        # from here on and until the end, whatever is stopped leaves a ledger that is refused and knows what was spent
+        write_json(head, {"rows": rows + 1, "chain": "restarting", "samples": spent})
+        aside = _aside(settings.state)
+        fresh, fresh_head = path.with_name("ledger.fresh.db"), path.with_name("ledger.fresh.head")
+        try:
+            for old in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+                if old.exists():
+                    old.rename(aside / old.name)
+            released = settings.state / "released"
+            if released.exists():
+                released.rename(aside / released.name)
+            for left in (fresh, fresh_head):
+                left.unlink(missing_ok=True)
+            ledger = Ledger(fresh, fresh_head)
+            with closing(ledger), ledger.alone():
+                ledger.append(Entry("carried", "", "ledger", spent, {"aside": aside.name, "rows": rows}))
+            fresh.rename(path)
+            sync_folder(path.parent)
+            write_json(head, read_head(fresh_head))
+            for left in (fresh_head, fresh.with_suffix(".lock")):
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(error, path, "write") from error
+    return aside, spent
+
+
+def _spent(path: Path, head: Path) -> tuple[int, int]:
+    """Return the samples and rows that head and database tell of, whichever tells of more."""
+    told, total, count = None, 0, 0
+    with suppress(LedgerError):  # a damaged head tells nothing
+        told = read_head(head)
+    if path.exists():
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:  # nor does a damaged database
+            query = "SELECT coalesce(sum(samples), 0), count(*) FROM rows WHERE samples > 0"
+            total, count = database.execute(query).fetchone()
+    known = told or {"samples": 0, "rows": 0}
+    return max(int(total), known["samples"]), max(int(count), known["rows"])
+
+
+def _aside(state: Path) -> Path:
+    folder = state / f"ledger-{utc_now():%Y%m%dT%H%M%SZ}"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise RunError(f"{folder} exists already", hint="Wait a second and run the same command again") from None
+    except OSError as error:
+        raise storage_error(error, folder, "write") from error
+    return folder

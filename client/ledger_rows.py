@@ -1,0 +1,74 @@
+"""What a row of the ledger tells, and the hash that binds it to the row before.
+
+Does not live here: keeping rows (client/ledger).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from consilience.common.files import canonical_json, sha256
+
+EntryKind = Literal["answer", "mechanism", "approval", "carried"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a row tells: of an answer, a mechanism that added noise, a person's approval, or what was carried over.
+
+    `subject`: of an answer the name of the released bytes' file; of a mechanism its name; of an approval the policy
+    version. `body`: the particulars, JSON values.
+    """
+
+    kind: EntryKind
+    job: str
+    subject: str
+    samples: int = 0
+    """Samples newly released."""
+    body: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry in its place: numbered from 1, its time never before the last row's."""
+
+    seq: int
+    time: str
+    entry: Entry
+    body: str
+    """The entry's body as it is stored."""
+    chain: str
+    """SHA-256 over this row and the chain of the one before."""
+
+    @property
+    def month(self) -> str:
+        """The month in which it counts, as YYYY-MM."""
+        return self.time[:7]
+
+
+@dataclass
+class Spent:
+    """Samples newly released so far."""
+
+    jobs: Counter[str] = field(default_factory=Counter)
+    months: Counter[str] = field(default_factory=Counter)
+    lifetime: int = 0
+
+
+def mechanism(job: str, name: str, parameters: Mapping[str, Any]) -> Entry:
+    """Return the entry of one use of a noise mechanism: with its parameters any accountant can sum up the loss."""
+    return Entry("mechanism", job, name, body={"parameters": dict(parameters)})
+
+
+def approval(job: str, policy: str, *, given: bool) -> Entry:
+    """Return the entry of a person's approval of a job under a policy version, or of its withdrawal."""
+    return Entry("approval", job, policy, body={"given": given})
+
+
+def chain_of(before: str, seq: int, when: str, entry: Entry, body: str) -> str:
+    """Return the hash that binds a row to the one before. `body` is the entry's, as it is stored."""
+    row = [before, seq, when, entry.kind, entry.job, entry.samples, entry.subject, body]
+    return sha256(canonical_json(row))

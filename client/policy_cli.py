@@ -1,0 +1,92 @@
+"""`consilience site approve` and `explain`: a person's consent, and what it would be to.
+
+Does not live here: the decisions (client/policy), what a job would take (client/explain).
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+
+from consilience.client.explain import explain as explain_job
+from consilience.client.explain import tell_policy
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_rows import approval
+from consilience.client.site import Site
+from consilience.common.cli import AsJson, Result, emit
+from consilience.common.errors import SettingsError
+from consilience.common.settings import JobSettings, Name, SiteSettings
+from consilience.common.settings_file import load_settings
+
+SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
+
+
+def approve(
+    job: Annotated[str, typer.Argument(help="The job's name, as job.yaml gives it.")],
+    site: SiteFile,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take an approval back.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a job be answered under the policy as it is now, where the policy asks for approval. The ledger keeps it."""
+
+    def action() -> Result:
+        try:
+            TypeAdapter(Name).validate_python(job)
+        except ValidationError:
+            raise SettingsError(
+                f"JOB is {job[:80]!r}, which is no job's name; allowed: lower-case letters, digits and hyphens",
+                hint="Give the field 'name' of job.yaml",
+            ) from None
+        settings = load_settings(site, SiteSettings)
+        policy = settings.policy
+        with closing(Ledger.open(settings)) as ledger, ledger.alone():
+            if ledger.approved(job, policy.version) == withdraw:
+                ledger.append(approval(job, policy.version, given=not withdraw))
+        lines = [f"Job {job} is {'no longer ' if withdraw else ''}approved under policy {policy.version}."]
+        if not policy.approval:
+            lines.append("The policy asks for no approval: set policy.approval: true, and approve again.")
+        data = {"job": job, "policy": policy.version, "approved": not withdraw, "needed": policy.approval}
+        return data, "\n".join(lines)
+
+    emit(as_json, action)
+
+
+def explain(
+    job: Annotated[Path, typer.Argument(help="The job.yaml, as the coordinator sends it.")],
+    site: SiteFile,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a job would take from the site, and what would be left of its limits. Nothing leaves."""
+
+    def action() -> Result:
+        wanted, held = load_settings(job, JobSettings), Site.load(site)
+        try:
+            found = explain_job(wanted, held)
+        finally:
+            held.close()
+        lines = [f"Job {wanted.name} would take from {held.settings.name}:"]
+        lines += [f"- {part.words}" for part in found.parts] or ["- nothing: there is no pool here"]
+        if not found.here:
+            lines.append("Its pools are not on this machine under the job's names: these are the pools of site.yaml.")
+        lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
+        for name, (before, after) in found.left.items():
+            shown = "no limit" if before is None or after is None else f"{before:,} -> {after:,}"
+            lines.append(f"- {name}: {shown}")
+        lines += ["By the policy:", *(f"- {line}" for line in tell_policy(held.settings.policy))]
+        lines.append(f"It would be refused: {found.refusal}." if found.refusal else "It would be answered.")
+        data = {
+            "job": wanted.name,
+            "policy": held.settings.policy.version,
+            "parts": [{**vars(part)} for part in found.parts],
+            "pools_are_the_job_s": found.here,
+            "new": found.new,
+            "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},
+            "refusal": found.refusal or None,
+        }
+        return data, "\n".join(lines)
+
+    emit(as_json, action)

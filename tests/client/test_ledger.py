@@ -1,0 +1,375 @@
+"""The ledger only grows: whatever is edited, put back, killed or done at once, it is noticed or nothing is lost."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import sqlite3
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consilience.client import ledger as module
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_restart import restart
+from consilience.client.ledger_rows import Entry, approval, chain_of, mechanism
+from consilience.common.errors import LedgerError, RunError, StorageError
+from consilience.common.files import lock, read_json, write_json
+from consilience.common.settings import SiteSettings
+from helpers.small_site import make_site
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> SiteSettings:
+    return make_site(tmp_path).settings
+
+
+def add(ledger: Ledger, *entries: Entry) -> None:
+    with ledger.alone():
+        ledger.append(*entries)
+
+
+def answer(samples: int, job: str = "job") -> Entry:
+    return Entry("answer", job, "shelf", samples, {"ranges": [[0, samples]]})
+
+
+def filled(settings: SiteSettings) -> Ledger:
+    ledger = Ledger.open(settings)
+    for samples in (3, 4, 5):
+        add(ledger, answer(samples))
+    return ledger
+
+
+def set_clock(patch: pytest.MonkeyPatch, text: str) -> None:
+    patch.setattr(module, "utc_now", lambda: datetime.datetime.fromisoformat(text))
+
+
+def test_what_was_added_is_there_after_it_is_opened_again(settings: SiteSettings) -> None:
+    ledger = filled(settings)
+    add(ledger, answer(2, "other"), mechanism("other", "gaussian", {"sigma": 2.5, "sensitivity": 1}))
+    add(ledger, approval("other", "c" * 16, given=True))
+    ledger.close()
+    again = Ledger.open(settings)
+    assert (again.count, again.chain, again.last) == (ledger.count, ledger.chain, ledger.last)
+    assert again.spent == ledger.spent
+    assert again.spent.jobs == {"job": 12, "other": 2}
+    assert again.spent.lifetime == sum(again.spent.months.values()) == 14
+    row = again.row(5)
+    assert (row.entry.kind, row.entry.subject) == ("mechanism", "gaussian")
+    assert row.entry.body == {"parameters": {"sigma": 2.5, "sensitivity": 1}}
+    assert again.approved("other", "c" * 16)
+    assert not again.approved("other", "d" * 16)
+    add(again, approval("other", "c" * 16, given=False))
+    assert not again.approved("other", "c" * 16)
+
+
+def test_rows_cannot_be_changed_or_removed_by_accident(settings: SiteSettings) -> None:
+    filled(settings).close()
+    with sqlite3.connect(settings.state / "ledger.db") as database:
+        for statement in ("DELETE FROM rows WHERE seq = 1", "UPDATE rows SET samples = 0"):
+            with pytest.raises(sqlite3.IntegrityError, match="rows stay"):
+                database.execute(statement)
+    database.close()
+
+
+def edit(settings: SiteSettings, statement: str) -> None:
+    database = sqlite3.connect(settings.state / "ledger.db")
+    with database:
+        database.execute("DROP TRIGGER rows_stay")
+        database.execute("DROP TRIGGER rows_stay_so")
+        database.execute(statement)
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        *(
+            (f"UPDATE rows SET {column} WHERE seq = 2", "row 2 is not as it was written")
+            for column in (
+                "samples = 0",
+                "job = 'another'",
+                "time = '2020-01-01T00:00:00+00:00'",
+                "kind = 'mechanism'",
+                "subject = 'x'",
+                "body = '{\"ranges\":[[0,9]]}'",
+                "body = '{'",
+                "body = '{\"a\": NaN}'",
+                "chain = 'x'",
+                "job = CAST(x'ff00' AS TEXT)",
+            )
+        ),
+        ("DELETE FROM rows WHERE seq = 2", "row 2 is missing"),
+        ("DELETE FROM rows WHERE seq = 1", "row 1 is missing"),
+        ("DELETE FROM rows WHERE seq = 3", "row 3 and later ones are missing"),
+        ("DELETE FROM rows", "row 1 and later ones are missing"),
+        ("UPDATE rows SET seq = 9 WHERE seq = 3", "row 3 is missing"),
+    ],
+)
+def test_a_row_that_was_edited_is_named(settings: SiteSettings, statement: str, words: str) -> None:
+    filled(settings).close()
+    edit(settings, statement)
+    with pytest.raises(LedgerError, match=words) as caught:
+        Ledger.open(settings)
+    assert str(settings.state / "ledger.db") in caught.value.message
+    assert "ledger restart" in caught.value.hint
+
+
+def test_a_row_with_a_hash_made_anew_is_noticed_by_the_head(settings: SiteSettings) -> None:
+    ledger = filled(settings)
+    body, before = ledger.row(3).body, ledger.row(2).chain
+    ledger.close()
+    forged = chain_of(before, 3, ledger.last, answer(1), body)
+    edit(settings, f"UPDATE rows SET samples = 1, chain = '{forged}' WHERE seq = 3")
+    with pytest.raises(LedgerError, match=r"row 3 is not the one that .*ledger\.head"):
+        Ledger.open(settings)
+
+
+@pytest.mark.parametrize(
+    ("samples", "when"), [(-5, None), (5, "2020-01-01T00:00:00+00:00"), (5, None)], ids=["negative", "early", "fine"]
+)
+def test_not_even_a_chain_that_was_made_anew_counts_down(
+    settings: SiteSettings, samples: int, when: str | None
+) -> None:
+    ledger = filled(settings)
+    body, before, when = ledger.row(3).body, ledger.row(2).chain, when or ledger.last
+    ledger.close()
+    forged = chain_of(before, 3, when, answer(samples), body)
+    edit(settings, f"UPDATE rows SET samples = {samples}, time = '{when}', chain = '{forged}' WHERE seq = 3")
+    write_json(ledger.head, {"rows": 3, "chain": forged, "samples": 1})
+    if samples == 5 and when == ledger.last:
+        assert Ledger.open(settings).spent.lifetime == 12
+    else:
+        with pytest.raises(LedgerError, match="row 3 is not as it was written"):
+            Ledger.open(settings)
+
+
+def test_an_older_copy_that_was_put_back_is_noticed(settings: SiteSettings, tmp_path: Path) -> None:
+    ledger = filled(settings)
+    ledger.close()
+    shutil.copy(ledger.path, tmp_path / "backup.db")
+    again = Ledger.open(settings)
+    add(again, answer(100))
+    again.close()
+    shutil.copy(tmp_path / "backup.db", ledger.path)
+    with pytest.raises(LedgerError, match="row 4 and later ones are missing"):
+        Ledger.open(settings)
+    ledger.path.unlink()
+    with pytest.raises(LedgerError, match="row 1 and later ones are missing"):
+        Ledger.open(settings)
+
+
+def test_a_copy_of_the_whole_state_is_noticed_where_the_head_is_elsewhere(
+    settings: SiteSettings, tmp_path: Path
+) -> None:
+    elsewhere = settings.model_copy(update={"ledger_head": tmp_path / "other" / "head"})
+    filled(elsewhere).close()
+    shutil.copytree(settings.state, tmp_path / "backup")
+    again = Ledger.open(elsewhere)
+    add(again, answer(1))
+    again.close()
+    shutil.rmtree(settings.state)
+    shutil.copytree(tmp_path / "backup", settings.state)
+    with pytest.raises(LedgerError, match="row 4 and later ones are missing"):
+        Ledger.open(elsewhere)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"rows": "x", "chain": "", "samples": 0}'])
+def test_a_head_that_is_lost_or_damaged_is_noticed(settings: SiteSettings, content: str) -> None:
+    ledger = filled(settings)
+    ledger.close()
+    ledger.head.write_text(content)
+    with pytest.raises(LedgerError, match=r"ledger\.head is damaged"):
+        Ledger.open(settings)
+    ledger.head.unlink()
+    with pytest.raises(LedgerError, match=r"ledger\.head is missing, and the ledger has 3 rows"):
+        Ledger.open(settings)
+
+
+def test_a_file_that_is_no_database_is_damaged(settings: SiteSettings) -> None:
+    filled(settings).close()
+    (settings.state / "ledger.db").write_bytes(b"x" * 8192)
+    with pytest.raises(LedgerError, match="is damaged"):
+        Ledger.open(settings)
+
+
+def test_what_happens_to_the_file_while_it_is_in_use_is_noticed(settings: SiteSettings, tmp_path: Path) -> None:
+    ledger = filled(settings)
+    edit(settings, "DELETE FROM rows WHERE seq = 3")
+    with pytest.raises(LedgerError, match="row 3 is missing"):
+        add(ledger, answer(1))
+    ledger.close()
+    other = make_site(tmp_path / "other").settings
+    ledger = filled(other)
+    replaced = tmp_path / "copy.db"
+    shutil.copy(ledger.path, replaced)
+    replaced.rename(ledger.path)
+    with pytest.raises(LedgerError, match="was replaced while it was in use"):
+        add(ledger, answer(1))
+
+
+def test_a_head_that_tells_of_more_rows_is_noticed_before_anything_leaves(settings: SiteSettings) -> None:
+    ledger = filled(settings)
+    write_json(ledger.head, {**read_json(ledger.head), "rows": 9})
+    with pytest.raises(LedgerError, match="tells of 9 rows"):
+        add(ledger, answer(1))
+
+
+def test_time_never_goes_back(settings: SiteSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger.open(settings)
+    set_clock(monkeypatch, "2030-05-31T23:59:59+00:00")
+    add(ledger, answer(1))
+    set_clock(monkeypatch, "2029-01-01T00:00:00+00:00")
+    assert ledger.now == "2030-05-31T23:59:59+00:00"
+    add(ledger, answer(2))
+    ledger.close()
+    ledger = Ledger.open(settings)
+    assert ledger.spent.months == {"2030-05": 3}
+    set_clock(monkeypatch, "2030-06-01T00:00:00+00:00")
+    add(ledger, answer(4))
+    assert ledger.spent.months == {"2030-05": 3, "2030-06": 4}
+
+
+def test_rows_are_added_all_or_none(settings: SiteSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = filled(settings)
+
+    def full(self: Ledger) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_commit", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            add(ledger, answer(7), answer(8))
+    assert (ledger.count, ledger.spent.lifetime) == (3, 12)
+    add(ledger, answer(1))
+    assert ledger.count == 4
+
+
+def test_a_head_that_could_not_be_written_is_written_before_anything_else_leaves(
+    settings: SiteSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = filled(settings)
+
+    def full(path: Path, value: Any) -> None:
+        raise StorageError("Cannot write: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", full)
+        with pytest.raises(StorageError):
+            add(ledger, answer(1))
+    assert (read_json(ledger.head)["rows"], ledger.count) == (3, 4)
+    with ledger.alone():
+        pass
+    assert read_json(ledger.head) == {"rows": 4, "chain": ledger.chain, "samples": 13}
+
+
+def in_processes(count: int, work: Callable[[int], None]) -> None:
+    """Do `work` in so many processes at once; fails when it fails in one."""
+    children = []
+    for number in range(count):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads that this process may have
+            child = os.fork()
+        if child == 0:
+            try:
+                work(number)
+                os._exit(0)
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
+
+
+def test_processes_that_write_at_once_lose_no_row(settings: SiteSettings) -> None:
+    def work(number: int) -> None:
+        ledger = Ledger.open(settings)
+        for _ in range(5):
+            add(ledger, answer(number + 1))
+
+    in_processes(6, work)
+    ledger = Ledger.open(settings)
+    assert ledger.count == 30
+    assert ledger.spent.lifetime == 5 * (1 + 2 + 3 + 4 + 5 + 6)
+    assert read_json(ledger.head)["rows"] == 30
+
+
+def test_who_waits_too_long_for_the_ledger_is_told(settings: SiteSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, other = filled(settings), Ledger.open(settings)
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    with ledger.alone(), pytest.raises(StorageError, match="Another process"):
+        add(other, answer(1))
+    assert ledger.count == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda ledger: ledger.path.write_bytes(b"x" * 5000),
+        lambda ledger: ledger.path.unlink(),
+        lambda ledger: ledger.head.unlink(),
+        lambda ledger: ledger.head.write_text("x"),
+        lambda ledger: None,
+    ],
+)
+def test_another_ledger_begins_with_all_that_was_spent(settings: SiteSettings, damage: Any) -> None:
+    ledger = filled(settings)
+    ledger.close()
+    (settings.state / "released").mkdir()
+    damage(ledger)
+    aside, carried = restart(settings)
+    assert carried == 12
+    again = Ledger.open(settings)
+    assert again.spent.lifetime == sum(again.spent.months.values()) == 12
+    assert [row.entry.kind for row in again.rows()] == ["carried"]
+    assert (aside / "released").exists()
+    assert not (settings.state / "released").exists()
+    add(again, answer(1))
+    again.close()
+    assert Ledger.open(settings).spent.lifetime == 13
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_restart_that_is_stopped_loses_nothing(
+    settings: SiteSettings, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    filled(settings).close()
+    real_rename, real_write, steps = Path.rename, write_json, iter(range(100))
+
+    def stop() -> None:
+        if next(steps) == step:
+            raise KeyboardInterrupt
+
+    def rename(self: Path, target: Any) -> Path:
+        stop()
+        return real_rename(self, target)
+
+    def write(path: Path, value: Any) -> None:
+        real_write(path, value)
+        stop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        patch.setattr("consilience.client.ledger_restart.write_json", write)
+        patch.setattr(module, "write_json", write)
+        try:
+            restart(settings)
+        except KeyboardInterrupt:
+            with pytest.raises(LedgerError):
+                Ledger.open(settings)
+            set_clock(patch, "2040-01-01T00:00:00+00:00")  # another folder to put it aside in
+            patch.setattr("consilience.client.ledger_restart.utc_now", module.utc_now)
+            steps = iter(range(50, 100))
+            restart(settings)
+    assert Ledger.open(settings).spent.lifetime == 12
+
+
+def test_no_other_ledger_begins_while_an_agent_runs(settings: SiteSettings) -> None:
+    filled(settings).close()
+    with lock(settings.state / "agent"), pytest.raises(RunError):
+        restart(settings)
+    assert Ledger.open(settings).spent.lifetime == 12

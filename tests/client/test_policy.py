@@ -1,0 +1,319 @@
+"""What a policy does not allow does not leave, and a stranger is told a code and a constant reason."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from flwr.app import Message
+from typer.testing import CliRunner
+
+from consilience.__main__ import app
+from consilience.client import app as app_module
+from consilience.client import ledger as ledger_module
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_rows import approval
+from consilience.client.policy import RefusedError
+from consilience.client.site import Site
+from consilience.common.encoding import decode
+from consilience.common.errors import SettingsError
+from consilience.common.pool import Pool
+from consilience.common.protocol import FINAL_REFUSALS, Contract, Refusal
+from consilience.deploy.local_grid import LocalGrid
+from helpers.small_site import CLASSES, SIZE, Fickle, about, make_pool, make_site
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Pool:
+    return make_pool(tmp_path)
+
+
+def refused(site: Site, pool: Pool, start: int, stop: int, **changes: Any) -> str:
+    with pytest.raises(RefusedError) as caught:
+        site.answer(about(site, pool, start, stop, **changes))
+    assert not any(character.isdigit() for character in caught.value.reason)
+    return caught.value.code
+
+
+def contract(pool: Pool, job: str = "job") -> Contract:
+    return Contract(job=job, labels=CLASSES, class_set=(0, 1, 2), pools=(pool.digest,), teacher=Fickle.fingerprint)
+
+
+def set_clock(patch: pytest.MonkeyPatch, text: str) -> None:
+    patch.setattr(ledger_module, "utc_now", lambda: datetime.datetime.fromisoformat(text))
+
+
+def test_a_job_gets_as_many_samples_as_its_limit_and_those_again(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path, limits={"per_job": 20})
+    first = site.answer(about(site, pool, 0, 15)).data
+    assert refused(site, pool, 15, 21) == "budget-exhausted"
+    assert site.teacher.batches == 1  # type: ignore[attr-defined]
+    assert refused(site, pool, 0, 21) == "budget-exhausted"
+    site.answer(about(site, pool, 10, 20))
+    assert refused(site, pool, 20, 21) == "budget-exhausted"
+    assert site.answer(about(site, pool, 0, 15)).data == first
+    site.answer(about(site, pool, 20, 40, job="another"))
+    assert refused(site, pool, 40, 41, job="another") == "budget-exhausted"
+    site.close()
+
+
+def test_months_and_the_lifetime_count_over_all_jobs(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(tmp_path, limits={"per_job": None, "per_month": 20, "lifetime": 30})
+    set_clock(monkeypatch, "2030-01-31T23:00:00+00:00")
+    site.answer(about(site, pool, 0, 12, job="one"))
+    site.answer(about(site, pool, 12, 20, job="two"))
+    assert refused(site, pool, 20, 21, job="three") == "budget-exhausted"
+    set_clock(monkeypatch, "2029-12-01T00:00:00+00:00")  # a clock that is set back gives no other month
+    assert refused(site, pool, 20, 21, job="three") == "budget-exhausted"
+    set_clock(monkeypatch, "2030-02-01T00:00:00+00:00")
+    assert refused(site, pool, 20, 31, job="three") == "budget-exhausted"
+    site.answer(about(site, pool, 20, 30, job="three"))
+    set_clock(monkeypatch, "2031-02-01T00:00:00+00:00")
+    assert refused(site, pool, 30, 31, job="four") == "budget-exhausted"
+    site.close()
+
+
+def test_a_limit_below_what_was_spent_refuses_all_that_is_new(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path)
+    site.answer(about(site, pool, 0, 30))
+    site.close()
+    strict = make_site(tmp_path, limits={"lifetime": 10})
+    assert refused(strict, pool, 40, 41) == "budget-exhausted"
+    strict.close()
+
+
+def test_a_job_that_would_take_more_than_is_left_is_refused_before_it_begins(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path, limits={"per_job": SIZE - 1})
+    with pytest.raises(RefusedError) as caught:
+        site.agree(contract(pool))
+    assert caught.value.code == "budget-exhausted"
+    assert site.teacher.batches == 0  # type: ignore[attr-defined]
+    site.answer(about(site, pool, 0, 1, job="earlier", encoding="f16"))
+    assert site.agree(contract(pool)).pools == (pool.digest,)  # one of them was released before
+    assert site.ledger.spent.lifetime == 1
+    site.close()
+
+
+def test_only_listed_pools_are_answered_about(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path, pools=["0" * 64])
+    assert refused(site, pool, 0, 1) == "pool-not-allowed"
+    with pytest.raises(RefusedError) as caught:
+        site.agree(contract(pool))
+    assert caught.value.code == "pool-not-allowed"
+    listed = make_site(tmp_path, pools=["0" * 64, pool.digest])
+    listed.agree(contract(pool))
+    assert listed.answer(about(listed, pool, 0, 1)).data
+    listed.close()
+
+
+def test_a_policy_ends_with_its_last_day(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site(tmp_path, ends="2030-06-30")
+    set_clock(monkeypatch, "2030-06-30T23:59:59+00:00")
+    site.answer(about(site, pool, 0, 1))
+    set_clock(monkeypatch, "2030-07-01T00:00:00+00:00")
+    assert refused(site, pool, 1, 2) == "policy-ended"
+    assert refused(site, pool, 0, 1) == "policy-ended"
+    with pytest.raises(RefusedError):
+        site.agree(contract(pool))
+    site.close()
+
+
+def test_a_job_is_answered_once_a_person_approved_it_under_this_policy(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path, approval=True)
+    assert refused(site, pool, 0, 1) == "not-approved"
+    with pytest.raises(RefusedError):
+        site.agree(contract(pool))
+    person = Ledger.open(site.settings)  # another process: `site approve`
+    with person.alone():
+        person.append(approval("other", site.settings.policy.version, given=True))
+        person.append(approval("job", "0" * 16, given=True))
+    assert refused(site, pool, 0, 1) == "not-approved"
+    with person.alone():
+        person.append(approval("job", site.settings.policy.version, given=True))
+    site.agree(contract(pool))
+    assert site.answer(about(site, pool, 0, 1)).data
+    with person.alone():
+        person.append(approval("job", site.settings.policy.version, given=False))
+    assert refused(site, pool, 0, 1) == "not-approved"
+    person.close()
+    site.close()
+
+
+def test_answers_leave_shaped(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path, cap=0.6, floor=0.05)
+    probs = np.exp(decode(site.answer(about(site, pool, 0, SIZE)).data, SIZE, 3, "f32"))
+    assert probs.max() <= 0.6 + 1e-6
+    assert probs.min() >= 0.05 - 1e-6
+    with pytest.raises(SettingsError, match=r"policy\.floor"):
+        make_site(tmp_path, floor=0.4)
+    site.close()
+
+
+def test_a_damaged_ledger_is_a_code_for_the_server_and_nothing_leaves(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(tmp_path)
+    site.answer(about(site, pool, 0, 5))
+    site.close()
+    site.ledger.head.unlink()
+    site.close()
+    monkeypatch.setattr(app_module.Site, "load", classmethod(lambda cls, path: site))
+    app_module.forget_sites()
+    question = about(site, pool, 0, 5)
+    with LocalGrid(app_module.app, [{"site": "site.yaml"}], workers=1) as grid:
+        (node,) = grid.get_node_ids()
+        for kind, content in (("answer", question.to_content()), ("contract", contract(pool).to_content())):
+            (reply,) = grid.send_and_receive([Message(content, dst_node_id=node, message_type=f"query.{kind}")])
+            refusal = Refusal.find(reply.content)
+            assert refusal is not None
+            assert refusal.code == "ledger-damaged"
+            assert refusal.code in FINAL_REFUSALS
+            assert str(tmp_path) not in refusal.model_dump_json()
+    app_module.forget_sites()
+    assert "ledger.head is missing" in caplog.text
+
+
+# the command line
+
+
+@pytest.fixture
+def file(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A site's site.yaml, with a teacher that a module of the site's gives."""
+    (tmp_path / "policy_teacher.py").write_text(
+        "import numpy as np\n\n\ndef scores(images):\n    return np.full((len(images), 3), 1 / 3)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "site.yaml"
+    app_module.forget_sites()
+
+
+def write(file: Path, **policy: Any) -> None:
+    teacher = {"kind": "callable", "callable": "policy_teacher:scores", "classes": list(CLASSES), "preprocessing": {}}
+    raw = {"name": "site-1", "teacher": teacher, "pools": ["pool"], "policy": policy}
+    file.write_text(yaml.safe_dump(raw))
+
+
+def call(*words: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["site", *map(str, words), "--json"])
+    assert result.exit_code == code, result.output
+    held = json.loads(result.stdout)
+    return held["data"] if code == 0 else held["error"]
+
+
+def said(*words: object) -> str:
+    result = CliRunner().invoke(app, ["site", *map(str, words)], env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def release(file: Path, pool: Pool, start: int, stop: int, job: str = "job") -> None:
+    site = Site.load(file)
+    site.answer(about(site, pool, start, stop, job=job, teacher=site.teacher.fingerprint))
+    site.close()
+
+
+def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: Pool) -> None:
+    write(file, limits={"per_job": 60, "per_month": None, "lifetime": 100}, decimals=2)
+    job = file.with_name("job.yaml")
+    job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}}))
+    release(file, pool, 0, 8, job="earlier")
+    found = call("explain", job, file)
+    assert found["parts"] == [
+        {"pool": pool.digest, "kind": "log-probs", "encoding": "f32", "samples": SIZE, "new": SIZE - 8}
+    ]
+    assert (found["new"], found["refusal"], found["pools_are_the_job_s"]) == (42, None, True)
+    (month,) = (name for name in found["left"] if name.startswith("month"))
+    assert found["left"] == {
+        "job clothes": {"before": 60, "after": 18},
+        month: {"before": None, "after": None},
+        "lifetime": {"before": 92, "after": 50},
+    }
+    text = said("explain", job, file)
+    for words in ("8 of them released before", "92 -> 50", "rounded to 2 decimals", "It would be answered."):
+        assert words in text
+    job.write_text(yaml.safe_dump({"name": "clothes", "pool": "elsewhere", "ask": {"encoding": "f32"}}))
+    assert call("explain", job, file)["pools_are_the_job_s"] is False
+    assert "these are the pools of site.yaml" in said("explain", job, file)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"limits": {"per_job": 49}}, "limits do not allow"),
+        ({"approval": True}, "nobody at the site has approved"),
+        ({"ends": "2020-01-01"}, "policy has ended"),
+        ({"precision": "f16"}, "does not allow this encoding"),
+        ({"pools": ["0" * 64]}, "does not allow this pool"),
+    ],
+)
+def test_explain_says_why_a_job_would_be_refused(file: Path, policy: dict[str, Any], words: str) -> None:
+    write(file, **policy)
+    job = file.with_name("job.yaml")
+    job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}}))
+    assert words in call("explain", job, file)["refusal"]
+    assert "It would be refused" in said("explain", job, file)
+
+
+def test_approve_and_withdraw_are_kept_in_the_ledger(file: Path, pool: Pool) -> None:
+    write(file, approval=True)
+    with pytest.raises(RefusedError):
+        release(file, pool, 0, 1)
+    assert call("approve", "job", file)["approved"] is True
+    assert call("approve", "job", file)["approved"] is True
+    release(file, pool, 0, 1)
+    assert "no longer approved" in said("approve", "job", file, "--withdraw")
+    with pytest.raises(RefusedError):
+        release(file, pool, 0, 1)
+    assert call("approve", "No Job", file, code=3)["message"].startswith("JOB is 'No Job'")
+    write(file)
+    assert "asks for no approval" in said("approve", "job", file)
+    assert call("ledger", "show", file)["rows"] == 4
+
+
+def test_the_ledger_is_shown_verified_and_exported(file: Path, pool: Pool, tmp_path: Path) -> None:
+    write(file)
+    release(file, pool, 0, 10)
+    noted = call("ledger", "verify", file)["chain"]
+    release(file, pool, 10, 30, job="another")
+    shown = call("ledger", "show", file)
+    assert shown["spent"]["jobs"] == {"job": 10, "another": 20}
+    assert shown["spent"]["lifetime"] == 30
+    text = said("ledger", "show", file)
+    assert "job another" in text
+    assert "1,000,000" in text
+    assert call("ledger", "verify", file, "--noted", noted)["noted_row"] == 1
+    assert "no row has the hash" in call("ledger", "verify", file, "--noted", "f" * 64, code=24)["message"]
+    lines = tmp_path / "out.jsonl"
+    call("ledger", "export", file, lines)
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["samples"] for row in rows] == [10, 20]
+    assert rows[0]["chain"] == noted
+    table = tmp_path / "out.csv"
+    call("ledger", "export", file, table)
+    assert [line.split(",")[3] for line in table.read_text().splitlines()] == ["job", "job", "another"]
+    assert call("ledger", "export", file, tmp_path / "out.txt", code=3)["name"] == "settings"
+    card = call("show", file)
+    assert "limits" not in card
+    text = said("show", file)
+    assert "at most 1,000,000 samples; 30 released" in text
+
+
+def test_a_restart_asks_for_a_word_and_says_what_it_carried_over(file: Path, pool: Pool) -> None:
+    write(file)
+    release(file, pool, 0, 10)
+    (file.parent / "state" / "ledger.head").unlink()
+    error = call("ledger", "verify", file, code=24)
+    assert "ledger.head is missing" in error["message"]
+    assert "--yes is missing" in call("ledger", "restart", file, code=3)["message"]
+    assert call("ledger", "restart", file, "--yes")["carried"] == 10
+    assert call("ledger", "show", file)["spent"]["lifetime"] == 10
+    release(file, pool, 0, 10)
+    assert call("ledger", "show", file)["spent"]["lifetime"] == 20
