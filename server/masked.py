@@ -29,7 +29,7 @@ class MaskedStore:
             folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab+") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
-            self._rows = np.memmap(self._path, WORD, "r+", shape=(rows, width))
+            self._rows = np.memmap(self._path, WORD, "r", shape=(rows, width))
             self._recover()
         except OSError as error:
             raise storage_error(error, folder, "write") from error
@@ -72,10 +72,14 @@ class MaskedStore:
             raise ProtocolError("A site sent other masked rows of samples that it had sent before")
         if old.all():
             return
-        line = {"start": start, "stop": stop, "sha256": sha256(rows.astype(WORD, copy=False).tobytes())}
+        data = rows.astype(WORD, copy=False).tobytes()
+        line = {"start": start, "stop": stop, "sha256": sha256(data)}
         try:
-            self._rows[start:stop] = rows
-            self._rows.flush()
+            with self._path.open("rb+") as file:
+                file.seek(start * self._rows.strides[0])
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             with self._index.open("ab") as file:
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()

@@ -32,7 +32,7 @@ class Ring:
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Choose the scale. Raises `SettingsError` for weights that are not positive and finite, or too uneven."""
-        total = math.fsum(weights)
+        total = sum(weights)
         if not weights or not math.isfinite(total) or min(weights) <= 0:
             raise SettingsError(f"weights {list(weights)[:5]} of a secure sum are not all positive and finite")
         if len(weights) > MOST_SITES:
