@@ -27,6 +27,9 @@ SAMPLES = 40
 RESOLUTION = 5 / 2**32
 
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+
 @pytest.fixture
 def sums(tmp_path: Path) -> Sums:
     return Sums(tmp_path, make_terms(SETS, SAMPLES), draw(SETS, SAMPLES))
