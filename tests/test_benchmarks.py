@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["answering", "coverage", "student", "transport", "unify"])
+@pytest.mark.parametrize("name", ["answering", "coverage", "secure_sums", "student", "transport", "unify"])
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", str(file)]

@@ -23,7 +23,7 @@ _NONCE = bytes(12)  # a key seals one message
 
 def split(seed: bytes, threshold: int, count: int) -> list[bytes]:
     """Return `count` shares of a seed of 16 bytes, any `threshold` of which give it back."""
-    return [bytes(share) for _, share in Shamir.split(threshold, count, seed)]
+    return [bytes(share) for _, share in Shamir.split(threshold, count, seed, ssss=False)]
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
@@ -31,7 +31,7 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
     if len(shares) < threshold:
         raise ProtocolError(f"{len(shares)} shares of a seed are there; needed: {threshold}")
     chosen = sorted(shares.items())[:threshold]
-    return bytes(Shamir.combine([(place + 1, share) for place, share in chosen]))
+    return bytes(Shamir.combine([(place + 1, share) for place, share in chosen], ssss=False))
 
 
 def seal(key: X25519PrivateKey, theirs: str, roster: str, sender: str, holder: str, shares: tuple[bytes, bytes]) -> str:

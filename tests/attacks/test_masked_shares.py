@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.summing import Sums, make_terms
 from numpy.typing import NDArray
 from scipy.stats import chisquare, ks_2samp, kstest
 
@@ -20,6 +19,7 @@ from consilience.common.sums import masks
 from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, self_key
 from consilience.common.sums.messages import RowsQuestion, Terms
 from consilience.common.sums.shares import combine
+from helpers.summing import Sums, make_terms
 
 SETS = {"ant": [0, 1, 2, 3], "bee": [3, 2, 1, 0], "cat": [0, 1, 2, 3], "dog": [0, 2, 1]}
 COLLUDING = ("cat", "dog")  # threshold - 1
@@ -118,12 +118,13 @@ def collect(folder: Path, view: str, try_: int) -> tuple[NDArray[np.uint32], NDA
 def p_values(one: NDArray[np.uint32], two: NDArray[np.uint32]) -> dict[str, float]:
     """How likely such figures are if words are uniform, and the same for either answer."""
     nibbles = [np.bincount(words.reshape(-1) >> 28, minlength=16) for words in (one, two)]
-    return {
+    found = {
         "top bits of one": chisquare(nibbles[0]).pvalue,
         "low bits of two": chisquare(np.bincount(two.reshape(-1) & 15, minlength=16)).pvalue,
         "uniform": kstest(two[:, 0] / 2**32, "uniform").pvalue,
         "one against two": ks_2samp(one[:, 0], two[:, 0]).pvalue,
     }
+    return {name: float(np.asarray(p)) for name, p in found.items()}
 
 
 @pytest.mark.parametrize("view", ["alone", "with colluders"])

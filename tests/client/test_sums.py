@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
-from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms
 from pydantic import ValidationError
 
 from consilience.client.sums import SumSite
@@ -25,6 +24,7 @@ from consilience.common.sums.messages import (
     Unmask,
     default_threshold,
 )
+from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms
 
 SETS = {"ant": [0, 1, 2], "bee": [1, 2, 0], "cat": [2, 0, 1], "dog": [0, 2]}
 SAMPLES = 12

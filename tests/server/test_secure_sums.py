@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.summing import Sums, draw, make_terms, open_sums
 
 from consilience.common.errors import AskingError, ProtocolError, RunError, StorageError
 from consilience.common.sums.messages import MaskedRows, Opened, OpenedShare, RowsQuestion
@@ -15,6 +14,7 @@ from consilience.server.masked import MaskedStore
 from consilience.server.secure_sums import SecureSum
 from consilience.server.unify import unify
 from consilience.server.unmasking import unify_summed, unmask_sums
+from helpers.summing import Sums, draw, make_terms, open_sums
 
 SETS = {
     "ant": [0, 1, 2, 3],
@@ -81,9 +81,7 @@ def test_opening_needs_the_threshold_only(sums: Sums) -> None:
     for site in sums.sites:
         sums.send(site)
     sums.open(without=["ant"])  # its rows count all the same
-    np.testing.assert_allclose(
-        unmask_sums(sums.server).sums, open_sums(sums.terms, sums.answers), atol=3 * RESOLUTION
-    )
+    np.testing.assert_allclose(unmask_sums(sums.server).sums, open_sums(sums.terms, sums.answers), atol=3 * RESOLUTION)
 
 
 def test_every_party_may_be_killed_between_any_two_steps(tmp_path: Path) -> None:

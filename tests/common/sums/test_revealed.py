@@ -14,7 +14,7 @@ sets = st.lists(st.sets(st.integers(0, 6), min_size=1), min_size=1, max_size=5)
 def by_linear_algebra(class_sets: list[list[int]], known: set[int]) -> dict[str, tuple[int, ...]]:
     """A number is determined when no direction that keeps all sums, and each site's, moves it."""
     edges = [(site, label) for site, labels in enumerate(class_sets) for label in labels]
-    rows = [[float(label == l) for _, label in edges] for l in range(7)]
+    rows = [[float(label == number) for _, label in edges] for number in range(7)]
     rows += [[float(site == s) for site, _ in edges] for s in range(len(class_sets))]
     rows += [[float(edge == e) for edge in range(len(edges))] for e, (site, _) in enumerate(edges) if site in known]
     _, values, directions = np.linalg.svd(np.array(rows))
