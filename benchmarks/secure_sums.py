@@ -107,7 +107,7 @@ class Secure:
             advert = self.sites[member.site].advertise(
                 terms, teacher=DIGEST, policy=POLICY, classes=len(member.classes)
             )
-            server.add_advert(self._sent(advert))
+            server.add_advert(member.site, self._sent(advert))
         roster = server.roster()
         for site in self.names:
             self._sent(roster)
@@ -119,7 +119,7 @@ class Secure:
             questions = server.questions(site, PIECE)
             kept = len(questions) if site not in lost else (1 + lost.index(site)) * len(questions) // (LOST + 1)
             for question in questions[:kept]:
-                rows = self.sites[site].rows(question, lambda low, high, site=site: self.answers[site][low:high])
+                rows = self.sites[site].rows(question, lambda _, low, high, site=site: self.answers[site][low:high])
                 self._sent(question)
                 self.bytes += len(rows.data)
                 server.add_rows(site, rows)

@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.coverage import Coverage, load_coverage
+from consilience.client.sums import SumSite
 from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher, load_teacher
 from consilience.common.data import open_data
-from consilience.common.encoding import coverage_problem, encode, encode_coverage
+from consilience.common.encoding import coverage_problem, decode, encode, encode_coverage
 from consilience.common.errors import DataError, PoolError, ProtocolError, StorageError, TeacherError
+from consilience.common.identity import key_fingerprint, load_key
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
@@ -36,6 +38,7 @@ from consilience.common.protocol import (
 )
 from consilience.common.settings import CoverageEncoding, Encoding, SiteSettings
 from consilience.common.settings_file import load_settings
+from consilience.common.sums.messages import Advert, MaskedRows, RowsQuestion, Terms
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,12 @@ class Site:
             calibration=self._calibration() if self.settings.policy.holdout_accuracy else None,
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
             coverage=self._coverage_card(),
+            identity=self._identity(),
         )
+
+    def _identity(self) -> str | None:
+        key = self.settings.key
+        return key_fingerprint(load_key(key).public_key()) if key.exists() else None
 
     def _coverage_card(self) -> CoverageCard | None:
         allowed = self.settings.policy.coverage_encodings
@@ -140,6 +148,36 @@ class Site:
         else:
             data = encode_coverage(rows, cast(CoverageEncoding, question.encoding))
         return Answer(question, data, time.perf_counter() - began)
+
+    @cached_property
+    def sums(self) -> SumSite:
+        """The site's part in secure sums. Raises `RefusedError` when it has no key to sign with."""
+        if not self.settings.key.exists():
+            raise RefusedError("sum-refused", "the site has no key to sign with in secure sums")
+        return SumSite(self.settings.state / "sums", self.settings.name, load_key(self.settings.key))
+
+    def sum_keys(self, terms: Terms) -> Advert:
+        """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""
+        if terms.stop > len(self._pool(terms.pool)):
+            raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
+        own = self.teacher
+        return self.sums.advertise(
+            terms, teacher=own.fingerprint, policy=self.settings.policy.version, classes=len(own.classes)
+        )
+
+    def masked_rows(self, question: RowsQuestion) -> MaskedRows:
+        """Answer with masked rows, as precise as the policy allows answers to be. Raises as `sum_keys` does."""
+
+        def answering(terms: Terms, start: int, stop: int) -> NDArray[np.float32]:
+            own = terms.by_name[self.settings.name]
+            if (own.teacher, own.policy) != (self.teacher.fingerprint, self.settings.policy.version):
+                raise RefusedError("other-teacher", "the question is for another teacher or policy version")
+            pool, finest = self._pool(terms.pool), self.settings.policy.encodings[0]
+            with self._lock:
+                rows = self._score(pool, start, stop, "log-probs")
+            return decode(encode(rows, finest), len(rows), rows.shape[1], finest)
+
+        return self.sums.rows(question, answering)
 
     def _coverage_of(self, images: Images) -> NDArray[np.float32]:
         """Return (n,) coverage of one batch. Raises `TeacherError` when it is none."""

@@ -53,8 +53,8 @@ from consilience.common.sums.messages import (
 )
 from consilience.common.sums.shares import seal, split, unseal
 
-Answering = Callable[[int, int], NDArray[np.floating[Any]]]
-"""Start, stop -> (stop - start, k) log-probabilities of pool samples over the site's classes."""
+Answering = Callable[[Terms, int, int], NDArray[np.floating[Any]]]
+"""Terms, start, stop -> (stop - start, k) log-probabilities of the pool's samples over the site's classes."""
 
 
 class _Held(BaseModel):
@@ -199,7 +199,7 @@ class SumSite:
         if question.start < held.terms.start or question.stop > held.terms.stop:
             raise ProtocolError("Masked rows were asked for of samples that the terms do not name")
         own = held.terms.by_name[self._name]
-        log_probs = answering(question.start, question.stop) / held.terms.temperature
+        log_probs = answering(held.terms, question.start, question.stop) / held.terms.temperature
         rows = held.terms.ring().encode(log_probs, own.weight)
         if rows.shape != (len(question), len(own.classes)):
             raise ProtocolError("The site's answer has not one row a sample and one column a class")

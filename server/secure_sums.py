@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -49,11 +49,17 @@ class SecureSum:
             self._keep("terms", terms)
         self._stores: dict[str, MaskedStore] = {}
 
+    def closed(self, name: Literal["roster", "sharers", "unmask"]) -> bool:
+        """Whether the round that ends with this was closed."""
+        return self._path(name).exists()
+
     # Round 0
 
-    def add_advert(self, advert: Advert) -> None:
+    def add_advert(self, site: str, advert: Advert) -> None:
         """Take a site's keys. Raises `ProtocolError` when they are not for this sum, or others than before."""
         advert.check(self.terms)
+        if advert.site != site:
+            raise ProtocolError(f"Site {site} sent the keys of another site")
         self._keep_once(f"adverts/{advert.site}", advert)
 
     def roster(self) -> Roster:

@@ -26,11 +26,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from consilience.common.errors import IdentityError, ProtocolError, SettingsError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.identity import PrivateKey, key_fingerprint, key_line, read_key_line
-from consilience.common.protocol import MOST_CLASSES, Digest, Record, SiteName
+from consilience.common.protocol import MOST_CLASSES, Digest, Record, SiteName, read_reply
 from consilience.common.sums.masks import SEED_BYTES
 from consilience.common.sums.ring import MOST_SITES, WORD, Ring, Words
 from consilience.common.sums.shares import SEALED_BYTES
 
+TERMS, ROSTER, DELIVERY = "query.sum_terms", "query.sum_roster", "query.sum_delivery"
+ROWS, UNMASK = "query.sum_rows", "query.sum_unmask"
 LEAST_SITES = 3
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -281,8 +283,8 @@ class MaskedRows:
 
     @classmethod
     def from_content(cls, content: RecordDict, expected: RowsQuestion) -> Self:
-        """Read the reply to `expected`. Raises `ProtocolError` when it is anything else."""
-        if RowsQuestion.from_content(content) != expected:
+        """Read the reply to `expected`. Raises `ProtocolError` when it is a refusal or anything else."""
+        if read_reply(content, RowsQuestion) != expected:
             raise ProtocolError("Masked rows are not those that were asked for")
         record: Any = content["record"]
         data = record.get("data")

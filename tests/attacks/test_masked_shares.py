@@ -53,7 +53,7 @@ def ready(folder: Path, low: float, attempt: int) -> Sums:
 def sent(sums: Sums) -> NDArray[np.uint32]:
     """What `ant` sends."""
     question = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
-    return sums.sites["ant"].rows(question, lambda low, high: sums.answers["ant"][low:high]).rows(4).copy()
+    return sums.sites["ant"].rows(question, lambda _, low, high: sums.answers["ant"][low:high]).rows(4).copy()
 
 
 def without_known_masks(sums: Sums) -> NDArray[np.uint32]:

@@ -70,7 +70,7 @@ class Sums:
                 advert = self.sites[member.site].advertise(
                     self.terms, teacher=DIGEST, policy=POLICY, classes=len(member.classes)
                 )
-                self.server.add_advert(advert)
+                self.server.add_advert(member.site, advert)
 
     def share(self, without: Collection[str] = ()) -> None:
         """Round 1."""
@@ -89,7 +89,7 @@ class Sums:
         """Round 2, second half, for one site: all of its rows, or the first pieces."""
         first = self.terms.start
         for question in self.server.questions(site, self.piece)[:pieces]:
-            rows = self.sites[site].rows(question, lambda low, high: self.answers[site][low - first : high - first])
+            rows = self.sites[site].rows(question, lambda _, low, high: self.answers[site][low - first : high - first])
             self.bytes += len(rows.data)
             self.server.add_rows(site, rows)
 
