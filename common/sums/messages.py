@@ -138,7 +138,7 @@ class Advert(Record):
     """For which shares are sealed."""
     commitment: Digest
     """SHA-256 over the terms and the seed of its own mask."""
-    public_key: Annotated[str, Field(max_length=1000)]
+    public_key: Annotated[str, Field(max_length=1000, pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+$")]
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{2,400}$")]
 
     @classmethod
