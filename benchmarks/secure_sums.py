@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
+from numpy.typing import NDArray
 from unify import Task, make_task
 
 from consilience.client.sums import SumSite
@@ -29,7 +30,7 @@ from consilience.common.sums.revealed import determined
 from consilience.server.answers import About, AnswerStore
 from consilience.server.secure_sums import SecureSum
 from consilience.server.unify import UnifiedLabels, unify
-from consilience.server.unmasking import SummedLabels, unify_summed, unmask_sums
+from consilience.server.unmasking import Summed, unify_summed, unmask_sums
 from harness import options, show
 
 DIGEST, POLICY = "a" * 64, "c" * 16
@@ -99,7 +100,7 @@ class Secure:
         self.bytes += len(record.model_dump_json())
         return record
 
-    def labels(self, lost: list[str]) -> SummedLabels:
+    def labels(self, lost: list[str]) -> tuple[Summed, NDArray[np.float32]]:
         """Run all rounds; the sites `lost` go away after three, six, ... tenths of their rows."""
         server, terms = SecureSum(self.folder / "server", self._sent(self.terms)), self.terms
         self.bytes += (len(self.names) - 1) * self.bytes  # the terms go to everybody
@@ -128,16 +129,17 @@ class Secure:
             if site not in lost:
                 self._sent(unmask)
                 server.add_opened(site, self._sent(self.sites[site].open(unmask)))
-        return unify_summed(self.folder / "q.npy", unmask_sums(server))
+        summed = unmask_sums(server)
+        return summed, unify_summed(self.folder / "q.npy", summed).probs
 
 
-def compare(expected: UnifiedLabels, found: SummedLabels) -> dict[str, float]:
+def compare(expected: UnifiedLabels, found: tuple[Summed, NDArray[np.float32]]) -> dict[str, float]:
     """Return the largest difference in q, and how often the largest class is the same."""
-    known = found.probs[:, found.known]
+    summed, probs = found
+    known = probs[:, summed.known]
     return {
         "largest_difference": float(np.abs(known - expected.probs).max()),
         "same_arg_max": float(np.mean(known.argmax(axis=1) == expected.probs.argmax(axis=1))),
-        "not_converged": found.not_converged,
     }
 
 

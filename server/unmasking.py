@@ -6,7 +6,7 @@ from W. Does not live here: who sent what (server/secure_sums). Nothing of size 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -125,27 +125,34 @@ class SummedLabels:
     """CE from sums. Classes that no survivor owns have probability 0: nothing was said of them."""
 
     probs: NDArray[np.float32]
-    """(n, L) memory-mapped."""
-    known: NDArray[np.bool_]
-    """(L,) which classes some survivor owns."""
+    """(n, number of columns) memory-mapped."""
     not_converged: int
     largest_residual: float
+    mean_iterations: float
 
 
-def unify_summed(path: Path, summed: Summed, *, across: Across = "centred") -> SummedLabels:
-    """Write CE's soft labels to `path` (.npy), from the sums alone. Raises `UnifyError`, `StorageError`."""
+def unify_summed(
+    path: Path, summed: Summed, *, across: Across = "centred", columns: Sequence[int] | None = None
+) -> SummedLabels:
+    """Write CE's soft labels to `path` (.npy), from the sums alone.
+
+    `columns`: which classes are written, in which order; all of them by default, and at least those that are known.
+    Raises `UnifyError`, `StorageError`.
+    """
     known = summed.known
     place = np.cumsum(known) - 1
     sets = [place[list(member.classes)] for member in summed.survivors]
     weights = [member.weight for member in summed.survivors]
     samples, labels = summed.sums.shape
-    probs = create_array(path, np.float32, (samples, labels))
-    failed, largest, size = 0, 0.0, max(1, _MEMORY // labels)
+    chosen = np.arange(labels) if columns is None else np.asarray(columns, dtype=np.int64)
+    probs = create_array(path, np.float32, (samples, len(chosen)))
+    failed, largest, steps, size = 0, 0.0, 0.0, max(1, _MEMORY // labels)
     for start in range(0, samples, size):
         block = summed.sums[start : start + size]
         found = unify_sums(block[:, known], sets, int(known.sum()), weights=weights, across=across)
-        probs[start : start + size, known] = found.probs
+        probs[start : start + size, known[chosen]] = found.probs[:, place[chosen[known[chosen]]]]
+        steps += float(found.iterations.sum())
         failed += int(np.sum(~found.converged))
         largest = max(largest, float(found.residual.max(initial=0.0)))
     probs.flush()
-    return SummedLabels(np.load(path, mmap_mode="r"), known, failed, largest)
+    return SummedLabels(np.load(path, mmap_mode="r"), failed, largest, steps / max(samples, 1))

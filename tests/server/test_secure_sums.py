@@ -132,11 +132,13 @@ def test_labels_are_those_of_open_answers(tmp_path: Path) -> None:
         expected = unify([sums.answers[site] for site in left], [SETS[site] for site in left])
         assert found.not_converged == 0
         assert found.largest_residual < 1e-7
-        np.testing.assert_array_equal(found.known, np.arange(7) < expected.probs.shape[1])
-        known = found.probs[:, found.known]
+        np.testing.assert_array_equal(summed.known, np.arange(7) < expected.probs.shape[1])
+        known = found.probs[:, summed.known]
         np.testing.assert_allclose(known, expected.probs, atol=1e-5)
         assert (known.argmax(axis=1) == expected.probs.argmax(axis=1)).all()
-        assert not found.probs[:, ~found.known].any()
+        assert not found.probs[:, ~summed.known].any()
+        turned = unify_summed(folder / "turned.npy", summed, columns=np.arange(7)[summed.known][::-1].tolist())
+        np.testing.assert_array_equal(turned.probs, known[:, ::-1])
 
 
 # Refusals
