@@ -75,7 +75,19 @@ def sum_over(
     `nodes`: site -> node, for the members that are there. A site that says nothing for `patience` seconds in a round,
     or that refuses, is lost from then on. Raises `AskingError` when too few are left, `ProtocolError`, `StorageError`.
     """
-    asking, terms = _Asking(grid, nodes, patience), secure.terms
+    asking = _Asking(grid, nodes, patience)
+    try:
+        _rounds(asking, secure)
+        return unmask_sums(secure), asking.lost
+    except AskingError as error:
+        if not asking.lost:
+            raise
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(asking.lost.items()))
+        raise AskingError(f"{error.message} ({reasons})", hint=error.hint) from error
+
+
+def _rounds(asking: _Asking, secure: SecureSum) -> None:
+    terms = secure.terms
     if not secure.closed("roster"):
         step = _Step(TERMS, terms.to_content(), _take(Advert, secure.add_advert))
         asking.round({member.site: [step] for member in terms.members})
@@ -88,7 +100,6 @@ def sum_over(
         asking.round({site: _answering(secure, site) for site in sharers})
     step = _Step(UNMASK, secure.unmask().to_content(), _take(Opened, secure.add_opened))
     asking.round({site: [step] for site in sharers})
-    return unmask_sums(secure), asking.lost
 
 
 def _take(record: type[RecordType], add: Callable[[str, RecordType], None]) -> Take:

@@ -33,6 +33,7 @@ from consilience.common.sums.shares import SEALED_BYTES
 
 TERMS, ROSTER, DELIVERY = "query.sum_terms", "query.sum_roster", "query.sum_delivery"
 ROWS, UNMASK = "query.sum_rows", "query.sum_unmask"
+SUM_QUESTIONS = (TERMS, ROSTER, DELIVERY, ROWS, UNMASK)
 LEAST_SITES = 3
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
