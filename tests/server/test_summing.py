@@ -16,13 +16,17 @@ from consilience.client import app as app_module
 from consilience.client.site import Site
 from consilience.common.data import from_arrays
 from consilience.common.errors import AskingError
+from consilience.common.files import read_json
 from consilience.common.identity import make_key
 from consilience.common.pool import Pool
+from consilience.common.progress import Reporter
 from consilience.common.settings import CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings
+from consilience.common.settings_file import parse_settings
 from consilience.common.sums.messages import ROWS, TERMS, UNMASK, Terms, default_threshold
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server import summing
 from consilience.server.contract import RunContract
+from consilience.server.job import Job
 from consilience.server.secure_sums import SecureSum
 from consilience.server.summing import members_of, sum_over
 from consilience.server.unify import unify
@@ -46,10 +50,10 @@ class Linear:
     def __init__(self, name: str) -> None:
         self.classes = CLASSES[name]
         self.fingerprint = name[0] * 64 if name[0] in "abef" else "0" * 64
-        self.weights = np.random.default_rng(ord(name[0])).normal(0, 1, (12, 3))
+        self.weights = np.random.default_rng(ord(name[0])).normal(0, 1, (768, 3))
 
     def log_probs(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(log_softmax(images.reshape(len(images), -1) @ self.weights / 200, axis=1), np.float32)
+        return np.asarray(log_softmax(images.reshape(len(images), -1) @ self.weights / 2000, axis=1), np.float32)
 
 
 @dataclass
@@ -76,7 +80,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, 2, 2, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, 16, 16, 3), np.uint8)
     pool = Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
     sites = {}
     for name, classes in CLASSES.items():
@@ -113,6 +117,24 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     hindered: Any = app
     with LocalGrid(hindered, [{"site": name} for name in names], workers=2) as made.grid:
         yield made
+
+
+def run_job(world: World, **ask: Any) -> dict[str, Any]:
+    """Do the whole job over the world's pool; returns the report."""
+    raw = {
+        "name": "job",
+        "pool": str(world.pool.folder),
+        "privacy": {"secure_sum": True},
+        "ask": {"encoding": "f32", **ask},
+        "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32", "augment": False}},
+    }
+    (world.folder / "run").mkdir(exist_ok=True)
+    settings = parse_settings(raw, JobSettings, source="job.yaml", folder=world.folder)
+    assert world.grid is not None
+    with Reporter(quiet=True) as reporter:
+        Job(world.folder / "run", settings, reporter).do(world.grid)
+    report: dict[str, Any] = read_json(world.folder / "run" / "report.json")
+    return report
 
 
 def after(count: int, site: str, kind: str) -> Callable[[str, str], None]:
@@ -153,6 +175,27 @@ def test_a_site_that_is_not_there_is_lost(world: World) -> None:
     summed, lost = world.sum(nodes={name: node for name, node in world.nodes.items() if name != "bee"})
     assert lost == {"bee": "it is not there"}
     assert len(summed.survivors) == 3
+
+
+def test_a_job_learns_from_those_who_are_left(world: World) -> None:
+    world.hinder = after(1, "bee", ROWS)
+    report = run_job(world, min_sites=3)
+    answers, left = world.answers(), [name for name in CLASSES if name != "bee"]
+    labels = np.load(world.folder / "run" / "labels" / "q.npy")
+    names = read_json(world.folder / "run" / "student" / "labels.json")["labels"]
+    sets = [[names.index(name) for name in CLASSES[site]] for site in left]
+    np.testing.assert_allclose(labels, unify([answers[site] for site in left], sets).probs, atol=1e-5)
+    missed = {site["name"]: (site["answers"], site["missed"]) for site in report["sites"]}
+    assert missed == {"ant": (SIZE, 0), "bee": (0, SIZE), "elk": (SIZE, 0), "fox": (SIZE, 0)}
+    assert next(site["reason"] for site in report["sites"] if site["name"] == "bee")
+
+
+def test_a_job_that_needs_every_site_releases_nothing_without_one(world: World) -> None:
+    world.hinder = after(1, "bee", ROWS)
+    with pytest.raises(AskingError, match="3 of 4 sites have sent all their masked answers, 4 are needed; not: bee"):
+        run_job(world)
+    world.hinder = lambda site, kind: None
+    assert len(run_job(world)["sites"]) == 4  # the same run goes on
 
 
 def test_the_same_command_goes_on_after_a_failure(world: World) -> None:
