@@ -59,6 +59,7 @@ def open_labels(run: Path) -> np.ndarray:
     return unify([site.teacher.log_probs(images) for site in sites], contract["class_sets"]).probs
 
 
+@pytest.mark.slow
 def test_a_job_by_secure_sums(tmp_path: Path, unsynced: None) -> None:
     hidden = simulate(tmp_path, "hidden", job(privacy={"secure_sum": True}))
     labels = np.load(hidden / "labels" / "q.npy")

@@ -188,6 +188,9 @@ def test_a_job_learns_from_those_who_are_left(world: World) -> None:
     missed = {site["name"]: (site["answers"], site["missed"]) for site in report["sites"]}
     assert missed == {"ant": (SIZE, 0), "bee": (0, SIZE), "elk": (SIZE, 0), "fox": (SIZE, 0)}
     assert next(site["reason"] for site in report["sites"] if site["name"] == "bee")
+    assert [site["bytes"] for site in report["sites"]] == [4 * 3 * SIZE, 0, 4 * 3 * SIZE, 4 * 3 * SIZE]
+    run = world.folder / "run"
+    assert not [*run.rglob("answers.bin"), *run.rglob("rows.bin")]
 
 
 def test_a_job_that_needs_every_site_releases_nothing_without_one(world: World) -> None:
