@@ -41,8 +41,9 @@ from consilience.client.runs import Runs
 from consilience.common.errors import AdmissionError, ConsilienceError, DuplicateError
 from consilience.common.identity import Kit, PrivateKey
 from consilience.common.protocol import ANSWER, CARD, CONTRACT
+from consilience.common.sums.messages import SUM_QUESTIONS
 
-QUESTIONS = (CARD, CONTRACT, ANSWER)
+QUESTIONS = (CARD, CONTRACT, ANSWER, *SUM_QUESTIONS)
 QUEUE = 2
 """Questions pulled ahead, and answers waiting to be sent."""
 BUSY_POLL, IDLE_POLL = 0.05, 0.5

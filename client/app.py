@@ -17,7 +17,8 @@ from flwr.clientapp import ClientApp
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.errors import ConsilienceError, LedgerError, ProtocolError
-from consilience.common.protocol import CardRequest, Contract, Question, Refusal
+from consilience.common.protocol import CardRequest, Contract, Question, Record, Refusal
+from consilience.common.sums.messages import Delivery, MaskedRows, Roster, RowsQuestion, Terms, Unmask
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,51 @@ def contract(message: Message, context: Context) -> Message:
 def answer(message: Message, context: Context) -> Message:
     """Answer a question about pool samples."""
     return _reply(message, lambda: site_of(context).answer(Question.from_content(message.content)).to_content())
+
+
+@app.query("sum_terms")
+def sum_terms(message: Message, context: Context) -> Message:
+    """Make keys for a secure sum."""
+    return _sum(message, context, lambda site: site.sum_keys(Terms.from_content(message.content)))
+
+
+@app.query("sum_roster")
+def sum_roster(message: Message, context: Context) -> Message:
+    """Share the seeds of a secure sum."""
+    return _sum(message, context, lambda site: site.sums.share(Roster.from_content(message.content)))
+
+
+@app.query("sum_delivery")
+def sum_delivery(message: Message, context: Context) -> Message:
+    """Take the shares of the other sites of a secure sum."""
+    return _sum(message, context, lambda site: site.sums.deliver(Delivery.from_content(message.content)))
+
+
+@app.query("sum_rows")
+def sum_rows(message: Message, context: Context) -> Message:
+    """Answer with masked rows."""
+    return _sum(message, context, lambda site: site.masked_rows(RowsQuestion.from_content(message.content)))
+
+
+@app.query("sum_unmask")
+def sum_unmask(message: Message, context: Context) -> Message:
+    """Open the shares that unmask a sum."""
+    return _sum(message, context, lambda site: site.sums.open(Unmask.from_content(message.content)))
+
+
+def _sum(message: Message, context: Context, round_: Callable[[Site], Record | MaskedRows]) -> Message:
+    """Take part in one round of a secure sum; what the site's record does not allow is refused as just that."""
+
+    def handle() -> RecordDict:
+        site = site_of(context)
+        try:
+            return round_(site).to_content()
+        except RefusedError:
+            raise
+        except ProtocolError as error:
+            raise RefusedError("sum-refused", "the site's rules for secure sums do not allow it") from error
+
+    return _reply(message, handle)
 
 
 def _reply(message: Message, handle: Callable[[], RecordDict]) -> Message:

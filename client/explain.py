@@ -26,6 +26,8 @@ class Part:
     encoding: Encoding | CoverageEncoding
     samples: int
     new: int
+    summed: bool = False
+    """The server learns sums over sites of these answers, and no single one (docs/secure_sums.md)."""
 
     @property
     def words(self) -> str:
@@ -39,6 +41,8 @@ class Part:
             what = f"log-probabilities of the {most:,} likeliest classes, and of all others together"
         else:
             what = "log-probabilities of every class"
+        if self.summed:
+            what = f"sums over sites of {what}, no single answer"
         known = "" if self.new == self.samples else f", {self.samples - self.new:,} of them released before"
         return f"{what}, as {self.encoding}, of {self.samples:,} samples of pool {self.pool[:12]}{known}"
 
@@ -64,7 +68,8 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     """Work out what `job` would take from `site` now. Raises `PoolError`, `LedgerError`, `StorageError`."""
     pools, here = _pools(job, site)
     policy, parts, refusal = site.settings.policy, [], ""
-    kinds: list[tuple[Kind, Any]] = [("log-probs", job.ask.encoding)]
+    summed = job.privacy.secure_sum
+    kinds: list[tuple[Kind, Any]] = [("log-probs", policy.encodings[0] if summed else job.ask.encoding)]
     if job.ask.coverage and job.unify.takes_coverage and site.card.coverage is not None:
         kinds.append(("coverage", site.card.coverage.encodings[0]))
     try:
@@ -78,8 +83,9 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     for kind, encoding in kinds:
         for pool in pools:
             question = site.question(job.name, pool.digest, len(pool), kind, encoding)
-            new = int(site.released.missing(question, len(pool)).sum()) if len(pool) else 0
-            parts.append(Part(pool.digest, kind, encoding, len(pool), new))
+            released = site.summed if summed else site.released
+            new = int(released.missing(question, len(pool)).sum()) if len(pool) else 0
+            parts.append(Part(pool.digest, kind, encoding, len(pool), new, summed))
     held = Explanation(tuple(parts), here, refusal, {})
     if not refusal:
         try:
@@ -112,7 +118,8 @@ def tell_policy(policy: Policy) -> list[str]:
 
 def _pools(job: JobSettings, site: Site) -> tuple[list[Pool], bool]:
     """Return the pools that a job names where they are on this machine, else all that the site holds."""
-    named = [folder for folder in (job.pool, job.judge.test_pool) if folder is not None]
+    test_pool = None if job.privacy.secure_sum else job.judge.test_pool  # sums are made of the pool alone
+    named = [folder for folder in (job.pool, test_pool) if folder is not None]
     try:
         pools, here = [Pool.open(folder) for folder in named], bool(named)
     except (PoolError, StorageError):

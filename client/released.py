@@ -41,10 +41,13 @@ class _Shelf:
 
 
 class Released:
-    """The answers that a site released, in the folder `folder`. To be used by one thread at a time."""
+    """The answers that a site released, in the folder `folder`. To be used by one thread at a time.
 
-    def __init__(self, folder: Path, ledger: Ledger) -> None:
-        self.folder, self.ledger = folder, ledger
+    `use`: what they were released into, when that is not the server's hands (`sums`): kept and counted by themselves.
+    """
+
+    def __init__(self, folder: Path, ledger: Ledger, use: str = "") -> None:
+        self.folder, self.ledger, self.use = folder, ledger, use
         self._shelves: dict[str, _Shelf] = {}
         self._intact: set[int] = set()
 
@@ -62,7 +65,7 @@ class Released:
         What was not released yet is scored, and kept, counted and secured on the disk before it is returned. Raises
         `LedgerError`, `StorageError`, and what `score` and `permit` raise: nothing leaves then.
         """
-        subject = subject_of(question)
+        subject = subject_of(question, self.use)
         new = self.missing(question, size)
         permit(int(new.sum()))  # before the work
         data = score(new) if new.any() else b""
@@ -98,12 +101,13 @@ class Released:
         except OSError as error:
             raise storage_error(error, path, "write") from error
         about = question.model_dump(mode="json", include={"pool", "kind", "encoding", "teacher", "policy"})
+        about |= {"use": self.use} if self.use else {}
         body = {**about, "ranges": ranges, "width": width, "sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
         seq = self.ledger.append(Entry("answer", question.job, subject, len(rows), body))
         self._intact.add(seq)
 
     def _new(self, question: Question, size: int) -> NDArray[np.bool_]:
-        owners = self._owners(subject_of(question), size)[question.start : question.stop]
+        owners = self._owners(subject_of(question, self.use), size)[question.start : question.stop]
         return np.asarray(owners == 0)
 
     def _owners(self, subject: str, size: int) -> NDArray[np.int64]:
@@ -149,9 +153,10 @@ class Released:
         self._intact.add(row.seq)
 
 
-def subject_of(question: Question) -> str:
+def subject_of(question: Question, use: str = "") -> str:
     """Return the name of the file, in the folder of released answers, that a question's answer is kept in."""
-    return f"{question.pool[:16]}/{question.kind}-{question.encoding}-{question.teacher[:16]}-{question.policy}.bin"
+    kind = f"{use}-{question.kind}" if use else question.kind
+    return f"{question.pool[:16]}/{kind}-{question.encoding}-{question.teacher[:16]}-{question.policy}.bin"
 
 
 def _lost(path: Path, which: str = "") -> LedgerError:

@@ -22,10 +22,12 @@ from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_pool
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape
+from consilience.client.sums import SumSite
 from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher, load_teacher
 from consilience.common.data import open_data
-from consilience.common.encoding import coverage_bytes, coverage_problem, encode, encode_coverage, row_bytes
+from consilience.common.encoding import coverage_bytes, coverage_problem, decode, encode, encode_coverage, row_bytes
 from consilience.common.errors import DataError, PoolError, StorageError, TeacherError
+from consilience.common.identity import key_fingerprint, load_key
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
@@ -40,6 +42,7 @@ from consilience.common.protocol import (
 )
 from consilience.common.settings import CoverageEncoding, Encoding, SiteSettings
 from consilience.common.settings_file import load_settings
+from consilience.common.sums.messages import Advert, MaskedRows, RowsQuestion, Terms
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class Site:
             if (ledger := self.__dict__.pop("ledger", None)) is not None:
                 ledger.close()
             self.__dict__.pop("released", None)
+            self.__dict__.pop("summed", None)
 
     @property
     def calibration(self) -> str:
@@ -92,6 +96,11 @@ class Site:
         return Released(self.settings.state / "released", self.ledger)
 
     @cached_property
+    def summed(self) -> Released:
+        """The answers of which only sums over sites left. Raises what `ledger` raises."""
+        return Released(self.settings.state / "released", self.ledger, "sums")
+
+    @cached_property
     def card(self) -> SiteCard:
         """What the site says of itself first."""
         description, accuracy = describe_teacher(self.settings)
@@ -106,7 +115,12 @@ class Site:
             calibration=self._calibration() if self.settings.policy.holdout_accuracy else None,
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
             coverage=self._coverage_card(),
+            identity=self._identity(),
         )
+
+    def _identity(self) -> str | None:
+        key = self.settings.key
+        return key_fingerprint(load_key(key).public_key()) if key.exists() else None
 
     def _coverage_card(self) -> CoverageCard | None:
         allowed = self.settings.policy.coverage_encodings
@@ -183,19 +197,22 @@ class Site:
         pool = self._pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
-        width = self._width(question)
-        if len(question) * width > MOST_ANSWER_BYTES:
+        if len(question) * self._width(question) > MOST_ANSWER_BYTES:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
         began = time.perf_counter()
         with self._lock:
-            data = self.released.give(
-                question,
-                size=len(pool),
-                width=width,
-                score=lambda new: self._encoded(question, pool, new),
-                permit=lambda samples: self._permit(question.job, samples),
-            )
+            data = self._given(self.released, question, pool)
         return Answer(question, data, time.perf_counter() - began)
+
+    def _given(self, released: Released, question: Question, pool: Pool) -> bytes:
+        """Return the encoded rows of a question, kept and counted among the answers `released`."""
+        return released.give(
+            question,
+            size=len(pool),
+            width=self._width(question),
+            score=lambda new: self._encoded(question, pool, new),
+            permit=lambda samples: self._permit(question.job, samples),
+        )
 
     def _width(self, question: Question) -> int:
         """Return the bytes of one sample's answer."""
@@ -214,6 +231,38 @@ class Site:
         if question.kind == "coverage":
             return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in scored)
         return b"".join(encode(rows, question.encoding) for rows in scored)
+
+    @cached_property
+    def sums(self) -> SumSite:
+        """The site's part in secure sums. Raises `RefusedError` when it has no key to sign with."""
+        if not self.settings.key.exists():
+            raise RefusedError("sum-refused", "the site has no key to sign with in secure sums")
+        return SumSite(self.settings.state / "sums", self.settings.name, load_key(self.settings.key))
+
+    def sum_keys(self, terms: Terms) -> Advert:
+        """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""
+        if terms.stop > len(self._pool(terms.pool)):
+            raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
+        own = self.teacher
+        return self.sums.advertise(
+            terms, teacher=own.fingerprint, policy=self.settings.policy.version, classes=len(own.classes)
+        )
+
+    def masked_rows(self, question: RowsQuestion) -> MaskedRows:
+        """Answer with masked rows, as precise as the policy allows answers to be. Raises as `answer` does."""
+
+        def answering(terms: Terms, start: int, stop: int) -> NDArray[np.float32]:
+            own, finest = terms.by_name[self.settings.name], self.settings.policy.encodings[0]
+            if (own.teacher, own.policy) != (self.teacher.fingerprint, self.settings.policy.version):
+                raise RefusedError("other-teacher", "the question is for another teacher or policy version")
+            pool = self._pool(terms.pool)
+            asked = self.question(terms.job, terms.pool, len(pool), "log-probs", finest)
+            part = asked.model_copy(update={"start": start, "stop": stop})
+            with self._lock:
+                data = self._given(self.summed, part, pool)
+            return decode(data, stop - start, len(self.teacher.classes), finest)
+
+        return self.sums.rows(question, answering)
 
     def _coverage_of(self, images: Images) -> NDArray[np.float32]:
         """Return (n,) coverage of one batch. Raises `TeacherError` when it is none."""

@@ -39,6 +39,7 @@ RefusalCode = Literal[
     "policy-ended",
     "budget-exhausted",
     "ledger-damaged",
+    "sum-refused",
     "internal",
 ]
 FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
@@ -133,6 +134,8 @@ class SiteCard(Record):
     """Shares of the classes in the private data, if the policy shares them."""
     coverage: CoverageCard | None = None
     """The site's coverage, if it has learned one and the policy lets it out."""
+    identity: Digest | None = None
+    """Fingerprint of the site's key, with which it signs in secure sums; None for a site that has none."""
 
     @model_validator(mode="after")
     def _priors_fit(self) -> SiteCard:

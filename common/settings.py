@@ -535,6 +535,15 @@ class Simulation(Settings):
     policy: Policy = Policy()
 
 
+class Privacy(Settings):
+    """What of the sites' answers the server may see."""
+
+    secure_sum: bool = False
+    """Whether the server learns only sums of answers over sites (docs/secure_sums.md). For `unify.method: ce`, without
+    coverage, and for `student.learning: soft-labels`. Baselines, which need single answers, are left out. Sites may be
+    lost in the middle down to `ask.min_sites`, but not below two thirds."""
+
+
 class JobSettings(Settings):
     """job.yaml: what to do."""
 
@@ -547,6 +556,7 @@ class JobSettings(Settings):
     unify: Unify = Unify()
     student: Student = Student()
     judge: Judge = Judge()
+    privacy: Privacy = Privacy()
     simulation: Simulation | None = None
 
     def same_job(self, other: JobSettings) -> bool:
@@ -564,6 +574,18 @@ class JobSettings(Settings):
                 f"unify.prior_correction corrects soft labels; student.learning is {self.student.learning!r}, "
                 "which learns from the answers as they are"
             )
+        if self.privacy.secure_sum:
+            for field, value, allowed in (
+                ("unify.method", self.unify.method, "ce"),
+                ("unify.prior_correction", self.unify.prior_correction, False),
+                ("unify.other", self.unify.other, 0.0),
+                ("student.learning", self.student.learning, "soft-labels"),
+            ):
+                if value != allowed:
+                    raise ValueError(
+                        f"{field} is {value!r}, which needs single answers; with privacy.secure_sum it must be "
+                        f"{allowed!r}"
+                    )
         if self.simulation is not None:
             if not allowed_by(self.simulation.policy.encodings, self.ask.encoding):
                 raise ValueError(

@@ -22,6 +22,7 @@ from consilience.client.teacher import calibrate_teacher, train_teacher
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
+from consilience.common.identity import make_key
 from consilience.common.nets import epoch_task
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
@@ -168,6 +169,8 @@ def _make_site(
         pools=(Path("../../pool"), Path("../../test-pool")),
         seed=int(np.random.SeedSequence([job.seed, index]).generate_state(1)[0]),
     )
+    if job.privacy.secure_sum and not (folder / "site.key").exists():
+        make_key(folder / "site.key")
     dump_settings(settings, folder / "site.yaml")
     return folder / "site.yaml"
 

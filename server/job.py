@@ -38,6 +38,7 @@ from consilience.server.learning import check_student, direct_loss, learn, oracl
 from consilience.server.progress import Progress
 from consilience.server.publishing import Outcome, gather, publish
 from consilience.server.stores import all_stores, lacked, stores_about
+from consilience.server.summed_pool import SummedPool
 from consilience.server.truth import check_test, pool_truth
 
 
@@ -70,6 +71,12 @@ class Job:
         from the answers is done anew. Without it a run keeps the sites it began with. `submission`: when the run was
         submitted; asking that began or ended for the same one goes on from there, instead of a new one's beginning.
         """
+        if fold_in and self.settings.privacy.secure_sum:
+            raise SettingsError(
+                "A run with privacy.secure_sum takes in no more sites: two sums of the same samples would tell one "
+                "site's answer",
+                hint="Start a run over another pool",
+            )
         self.events.add("begin", job=self.settings.name)
         for pool in self._pools():  # the sites verify their copies; a changed copy here would be learnt from
             pool.verify()
@@ -77,11 +84,15 @@ class Job:
             contract, reasons = self.answers(grid, fold_in, submission)
             space, cards = self.participants(contract, reasons)
             stores, coverage = stores_about(self.run, self.settings, cards, self.pool)
-            samples = self._usable(stores, space)
-        self._forget_timing(space, stores, coverage)
+            summed = self._summed(contract)
+            samples = self._usable(stores, space) if summed is None else Usable(len(self.pool), None, {})
+        if summed is None:
+            self._forget_timing(space, stores, coverage)
         with self._stage("unify"):
             about = (space, stores, cards, self.settings.unify, self.reporter, samples, coverage, self.settings.seed)
-            labels, diagnostics = unify_pool(self.run / "labels", *about)
+            labels, diagnostics = (
+                unify_pool(self.run / "labels", *about) if summed is None else summed.unify(self.run / "labels", space)
+            )
             self._tell_checks(diagnostics)
         with self._stage("learn"):
             used = believed(space, coverage, diagnostics.checks)
@@ -109,11 +120,17 @@ class Job:
                 diagnostics=diagnostics,
                 curves=curves,
                 failures=reasons,
+                summed=None if summed is None else summed.survivors,
             )
             findings = gather(outcome, self._all_answers(contract))
         publish(self.run, findings, self.timing)
         self.progress.stage("done")
         self.events.add("end", job=self.settings.name)
+
+    def _summed(self, contract: RunContract) -> SummedPool | None:
+        """Return the secure sum over the pool; None where sites answer openly."""
+        secure = self.settings.privacy.secure_sum
+        return SummedPool(self.run, self.settings, contract, self.pool) if secure else None
 
     def _all_answers(self, contract: RunContract) -> dict[str, list[AnswerStore]]:
         return all_stores(self.run, self.settings, contract.sites, self._pools())
@@ -165,6 +182,8 @@ class Job:
 
     def _complete(self, contract: RunContract) -> set[str]:
         """Return the sites that answered everything."""
+        if (summed := self._summed(contract)) is not None:
+            return set(summed.survivors)
         return {name for name, stores in self._all_answers(contract).items() if all(s.complete for s in stores)}
 
     def _reported(self, contract: RunContract) -> bool:
@@ -177,6 +196,8 @@ class Job:
 
         `passed`: seconds of the deadline that went by before.
         """
+        if (summed := self._summed(enrolment.contract)) is not None:
+            return summed.ask(grid, enrolment.nodes)
         held = self._all_answers(enrolment.contract)
         self.progress.watch(held)
         for name, site in self.progress.sites.items():

@@ -23,6 +23,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
+from consilience.common.sums.ring import WORD
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.card import card_markdown
@@ -69,6 +70,8 @@ class Outcome:
     curves: Mapping[str, Sequence[Mapping[str, Any]]]
     failures: Mapping[str, str]
     """Site -> why it left samples unanswered."""
+    summed: tuple[str, ...] | None = None
+    """The sites whose answers are in a secure sum; None where sites answered openly."""
 
 
 def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Findings:
@@ -94,6 +97,8 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             "do: about the odds between those the rule unify.across decides."
         )
     judgement, about_test = _judgement(outcome, student)
+    if outcome.summed is not None:
+        about_test = ["The server knows sums of answers only: what needs single answers, as baselines do, is left out."]
     truth = _pool_truth(outcome)
     told = coverage_findings(outcome.pool, space, outcome.stores, outcome.coverage, diagnostics.checks, truth)
     aurocs = _coverage_aurocs(outcome, truth)
@@ -194,6 +199,11 @@ def _site(
     covers = [store for store in held if store.about.kind == "coverage"]
     asked = sum(store.about.size for store in stores)
     answered = sum(len(store) for store in stores)
+    size = sum(store.bytes for store in stores)
+    if outcome.summed is not None:
+        asked = len(outcome.pool)
+        answered = asked if card.name in outcome.summed else 0
+        size = answered * len(card.classes) * WORD.itemsize
     return SiteFindings(
         name=card.name,
         classes=card.classes,
@@ -201,11 +211,11 @@ def _site(
         fingerprint=card.teacher,
         answers=answered,
         asked=asked,
-        bytes=sum(store.bytes for store in stores),
+        bytes=size,
         seconds=sum(store.seconds for store in stores),
         missed=asked - answered,
         reason=outcome.failures.get(card.name),
-        precision=outcome.settings.ask.encoding,
+        precision=outcome.settings.ask.encoding if outcome.summed is None else "masked",
         holdout_accuracy=card.holdout_accuracy,
         calibration=None if card.calibration is None else card.calibration.model_dump(),
         coverage=replace(

@@ -35,3 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     home = tempfile.mkdtemp(prefix="consilience-flwr-")
     os.environ["FLWR_HOME"] = home
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing wait for the disk: for tests that write a great many small files and cut no power."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)

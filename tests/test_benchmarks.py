@@ -18,7 +18,18 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["answering", "coverage", "encodings", "fuzz_decoders", "ledger", "student", "transport", "unify"]
+    "name",
+    [
+        "answering",
+        "coverage",
+        "encodings",
+        "fuzz_decoders",
+        "ledger",
+        "secure_sums",
+        "student",
+        "transport",
+        "unify",
+    ],
 )
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"

@@ -227,7 +227,7 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     release(file, pool, 0, 8, job="earlier")
     found = call("explain", job, file)
     assert found["parts"] == [
-        {"pool": pool.digest, "kind": "log-probs", "encoding": "f32", "samples": SIZE, "new": SIZE - 8}
+        {"pool": pool.digest, "kind": "log-probs", "encoding": "f32", "samples": SIZE, "new": SIZE - 8, "summed": False}
     ]
     assert (found["new"], found["refusal"], found["pools_are_the_job_s"]) == (42, None, True)
     (month,) = (name for name in found["left"] if name.startswith("month"))
@@ -239,6 +239,9 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     text = said("explain", job, file)
     for words in ("8 of them released before", "92 -> 50", "rounded to 2 decimals", "It would be answered."):
         assert words in text
+    job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "privacy": {"secure_sum": True}}))
+    assert call("explain", job, file)["new"] == SIZE, "sums are released by themselves"
+    assert "sums over sites of log-probabilities of every class, no single answer" in said("explain", job, file)
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "elsewhere", "ask": {"encoding": "f32"}}))
     assert call("explain", job, file)["pools_are_the_job_s"] is False
     assert "these are the pools of site.yaml" in said("explain", job, file)

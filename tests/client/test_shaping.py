@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import log_softmax
 
 from consilience.client.shaping import check_floor, shape
-from consilience.common.encoding import log_prob_problem
+from consilience.common.encoding.floats import log_prob_problem
 from consilience.common.errors import SettingsError
 from consilience.common.settings import Policy
 

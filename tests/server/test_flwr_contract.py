@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
 
 import consilience.server.grid
 import consilience.server.superlink
@@ -185,7 +186,7 @@ def test_a_database_keeps_the_keys_of_sites_as_we_forget_them(tmp_path: Path) ->
 
 
 def test_the_superlink_waits_for_its_database_as_long_as_we_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", SQLITE_PRAGMAS)
     superlink_process.be_patient()
     database = sqlite3.connect(":memory:")
     sql_mixin._set_sqlite_pragmas(database, None)

@@ -1,0 +1,300 @@
+"""A site's part in secure sums: its keys, its masked rows, and the record that keeps it from opening too much.
+
+Lives here: what a site does in each round, and what it refuses. Does not live here: the teacher, messages in and out
+(client/app). What the record, one file a sum, is there for:
+
+* a round done stays done: asked the same again, the site replies the same; asked otherwise, it refuses
+* of each other site, one share of one seed is opened, never of both
+* of each pool sample, one sum is opened: the difference of two sums over different sites is one site's answer
+
+It is written before the reply goes out, and survives a crash at any moment.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from consilience.common.errors import ProtocolError, StorageError
+from consilience.common.files import lock, storage_error, write_bytes
+from consilience.common.identity import PrivateKey, key_fingerprint
+from consilience.common.sums.masks import (
+    SEED_BYTES,
+    Mask,
+    mask_key,
+    pair_key,
+    pair_sign,
+    public_hex,
+    self_key,
+)
+from consilience.common.sums.messages import (
+    Advert,
+    Delivered,
+    Delivery,
+    MaskedRows,
+    Opened,
+    OpenedShare,
+    Roster,
+    RowsQuestion,
+    Sealed,
+    SealedShares,
+    Terms,
+    Unmask,
+    commit,
+)
+from consilience.common.sums.shares import seal, split, unseal
+
+Answering = Callable[[Terms, int, int], NDArray[np.floating[Any]]]
+"""Terms, start, stop -> (stop - start, k) log-probabilities of the pool's samples over the site's classes."""
+
+
+class _Held(BaseModel):
+    """The record of one sum. Secrets are in hexadecimal, and gone once they have served."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    terms: Terms
+    advert: Advert
+    mask_seed: str
+    self_seed: str
+    seal_key: str
+    roster: Roster | None = None
+    sealed: SealedShares | None = None
+    own: tuple[str, str] | None = None
+    """The site's own shares of its own two seeds: mask, self."""
+    delivery: Delivery | None = None
+    holds: dict[str, tuple[str, str]] = {}
+    """Site -> shares of its two seeds."""
+    unmask: Unmask | None = None
+    opened: Opened | None = None
+
+
+class SumSite:
+    """One site in its secure sums. One per folder, in one process; safe to use from several threads."""
+
+    def __init__(self, folder: Path, name: str, identity: PrivateKey, peers: Mapping[str, str] | None = None) -> None:
+        """Keep the records in `folder`, which only its owner may read.
+
+        `peers`: fingerprints of identity keys that the site knows otherwise than from the coordinator. Terms that name
+        another key for such a site are refused. Raises `StorageError`.
+        """
+        self._folder, self._name, self._identity = folder, name, identity
+        self._peers = dict(peers or {})
+        self._thread = threading.Lock()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        except OSError as error:
+            raise storage_error(error, folder, "write") from error
+
+    def advertise(self, terms: Terms, *, teacher: str, policy: str, classes: int) -> Advert:
+        """Round 0: make keys for these terms, or give the same again.
+
+        `teacher`, `policy` and `classes` (their number) are the site's own now. Raises `ProtocolError` when the terms
+        say otherwise of this site, name another key for a known peer, or speak of samples that were summed before.
+        """
+        own = terms.by_name.get(self._name)
+        if own is None or own.identity != key_fingerprint(self._identity.public_key()):
+            raise ProtocolError("The terms of a secure sum do not name this site and its key")
+        if (own.teacher, own.policy, len(own.classes)) != (teacher, policy, classes):
+            raise ProtocolError("The terms of a secure sum name another teacher, policy version or number of classes")
+        for member in terms.members:
+            if self._peers.get(member.site, member.identity) != member.identity:
+                raise ProtocolError(f"The terms of a secure sum name another key for site {member.site} than is known")
+        with self._turn():
+            held = self._read(terms.digest)
+            if held is None:
+                self._refuse_second_sum(terms)
+                mask_seed, self_seed = secrets.token_bytes(SEED_BYTES), secrets.token_bytes(SEED_BYTES)
+                sealing = X25519PrivateKey.generate()
+                advert = Advert.make(
+                    self._identity,
+                    terms,
+                    self._name,
+                    public_hex(mask_key(mask_seed, terms.digest, self._name)),
+                    public_hex(sealing),
+                    commit(self_seed, terms.digest, self._name),
+                )
+                held = _Held(
+                    terms=terms,
+                    advert=advert,
+                    mask_seed=mask_seed.hex(),
+                    self_seed=self_seed.hex(),
+                    seal_key=sealing.private_bytes_raw().hex(),
+                )
+                self._write(held)
+            return held.advert
+
+    def share(self, roster: Roster) -> SealedShares:
+        """Round 1: share out both seeds among the sites of the roster. Raises `ProtocolError`."""
+        with self._turn():
+            held = self._need(roster.terms)
+            if held.sealed is not None and held.roster == roster:
+                return held.sealed
+            if held.roster is not None:
+                raise ProtocolError("A secure sum has one roster, and this is another")
+            roster.check(held.terms)
+            if roster.by_name.get(self._name) != held.advert:
+                raise ProtocolError("The roster of a secure sum does not hold this site's own keys")
+            key, count = X25519PrivateKey.from_private_bytes(bytes.fromhex(held.seal_key)), len(roster.adverts)
+            parts = [
+                split(bytes.fromhex(seed), held.terms.threshold, count) for seed in (held.mask_seed, held.self_seed)
+            ]
+            sealed, place = [], roster.places[self._name]
+            for other, there in roster.places.items():
+                if other != self._name:
+                    theirs, pair = roster.by_name[other].seal_key, (parts[0][there], parts[1][there])
+                    data = seal(key, theirs, roster.digest, self._name, other, pair)
+                    sealed.append(Sealed(sender=self._name, holder=other, data=data))
+            reply = SealedShares(roster=roster.digest, site=self._name, shares=tuple(sealed))
+            own = (parts[0][place].hex(), parts[1][place].hex())
+            self._write(held.model_copy(update={"roster": roster, "sealed": reply, "own": own}))
+            return reply
+
+    def deliver(self, delivery: Delivery) -> Delivered:
+        """Round 2, first half: take the shares of the others. Raises `ProtocolError`."""
+        with self._turn():
+            held = self._need(delivery.terms)
+            if held.delivery is None:
+                if held.roster is None or delivery.roster != held.roster.digest:
+                    raise ProtocolError("Shares were delivered for another roster than the site has shared with")
+                holds = self._unsealed(held, held.roster, delivery)
+                if len(holds) < held.terms.threshold:
+                    raise ProtocolError(f"{len(holds)} sites have shared; needed: {held.terms.threshold}")
+                self._write(held.model_copy(update={"delivery": delivery, "holds": holds}))
+            elif held.delivery != delivery:
+                raise ProtocolError("A secure sum delivers shares once, and these are others")
+            names = sorted([self._name, *(sealed.sender for sealed in delivery.shares)])
+            return Delivered(terms=delivery.terms, roster=delivery.roster, site=self._name, holds=tuple(names))
+
+    def _unsealed(self, held: _Held, roster: Roster, delivery: Delivery) -> dict[str, tuple[str, str]]:
+        senders = [sealed.sender for sealed in delivery.shares]
+        others = all(sender in roster.places and sender != self._name for sender in senders)
+        if delivery.site != self._name or senders != sorted(set(senders)) or not others:
+            raise ProtocolError("A delivery of shares is not one from each of some other sites")
+        key = X25519PrivateKey.from_private_bytes(bytes.fromhex(held.seal_key))
+        assert held.own is not None
+        holds = {self._name: held.own}
+        for sealed in delivery.shares:
+            theirs = roster.by_name[sealed.sender].seal_key
+            mask, own = unseal(key, theirs, roster.digest, sealed.sender, self._name, sealed.data)
+            holds[sealed.sender] = mask.hex(), own.hex()
+        return holds
+
+    def rows(self, question: RowsQuestion, answering: Answering) -> MaskedRows:
+        """Round 2, second half: answer, add all masks. Raises `ProtocolError`, and what `answering` raises."""
+        with self._turn():
+            held = self._need(question.terms)
+        if held.delivery is None or held.unmask is not None:
+            raise ProtocolError("Masked rows are given after shares were delivered, and not after they were opened")
+        if question.start < held.terms.start or question.stop > held.terms.stop:
+            raise ProtocolError("Masked rows were asked for of samples that the terms do not name")
+        own = held.terms.by_name[self._name]
+        log_probs = answering(held.terms, question.start, question.stop) / held.terms.temperature
+        rows = held.terms.ring().encode(log_probs, own.weight)
+        if rows.shape != (len(question), len(own.classes)):
+            raise ProtocolError("The site's answer has not one row a sample and one column a class")
+        for mask in self._masks(held):
+            mask.put_on(rows, question.start - held.terms.start)
+        return MaskedRows(question, rows.astype("<u4", copy=False).tobytes())
+
+    def _masks(self, held: _Held) -> Iterator[Mask]:
+        assert held.roster is not None
+        terms, own = held.terms, held.terms.by_name[self._name]
+        seed = bytes.fromhex(held.self_seed)
+        yield Mask(self_key(seed, terms.digest, self._name), np.arange(len(own.classes)))
+        key = mask_key(bytes.fromhex(held.mask_seed), terms.digest, self._name)
+        for other in sorted(held.holds):
+            columns = shared_columns(own.classes, terms.by_name[other].classes)
+            if other != self._name and len(columns):
+                theirs = held.roster.by_name[other].mask_key
+                pair = pair_key(key, theirs, terms.digest, (self._name, other))
+                yield Mask(pair, columns, pair_sign(self._name, other))
+
+    def open(self, unmask: Unmask) -> Opened:
+        """Round 3: give one share of each site: of a survivor's own mask, or of a lost site's mask key.
+
+        Raises `ProtocolError` when too few survived, when another set of survivors was named before, or when some of
+        the samples were summed in another sum since.
+        """
+        with self._turn():
+            held = self._need(unmask.terms)
+            if held.opened is not None and held.unmask == unmask:
+                return held.opened
+            if held.unmask is not None:
+                raise ProtocolError("A secure sum is opened once, and this names other survivors")
+            names = list(unmask.survivors)
+            if held.delivery is None or names != sorted(set(names)) or not set(names) <= set(held.holds):
+                raise ProtocolError("The survivors of a secure sum are not some of the sites that shared")
+            if len(names) < held.terms.threshold:
+                raise ProtocolError(f"{len(names)} sites survived; needed: {held.terms.threshold}")
+            self._refuse_second_sum(held.terms)
+            shares = [
+                OpenedShare(of=site, kind="self", share=pair[1])
+                if site in names
+                else OpenedShare(of=site, kind="mask", share=pair[0])
+                for site, pair in sorted(held.holds.items())
+            ]
+            reply = Opened(terms=unmask.terms, site=self._name, shares=tuple(shares))
+            gone: dict[str, Any] = {"mask_seed": "", "self_seed": "", "seal_key": "", "own": None, "holds": {}}
+            self._write(held.model_copy(update={"unmask": unmask, "opened": reply, **gone}))
+            return reply
+
+    def _refuse_second_sum(self, terms: Terms) -> None:
+        """Raise `ProtocolError` when another sum over some of the samples, with the same teacher, was opened."""
+        teacher = terms.by_name[self._name].teacher
+        for path in sorted(self._folder.glob("*.json")):
+            other = self._load(path)
+            past = other.terms
+            if other.unmask is None or past.digest == terms.digest or past.pool != terms.pool:
+                continue
+            overlap = past.start < terms.stop and terms.start < past.stop
+            if overlap and past.by_name[self._name].teacher == teacher:
+                raise ProtocolError("Some of these samples were summed before: two sums tell more than one")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._thread, lock(self._folder):
+            yield
+
+    def _path(self, terms: str) -> Path:
+        return self._folder / f"{terms}.json"
+
+    def _need(self, terms: str) -> _Held:
+        held = self._read(terms)
+        if held is None:
+            raise ProtocolError("The site has made no keys for this secure sum")
+        return held
+
+    def _read(self, terms: str) -> _Held | None:
+        path = self._path(terms)
+        return self._load(path) if path.exists() else None
+
+    def _load(self, path: Path) -> _Held:
+        try:
+            return _Held.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise storage_error(error, path, "read") from error
+        except ValidationError as error:
+            raise StorageError(
+                f"{path} is not the record of a secure sum",
+                hint="Restore it; without it this site may open more than one sum of the same samples",
+            ) from error
+
+    def _write(self, held: _Held) -> None:
+        write_bytes(self._path(held.terms.digest), held.model_dump_json().encode())
+
+
+def shared_columns(own: tuple[int, ...], other: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return at which columns of `own` the classes are that `other` has too, in ascending order of the classes."""
+    place = {label: column for column, label in enumerate(own)}
+    return np.array([place[label] for label in sorted(place.keys() & set(other))], dtype=np.int64)

@@ -1,0 +1,103 @@
+"""A job whose pool is answered by secure sums: its terms, its one sum, and labels from it.
+
+Lives here: what of the job goes into the terms, and what the other stages read instead of answer stores. Does not
+live here: the protocol (server/secure_sums, server/summing) and the estimator (server/unify).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from consilience.common.errors import NEW_RUN, AskingError
+from consilience.common.files import canonical_json, read_json, sha256, write_json
+from consilience.common.labels import LabelSpace
+from consilience.common.pool import Pool
+from consilience.common.settings import JobSettings
+from consilience.common.sums.messages import LEAST_SITES, Terms, default_threshold
+from consilience.server.contract import RunContract
+from consilience.server.labelling import Diagnostics
+from consilience.server.secure_sums import SecureSum
+from consilience.server.summing import members_of, sum_over
+from consilience.server.unmasking import unify_summed, unmask_sums
+
+
+class SummedPool:
+    """The secure sum over a run's pool."""
+
+    def __init__(self, run: Path, job: JobSettings, contract: RunContract, pool: Pool) -> None:
+        """Begin the sum, or go on with it.
+
+        Raises `AskingError` when there are fewer than three sites or one has no key, `RunError`, `StorageError`.
+        """
+        count = len(contract.sites)
+        if count < LEAST_SITES:
+            raise AskingError(
+                f"{count} sites take part; a secure sum needs {LEAST_SITES}",
+                hint=f"Wait for more sites (ask.wait_for) in {NEW_RUN}",
+            )
+        folder = run / "sums" / pool.digest[:12]
+        # What has been summed is summed: too few sites must be noticed before, not after. The sites hold a run to the
+        # number it began with.
+        threshold = max(default_threshold(count), min(count, job.ask.min_sites or count))
+        if (folder / "terms.json").exists():
+            threshold = int(read_json(folder / "terms.json")["threshold"])
+        terms = Terms(
+            job=job.name,
+            contract=sha256(canonical_json(contract.model_dump(mode="json"))),
+            pool=pool.digest,
+            start=0,
+            stop=len(pool),
+            labels=len(contract.labels),
+            temperature=job.unify.temperature,
+            threshold=threshold,
+            members=members_of(contract, job.unify.weights),
+        )
+        self._job, self._labels = job, contract.labels
+        self._secure = SecureSum(folder, terms)
+
+    @property
+    def done(self) -> bool:
+        """Whether the sums are there."""
+        return (self._secure.folder / "summed.json").exists()
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """The sites in the sums; none before they are there."""
+        return self._secure.unmask().survivors if self.done else ()
+
+    def ask(self, grid: Grid, nodes: Mapping[str, int]) -> dict[str, str]:
+        """Do the rounds that are not done; returns site -> why it was lost. Raises as `sum_over` does."""
+        return {} if self.done else sum_over(grid, nodes, self._secure, patience=self._job.ask.wait)[1]
+
+    def unify(self, folder: Path, space: LabelSpace) -> tuple[NDArray[np.float32], Diagnostics]:
+        """Write `folder`/q.npy, (n, L) over `space`, the survivors' label space, unless it is there.
+
+        Returns the labels, memory-mapped, and the diagnostics. Raises `UnifyError`, `StorageError`.
+        """
+        terms, across = self._secure.terms, self._job.unify.across
+        key = sha256(canonical_json([terms.digest, self.survivors, across, space.names]))
+        path, notes = folder / "q.npy", folder / "diagnostics.json"
+        if notes.exists() and path.exists():
+            done = Diagnostics.model_validate(read_json(notes))
+            if done.key == key:
+                return np.load(path, mmap_mode="r"), done
+        notes.unlink(missing_ok=True)
+        began = time.perf_counter()
+        columns = [self._labels.index(name) for name in space.names]
+        found = unify_summed(path, unmask_sums(self._secure), across=across, columns=columns)
+        diagnostics = Diagnostics(
+            key=key,
+            samples=len(terms),
+            seconds=time.perf_counter() - began,
+            not_converged=found.not_converged,
+            largest_residual=found.largest_residual,
+            mean_iterations=found.mean_iterations,
+        )
+        write_json(notes, diagnostics.model_dump(mode="json"))
+        return found.probs, diagnostics

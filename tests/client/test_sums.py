@@ -1,0 +1,364 @@
+"""A site in secure sums: what it gives, what it refuses, and that its record holds it to it."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+from pydantic import ValidationError
+
+from consilience.client.sums import SumSite
+from consilience.common.errors import ProtocolError, StorageError
+from consilience.common.sums.messages import (
+    Advert,
+    Delivery,
+    MaskedRows,
+    Roster,
+    RowsQuestion,
+    Terms,
+    Unmask,
+    default_threshold,
+)
+from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms
+
+SETS = {"ant": [0, 1, 2], "bee": [1, 2, 0], "cat": [2, 0, 1], "dog": [0, 2]}
+SAMPLES = 12
+
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Sums:
+    return Sums(tmp_path, make_terms(SETS, SAMPLES), draw(SETS, SAMPLES))
+
+
+def advert_of(sums: Sums, terms: Terms, site: str = "ant", **changes: Any) -> Advert:
+    own = {"teacher": DIGEST, "policy": POLICY, "classes": len(SETS[site]), **changes}
+    return sums.sites[site].advertise(terms, **own)
+
+
+def no_answer(terms: Terms, start: int, stop: int) -> np.ndarray:
+    raise AssertionError("the teacher was asked")
+
+
+# Round 0
+
+
+def test_keys_are_made_once_and_others_for_another_attempt(sums: Sums) -> None:
+    advert = advert_of(sums, sums.terms)
+    assert advert_of(sums, sums.terms) == advert
+    other = advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
+    assert len({advert.mask_key, advert.seal_key, other.mask_key, other.seal_key}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"teacher": "b" * 64}, "another teacher"),
+        ({"policy": "d" * 16}, "another teacher, policy"),
+        ({"classes": 4}, "number of classes"),
+    ],
+)
+def test_terms_about_another_state_of_the_site_are_refused(sums: Sums, changes: Any, part: str) -> None:
+    with pytest.raises(ProtocolError, match=part):
+        advert_of(sums, sums.terms, **changes)
+
+
+def test_terms_without_the_site_or_with_another_key_are_refused(sums: Sums, tmp_path: Path) -> None:
+    for name, key in (("eel", "eel"), ("ant", "bee")):
+        stranger = SumSite(tmp_path / name, name, identity(key))
+        with pytest.raises(ProtocolError, match="do not name this site and its key"):
+            stranger.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=3)
+
+
+def test_another_key_for_a_known_peer_is_refused(sums: Sums, tmp_path: Path) -> None:
+    for told, refused in ((sums.terms.by_name["bee"].identity, False), ("b" * 64, True)):
+        site = SumSite(tmp_path / told, "ant", identity("ant"), {"bee": told})
+        if refused:
+            with pytest.raises(ProtocolError, match="another key for site bee"):
+                site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=3)
+        else:
+            site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"threshold": 2},  # half of the sites: a lying server could open both seeds
+        {"threshold": 5},
+        {"stop": 0},
+        {"labels": 2},
+        {"temperature": 0.0},
+        {"kind": "coverage"},
+        {"protocol": 2},
+        {"contract": "x"},
+    ],
+)
+def test_terms_that_do_not_hold_together(changes: Any) -> None:
+    with pytest.raises(ValidationError):
+        make_terms(SETS, SAMPLES, **changes)
+
+
+def test_members_must_be_sorted_once_each_and_three() -> None:
+    terms = make_terms(SETS, SAMPLES)
+    for members in (terms.members[::-1], (*terms.members, terms.members[-1]), terms.members[:2]):
+        with pytest.raises(ValidationError):
+            make_terms(SETS, SAMPLES, members=members, threshold=2)
+    with pytest.raises(ValidationError, match="named twice"):
+        make_terms({**SETS, "ant": [0, 0]}, SAMPLES)
+    with pytest.raises(ValidationError, match="steps from 0 to 1"):
+        make_terms(SETS, SAMPLES, weights={"ant": 1e-6})
+
+
+def test_default_threshold() -> None:
+    assert [default_threshold(n) for n in (3, 4, 5, 6, 10)] == [2, 3, 4, 4, 7]
+    assert all(2 * default_threshold(n) > n for n in range(3, 256))
+
+
+# Round 1
+
+
+def test_adverts_that_the_server_changed_are_refused(sums: Sums) -> None:
+    sums.advertise()
+    roster = sums.server.roster()
+    other = advert_of(sums, make_terms(SETS, SAMPLES, attempt=2), "bee")
+    forged = Advert.make(
+        identity("eel"), sums.terms, "bee", other.mask_key, other.seal_key, other.commitment
+    )  # signed, but not by bee
+    for wrong in (
+        roster.adverts[1].model_copy(update={"mask_key": other.mask_key}),
+        roster.adverts[1].model_copy(update={"seal_key": other.seal_key}),
+        roster.adverts[1].model_copy(update={"commitment": other.commitment}),
+        roster.adverts[1].model_copy(update={"signature": "30"}),
+        roster.adverts[1].model_copy(update={"public_key": "ssh-rsa AAAA"}),
+        other,  # of another sum
+        forged,
+    ):
+        adverts = (roster.adverts[0], wrong, *roster.adverts[2:])
+        with pytest.raises(ProtocolError, match="advert"):
+            sums.sites["ant"].share(Roster(terms=sums.terms.digest, adverts=adverts))
+        with pytest.raises(ProtocolError, match="advert"):
+            sums.server.add_advert("bee", wrong)
+    with pytest.raises(ProtocolError, match="bee sent the keys of another site"):
+        sums.server.add_advert("bee", roster.adverts[0])
+
+
+def test_rosters_that_do_not_hold_together_are_refused(sums: Sums) -> None:
+    sums.advertise()
+    roster = sums.server.roster()
+    ant, bee, cat, dog = roster.adverts
+    for adverts, part in (
+        ((bee, cat, dog), "this site's own keys"),
+        ((bee, ant, cat, dog), "each site once"),
+        ((ant, ant, cat, dog), "each site once"),
+    ):
+        with pytest.raises(ProtocolError, match=part):
+            sums.sites["ant"].share(Roster(terms=sums.terms.digest, adverts=adverts))
+    with pytest.raises(ProtocolError, match="no keys for this secure sum"):
+        sums.sites["ant"].share(Roster(terms="b" * 64, adverts=roster.adverts))
+    reply = sums.sites["ant"].share(roster)
+    assert sums.sites["ant"].share(roster) == reply
+    with pytest.raises(ProtocolError, match="one roster, and this is another"):
+        sums.sites["ant"].share(Roster(terms=sums.terms.digest, adverts=(ant, bee, cat)))
+
+
+def test_too_small_a_roster_is_refused(sums: Sums) -> None:
+    terms = make_terms(SETS, SAMPLES, threshold=4)
+    adverts = tuple(advert_of(sums, terms, site) for site in ("ant", "bee", "cat"))
+    with pytest.raises(ProtocolError, match="3 sites; needed: 4"):
+        sums.sites["ant"].share(Roster(terms=terms.digest, adverts=adverts))
+
+
+# Round 2
+
+
+def shared(sums: Sums) -> Delivery:
+    sums.advertise()
+    sums.share()
+    return sums.server.delivery("ant")
+
+
+def test_deliveries_that_are_not_the_others_shares_are_refused(sums: Sums) -> None:
+    delivery = shared(sums)
+    bee, cat, dog = delivery.shares
+    flipped = bee.model_copy(update={"data": f"{int(bee.data[0], 16) ^ 1:x}{bee.data[1:]}"})
+    for shares, part in (
+        ((flipped, cat, dog), "bee are not what it sealed for site ant"),
+        ((bee.model_copy(update={"data": cat.data}), cat, dog), "bee are not what it sealed"),
+        ((cat, bee, dog), "one from each"),
+        ((bee, bee, dog), "one from each"),
+        ((bee,), "2 sites have shared; needed: 3"),
+    ):
+        with pytest.raises(ProtocolError, match=part):
+            sums.sites["ant"].deliver(delivery.model_copy(update={"shares": shares}))
+    with pytest.raises(ProtocolError, match="not one from each"):
+        sums.sites["ant"].deliver(sums.server.delivery("bee"))
+    with pytest.raises(ProtocolError, match="another roster"):
+        sums.sites["ant"].deliver(delivery.model_copy(update={"roster": "b" * 64}))
+    sums.sites["ant"].deliver(delivery)
+    sums.sites["ant"].deliver(delivery)
+    with pytest.raises(ProtocolError, match="shares once"):  # other masks on the same rows: their difference tells
+        sums.sites["ant"].deliver(delivery.model_copy(update={"shares": (bee, cat)}))
+
+
+def test_rows_are_given_in_their_time_only(sums: Sums) -> None:
+    question = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
+    delivery = shared(sums)
+    with pytest.raises(ProtocolError, match="after shares were delivered"):
+        sums.sites["ant"].rows(question, no_answer)
+    sums.sites["ant"].deliver(delivery)
+    beyond = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES + 1)
+    with pytest.raises(ProtocolError, match="terms do not name"):
+        sums.sites["ant"].rows(beyond, no_answer)
+    with pytest.raises(ProtocolError, match="one row a sample"):
+        sums.sites["ant"].rows(question, lambda _, low, high: np.zeros((high - low, 2)))
+    for site in ("bee", "cat", "dog"):
+        sums.sites[site].deliver(sums.server.delivery(site))
+        sums.send(site)
+    sums.sites["ant"].open(sums.server.unmask())
+    with pytest.raises(ProtocolError, match="not after they were opened"):
+        sums.sites["ant"].rows(question, no_answer)
+
+
+# Round 3
+
+
+def opening(sums: Sums) -> None:
+    sums.advertise()
+    sums.share()
+    sums.deliver()
+
+
+def unmask(terms: Terms, *survivors: str) -> Unmask:
+    return Unmask(terms=terms.digest, survivors=survivors)
+
+
+def test_never_both_seeds_of_a_site(sums: Sums) -> None:
+    opening(sums)
+    opened = sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat"))
+    assert [(s.of, s.kind) for s in opened.shares] == [
+        ("ant", "self"),
+        ("bee", "self"),
+        ("cat", "self"),
+        ("dog", "mask"),
+    ]
+    with pytest.raises(ProtocolError, match="opened once, and this names other survivors"):
+        sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "dog"))
+    # Another process of the site, as after a crash, says the same of both.
+    again = Sums(sums.folder, sums.terms, sums.answers)
+    assert again.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat")) == opened
+    with pytest.raises(ProtocolError, match="other survivors"):
+        again.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat", "dog"))
+
+
+def test_survivors_are_enough_of_those_that_shared(sums: Sums) -> None:
+    opening(sums)
+    for names, part in (
+        (("ant", "bee"), "2 sites survived; needed: 3"),
+        (("ant", "bee", "eel"), "not some of the sites that shared"),
+        (("bee", "ant", "cat"), "not some of the sites"),
+        (("ant", "ant", "bee"), "not some of the sites"),
+    ):
+        with pytest.raises(ProtocolError, match=part):
+            sums.sites["ant"].open(unmask(sums.terms, *names))
+
+
+def test_secrets_are_gone_once_they_have_served(sums: Sums) -> None:
+    opening(sums)
+    (path,) = (sums.folder / "sites" / "ant").glob("*.json")
+    held = sums.sites["ant"]._load(path)
+    secrets = [held.mask_seed, held.self_seed, held.seal_key, *held.holds["bee"]]
+    assert all(secret and secret in path.read_text() for secret in secrets)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    opened = sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat"))
+    left = path.read_text()
+    assert [secret for secret in secrets if secret in left] == [opened.shares[1].share]
+
+
+def test_samples_are_summed_once(sums: Sums) -> None:
+    """Two sums of the same samples over different sites would differ by one site's answer."""
+    later = make_terms(SETS, SAMPLES, start=SAMPLES - 1)
+    advert_of(sums, later)  # keys were made before the first sum was opened
+    second = Sums(sums.folder, later, sums.answers)
+    opening(second)
+    opening(sums)
+    names = ("ant", "bee", "cat")
+    sums.sites["ant"].open(unmask(sums.terms, *names))
+    with pytest.raises(ProtocolError, match="summed before"):
+        sums.sites["ant"].open(unmask(later, *names))
+    for terms in (make_terms(SETS, 1), make_terms(SETS, SAMPLES, attempt=2), make_terms(SETS, SAMPLES, job="other")):
+        with pytest.raises(ProtocolError, match="summed before"):
+            advert_of(sums, terms)
+    advert_of(sums, make_terms(SETS, SAMPLES, start=SAMPLES))
+    advert_of(sums, make_terms(SETS, SAMPLES, pool="b" * 64))
+
+
+def test_a_damaged_record_is_no_fresh_start(sums: Sums) -> None:
+    advert_of(sums, sums.terms)
+    (path,) = (sums.folder / "sites" / "ant").glob("*.json")
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(StorageError, match="not the record of a secure sum"):
+        advert_of(sums, sums.terms)
+    with pytest.raises(StorageError, match="not the record of a secure sum"):
+        advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
+
+
+# Messages
+
+
+def test_records_come_back_as_they_were(sums: Sums) -> None:
+    opening(sums)
+    roster = sums.server.roster()
+    delivery = sums.server.delivery("ant")
+    question = RowsQuestion(terms=sums.terms.digest, start=0, stop=2)
+    rows = MaskedRows(question, bytes(24))
+    opened = sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat"))
+    for record in (sums.terms, roster, roster.adverts[0], delivery, question, opened):
+        assert type(record).from_content(record.to_content()) == record
+    assert MaskedRows.from_content(rows.to_content(), question) == rows
+    assert Terms.from_content(sums.terms.to_content()).digest == sums.terms.digest
+    other = RowsQuestion(terms=sums.terms.digest, start=0, stop=3)
+    with pytest.raises(ProtocolError, match="not those that were asked for"):
+        MaskedRows.from_content(rows.to_content(), other)
+    with pytest.raises(ProtocolError, match="no masked rows"):
+        MaskedRows.from_content(question.to_content(), question)
+
+
+HOSTILE: list[Any] = [None, True, -1, 2**70, 1e308, "", "x" * 2000, "\x00", "../ant", [], [[]], {}, [{}], [None] * 300]
+
+
+def test_hostile_records_raise_our_errors_only(sums: Sums) -> None:
+    opening(sums)
+    roster = sums.server.roster()
+    records = [
+        sums.terms,
+        roster,
+        roster.adverts[0],
+        sums.sites["ant"].share(roster),
+        sums.server.delivery("ant"),
+        sums.sites["ant"].deliver(sums.server.delivery("ant")),
+        RowsQuestion(terms=sums.terms.digest, start=0, stop=2),
+        unmask(sums.terms, "ant", "bee", "cat"),
+        sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat")),
+    ]
+    allowed = {("Terms", "attempt"), ("Terms", "temperature"), ("RowsQuestion", "stop")}
+    for record in records:
+        name, fields = type(record).__name__, json.loads(record.model_dump_json())
+        for field in [*fields, "another"]:
+            for value in HOSTILE:
+                text = json.dumps({**fields, field: value})
+                content = RecordDict({"record": ConfigRecord({"json": text})})
+                fits = (field == "shares" and value == []) or (field == "protocol" and value is True)
+                if (name, field) in allowed or fits:
+                    continue
+                with pytest.raises(ProtocolError):
+                    type(record).from_content(content)
+    for content in (RecordDict(), RecordDict({"record": ConfigRecord({"json": "{"})})):
+        for record in records:
+            with pytest.raises(ProtocolError):
+                type(record).from_content(content)

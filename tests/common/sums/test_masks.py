@@ -1,0 +1,85 @@
+"""Masks: two sites make the same one, any piece of it stands for itself, and put on and taken off is as before."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consilience.common.errors import ProtocolError
+from consilience.common.sums.masks import Mask, pair_key, pair_sign, public_hex, self_key, words
+
+KEY = bytes(range(32))
+ONE, TWO = (X25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
+TERMS = "a" * 64
+
+
+def test_both_sites_make_the_same_key() -> None:
+    one = pair_key(ONE, public_hex(TWO), TERMS, ("ant", "bee"))
+    assert one == pair_key(TWO, public_hex(ONE), TERMS, ("bee", "ant"))
+    assert len(one) == 32
+    assert pair_sign("ant", "bee") == -pair_sign("bee", "ant")
+
+
+def test_another_context_is_another_key() -> None:
+    keys = {
+        pair_key(ONE, public_hex(TWO), TERMS, ("ant", "bee")),
+        pair_key(ONE, public_hex(TWO), "b" * 64, ("ant", "bee")),
+        pair_key(ONE, public_hex(TWO), TERMS, ("ant", "cat")),
+        self_key(bytes(16), TERMS, "ant"),
+        self_key(bytes(16), TERMS, "bee"),
+        self_key(bytes(16), "b" * 64, "ant"),
+    }
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("point", ["00" * 32, "01" + "00" * 31])
+def test_a_point_that_gives_everybody_the_same_key_is_refused(point: str) -> None:
+    with pytest.raises(ProtocolError, match="X25519"):
+        pair_key(ONE, point, TERMS, ("ant", "bee"))
+
+
+def test_the_stream_is_the_cipher_of_the_standard() -> None:
+    """NIST SP 800-38A, F.5.5, has another first counter; FIPS-197's vector is the block of counter 0x0011..ff."""
+    key = bytes(range(32))
+    counter = int.from_bytes(bytes.fromhex("00112233445566778899aabbccddeeff"), "big")
+    block = words(key, 4 * counter, 4).astype("<u4").tobytes()
+    assert block.hex() == "8ea2b7ca516745bfeafc49904b496089"
+
+
+@given(st.integers(0, 1000), st.integers(0, 50), st.integers(0, 50))
+@settings(max_examples=40)
+def test_any_piece_is_part_of_the_whole(first: int, before: int, count: int) -> None:
+    whole = words(KEY, first, before + count)
+    np.testing.assert_array_equal(words(KEY, first + before, count), whole[before:])
+
+
+def test_far_pieces_do_not_wrap() -> None:
+    near, far = words(KEY, 0, 8), words(KEY, 2**46, 8)
+    assert not np.array_equal(near, far)
+
+
+@given(st.integers(1, 6), st.integers(1, 20))
+@settings(max_examples=30)
+def test_pieces_of_rows_are_masked_as_the_whole(piece: int, rows: int) -> None:
+    mask = Mask(KEY, np.array([2, 0]), -1)
+    before = np.random.default_rng(0).integers(0, 2**32, (rows, 3), dtype=np.uint32)
+    whole = before.copy()
+    mask.put_on(whole, 10)
+    np.testing.assert_array_equal(whole[:, 1], before[:, 1])  # not one of the columns
+    assert not np.array_equal(whole, before)
+    pieces = before.copy()
+    for start in range(0, rows, piece):
+        mask.put_on(pieces[start : start + piece], 10 + start)
+    np.testing.assert_array_equal(pieces, whole)
+    mask.take_off(whole, 10)
+    np.testing.assert_array_equal(whole, before)
+
+
+def test_one_adds_what_the_other_subtracts() -> None:
+    rows = np.array([[1, 2]], np.uint32), np.array([[30, 40]], np.uint32)
+    Mask(KEY, np.array([0, 1]), 1).put_on(rows[0], 5)
+    Mask(KEY, np.array([0, 1]), -1).put_on(rows[1], 5)
+    np.testing.assert_array_equal(rows[0] + rows[1], [[31, 42]])

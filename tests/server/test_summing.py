@@ -1,0 +1,251 @@
+"""Secure sums over a Grid: real sites behind the real ClientApp, some of which go away, refuse or come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from scipy.special import log_softmax
+
+from consilience.client import app as app_module
+from consilience.client.site import Site
+from consilience.common.data import from_arrays
+from consilience.common.errors import AskingError
+from consilience.common.files import read_json
+from consilience.common.identity import make_key
+from consilience.common.pool import Pool
+from consilience.common.progress import Reporter
+from consilience.common.settings import CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings
+from consilience.common.settings_file import parse_settings
+from consilience.common.sums.messages import ROWS, TERMS, UNMASK, Terms, default_threshold
+from consilience.deploy.local_grid import LocalGrid
+from consilience.server import summing
+from consilience.server.contract import RunContract
+from consilience.server.job import Job
+from consilience.server.secure_sums import SecureSum
+from consilience.server.summing import members_of, sum_over
+from consilience.server.unify import unify
+from consilience.server.unmasking import unify_summed
+from helpers.summing import open_sums
+
+SIZE = 60
+CLASSES = {
+    "ant": ("cat", "dog", "cow"),
+    "bee": ("dog", "cow", "hen"),
+    "elk": ("hen", "cat", "dog"),
+    "fox": ("cow", "cat", "hen"),
+}
+
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+
+class Linear:
+    """A teacher of its own for each site."""
+
+    def __init__(self, name: str) -> None:
+        self.classes = CLASSES[name]
+        self.fingerprint = name[0] * 64 if name[0] in "abef" else "0" * 64
+        self.weights = np.random.default_rng(ord(name[0])).normal(0, 1, (768, 3))
+
+    def log_probs(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(log_softmax(images.reshape(len(images), -1) @ self.weights / 2000, axis=1), np.float32)
+
+
+@dataclass
+class World:
+    """Four sites, and what happens to their messages: `hinder` may raise."""
+
+    sites: dict[str, Site]
+    pool: Pool
+    terms: Terms
+    folder: Path
+    nodes: dict[str, int]
+    grid: LocalGrid | None = None
+    hinder: Callable[[str, str], None] = lambda site, kind: None
+
+    def answers(self) -> dict[str, np.ndarray]:
+        images = self.pool.read(0, SIZE)
+        return {name: site.teacher.log_probs(images) for name, site in self.sites.items()}
+
+    def sum(self, patience: float = 60.0, **changes: Any) -> Any:
+        assert self.grid is not None
+        secure = SecureSum(self.folder / "sum", self.terms)
+        return sum_over(self.grid, changes.get("nodes", self.nodes), secure, patience=patience)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, 16, 16, 3), np.uint8)
+    pool = Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
+    sites = {}
+    for name, classes in CLASSES.items():
+        make_key(tmp_path / name / "site.key")
+        settings = SiteSettings(
+            name=name,
+            teacher=CallableTeacher(kind="callable", callable="a:b", classes=classes, preprocessing=Preprocessing()),
+            pools=(pool.folder,),
+            batch_size=16,
+            state=tmp_path / name / "state",
+            key=tmp_path / name / "site.key",
+        )
+        sites[name] = Site(settings, Linear(name))
+    contract = RunContract.build(JobSettings(name="job"), [site.card for site in sites.values()], (pool.digest,))
+    terms = Terms(
+        job="job",
+        contract="d" * 64,
+        pool=pool.digest,
+        start=0,
+        stop=SIZE,
+        labels=len(contract.labels),
+        threshold=default_threshold(len(sites)),
+        members=members_of(contract, {}),
+    )
+    names = list(CLASSES)
+    made = World(sites, pool, terms, tmp_path, {name: 100 + i for i, name in enumerate(names)})
+    monkeypatch.setattr(app_module, "site_of", lambda context: sites[str(context.node_config["site"])])
+    monkeypatch.setattr(summing, "PIECE_BYTES", 200)  # several pieces a site
+
+    def app(message: Message, context: Any) -> Message:
+        made.hinder(str(context.node_config["site"]), message.metadata.message_type)
+        return app_module.app(message, context)
+
+    hindered: Any = app
+    with LocalGrid(hindered, [{"site": name} for name in names], workers=2) as made.grid:
+        yield made
+
+
+def run_job(world: World, **ask: Any) -> dict[str, Any]:
+    """Do the whole job over the world's pool; returns the report."""
+    raw = {
+        "name": "job",
+        "pool": str(world.pool.folder),
+        "privacy": {"secure_sum": True},
+        "ask": {"encoding": "f32", **ask},
+        "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32", "augment": False}},
+    }
+    (world.folder / "run").mkdir(exist_ok=True)
+    settings = parse_settings(raw, JobSettings, source="job.yaml", folder=world.folder)
+    assert world.grid is not None
+    with Reporter(quiet=True) as reporter:
+        Job(world.folder / "run", settings, reporter).do(world.grid)
+    report: dict[str, Any] = read_json(world.folder / "run" / "report.json")
+    return report
+
+
+def after(count: int, site: str, kind: str) -> Callable[[str, str], None]:
+    """Break a site at its `count`-th message of a kind."""
+    seen = [0]
+
+    def hinder(name: str, message: str) -> None:
+        if (name, message) == (site, kind):
+            seen[0] += 1
+            if seen[0] > count:
+                raise RuntimeError("the power is off")
+
+    return hinder
+
+
+def test_sums_and_labels_are_those_of_open_answers(world: World) -> None:
+    summed, lost = world.sum()
+    assert lost == {}
+    answers = world.answers()
+    np.testing.assert_allclose(summed.sums, open_sums(world.terms, answers), atol=1e-8)
+    found = unify_summed(world.folder / "q.npy", summed)
+    members = world.terms.members
+    expected = unify([answers[m.site] for m in members], [list(m.classes) for m in members])
+    np.testing.assert_allclose(found.probs, expected.probs, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "count"), [(TERMS, 0), (ROWS, 1)])
+def test_a_site_is_lost_on_the_way(world: World, kind: str, count: int) -> None:
+    world.hinder = after(count, "elk", kind)
+    summed, lost = world.sum()
+    assert list(lost) == ["elk"]
+    left = [name for name in CLASSES if name != "elk"]
+    assert [member.site for member in summed.survivors] == left
+    np.testing.assert_allclose(summed.sums, open_sums(world.terms, world.answers(), left), atol=1e-8)
+
+
+def test_a_site_that_is_not_there_is_lost(world: World) -> None:
+    summed, lost = world.sum(nodes={name: node for name, node in world.nodes.items() if name != "bee"})
+    assert lost == {"bee": "it is not there"}
+    assert len(summed.survivors) == 3
+
+
+def test_a_job_learns_from_those_who_are_left(world: World) -> None:
+    world.hinder = after(1, "bee", ROWS)
+    report = run_job(world, min_sites=3)
+    answers, left = world.answers(), [name for name in CLASSES if name != "bee"]
+    labels = np.load(world.folder / "run" / "labels" / "q.npy")
+    names = read_json(world.folder / "run" / "student" / "labels.json")["labels"]
+    sets = [[names.index(name) for name in CLASSES[site]] for site in left]
+    np.testing.assert_allclose(labels, unify([answers[site] for site in left], sets).probs, atol=1e-5)
+    missed = {site["name"]: (site["answers"], site["missed"]) for site in report["sites"]}
+    assert missed == {"ant": (SIZE, 0), "bee": (0, SIZE), "elk": (SIZE, 0), "fox": (SIZE, 0)}
+    assert next(site["reason"] for site in report["sites"] if site["name"] == "bee")
+    assert [site["bytes"] for site in report["sites"]] == [4 * 3 * SIZE, 0, 4 * 3 * SIZE, 4 * 3 * SIZE]
+    run = world.folder / "run"
+    assert not [*run.rglob("answers.bin"), *run.rglob("rows.bin")]
+
+
+def test_a_job_that_needs_every_site_releases_nothing_without_one(world: World) -> None:
+    world.hinder = after(1, "bee", ROWS)
+    with pytest.raises(AskingError, match="3 of 4 sites have sent all their masked answers, 4 are needed; not: bee"):
+        run_job(world)
+    world.hinder = lambda site, kind: None
+    assert len(run_job(world)["sites"]) == 4  # the same run goes on
+
+
+def test_the_same_command_goes_on_after_a_failure(world: World) -> None:
+    bee, elk = after(0, "bee", UNMASK), after(0, "elk", UNMASK)
+    world.hinder = lambda site, kind: (bee(site, kind), elk(site, kind), None)[2]
+    with pytest.raises(AskingError, match="2 of 4 sites have opened their shares, 3 are needed; not: bee, elk"):
+        world.sum()
+    asked: list[str] = []
+    world.hinder = lambda site, kind: asked.append(kind)
+    summed, lost = world.sum()
+    assert lost == {}
+    assert set(asked) == {UNMASK}  # nothing is asked twice but this
+    np.testing.assert_allclose(summed.sums, open_sums(world.terms, world.answers()), atol=1e-8)
+
+
+def test_another_sum_of_the_same_samples_is_refused_by_the_sites(world: World) -> None:
+    world.sum()
+    again = Terms.model_validate_json(world.terms.model_copy(update={"attempt": 2}).model_dump_json())
+    secure = SecureSum(world.folder / "again", again)
+    assert world.grid is not None
+    with pytest.raises(AskingError, match=r"0 of 4 sites have sent keys.*ant: The site refused: sum-refused"):
+        sum_over(world.grid, world.nodes, secure, patience=60)
+
+
+def test_a_site_gives_sums_no_finer_than_its_policy(world: World) -> None:
+    settings = world.sites["ant"].settings
+    coarse = settings.model_copy(update={"policy": Policy(precision="f16")})
+    world.sites["ant"] = Site(coarse, Linear("ant"))
+    card = world.sites["ant"].card
+    members = tuple(m.model_copy(update={"policy": card.policy}) if m.site == "ant" else m for m in world.terms.members)
+    world.terms = Terms.model_validate_json(world.terms.model_copy(update={"members": members}).model_dump_json())
+    summed, lost = world.sum()
+    assert lost == {}
+    answers = world.answers()
+    fine = open_sums(world.terms, answers)
+    answers["ant"] = answers["ant"].astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(summed.sums, open_sums(world.terms, answers), atol=1e-8)
+    assert np.abs(summed.sums - fine).max() > 1e-5
+
+
+def test_a_site_without_a_key_cannot_take_part(world: World) -> None:
+    card = world.sites["ant"].card.model_copy(update={"identity": None})
+    cards = [card, *(site.card for name, site in world.sites.items() if name != "ant")]
+    contract = RunContract.build(JobSettings(name="job"), cards, (world.pool.digest,))
+    with pytest.raises(AskingError, match="Site ant has no key to sign with"):
+        members_of(contract, {})
+    (world.folder / "ant" / "site.key").unlink()
+    summed, lost = world.sum()
+    assert "sum-refused" in lost["ant"]
+    assert len(summed.survivors) == 3
