@@ -13,8 +13,10 @@ from consilience.client.agent_cli import start
 from consilience.client.check import Preflight
 from consilience.client.coverage import learn_and_show, tell_coverage
 from consilience.client.init_cli import init
+from consilience.client.privacy import train_private, training_epochs
+from consilience.client.privacy.plan_cli import plan
 from consilience.client.site import Site
-from consilience.client.teacher import calibrate_teacher, train_teacher
+from consilience.client.teacher import calibrate_teacher
 from consilience.common.cli import AsJson, Result, emit, emit_findings
 from consilience.common.errors import SettingsError
 from consilience.common.nets import epoch_task
@@ -26,6 +28,8 @@ app = typer.Typer(help="A data owner's side.", no_args_is_help=True)
 app.command()(init)
 
 app.command()(start)
+
+app.command()(plan)
 
 SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
@@ -42,7 +46,7 @@ def train(site: SiteFile, as_json: AsJson = False) -> None:
         covers = settings.policy.coverage != "off"
         if settings.teacher.kind == "train":
             with Reporter() as reporter:
-                train_teacher(settings, epoch_task(reporter, f"training {settings.name}", settings.teacher.fit.epochs))
+                train_private(settings, epoch_task(reporter, f"training {settings.name}", training_epochs(settings)))
         elif (settings.calibration == "off" and not covers) or settings.data is None:
             raise SettingsError(
                 f"{site}: field 'teacher.kind' is {settings.teacher.kind!r}, which is not trained here, and there is "

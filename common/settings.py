@@ -299,9 +299,8 @@ class Pate(Settings):
             given = getattr(self, field) is not None
             if given != (self.answer == "confident"):
                 does = "needs" if not given else "does not use"
-                raise ValueError(
-                    f"answer is {self.answer!r}, which {does} {field}; {'leave it out' if given else 'set it, in votes'}"
-                )
+                step = "set it, in votes" if not given else "leave it out"
+                raise ValueError(f"answer is {self.answer!r}, which {does} {field}; {step}")
         if self.threshold is not None and self.threshold > self.parts:
             raise ValueError(f"threshold is {self.threshold:g}; there are {self.parts} parts, so as many votes at most")
         return self
@@ -334,6 +333,41 @@ class OutputNoise(Settings):
 
 
 Privacy = Annotated[NoPrivacy | Pate | DpSgd | OutputNoise, Field(discriminator="mechanism")]
+
+
+def refuse_what_passes_by(
+    privacy: NoPrivacy | Pate | DpSgd | OutputNoise,
+    policy: Policy,
+    calibration: str,
+    teachers: tuple[TeacherSettings, ...],
+) -> None:
+    """Raise `ValueError` for what would let private data out past the mechanism, or what it cannot train."""
+    mechanism = privacy.mechanism
+    if mechanism == "none":
+        return
+    for teacher in teachers if mechanism != "output-noise" else ():
+        if teacher.kind != "train":
+            raise ValueError(
+                f"privacy.mechanism is {mechanism}, which trains the teacher itself; teacher.kind is "
+                f"{teacher.kind!r}, allowed: 'train'"
+            )
+        if mechanism == "dp-sgd" and teacher.fit.compile:
+            raise ValueError("teacher.fit.compile is true, which dp-sgd cannot make use of; set it to false")
+    if mechanism != "output-noise" and calibration != "off":
+        raise ValueError(
+            f"calibration is {calibration}, which learns from the private data without noise; with "
+            f"privacy.mechanism {mechanism} set it to off"
+        )
+    past = {
+        "coverage": policy.coverage != "off",
+        "class_priors": policy.class_priors,
+        "holdout_accuracy": policy.holdout_accuracy,
+    }
+    for field in (field for field, told in past.items() if told):
+        raise ValueError(
+            f"policy.{field} lets out what the private data say, past privacy.mechanism {mechanism}; set it to "
+            f"{'off' if field == 'coverage' else 'false'}"
+        )
 
 
 class SiteSettings(Settings):
@@ -373,31 +407,7 @@ class SiteSettings(Settings):
 
     @model_validator(mode="after")
     def _nothing_passes_by_the_mechanism(self) -> SiteSettings:
-        mechanism, policy = self.privacy.mechanism, self.policy
-        if mechanism == "none":
-            return self
-        if mechanism != "output-noise" and self.teacher.kind != "train":
-            raise ValueError(
-                f"privacy.mechanism is {mechanism}, which trains the teacher itself; teacher.kind is "
-                f"{self.teacher.kind!r}, allowed: 'train'"
-            )
-        if mechanism != "output-noise" and self.calibration != "off":
-            raise ValueError(
-                f"calibration is {self.calibration}, which learns from the private data without noise; with "
-                f"privacy.mechanism {mechanism} set it to off"
-            )
-        if isinstance(self.teacher, TrainTeacher) and mechanism == "dp-sgd" and self.teacher.fit.compile:
-            raise ValueError("teacher.fit.compile is true, which dp-sgd cannot make use of; set it to false")
-        past = {
-            "coverage": policy.coverage != "off",
-            "class_priors": policy.class_priors,
-            "holdout_accuracy": policy.holdout_accuracy,
-        }
-        for field in (field for field, told in past.items() if told):
-            raise ValueError(
-                f"policy.{field} lets out what the private data say, past privacy.mechanism {mechanism}; set it to "
-                f"{'off' if field == 'coverage' else 'false'}"
-            )
+        refuse_what_passes_by(self.privacy, self.policy, self.calibration, (self.teacher,))
         return self
 
 
@@ -543,6 +553,11 @@ class Simulation(Settings):
     """The mechanism behind which every site's teacher answers."""
     calibration: Literal["temperature", "dirichlet", "off"] = "temperature"
     """As at a site; `pate` and `dp-sgd` need `off`."""
+
+    @model_validator(mode="after")
+    def _nothing_passes_by_the_mechanism(self) -> Simulation:
+        refuse_what_passes_by(self.privacy, self.policy, self.calibration, self.teachers)
+        return self
 
 
 class JobSettings(Settings):

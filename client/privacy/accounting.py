@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from consilience.client.privacy.events import DpSgdTraining, Event, PateThreshold, Unit
@@ -68,9 +68,7 @@ def account(events: Iterable[Event], delta: float) -> Spent:
         bare = "answers left without a mechanism" if None in units else "one and the other unit were protected"
         return Spent(unit=None, delta=delta, epsilon=None, rdp=None, pld=None, why=f"{bare}: no formal guarantee")
     library = accountant_library()
-    composed = library.dp_event.ComposedDpEvent(
-        [library.dp_event.SelfComposedDpEvent(_gaussian(event, library), count) for event, count in counts.items()]
-    )
+    composed = _composed(counts, library)
     rdp = float(library.rdp.RdpAccountant(ORDERS).compose(composed).get_epsilon(delta))
     pld: float | None = None
     if rdp < LARGEST:
@@ -79,6 +77,38 @@ def account(events: Iterable[Event], delta: float) -> Spent:
         pld = float(accountant.compose(composed).get_epsilon(delta))
     (unit,) = units
     return Spent(unit=unit, delta=delta, epsilon=rdp if pld is None else min(rdp, pld), rdp=rdp, pld=pld)
+
+
+def noise_for(
+    events: Callable[[float], Iterable[Event]], epsilon: float, delta: float, guess: float, *, sampled: bool = False
+) -> float:
+    """Return about the least noise with which `events` of that noise come to at most `epsilon`, above 0, at `delta`.
+
+    `guess` says where to look first. It is found by privacy loss distributions; with `sampled`, by Rényi's divergence,
+    which is quicker there and asks for a little more. Raises `MissingExtraError` without dp-accounting.
+    """
+    library = accountant_library()
+
+    def fresh() -> Any:
+        if sampled:
+            return library.rdp.RdpAccountant(ORDERS)
+        return library.pld.PLDAccountant(value_discretization_interval=max(FINEST, epsilon / MOST_STEPS))
+
+    def composed(noise: float) -> Any:
+        return _composed(_together(events(noise)), library)
+
+    def enough(noise: float) -> bool:
+        return bool(fresh().compose(composed(noise)).get_epsilon(delta) <= epsilon)
+
+    while not enough(guess):
+        guess *= 2
+    while enough(guess / 2):
+        guess /= 2
+    bracket = library.mechanism_calibration.ExplicitBracketInterval(guess / 2, guess)
+    found = library.mechanism_calibration.calibrate_dp_mechanism(
+        fresh, composed, epsilon, delta, bracket, tol=guess * 1e-4
+    )
+    return float(found)
 
 
 def accountant_library() -> Any:
@@ -91,6 +121,13 @@ def accountant_library() -> Any:
         raise MissingExtraError("Accounting for privacy needs dp-accounting", hint=EXTRA) from error
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every order that it leaves out, which is allowed
     return library
+
+
+def _composed(counts: Mapping[Event, int], library: Any) -> Any:
+    """Return events, each with how many there are of it, as one of dp-accounting's."""
+    return library.dp_event.ComposedDpEvent(
+        [library.dp_event.SelfComposedDpEvent(_gaussian(event, library), count) for event, count in counts.items()]
+    )
 
 
 def _gaussian(event: Event, library: Any) -> Any:

@@ -180,9 +180,7 @@ class _Run:
                 model = copy.deepcopy(self.model).train()
                 order, windows = self._plan(0)
                 first = slice(self.batch)
-                made.append(
-                    (model, sgd(model, self.fit), order[first].to(self.device), windows and windows[first])
-                )
+                made.append((model, sgd(model, self.fit), order[first].to(self.device), windows and windows[first]))
             with self._alone(0):
                 self._step(*made[0], rate=0.0, bf16=bf16)
 

@@ -1,0 +1,82 @@
+"""`consilience site plan`: what each mechanism needs and gives, as a table.
+
+Does not live here: where the numbers come from (plan).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from consilience.client.privacy.plan import Alternative, alternatives
+from consilience.common.cli import AsJson, Result, emit
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import load_settings
+
+
+def plan(
+    site: Annotated[Path, typer.Argument(help="The site's site.yaml.")],
+    epsilon: Annotated[float, typer.Option(help="Privacy loss that all the answers together may come to.")],
+    samples: Annotated[int, typer.Option(help="How many pool samples are answered.")],
+    delta: Annotated[
+        float | None, typer.Option(help="Chance with which epsilon may not hold; by default the settings'.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what noise each mechanism needs for that many answers at that epsilon, and what its labels would be worth.
+
+    Nothing is changed or released. Accuracies are measured on private data without noise, or assumed, as the table
+    says: they are for the site's own eyes.
+    """
+
+    def action() -> Result:
+        settings = load_settings(site, SiteSettings)
+        found = alternatives(settings, epsilon, samples, delta)
+        rows = [_about(one) for one in found]
+        table = Table(
+            *("mechanism", "protects", "noise", "epsilon", "accuracy", "says something", "trainings", "estimated from"),
+            caption=f"{samples:,} samples, delta {found[0].spent.delta:g}; accuracies are not private: keep them here",
+        )
+        for one, row in zip(found, rows, strict=True):
+            table.add_row(*map(Text, _shown(one, row)))
+        data = {"epsilon": epsilon, "samples": samples, "delta": found[0].spent.delta, "alternatives": rows}
+        return data, table
+
+    emit(as_json, action)
+
+
+def _about(one: Alternative) -> dict[str, Any]:
+    return {
+        "settings": one.settings.model_dump(mode="json", exclude_none=True, exclude={"delta"}),
+        "configured": one.configured,
+        "unit": one.spent.unit,
+        "epsilon": one.spent.epsilon,
+        "epsilon_rdp": one.spent.rdp,
+        "epsilon_pld": one.spent.pld,
+        "accuracy": one.value.accuracy,
+        "answered": one.value.answered,
+        "basis": one.value.basis,
+        "trainings": one.trainings,
+        "paid": one.payment,
+    }
+
+
+def _shown(one: Alternative, row: dict[str, Any]) -> tuple[str, ...]:
+    held = row["settings"]
+    name = f"{held['mechanism']} ({held['answer']})" if "answer" in held else str(held["mechanism"])
+    noises = {"sigma": "", "threshold_sigma": "on the threshold ", "noise_multiplier": "multiplier "}
+    noise = ", ".join(f"{told}{held[field]:.4g}" for field, told in noises.items() if field in held)
+    return (
+        f"{name}, as set now" if one.configured else name,
+        f"the {one.spent.unit}" if one.spent.unit else "nothing: no formal guarantee",
+        noise or "none",
+        "not bounded" if one.spent.epsilon is None else f"{one.spent.epsilon:.3g}, paid {one.payment}",
+        "not known" if one.value.accuracy is None else f"{one.value.accuracy:.1%}",
+        "" if one.value.answered is None else f"{one.value.answered:.0%}",
+        str(one.trainings),
+        one.value.basis,
+    )
