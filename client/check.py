@@ -21,6 +21,7 @@ from consilience.client.agent_cli import papers
 from consilience.client.connection import DroppedError, LostError
 from consilience.client.coverage import load_coverage, tell_coverage
 from consilience.client.fleet import open_fleet
+from consilience.client.privacy import describe_privacy
 from consilience.client.reach import certificate_end, connect, resolve
 from consilience.client.teacher import CalibratedTeacher, load_teacher
 from consilience.common.data import open_data
@@ -118,7 +119,8 @@ class Preflight:
     def _tell_policy(self) -> str:
         policy = self._settings.policy
         told = ["name, classes, kind and fingerprint of the teacher"]
-        told += [f"log-probabilities as {' or '.join(policy.encodings)}"]
+        behind = describe_privacy(self._settings)
+        told += [f"log-probabilities as {' or '.join(policy.encodings)}" + (f" behind {behind}" if behind else "")]
         if policy.coverage_encodings:
             told += [f"coverage, if the site has learned it, as {' or '.join(policy.coverage_encodings)}"]
         told += ["the class shares of the private data"] if policy.class_priors else []

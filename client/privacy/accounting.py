@@ -106,7 +106,7 @@ def noise_for(
         guess /= 2
     bracket = library.mechanism_calibration.ExplicitBracketInterval(guess / 2, guess)
     found = library.mechanism_calibration.calibrate_dp_mechanism(
-        fresh, composed, epsilon, delta, bracket, tol=guess * 1e-4
+        fresh, composed, epsilon, delta, bracket, tol=guess * 5e-4
     )
     return float(found)
 

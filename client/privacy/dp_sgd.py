@@ -25,7 +25,7 @@ from consilience.client.privacy.accounting import EXTRA
 from consilience.client.privacy.events import DpSgdTraining
 from consilience.client.privacy.noise import load_secret
 from consilience.client.privacy.records import places
-from consilience.client.teacher.protocol import ScoringTeacher
+from consilience.client.teacher.protocol import ScoringTeacher, brief
 from consilience.client.teacher.trained import (
     TrainedTeacher,
     accuracy,
@@ -43,7 +43,7 @@ from consilience.common.nets.architectures import ARCHITECTURES
 from consilience.common.nets.batches import Pixels, Windows
 from consilience.common.nets.loop import one_cycle, sgd
 from consilience.common.nets.seeding import derive
-from consilience.common.settings import DpSgd, Fit, SiteSettings
+from consilience.common.settings import DpSgd, Fit, SiteSettings, TrainTeacher
 
 GROUPS = 8
 """Groups of channels that are normalised together, at most, where a network had batch normalisation."""
@@ -68,7 +68,7 @@ def grouped(network: nn.Module) -> nn.Module:
         else:
             grouped(child)
     if hasattr(network, "inplace"):
-        network.inplace = False
+        vars(network)["inplace"] = False
     return network
 
 
@@ -112,7 +112,7 @@ def train_dp(
         device = default_device()
         pixels = Pixels(data.read(learned), used, device)
         loss = Supervised(labels[learned], device)
-        curve, steps, rate = _fit(model.to(device), pixels, loss, teacher.fit, private, seed, on_epoch)
+        curve, steps, rate = _fit(model.to(device), pixels, loss, teacher, private, seed, on_epoch)
         save_model(path, model)
         digest = sha256_file(path)
         record = DpSgdTeacher(
@@ -163,19 +163,19 @@ def _fit(
     model: nn.Module,
     pixels: Pixels,
     loss: Supervised,
-    fit: Fit,
+    teacher: TrainTeacher,
     private: DpSgd,
     seed: int,
     on_epoch: Callable[[EpochRecord], None] | None,
 ) -> tuple[list[EpochRecord], int, float]:
     """Train `model`; return the epochs, how many steps there were, and each record's chance to be in one."""
-    opacus = _opacus()
+    opacus, fit = _opacus(), teacher.fit
     n, device = len(pixels.pixels), pixels.pixels.device
     rate, steps = sampling(n, fit)
     total, records, taken = fit.epochs * steps, list[EpochRecord](), 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*backward hook.*")  # of the first layer, whose input wants no gradient
-        wrapped = _wrapped(model.train(), opacus)
+        wrapped = _wrapped(model.train(), teacher.architecture, opacus)
         optimizer = opacus.optimizers.DPOptimizer(
             sgd(model, fit),
             noise_multiplier=private.noise_multiplier,
@@ -207,12 +207,13 @@ def _fit(
                     on_epoch(record)
         wrapped.remove_hooks()
         for parameter in model.parameters():
-            del parameter.grad_sample, parameter.summed_grad
+            for held in ("grad_sample", "summed_grad"):
+                delattr(parameter, held)
     model.to(device).eval()
     return records, taken, rate
 
 
-def _wrapped(model: nn.Module, opacus: Any) -> Any:
+def _wrapped(model: nn.Module, architecture: str, opacus: Any) -> Any:
     """Return the network with gradients by the sample. Raises `TeacherError` for one that cannot have them."""
     errors = opacus.validators.ModuleValidator.validate(model, strict=False)
     try:
@@ -221,7 +222,7 @@ def _wrapped(model: nn.Module, opacus: Any) -> Any:
         return opacus.GradSampleModule(model)
     except Exception as error:  # opacus has a kind of its own for every layer
         raise TeacherError(
-            f"The network has a layer that mixes the samples of a batch: {str(error).splitlines()[0]}",
+            f"{architecture}: opacus has no gradient by the sample for it: {brief(error)}",
             hint=f"Choose another teacher.architecture, for example one of: {', '.join(ARCHITECTURES)}",
         ) from error
 

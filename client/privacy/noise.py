@@ -59,7 +59,7 @@ class Secret:
         drawn = hmac.digest(self.key, b"normal\0" + canonical_json([purpose, list(images.shape[1:])]), "sha256")
         stream = bytearray()
         for image in images:
-            content = hashlib.sha256(np.ascontiguousarray(image)).digest()
+            content = hashlib.sha256(np.ascontiguousarray(image).data).digest()
             stream += hashlib.shake_256(drawn + content).digest(8 * count)
         words = np.frombuffer(stream, "<u8").reshape(len(images), count)
         # 53 bits, and half a step away from 0 and 1, where the quantile is infinite.

@@ -42,10 +42,10 @@ class Alternative:
 
     @property
     def payment(self) -> str:
-        """When it is paid."""
+        """When epsilon is paid; what is paid once covers any number of answers."""
         if isinstance(self.settings, NoPrivacy):
-            return "never: it is not bounded"
-        return "once, for any number of answers" if isinstance(self.settings, DpSgd) else "with every answer"
+            return "never"
+        return "once" if isinstance(self.settings, DpSgd) else "with every answer"
 
 
 def alternatives(settings: SiteSettings, epsilon: float, samples: int, delta: float | None = None) -> list[Alternative]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -37,16 +38,21 @@ def plan(
         settings = load_settings(site, SiteSettings)
         found = alternatives(settings, epsilon, samples, delta)
         rows = [_about(one) for one in found]
-        table = Table(
-            *("mechanism", "protects", "noise", "epsilon", "accuracy", "says something", "trainings", "estimated from"),
-            caption=f"{samples:,} samples, delta {found[0].spent.delta:g}; accuracies are not private: keep them here",
-        )
-        for one, row in zip(found, rows, strict=True):
-            table.add_row(*map(Text, _shown(one, row)))
         data = {"epsilon": epsilon, "samples": samples, "delta": found[0].spent.delta, "alternatives": rows}
-        return data, table
+        return data, _view(found, data)
 
     emit(as_json, action)
+
+
+def _view(found: list[Alternative], data: dict[str, Any]) -> Group:
+    """Return the table, and below it what each accuracy rests on."""
+    bases = list(dict.fromkeys(one.value.basis for one in found))
+    table = Table("mechanism", "protects", "noise", "epsilon", "paid", "accuracy", "labelled", "networks")
+    for one, row in zip(found, data["alternatives"], strict=True):
+        table.add_row(*map(Text, _shown(one, row, bases.index(one.value.basis) + 1)))
+    notes = [f"{number}. {basis}" for number, basis in enumerate(bases, 1)]
+    about = f"{data['samples']:,} samples, delta {data['delta']:g}. Accuracies are not private: they stay here."
+    return Group(table, Text("\n".join([about, *notes])))
 
 
 def _about(one: Alternative) -> dict[str, Any]:
@@ -65,18 +71,18 @@ def _about(one: Alternative) -> dict[str, Any]:
     }
 
 
-def _shown(one: Alternative, row: dict[str, Any]) -> tuple[str, ...]:
+def _shown(one: Alternative, row: dict[str, Any], basis: int) -> tuple[str, ...]:
     held = row["settings"]
     name = f"{held['mechanism']} ({held['answer']})" if "answer" in held else str(held["mechanism"])
     noises = {"sigma": "", "threshold_sigma": "on the threshold ", "noise_multiplier": "multiplier "}
     noise = ", ".join(f"{told}{held[field]:.4g}" for field, told in noises.items() if field in held)
     return (
         f"{name}, as set now" if one.configured else name,
-        f"the {one.spent.unit}" if one.spent.unit else "nothing: no formal guarantee",
+        f"the {one.spent.unit}" if one.spent.unit else "nothing",
         noise or "none",
-        "not bounded" if one.spent.epsilon is None else f"{one.spent.epsilon:.3g}, paid {one.payment}",
-        "not known" if one.value.accuracy is None else f"{one.value.accuracy:.1%}",
+        "not bounded" if one.spent.epsilon is None else f"{one.spent.epsilon:.3g}",
+        one.payment,
+        f"not known ({basis})" if one.value.accuracy is None else f"{one.value.accuracy:.1%} ({basis})",
         "" if one.value.answered is None else f"{one.value.answered:.0%}",
         str(one.trainings),
-        one.value.basis,
     )

@@ -42,7 +42,7 @@ def places(data: ImageData, parts: int, holdout: float, seed: int) -> Places:
     for first in range(0, len(data), _CHUNK):
         for row, image in enumerate(data.read(np.arange(first, min(first + _CHUNK, len(data)))), first):
             own = start.copy()
-            own.update(np.ascontiguousarray(image))
+            own.update(np.ascontiguousarray(image).data)
             whole.update(own.digest())
             words[row] = np.frombuffer(own.digest()[:16], "<u8")
     part = (words[:, 0] % np.uint64(parts)).astype(np.int64)

@@ -22,7 +22,8 @@ def project(values: NDArray[np.float64]) -> NDArray[np.float64]:
     places = np.arange(1, values.shape[1] + 1)
     kept = np.count_nonzero(ordered * places > above, axis=1)
     shift = above[np.arange(len(values)), kept - 1] / kept
-    return np.maximum(values - shift[:, None], 0)
+    nearest: NDArray[np.float64] = np.maximum(values - shift[:, None], 0)
+    return nearest
 
 
 def as_answer(probs: NDArray[np.float64]) -> NDArray[np.float32]:
