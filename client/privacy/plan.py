@@ -121,7 +121,7 @@ def _dp_sgd(fit: Fit, records: int, epsilon: float, delta: float) -> DpSgd:
     def events(noise: float) -> tuple[Event, ...]:
         return (_training(noise, fit, records),)
 
-    noise = noise_for(events, epsilon, delta, guess=1.0, sampled=True)
+    noise = noise_for(events, epsilon, delta, guess=1.0)
     return DpSgd(mechanism="dp-sgd", noise_multiplier=noise, delta=_allowed(delta))
 
 
