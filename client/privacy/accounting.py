@@ -29,9 +29,9 @@ ORDERS = (
 )
 """Orders at which Rényi divergence is followed: a bound holds at any, and the best of them is taken."""
 WHOLE_ORDERS = tuple(int(order) for order in ORDERS if order == int(order))
-"""Orders for what samples records: there dp-accounting 0.6 is exact at whole orders, and between them slow and loose."""
+"""Orders for what samples records: dp-accounting 0.6 is exact at these there, and slow and loose between them."""
 FINEST = 1e-4
-"""Steps of privacy loss that distributions are kept in; wider where losses are large (`_step`)."""
+"""Steps of privacy loss that distributions are kept in; wider where losses are large."""
 MOST_STEPS = 2e4
 """About how many such steps the loss expected may take: more would need memory and say no more."""
 LARGEST = 1e4

@@ -102,4 +102,5 @@ def _make(path: Path) -> None:
     except OSError as error:
         raise storage_error(error, path, "write") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()

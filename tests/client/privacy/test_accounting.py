@@ -109,9 +109,7 @@ def test_dp_sgd_is_as_opacus_and_dp_accounting_have_it(noise: float, rate: float
 
 
 @settings(max_examples=10)
-@given(
-    st.floats(30, 300), st.integers(1, 500), st.floats(1.05, 3), st.floats(1e-9, 1e-3), st.sampled_from([1.5, 10.0])
-)
+@given(st.floats(30, 300), st.integers(1, 500), st.floats(1.05, 3), st.floats(1e-9, 1e-3), st.sampled_from([1.5, 10.0]))
 def test_epsilon_is_monotone(sigma: float, count: int, more: float, delta: float, wider: float) -> None:
     base = bounded(account([PateVotes(sigma=sigma, count=count)], delta))
     assert bounded(account([PateVotes(sigma=sigma, count=math.ceil(count * more))], delta)) >= base
