@@ -82,9 +82,7 @@ def account(events: Iterable[Event], delta: float) -> Spent:
     return Spent(unit=unit, delta=delta, epsilon=rdp if pld is None else min(rdp, pld), rdp=rdp, pld=pld)
 
 
-def noise_for(
-    events: Callable[[float], Iterable[Event]], epsilon: float, delta: float, guess: float
-) -> float:
+def noise_for(events: Callable[[float], Iterable[Event]], epsilon: float, delta: float, guess: float) -> float:
     """Return about the least noise with which `events` of that noise come to at most `epsilon`, above 0, at `delta`.
 
     `guess` says where to look first. It is found by privacy loss distributions, or by Rényi's divergence for what

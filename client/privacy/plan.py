@@ -45,7 +45,7 @@ class Alternative:
         """When epsilon is paid; what is paid once covers any number of answers."""
         if isinstance(self.settings, NoPrivacy):
             return "never"
-        return "once" if isinstance(self.settings, DpSgd) else "with every answer"
+        return "once" if isinstance(self.settings, DpSgd) else "by answer"
 
 
 def alternatives(settings: SiteSettings, epsilon: float, samples: int, delta: float | None = None) -> list[Alternative]:

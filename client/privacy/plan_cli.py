@@ -45,14 +45,20 @@ def plan(
 
 
 def _view(found: list[Alternative], data: dict[str, Any]) -> Group:
-    """Return the table, and below it what each accuracy rests on."""
+    """Return the table, and below it what is to be known about it."""
     bases = list(dict.fromkeys(one.value.basis for one in found))
-    table = Table("mechanism", "protects", "noise", "epsilon", "paid", "accuracy", "labelled", "networks")
+    table = Table()
+    for head in ("mechanism", "protects", "noise", "epsilon", "accuracy", "nets"):
+        table.add_column(head, no_wrap=head != "noise", overflow="fold")
     for one, row in zip(found, data["alternatives"], strict=True):
         table.add_row(*map(Text, _shown(one, row, bases.index(one.value.basis) + 1)))
-    notes = [f"{number}. {basis}" for number, basis in enumerate(bases, 1)]
-    about = f"{data['samples']:,} samples, delta {data['delta']:g}. Accuracies are not private: they stay here."
-    return Group(table, Text("\n".join([about, *notes])))
+    notes = [
+        f"For {data['samples']:,} samples at delta {data['delta']:g}; * as set now. dp-sgd is paid once, for any number.",
+        "Of pate (confident), noise is on the votes, and on the threshold; accuracy is of the share that is labelled.",
+        "Accuracies are not private: they are for you alone. They come from:",
+        *(f"{number}. {basis}" for number, basis in enumerate(bases, 1)),
+    ]
+    return Group(table, Text("\n".join(notes)))
 
 
 def _about(one: Alternative) -> dict[str, Any]:
@@ -72,17 +78,17 @@ def _about(one: Alternative) -> dict[str, Any]:
 
 
 def _shown(one: Alternative, row: dict[str, Any], basis: int) -> tuple[str, ...]:
-    held = row["settings"]
+    held, value = row["settings"], one.value
     name = f"{held['mechanism']} ({held['answer']})" if "answer" in held else str(held["mechanism"])
-    noises = {"sigma": "", "threshold_sigma": "on the threshold ", "noise_multiplier": "multiplier "}
-    noise = ", ".join(f"{told}{held[field]:.4g}" for field, told in noises.items() if field in held)
+    noises = [held[field] for field in ("noise_multiplier", "sigma", "threshold_sigma") if field in held]
+    accuracy = "not known" if value.accuracy is None else f"{value.accuracy:.1%}"
+    if value.answered is not None and value.answered < 1:
+        accuracy += f" of {value.answered:.0%}"
     return (
-        f"{name}, as set now" if one.configured else name,
-        f"the {one.spent.unit}" if one.spent.unit else "nothing",
-        noise or "none",
-        "not bounded" if one.spent.epsilon is None else f"{one.spent.epsilon:.3g}",
-        one.payment,
-        f"not known ({basis})" if one.value.accuracy is None else f"{one.value.accuracy:.1%} ({basis})",
-        "" if one.value.answered is None else f"{one.value.answered:.0%}",
+        f"{name} *" if one.configured else name,
+        one.spent.unit or "nothing",
+        ", ".join(f"{noise:.4g}" for noise in noises) or "none",
+        "no bound" if one.spent.epsilon is None else f"{one.spent.epsilon:.3g}",
+        f"{accuracy} ({basis})",
         str(one.trainings),
     )
