@@ -63,7 +63,7 @@ def account(events: Iterable[Event], delta: float) -> Spent:
     if not 0 < delta < 1:
         raise SettingsError(f"delta is {delta:g}; allowed: between 0 and 1", hint="Give about 1e-5")
     counts = _together(events)
-    units = {event.unit for event in counts}
+    units: set[Unit | None] = {event.unit for event in counts}
     if not counts:
         return Spent(unit=None, delta=delta, epsilon=0.0, rdp=0.0, pld=0.0, why="nothing left the site")
     if None in units or len(units) > 1:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from consilience.client.privacy.plan import Alternative, alternatives
 from consilience.common.cli import AsJson, Result, emit
-from consilience.common.settings import SiteSettings
+from consilience.common.settings import DpSgd, Pate, SiteSettings
 from consilience.common.settings_file import load_settings
 
 
@@ -52,9 +52,11 @@ def _view(found: list[Alternative], data: dict[str, Any]) -> Group:
         table.add_column(head, no_wrap=head != "noise", overflow="fold")
     for one, row in zip(found, data["alternatives"], strict=True):
         table.add_row(*map(Text, _shown(one, row, bases.index(one.value.basis) + 1)))
+    trains = any(isinstance(one.settings, Pate | DpSgd) for one in found)
     notes = [
-        f"For {data['samples']:,} samples at delta {data['delta']:g}; * as set now. dp-sgd is paid once, for any number.",
-        "Of pate (confident), noise is on the votes, and on the threshold; accuracy is of the share that is labelled.",
+        f"For {data['samples']:,} samples at delta {data['delta']:g}; * as set now."
+        + " dp-sgd is paid once, for any number." * trains,
+        *["Of pate (confident): noise on votes and on the threshold; accuracy of the share that is labelled."] * trains,
         "Accuracies are not private: they are for you alone. They come from:",
         *(f"{number}. {basis}" for number, basis in enumerate(bases, 1)),
     ]

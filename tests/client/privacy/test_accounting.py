@@ -89,8 +89,8 @@ def test_gaussians_are_as_dp_accounting_has_them(kind: type, sigma: float, count
 
 
 def by_opacus(noise: float, rate: float, steps: int, orders: Sequence[float]) -> float:
-    curve = opacus_rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=orders)
-    found, _ = opacus_rdp.get_privacy_spent(orders=orders, rdp=curve, delta=DELTA)
+    curve = opacus_rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=list(orders))
+    found, _ = opacus_rdp.get_privacy_spent(orders=list(orders), rdp=curve, delta=DELTA)
     return float(found)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import opacus
 import pytest
 import torch
 from opacus.accountants import RDPAccountant
+from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import nn
 
@@ -40,7 +40,7 @@ class Watched:
         self.accountant = RDPAccountant()
         watched = self
 
-        class Optimizer(opacus.optimizers.DPOptimizer):
+        class Optimizer(DPOptimizer):
             def __init__(self, *given: Any, **named: Any) -> None:
                 super().__init__(*given, **named)
                 watched.optimizers.append(self)
@@ -48,21 +48,21 @@ class Watched:
             def clip_and_accumulate(self) -> None:
                 watched.sizes.append(len(self.grad_samples[0]))
                 super().clip_and_accumulate()
-                flat = torch.cat([parameter.summed_grad.flatten() for parameter in self.params])
+                flat = torch.cat([vars(parameter)["summed_grad"].flatten() for parameter in self.params])
                 watched.sums.append(float(flat.norm()))
 
-            def step(self, *given: Any) -> Any:
+            def step(self, closure: Any = None) -> Any:
                 (sampler,) = watched.samplers
                 watched.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=sampler.sample_rate)
-                return super().step(*given)
+                return super().step(closure)
 
         class Sampler(UniformWithReplacementSampler):
             def __init__(self, **named: Any) -> None:
                 super().__init__(**named)
                 watched.samplers.append(self)
 
-        monkeypatch.setattr(opacus.optimizers, "DPOptimizer", Optimizer)
-        monkeypatch.setattr(opacus.utils.uniform_sampler, "UniformWithReplacementSampler", Sampler)
+        monkeypatch.setattr("opacus.optimizers.DPOptimizer", Optimizer)
+        monkeypatch.setattr("opacus.utils.uniform_sampler.UniformWithReplacementSampler", Sampler)
 
 
 def private(settings: SiteSettings) -> DpSgd:
@@ -93,7 +93,7 @@ def test_it_samples_cuts_and_blurs_as_the_accountant_believes(make: Make, monkey
     assert (noise, rate, steps) == (event.noise_multiplier, event.sample_rate, event.steps)
     spent = account(answering_costs(settings, 10**6), 1e-5)
     assert spent.unit == "record"
-    orders = list(range(2, 64))
+    orders: list[float | int] = list(range(2, 64))
     assert spent.rdp == pytest.approx(watched.accountant.get_privacy_spent(delta=1e-5, alphas=orders)[0], rel=1e-6)
 
 
