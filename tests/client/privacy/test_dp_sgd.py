@@ -134,6 +134,20 @@ def test_a_training_is_its_secret_s(tmp_path: Path) -> None:
     assert digest() != first
 
 
+def test_other_data_have_other_noise_and_other_samples(make: Make, tmp_path: Path) -> None:
+    settings = make(NOISY, fit={"epochs": 1, "batch_size": 64})
+    images, labels = bars(120)
+    images[7, 0, 0, 0] ^= 1
+    seeds = set()
+    for data in (bars(120), (images, labels), (bars(120)[0], np.roll(labels, 3))):
+        write_data(tmp_path, *data)
+        with pytest.MonkeyPatch.context() as patch:
+            watched = Watched(patch)
+            train_dp(settings, private(settings))
+        seeds |= {watched.optimizers[0].generator.initial_seed(), watched.samplers[0].generator.initial_seed()}
+    assert len(seeds) == 4  # labels that are rolled by a class's worth are the same labels
+
+
 def test_one_record_fewer_changes_nothing_of_who_is_held_out(make: Make, tmp_path: Path) -> None:
     images, labels = bars(120)
     settings = make(NOISY, fit={"epochs": 1, "batch_size": 64})

@@ -5,9 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from consilience.client.privacy.noise import Secret
+from consilience.client.privacy import answering_costs, train_private
+from consilience.client.privacy.events import NoisyOutputs
+from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.outputs import NoisyTeacher
+from consilience.client.privacy.simplex import as_answer, project
+from consilience.client.teacher import calibrate_teacher, describe_teacher, load_teacher
 from consilience.common.settings import OutputNoise
+from helpers.private_site import Make, bars
 
 QUIET = OutputNoise(mechanism="output-noise", sigma=0.01)
 LOUD = OutputNoise(mechanism="output-noise", sigma=1.5)
@@ -71,6 +76,31 @@ def test_another_site_model_or_scale_has_independent_noise_and_another_fingerpri
         assert abs(same - np.sum(chance**2)) < 0.05
     # delta is for accounting alone: it changes no answer
     assert noisy(LOUD.model_copy(update={"delta": 1e-7})).fingerprint == one.fingerprint
+
+
+def test_a_site_answers_behind_the_noise_after_its_calibration(make: Make) -> None:
+    bare = make({"mechanism": "none"}, calibration="temperature", teacher={"holdout": 0.3}, fit={"epochs": 3})
+    train_private(bare)
+    calibrate_teacher(bare)
+    settings = make(
+        {"mechanism": "output-noise", "sigma": 0.05},
+        calibration="temperature",
+        teacher={"holdout": 0.3},
+        fit={"epochs": 3},
+    )
+    images = bars(30, seed=9)[0]
+    plain, teacher = load_teacher(bare), load_teacher(settings)
+    assert plain.record is not None
+    assert plain.record.map is not None
+    assert teacher.told == f"{plain.told}, before noise"
+    assert len({teacher.fingerprint, plain.fingerprint, plain.teacher.fingerprint}) == 3
+    purpose = [{"mechanism": "output-noise", "sigma": 0.05}, plain.fingerprint]
+    noise = 0.05 * load_secret(settings).normal(purpose, images, 3)
+    probs = np.exp(plain.log_probs(images).astype(np.float64)) + noise
+    np.testing.assert_allclose(teacher.log_probs(images), as_answer(project(probs)), atol=1e-3)
+    assert np.abs(teacher.log_probs(images) - plain.log_probs(images)).max() > 0.05
+    assert answering_costs(settings, 9) == (NoisyOutputs(sigma=0.05, count=9),)
+    assert describe_teacher(settings)[0].endswith("protects the whole model's answer, not a record; noise 0.05")
 
 
 def test_no_image_is_no_answer() -> None:
