@@ -24,6 +24,7 @@ from consilience.client.coverage import load_coverage, tell_coverage
 from consilience.client.explain import tell_policy
 from consilience.client.fleet import open_fleet
 from consilience.client.ledger import Ledger
+from consilience.client.privacy import describe_privacy
 from consilience.client.reach import certificate_end, connect, resolve
 from consilience.client.teacher import CalibratedTeacher, load_teacher
 from consilience.common.data import open_data
@@ -122,7 +123,9 @@ class Preflight:
     def _tell_policy(self) -> str:
         policy = self._settings.policy
         told = ["name, classes, kind and fingerprint of the teacher"]
+        behind = describe_privacy(self._settings)
         told += [f"log-probabilities as {' or '.join(encoding_names(policy.encodings))}"]
+        told[-1] += f" behind {behind}" if behind else ""
         if policy.coverage_encodings:
             told += [f"coverage, if the site has learned it, as {' or '.join(policy.coverage_encodings)}"]
         told += ["the class shares of the private data"] if policy.class_priors else []

@@ -17,8 +17,10 @@ from consilience.client.init_cli import init
 from consilience.client.ledger_cli import app as ledger
 from consilience.client.policy import limits
 from consilience.client.policy_cli import approve, explain
+from consilience.client.privacy import train_private, training_epochs
+from consilience.client.privacy.plan_cli import plan
 from consilience.client.site import Site
-from consilience.client.teacher import calibrate_teacher, train_teacher
+from consilience.client.teacher import calibrate_teacher
 from consilience.common.cli import AsJson, Result, emit, emit_findings
 from consilience.common.errors import SettingsError
 from consilience.common.nets import epoch_task
@@ -34,6 +36,8 @@ app.command()(start)
 app.command()(approve)
 
 app.command()(explain)
+
+app.command()(plan)
 
 app.add_typer(ledger, name="ledger")
 
@@ -52,7 +56,7 @@ def train(site: SiteFile, as_json: AsJson = False) -> None:
         covers = settings.policy.coverage != "off"
         if settings.teacher.kind == "train":
             with Reporter() as reporter:
-                train_teacher(settings, epoch_task(reporter, f"training {settings.name}", settings.teacher.fit.epochs))
+                train_private(settings, epoch_task(reporter, f"training {settings.name}", training_epochs(settings)))
         elif (settings.calibration == "off" and not covers) or settings.data is None:
             raise SettingsError(
                 f"{site}: field 'teacher.kind' is {settings.teacher.kind!r}, which is not trained here, and there is "

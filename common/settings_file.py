@@ -103,9 +103,9 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     if kind == "value_error":
         return f"{field}: {context.get('error')}" if field else f"{context.get('error')}"
     if kind == "union_tag_invalid":
-        return f"field {field + '.kind'!r} is {context['tag']!r}; allowed: {context['expected_tags']}"
+        return f"field {field + _told_apart(context)!r} is {context['tag']!r}; allowed: {context['expected_tags']}"
     if kind == "union_tag_not_found":
-        return f"field {field + '.kind'!r} is missing"
+        return f"field {field + _told_apart(context)!r} is missing"
     message = error["msg"]
     return f"field {field!r} is {_brief(error['input'])}; {message[0].lower() + message[1:]}"
 
@@ -137,8 +137,13 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _has_tag(model: type[BaseModel], tag: str) -> bool:
-    kind = model.model_fields.get("kind")
-    return kind is not None and tag in getattr(kind.annotation, "__args__", ())
+    fields = (model.model_fields.get(name) for name in ("kind", "mechanism"))
+    return any(field is not None and tag in getattr(field.annotation, "__args__", ()) for field in fields)
+
+
+def _told_apart(context: dict[str, Any]) -> str:
+    """The field that says which of several models is meant, as a user writes it after the others."""
+    return "." + str(context["discriminator"]).strip("'")
 
 
 def _brief(value: Any) -> str:

@@ -18,7 +18,8 @@ from flwr.app import Context, RecordDict
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.client.coverage import learn_and_show
-from consilience.client.teacher import calibrate_teacher, train_teacher
+from consilience.client.privacy import train_private, training_epochs
+from consilience.client.teacher import calibrate_teacher
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
@@ -166,6 +167,8 @@ def _make_site(
         teacher=simulation.teachers[index % len(simulation.teachers)],
         coverage=simulation.coverage,
         policy=simulation.policy,
+        privacy=simulation.privacy,
+        calibration=simulation.calibration,
         pools=(Path("../../pool"), Path("../../test-pool")),
         seed=int(np.random.SeedSequence([job.seed, index]).generate_state(1)[0]),
     )
@@ -187,7 +190,7 @@ def train_site(path: Path, reporter: Reporter) -> None:
     settings = load_settings(path, SiteSettings)
     if settings.teacher.kind == "train":
         name = f"training {settings.name} ({settings.teacher.architecture})"
-        train_teacher(settings, epoch_task(reporter, name, settings.teacher.fit.epochs))
+        train_private(settings, epoch_task(reporter, name, training_epochs(settings)))
         if settings.calibration != "off":
             calibrate_teacher(settings)
     if settings.policy.coverage != "off":

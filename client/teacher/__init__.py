@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from consilience.client.teacher.calibrated import CalibratedTeacher, CalibrationRecord, behind_map, fit
 from consilience.client.teacher.protocol import Outputs, Scores, ScoringTeacher, Teacher, fingerprint_of, read_model
-from consilience.client.teacher.trained import TrainedTeacher, load_trained, train_teacher, trained_record
+from consilience.client.teacher.trained import TrainedTeacher, train_teacher, trained_record
 from consilience.common.files import sha256
 from consilience.common.settings import SiteSettings, TeacherSettings
 
@@ -25,13 +25,19 @@ __all__ = [
 
 
 def load_teacher(settings: SiteSettings) -> CalibratedTeacher:
-    """Load the teacher that `settings.teacher` describes, behind its calibration map if one was fitted for it.
+    """Load the teacher that `settings.teacher` describes, behind its calibration map and the mechanism of its privacy.
 
-    Nothing that a model file brings is executed by loading it. Raises `TeacherError` when a file is missing, damaged,
-    refused, or does not fit the settings, or when the teacher is to be trained and is not; `MissingExtraError` when
-    the kind needs a library that is not installed; `SettingsError` for an unknown architecture.
+    The map is applied if one was fitted for the teacher. Nothing that a model file brings is executed by loading it.
+    Raises `TeacherError` when a file is missing, damaged, refused, or does not fit the settings, or when the teacher is
+    to be trained and is not; `MissingExtraError` when the kind needs a library that is not installed; `SettingsError`
+    for an unknown architecture; `IdentityError` when others on the machine may read the secret that noise is drawn
+    from.
     """
-    return behind_map(settings, _load(settings))
+    from consilience.client.privacy import behind_noise  # which imports this package
+
+    calibrated = behind_map(settings, _load(settings))
+    noisy = behind_noise(settings, calibrated)
+    return calibrated if noisy is calibrated else CalibratedTeacher(noisy, None, f"{calibrated.told}, before noise")
 
 
 def calibrate_teacher(settings: SiteSettings) -> CalibrationRecord:
@@ -48,7 +54,9 @@ def _load(settings: SiteSettings) -> Teacher:
     """Load the teacher as it is, without a map."""
     teacher = settings.teacher
     if teacher.kind == "train":
-        return load_trained(settings)
+        from consilience.client.privacy import load_private
+
+        return load_private(settings)
     scores: Scores
     if teacher.kind == "callable":
         from consilience.client.teacher import python_callable
@@ -90,16 +98,25 @@ def _load(settings: SiteSettings) -> Teacher:
 
 
 def describe_teacher(settings: SiteSettings) -> tuple[str, float | None]:
-    """Return what a stranger may read of the teacher, its kind and architecture, and its accuracy where it is known.
+    """Return what a stranger may read of the teacher: its kind, architecture and mechanism, and its accuracy if known.
 
     Raises `TeacherError` when it is to be trained and is not.
     """
+    from consilience.client.privacy import describe_privacy
+
+    kind, accuracy = _describe(settings)
+    return "; ".join(part for part in (kind, describe_privacy(settings)) if part)[:500], accuracy
+
+
+def _describe(settings: SiteSettings) -> tuple[str, float | None]:
     teacher = settings.teacher
     if teacher.kind == "train":
+        if settings.privacy.mechanism in ("pate", "dp-sgd"):
+            return f"trained {teacher.architecture}", None
         record = trained_record(settings)
-        return f"trained {record.architecture}"[:500], record.holdout_accuracy
+        return f"trained {record.architecture}", record.holdout_accuracy
     if teacher.kind == "state_dict":
-        return f"state_dict of {teacher.architecture}"[:500], None
+        return f"state_dict of {teacher.architecture}", None
     return teacher.kind, None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from torch import nn
 
 from consilience.client.teacher.protocol import ScoringTeacher, fingerprint_of, read_model
 from consilience.client.teacher.state_dict import network_scores, read_weights
@@ -59,27 +60,41 @@ def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None
     Raises `TeacherError`, `DataError`, `SettingsError`, `MissingExtraError`, `StorageError`, and `RunError` when
     another process is training it.
     """
-    teacher, folder = _wanted(settings), settings.state / "teacher"
-    if settings.data is None:
-        raise TeacherError("The site has no private data to train on", hint="Set data in the site's settings")
-    data = open_data(settings.data)
+    teacher, data = wanted(settings), private_data(settings)
     labels, classes = present_classes(data)
+    return train_in(settings.state / "teacher", settings.name, data, labels, classes, teacher, settings.seed, on_epoch)
+
+
+def train_in(
+    folder: Path,
+    name: str,
+    data: ImageData,
+    labels: NDArray[np.int64],
+    classes: tuple[str, ...],
+    teacher: TrainTeacher,
+    seed: int,
+    on_epoch: Callable[[EpochRecord], None] | None,
+) -> TrainedTeacher:
+    """Train a teacher of `classes` in `folder` on `data`, labelled (n,) int64 in [0, len(classes)).
+
+    Not every class needs a sample. Resumes, and raises, as `train_teacher`; `name` names the teacher in errors.
+    """
     data_digest = digest_of(data)
     with lock(folder):
         done = _read(folder)
         if (
             done is not None
-            and (done.settings_digest, done.data_digest) == (_settings_digest(settings, teacher), data_digest)
+            and (done.settings_digest, done.data_digest) == (settings_digest(teacher, seed), data_digest)
             and _is_model(folder, done)
         ):
             return done
-        used = _as_used(teacher.preprocessing, data.shape)
-        learned, held_out = split(labels, teacher.holdout, derive(settings.seed, HOLDOUT))
+        used = as_used(teacher.preprocessing, data.shape)
+        learned, held_out = split(labels, teacher.holdout, derive(seed, HOLDOUT))
         model = build(
             teacher.architecture,
             classes=len(classes),
             channels=used.channels or data.shape[2],
-            seed=derive(settings.seed, "teacher weights"),
+            seed=derive(seed, "teacher weights"),
         )
         try:
             curve = train(
@@ -88,25 +103,22 @@ def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None
                 Supervised(labels[learned], default_device()),
                 teacher.fit,
                 used,
-                seed=derive(settings.seed, "teacher training"),
+                seed=derive(seed, "teacher training"),
                 folder=folder / "training",
                 on_epoch=on_epoch,
             )
         except StudentError as error:  # the loop's word for any network; at a site the network is a teacher
-            raise TeacherError(f"{settings.name}: {error.message}", hint=error.hint) from error
-        right = 0
-        for part in np.array_split(held_out, max(1, len(held_out) // 512)):
-            right += int(np.sum(scores(model, data.read(part), used).argmax(axis=1) == labels[part]))
+            raise TeacherError(f"{name}: {error.message}", hint=error.hint) from error
         save_model(folder / "model.safetensors", model)
         record = TrainedTeacher(
             classes=classes,
             architecture=teacher.architecture,
             preprocessing=used,
-            holdout_accuracy=right / len(held_out) if len(held_out) else None,
+            holdout_accuracy=accuracy(model, data, labels, held_out, used),
             holdout_count=len(held_out),
             train_count=len(learned),
             learning_curve=tuple(curve),
-            settings_digest=_settings_digest(settings, teacher),
+            settings_digest=settings_digest(teacher, seed),
             data_digest=data_digest,
             model_digest=sha256_file(folder / "model.safetensors"),
         )
@@ -117,16 +129,30 @@ def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None
 
 def load_trained(settings: SiteSettings) -> ScoringTeacher:
     """Load what `train_teacher` wrote. Raises `TeacherError` when it is not there or of other settings."""
-    record, path = trained_record(settings), settings.state / "teacher" / "model.safetensors"
+    return load_in(settings.state / "teacher", wanted(settings), settings.seed)
+
+
+def load_in(folder: Path, teacher: TrainTeacher, seed: int) -> ScoringTeacher:
+    """Load what `train_in` wrote. Raises `TeacherError` when it is not there or of other settings."""
+    record = record_in(folder, teacher, seed)
+    channels = record.preprocessing.channels or 1
+    module = build(record.architecture, classes=len(record.classes), channels=channels, seed=0)
+    return teacher_of(folder, record, module, "train")
+
+
+def teacher_of(folder: Path, record: TrainedTeacher, module: nn.Module, kind: str) -> ScoringTeacher:
+    """Return the teacher whose weights lie in `folder`, for the network `module` that `record` speaks of.
+
+    Raises `TeacherError` when the weights are others than the record's.
+    """
+    path = folder / "model.safetensors"
     data = read_model(path)
     if sha256(data) != record.model_digest:
         raise TeacherError(f"{path}: is not the model that teacher.json speaks of", hint=_RETRAIN)
     parts = record.model_dump(mode="json", include={"classes", "architecture", "preprocessing"})
-    channels = record.preprocessing.channels or 1
-    module = build(record.architecture, classes=len(record.classes), channels=channels, seed=0)
     return ScoringTeacher(
         classes=record.classes,
-        fingerprint=fingerprint_of({"kind": "train", **parts}, record.model_digest),
+        fingerprint=fingerprint_of({"kind": kind, **parts}, record.model_digest),
         outputs="logits",
         where=str(path),
         scores=network_scores(
@@ -135,13 +161,27 @@ def load_trained(settings: SiteSettings) -> ScoringTeacher:
     )
 
 
+def accuracy(
+    model: nn.Module, data: ImageData, labels: NDArray[np.int64], ids: NDArray[np.int64], used: Preprocessing
+) -> float | None:
+    """Return the share of the samples `ids` that the network names as their labels do; None where there are none."""
+    right = 0
+    for part in np.array_split(ids, max(1, len(ids) // 512)):
+        right += int(np.sum(scores(model, data.read(part), used).argmax(axis=1) == labels[part]))
+    return right / len(ids) if len(ids) else None
+
+
 def trained_record(settings: SiteSettings) -> TrainedTeacher:
     """Return teacher.json. Raises `TeacherError` when it is not there or of other settings."""
-    teacher, folder = _wanted(settings), settings.state / "teacher"
+    return record_in(settings.state / "teacher", wanted(settings), settings.seed)
+
+
+def record_in(folder: Path, teacher: TrainTeacher, seed: int) -> TrainedTeacher:
+    """Return teacher.json of `folder`. Raises `TeacherError` when it is not there or of other settings."""
     record = _read(folder)
     if record is None:
         raise TeacherError(f"{folder}: holds no trained teacher", hint=_RETRAIN)
-    if record.settings_digest != _settings_digest(settings, teacher):
+    if record.settings_digest != settings_digest(teacher, seed):
         raise TeacherError(
             f"{folder}: the teacher there was trained from other settings or another seed", hint=_RETRAIN
         )
@@ -170,7 +210,7 @@ def held_out(settings: SiteSettings, data: ImageData, digest: str) -> tuple[NDAr
             f"{settings.name}: the private data are not those that the teacher was trained on", hint=_RETRAIN
         )
     labels, _ = present_classes(data)
-    _, ids = split(labels, _wanted(settings).holdout, derive(settings.seed, HOLDOUT))
+    _, ids = split(labels, wanted(settings).holdout, derive(settings.seed, HOLDOUT))
     return ids, labels[ids]
 
 
@@ -192,7 +232,8 @@ def digest_of(data: ImageData) -> str:
     return sha256(canonical_json([data.shape, data.class_names, told, images]))
 
 
-def _wanted(settings: SiteSettings) -> TrainTeacher:
+def wanted(settings: SiteSettings) -> TrainTeacher:
+    """Return the settings of the teacher to be trained. Raises `TeacherError` for a hosted one."""
     if settings.teacher.kind != "train":
         raise TeacherError(
             f"{settings.name}: teacher.kind is {settings.teacher.kind!r}; only 'train' is trained here",
@@ -201,7 +242,14 @@ def _wanted(settings: SiteSettings) -> TrainTeacher:
     return settings.teacher
 
 
-def _as_used(preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Preprocessing:
+def private_data(settings: SiteSettings) -> ImageData:
+    """Open the site's private data. Raises `TeacherError` where the settings name none, `DataError`."""
+    if settings.data is None:
+        raise TeacherError("The site has no private data to train on", hint="Set data in the site's settings")
+    return open_data(settings.data)
+
+
+def as_used(preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Preprocessing:
     """Return the preprocessing with the data's size and channels where it leaves them open."""
     channels = preprocessing.channels or shape[2]
     if len(preprocessing.mean) not in (1, channels):
@@ -212,8 +260,9 @@ def _as_used(preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Prepr
     return preprocessing.model_copy(update={"size": preprocessing.size or shape[:2], "channels": channels})
 
 
-def _settings_digest(settings: SiteSettings, teacher: TrainTeacher) -> str:
-    return sha256(canonical_json({"teacher": teacher.model_dump(mode="json"), "seed": settings.seed}))
+def settings_digest(teacher: TrainTeacher, seed: int) -> str:
+    """Return what tells one training's settings from another's."""
+    return sha256(canonical_json({"teacher": teacher.model_dump(mode="json"), "seed": seed}))
 
 
 def _read(folder: Path) -> TrainedTeacher | None:

@@ -31,7 +31,7 @@ from consilience.common.nets.seeding import derive, generator, seeded
 from consilience.common.preprocessing import Images
 from consilience.common.settings import Fit, Preprocessing
 
-__all__ = ["EpochRecord", "one_cycle", "train"]
+__all__ = ["EpochRecord", "one_cycle", "sgd", "train"]
 
 WARM_UP = 0.2
 """Share of all steps in which the learning rate rises."""
@@ -66,7 +66,7 @@ def train(
         raise StudentError("There are no images to train on", hint="Name data with at least one image")
     device = device or default_device()
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = _optimizer(model, fit)
+    optimizer = sgd(model, fit)
     key = _key(model, images, loss, fit, preprocessing, seed)
     path = folder / "checkpoint.safetensors" if folder is not None else None
     records = checkpoint.records(path, key) if path is not None else []
@@ -180,9 +180,7 @@ class _Run:
                 model = copy.deepcopy(self.model).train()
                 order, windows = self._plan(0)
                 first = slice(self.batch)
-                made.append(
-                    (model, _optimizer(model, self.fit), order[first].to(self.device), windows and windows[first])
-                )
+                made.append((model, sgd(model, self.fit), order[first].to(self.device), windows and windows[first]))
             with self._alone(0):
                 self._step(*made[0], rate=0.0, bf16=bf16)
 
@@ -216,8 +214,8 @@ def _draws(module: nn.Module) -> bool:
     return "Dropout" in type(module).__name__ or type(module).__name__ == "StochasticDepth"
 
 
-def _optimizer(model: nn.Module, fit: Fit) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum; weight decay for weights alone, not for biases and normalisation."""
+def sgd(model: nn.Module, fit: Fit) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum; weight decay for weights alone, not for biases and normalisation."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": fit.weight_decay},

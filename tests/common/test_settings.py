@@ -13,6 +13,7 @@ from consilience.common.settings import (
     Ask,
     JobSettings,
     Limits,
+    Pate,
     Policy,
     Preprocessing,
     SiteSettings,
@@ -241,3 +242,13 @@ def test_a_prior_of_other_needs_a_method_that_knows_it(method: str) -> None:
 @pytest.mark.parametrize("other", [-0.1, float("nan"), float("inf")])
 def test_a_prior_of_other_is_a_number_of_at_least_0(other: float) -> None:
     assert "'unify.other'" in message({"name": "job", "unify": {"other": other}}, JobSettings)
+
+
+def test_a_simulation_s_sites_take_its_mechanism_or_refuse_it_at_once() -> None:
+    pate = {"mechanism": "pate", "parts": 3, "sigma": 2}
+    told = message({"name": "job", "simulation": {**SIMULATION, "privacy": pate}}, JobSettings)
+    assert "calibration is temperature, which learns from the private data without noise" in told
+    raw = {"name": "job", "simulation": {**SIMULATION, "privacy": pate, "calibration": "off"}}
+    job = parse_settings(raw, JobSettings, source="job.yaml", folder=Path("/settings"))
+    assert job.simulation is not None
+    assert job.simulation.privacy == Pate(mechanism="pate", parts=3, sigma=2)

@@ -1,0 +1,110 @@
+"""Mechanisms that say how much a site's answers can tell, with the unit that they protect named.
+
+Lives here: which mechanism trains and which answers. Does not live here: the mechanisms (pate, dp_sgd, outputs), what
+they cost (events, accounting), and what may be spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from consilience.client.privacy.accounting import Spent, account
+from consilience.client.privacy.events import Event, Unit, event_from, events_of, parameters_of
+from consilience.client.privacy.noise import load_secret
+from consilience.client.privacy.outputs import NoisyTeacher
+from consilience.client.privacy.pate import PateTeacher, load_pate, train_parts
+from consilience.client.teacher.protocol import Teacher
+from consilience.client.teacher.trained import load_trained, train_teacher
+from consilience.common.nets import EpochRecord
+from consilience.common.settings import DpSgd, OutputNoise, Pate, SiteSettings
+
+__all__ = [
+    "Event",
+    "NoisyTeacher",
+    "PateTeacher",
+    "Spent",
+    "Unit",
+    "account",
+    "answering_costs",
+    "behind_noise",
+    "describe_privacy",
+    "event_from",
+    "events_of",
+    "load_private",
+    "parameters_of",
+    "train_private",
+    "training_epochs",
+]
+
+
+def train_private(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None) -> None:
+    """Train what the site's mechanism answers from, `teacher.kind` being train; resumes, and returns when it is there.
+
+    Raises what `train_teacher` raises, and `MissingExtraError` where the mechanism needs a library.
+    """
+    if isinstance(settings.privacy, Pate):
+        train_parts(settings, settings.privacy, on_epoch)
+    elif isinstance(settings.privacy, DpSgd):
+        from consilience.client.privacy import dp_sgd  # opacus is imported in there, when it trains
+
+        dp_sgd.train_dp(settings, settings.privacy, on_epoch)
+    else:
+        train_teacher(settings, on_epoch)
+
+
+def training_epochs(settings: SiteSettings) -> int:
+    """Return how many epochs `train_private` trains, over all networks."""
+    if settings.teacher.kind != "train":
+        return 0
+    networks = settings.privacy.parts if isinstance(settings.privacy, Pate) else 1
+    return networks * settings.teacher.fit.epochs
+
+
+def load_private(settings: SiteSettings) -> Teacher:
+    """Load what `train_private` trained, behind its mechanism where that is one of the parts.
+
+    Raises `TeacherError` when it is not there or of other settings, `IdentityError` when others on the machine may read
+    the site's secret.
+    """
+    if isinstance(settings.privacy, Pate):
+        return load_pate(settings, settings.privacy)
+    if isinstance(settings.privacy, DpSgd):
+        from consilience.client.privacy import dp_sgd
+
+        return dp_sgd.load_dp(settings, settings.privacy)
+    return load_trained(settings)
+
+
+def behind_noise(settings: SiteSettings, teacher: Teacher) -> Teacher:
+    """Put `teacher`, with all that its answers go through, behind the noise on outputs, if the settings want it.
+
+    Raises `IdentityError` when others on the machine may read the site's secret, `StorageError`.
+    """
+    if isinstance(settings.privacy, OutputNoise):
+        return NoisyTeacher(teacher, settings.privacy, load_secret(settings))
+    return teacher
+
+
+def answering_costs(settings: SiteSettings, samples: int) -> tuple[Event, ...]:
+    """Return the events of answering about `samples`, at least 1: what a ledger adds before they leave.
+
+    Of `dp-sgd` it is the training, the same event each time. Raises `TeacherError` when that is still to come.
+    """
+    if isinstance(settings.privacy, DpSgd):
+        from consilience.client.privacy import dp_sgd
+
+        return (dp_sgd.dp_record(settings, settings.privacy).event,)
+    return events_of(settings.privacy if isinstance(settings.privacy, Pate | OutputNoise) else None, samples)
+
+
+def describe_privacy(settings: SiteSettings) -> str:
+    """Return the mechanism in words that a stranger may read: what it protects, and its noise; empty for none."""
+    private = settings.privacy
+    if isinstance(private, Pate):
+        form = f", threshold {private.threshold:g} with noise {private.threshold_sigma:g}" if private.threshold else ""
+        return f"pate ({private.answer}): protects a record; {private.parts} parts, noise {private.sigma:g} votes{form}"
+    if isinstance(private, DpSgd):
+        return f"dp-sgd: protects a record; noise multiplier {private.noise_multiplier:g}"
+    if isinstance(private, OutputNoise):
+        return f"output-noise: protects the whole model's answer, not a record; noise {private.sigma:g}"
+    return ""

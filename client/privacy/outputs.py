@@ -1,0 +1,52 @@
+"""A teacher whose whole answers are noisy: it protects the model, and says nothing of a record.
+
+Does not live here: mechanisms that protect a record (pate, dp_sgd).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.client.privacy.noise import Secret, on_grid
+from consilience.client.privacy.simplex import as_answer, project
+from consilience.client.teacher.protocol import Teacher
+from consilience.common.preprocessing import Images
+from consilience.common.settings import OutputNoise
+
+
+@dataclass(frozen=True)
+class NoisyTeacher:
+    """`teacher` behind Gaussian noise on its probabilities, put back on the simplex.
+
+    Two rows of probabilities lie sqrt(2) apart at most, whatever the models that they come from.
+    """
+
+    teacher: Teacher
+    settings: OutputNoise
+    secret: Secret
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """See `Teacher.classes`."""
+        return self.teacher.classes
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Teacher.fingerprint`, but under the site's secret: a digest of the model would let a guess be tried."""
+        return self.secret.digest(self._purpose)
+
+    @property
+    def _purpose(self) -> list[object]:
+        return [self.settings.model_dump(mode="json", exclude={"delta"}), self.teacher.fingerprint]
+
+    def log_probs(self, images: Images) -> NDArray[np.float32]:
+        """See `Teacher.log_probs`."""
+        rows = self.teacher.log_probs(images)
+        if not len(rows):
+            return rows
+        probs = np.exp(rows.astype(np.float64))
+        noise = self.settings.sigma * self.secret.normal(self._purpose, images, rows.shape[1])
+        return as_answer(project(on_grid(probs / probs.sum(axis=1, keepdims=True) + noise)))

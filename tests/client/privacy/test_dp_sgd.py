@@ -1,0 +1,215 @@
+"""Training by noisy gradients: what opacus did is what the event says, and it is the site's secret how."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from opacus.accountants import RDPAccountant
+from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch import nn
+
+from consilience.client.privacy import account, answering_costs, load_private, train_private
+from consilience.client.privacy.dp_sgd import GROUPS, dp_record, grouped, sampling, train_dp
+from consilience.client.privacy.events import DpSgdTraining
+from consilience.client.teacher import describe_teacher, load_teacher
+from consilience.common.errors import MissingExtraError, TeacherError
+from consilience.common.nets import EpochRecord, build
+from consilience.common.nets.architectures import ARCHITECTURES
+from consilience.common.settings import DpSgd, Fit, SiteSettings
+from helpers.private_site import Make, bars, settings_of, write_data
+
+NOISY: dict[str, Any] = {"mechanism": "dp-sgd", "noise_multiplier": 1.0, "clip": 0.7}
+SHORT = {"epochs": 2, "batch_size": 8}
+
+
+class Watched:
+    """What opacus was asked to do, and did."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.optimizers: list[Any] = []
+        self.sums: list[float] = []
+        self.sizes: list[int] = []
+        self.samplers: list[UniformWithReplacementSampler] = []
+        self.accountant = RDPAccountant()
+        watched = self
+
+        class Optimizer(DPOptimizer):
+            def __init__(self, *given: Any, **named: Any) -> None:
+                super().__init__(*given, **named)
+                watched.optimizers.append(self)
+
+            def clip_and_accumulate(self) -> None:
+                watched.sizes.append(len(self.grad_samples[0]))
+                super().clip_and_accumulate()
+                flat = torch.cat([vars(parameter)["summed_grad"].flatten() for parameter in self.params])
+                watched.sums.append(float(flat.norm()))
+
+            def step(self, closure: Any = None) -> Any:
+                (sampler,) = watched.samplers
+                watched.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=sampler.sample_rate)
+                return super().step(closure)
+
+        class Sampler(UniformWithReplacementSampler):
+            def __init__(self, **named: Any) -> None:
+                super().__init__(**named)
+                watched.samplers.append(self)
+
+        monkeypatch.setattr("opacus.optimizers.DPOptimizer", Optimizer)
+        monkeypatch.setattr("opacus.utils.uniform_sampler.UniformWithReplacementSampler", Sampler)
+
+
+def private(settings: SiteSettings) -> DpSgd:
+    assert isinstance(settings.privacy, DpSgd)
+    return settings.privacy
+
+
+def test_it_samples_cuts_and_blurs_as_the_accountant_believes(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    settings = make(NOISY, fit=SHORT | {"epochs": 8})
+    record = train_dp(settings, private(settings))
+    (optimizer,), (sampler,) = watched.optimizers, watched.samplers
+    n, event = record.train_count, record.event
+    assert record.holdout_count == 120 - n
+    assert (optimizer.noise_multiplier, optimizer.max_grad_norm, optimizer.loss_reduction) == (1.0, 0.7, "mean")
+    assert optimizer.expected_batch_size == 8
+    assert (sampler.num_samples, sampler.sample_rate) == (n, 8 / n)
+    # each record by itself: the sizes of batches spread as a binomial's
+    sizes = np.array(watched.sizes)
+    assert len(sizes) == event.steps == 8 * round(n / 8)
+    assert sizes.mean() == pytest.approx(8, abs=4 * np.sqrt(8 / len(sizes)))
+    assert sizes.var() == pytest.approx(8 * (1 - 8 / n), rel=0.35)
+    # no sum is longer than as many gradients of length `clip`, and none of them is unless cut
+    assert all(total <= size * 0.7 + 1e-4 for total, size in zip(watched.sums, sizes, strict=True))
+    assert max(watched.sums) > 1
+    assert event == DpSgdTraining(noise_multiplier=1.0, sample_rate=8 / n, steps=len(sizes), run=record.model_digest)
+    ((noise, rate, steps),) = watched.accountant.history
+    assert (noise, rate, steps) == (event.noise_multiplier, event.sample_rate, event.steps)
+    spent = account(answering_costs(settings, 10**6), 1e-5)
+    assert spent.unit == "record"
+    orders: list[float | int] = list(range(2, 64))
+    assert spent.rdp == pytest.approx(watched.accountant.get_privacy_spent(delta=1e-5, alphas=orders)[0], rel=1e-6)
+
+
+def test_it_learns_and_answers_like_any_teacher(make: Make) -> None:
+    settings = make({**NOISY, "noise_multiplier": 0.05}, fit={"epochs": 10, "learning_rate": 0.2})
+    epochs: list[EpochRecord] = []
+    train_private(settings, epochs.append)
+    assert [epoch.epoch for epoch in epochs] == list(range(10))
+    assert epochs[-1].loss < epochs[0].loss
+    images, labels = bars(60, seed=9)
+    teacher = load_teacher(settings)
+    rows = teacher.log_probs(images)
+    assert np.mean(rows.argmax(axis=1) == labels) > 0.7
+    assert dp_record(settings, private(settings)).holdout_accuracy is not None
+    assert describe_teacher(settings) == ("trained cnn3; dp-sgd: protects a record; noise multiplier 0.05", None)
+    train_private(settings, epochs.append)
+    assert len(epochs) == 10  # it was there
+    np.testing.assert_array_equal(load_teacher(settings).log_probs(images), rows)
+
+
+def test_a_training_is_its_secret_s(tmp_path: Path) -> None:
+    write_data(tmp_path, *bars(120))
+    settings = settings_of(tmp_path, NOISY, fit=SHORT)
+    place = settings.state / "privacy" / "dp-sgd"
+
+    def digest(changed: SiteSettings = settings) -> str:
+        shutil.rmtree(place, ignore_errors=True)
+        return train_dp(changed, private(changed)).model_digest
+
+    first = digest()
+    assert digest() == first  # begun anew under the same secret, the same comes out
+    images, labels = bars(120)
+    images[7, 0, 0, 0] ^= 1
+    write_data(tmp_path, images, labels)
+    assert digest() != first
+    write_data(tmp_path, *bars(120))
+    (settings.state / "privacy" / "noise.key").unlink()
+    assert digest() != first
+
+
+def test_other_data_have_other_noise_and_other_samples(make: Make, tmp_path: Path) -> None:
+    settings = make(NOISY, fit={"epochs": 1, "batch_size": 64})
+    images, labels = bars(120)
+    images[7, 0, 0, 0] ^= 1
+    seeds = set()
+    for data in (bars(120), (images, labels), (bars(120)[0], np.roll(labels, 3))):
+        write_data(tmp_path, *data)
+        with pytest.MonkeyPatch.context() as patch:
+            watched = Watched(patch)
+            train_dp(settings, private(settings))
+        drawn = (watched.optimizers[0].generator, watched.samplers[0].generator)
+        seeds |= {generator.initial_seed() for generator in drawn if generator is not None}
+    assert len(seeds) == 4  # labels that are rolled by a class's worth are the same labels
+
+
+def test_one_record_fewer_changes_nothing_of_who_is_held_out(make: Make, tmp_path: Path) -> None:
+    images, labels = bars(120)
+    settings = make(NOISY, fit={"epochs": 1, "batch_size": 64})
+    before = train_dp(settings, private(settings))
+    write_data(tmp_path, images[1:], labels[1:])
+    after = train_dp(settings, private(settings))
+    moved = (before.train_count - after.train_count, before.holdout_count - after.holdout_count)
+    assert moved in [(1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_batch_statistics_give_way_to_groups(architecture: str) -> None:
+    network = grouped(build(architecture, classes=3, channels=1, seed=0))
+    kinds = [type(module) for module in network.modules()]
+    assert nn.BatchNorm2d not in kinds
+    assert all(m.num_groups == GROUPS for m in network.modules() if isinstance(m, nn.GroupNorm))
+    assert not any(getattr(module, "inplace", False) for module in network.modules())
+    images = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(network.train()(images)[:1], network(images[:1]))  # no sample sees another
+
+
+def test_a_batch_may_be_empty(make: Make) -> None:
+    settings = make({**NOISY, "noise_multiplier": 5}, fit={"epochs": 1, "batch_size": 1})
+    record = train_dp(settings, private(settings))
+    assert record.event.steps == record.train_count
+    assert np.isfinite(load_private(settings).log_probs(bars(3)[0])).all()
+
+
+def test_sampling_by_the_batch_size() -> None:
+    assert sampling(100, Fit(batch_size=10)) == (0.1, 10)
+    assert sampling(5, Fit(batch_size=64)) == (1.0, 1)
+
+
+def test_a_network_that_cannot_be_taught_so_is_refused(make: Make) -> None:
+    settings = make(NOISY, teacher={"architecture": "vit_b_16", "preprocessing": {"size": [224, 224]}})
+    with pytest.raises(TeacherError, match=r"vit_b_16: opacus .* Choose another teacher.architecture, .*cnn3, resnet8"):
+        train_private(settings)
+    with pytest.raises(TeacherError, match="holds no trained teacher"):
+        load_teacher(settings)
+
+
+def test_weights_that_are_not_finite_are_no_teacher(make: Make) -> None:
+    settings = make({**NOISY, "clip": 1e6, "noise_multiplier": 1e9}, fit=SHORT | {"learning_rate": 10})
+    with pytest.raises(TeacherError, match=r"Training failed in epoch \d of 2.*Lower teacher.fit.learning_rate"):
+        train_private(settings)
+
+
+def test_other_settings_are_another_teacher(make: Make) -> None:
+    settings = make(NOISY, fit=SHORT)
+    with pytest.raises(TeacherError, match="holds no trained teacher"):
+        answering_costs(settings, 1)
+    train_private(settings)
+    with pytest.raises(TeacherError, match="other settings"):
+        load_teacher(make({**NOISY, "noise_multiplier": 0.5}, fit=SHORT))
+    assert load_teacher(make({**NOISY, "delta": 1e-6}, fit=SHORT)).fingerprint == load_teacher(settings).fingerprint
+    (settings.state / "privacy" / "dp-sgd" / "teacher.json").write_text("{}")
+    with pytest.raises(TeacherError, match="is not as it must be"):
+        load_teacher(settings)
+
+
+def test_without_opacus_the_extra_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    with pytest.raises(MissingExtraError, match=r"consilience\[privacy\]"):
+        train_private(make(NOISY, fit=SHORT))
