@@ -71,6 +71,7 @@ class Bench:
                     width=WIDTH,
                     score=lambda new: os.urandom(int(new.sum()) * WIDTH),
                     permit=lambda samples: check_budget(self.policy, ledger, "bench", samples),
+                    costs=lambda _: (),
                 )
             except RefusedError:
                 continue

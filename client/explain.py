@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_pool, limits
+from consilience.client.policy import RefusedError, check_encoding, check_job, check_pool, limits
+from consilience.client.privacy import Spent, answering_costs
+from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
 from consilience.common.errors import PoolError, StorageError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Kind
-from consilience.common.settings import CoverageEncoding, Encoding, JobSettings, Policy, largest_sent
+from consilience.common.settings import CoverageEncoding, Encoding, JobSettings, NoPrivacy, Policy, largest_sent
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Explanation:
     refusal: str
     left: dict[str, tuple[int | None, int | None]]
     """Limit -> samples left before and after the job; None: no limit."""
+    loss: tuple[Spent, Spent] | None = None
+    """What all that left comes to, before and after the job; None without a mechanism."""
 
     @property
     def new(self) -> int:
@@ -89,14 +93,18 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     held = Explanation(tuple(parts), here, refusal, {})
     if not refusal:
         try:
-            check_budget(policy, site.ledger, job.name, held.new)
+            site.permit(job.name, held.new)
         except RefusedError as error:
             refusal = error.reason
     left = {
         limit.name: (limit.left, None if limit.left is None else limit.left - held.new)
         for limit in limits(policy, site.ledger, job.name)
     }
-    return Explanation(held.parts, here, refusal, left)
+    loss = None
+    if not isinstance(site.settings.privacy, NoPrivacy):
+        costs = answering_costs(site.settings, held.new) if held.new else ()
+        loss = loss_of(site.settings, site.ledger), loss_of(site.settings, site.ledger, costs)
+    return Explanation(held.parts, here, refusal, left, loss)
 
 
 def tell_policy(policy: Policy) -> list[str]:

@@ -200,11 +200,18 @@ class Ledger:
         bound = row.chain == chain_of(self.chain, row.seq, row.time, entry, row.body)
         if not bound or row.time < self.last or entry.samples < 0:  # nothing counts down, whoever wrote it
             raise self._bad(row.seq, CHANGED)
+        if entry.kind == "mechanism" and entry.body["count"] < 1:
+            raise self._bad(row.seq, CHANGED)
         self.count, self.chain, self.last = row.seq, row.chain, row.time
         if entry.samples:
             self.spent.jobs[entry.job] += entry.samples
             self.spent.months[row.month] += entry.samples
             self.spent.lifetime += entry.samples
+            if not entry.body.get("behind"):
+                self.spent.mechanisms[entry.job, row.month, "none", "{}"] += entry.samples
+        if entry.kind == "mechanism":
+            parameters = canonical_json(entry.body["parameters"]).decode()
+            self.spent.mechanisms[entry.job, row.month, entry.subject, parameters] += entry.body["count"]
         if entry.kind == "approval":
             self._approved[entry.job, entry.subject] = bool(entry.body["given"])
 

@@ -20,10 +20,12 @@ from rich.text import Text
 from consilience.client.ledger import COLUMNS, Ledger
 from consilience.client.ledger_restart import restart as restart_ledger
 from consilience.client.ledger_rows import Row
+from consilience.client.privacy import account
+from consilience.client.privacy.spending import delta_of, loss_limits
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import LedgerError, SettingsError
 from consilience.common.files import atomic
-from consilience.common.settings import SiteSettings
+from consilience.common.settings import NoPrivacy, SiteSettings
 from consilience.common.settings_file import load_settings
 
 app = typer.Typer(help="The record of what left the site.", no_args_is_help=True)
@@ -49,10 +51,29 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
                     table.add_row(Text(f"job {job}"), f"{samples:,}", _limit(most.per_job))
             table.add_row(f"month {month}", f"{spent.months[month]:,}", _limit(most.per_month))
             table.add_row("lifetime", f"{spent.lifetime:,}", _limit(most.lifetime))
+            if told := _loss(settings, ledger):
+                data["privacy"] = told
+                for name, epsilon, limit in told["epsilon"]:
+                    shown = "none" if epsilon is None else f"epsilon {epsilon:.3g}, delta {told['delta']:g}"
+                    table.add_row(f"{name}: {told['unit'] or 'no guarantee'}", shown, _limit(limit))
             table.caption = f"{ledger.count:,} rows, verified; the last one's hash: {ledger.chain}"
             return data, table
 
     emit(as_json, action)
+
+
+def _loss(settings: SiteSettings, ledger: Ledger) -> dict[str, Any] | None:
+    """Return what privacy loss the month and all time come to; None where nothing is behind a mechanism, or was."""
+    if isinstance(settings.privacy, NoPrivacy) and all(key[2] == "none" for key in ledger.spent.mechanisms):
+        return None
+    limits = loss_limits(settings, ledger, "")[1:]
+    spent = [account(limit.events, delta_of(settings)) for limit in limits]
+    return {
+        "unit": spent[-1].unit,
+        "delta": spent[-1].delta,
+        "why": spent[-1].why,
+        "epsilon": [(limit.name, found.epsilon, limit.most) for limit, found in zip(limits, spent, strict=True)],
+    }
 
 
 @app.command()
@@ -129,7 +150,7 @@ def _state(ledger: Ledger) -> dict[str, Any]:
     return {"rows": ledger.count, "chain": ledger.chain, "last": ledger.last or None}
 
 
-def _limit(most: int | None) -> str:
+def _limit(most: float | None) -> str:
     return "none" if most is None else f"{most:,}"
 
 

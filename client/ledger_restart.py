@@ -41,6 +41,7 @@ def restart(settings: SiteSettings) -> tuple[Path, int]:
                 left.unlink(missing_ok=True)
             ledger = Ledger(fresh, fresh_head)
             with closing(ledger), ledger.alone():
+                # behind what mechanisms it left is not certain any more: it counts as behind none
                 ledger.append(Entry("carried", "", "ledger", spent, {"aside": aside.name, "rows": rows}))
             fresh.rename(path)
             sync_folder(path.parent)

@@ -51,16 +51,18 @@ class Row:
 
 @dataclass
 class Spent:
-    """Samples newly released so far."""
+    """Samples newly released so far, and by what mechanisms."""
 
     jobs: Counter[str] = field(default_factory=Counter)
     months: Counter[str] = field(default_factory=Counter)
     lifetime: int = 0
+    mechanisms: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+    """Uses by job, month, name and parameters, these as JSON; `none` for samples that left behind no mechanism."""
 
 
-def mechanism(job: str, name: str, parameters: Mapping[str, Any]) -> Entry:
-    """Return the entry of one use of a noise mechanism: with its parameters any accountant can sum up the loss."""
-    return Entry("mechanism", job, name, body={"parameters": dict(parameters)})
+def mechanism(job: str, name: str, parameters: Mapping[str, Any], count: int) -> Entry:
+    """Return the entry of `count` uses of a mechanism: with its parameters any accountant can sum up the loss."""
+    return Entry("mechanism", job, name, body={"parameters": dict(parameters), "count": count})
 
 
 def approval(job: str, policy: str, *, given: bool) -> Entry:

@@ -16,6 +16,7 @@ from consilience.client.explain import explain as explain_job
 from consilience.client.explain import tell_policy
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import approval
+from consilience.client.privacy import Spent
 from consilience.client.site import Site
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import SettingsError
@@ -76,6 +77,9 @@ def explain(
         for name, (before, after) in found.left.items():
             shown = "no limit" if before is None or after is None else f"{before:,} -> {after:,}"
             lines.append(f"- {name}: {shown}")
+        if found.loss is not None:
+            told = " -> ".join(_epsilon(spent) for spent in found.loss)
+            lines.append(f"Privacy loss of all that left, before and after: {told}")
         lines += ["By the policy:", *(f"- {line}" for line in tell_policy(held.settings.policy))]
         lines.append(f"It would be refused: {found.refusal}." if found.refusal else "It would be answered.")
         data = {
@@ -85,8 +89,15 @@ def explain(
             "pools_are_the_job_s": found.here,
             "new": found.new,
             "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},
+            "privacy": None if found.loss is None else [spent.model_dump(mode="json") for spent in found.loss],
             "refusal": found.refusal or None,
         }
         return data, "\n".join(lines)
 
     emit(as_json, action)
+
+
+def _epsilon(spent: Spent) -> str:
+    if spent.epsilon is None:
+        return spent.why
+    return f"epsilon {spent.epsilon:.3g} at delta {spent.delta:g}" + (f", of a {spent.unit}" if spent.unit else "")

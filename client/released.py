@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,8 @@ Score = Callable[[NDArray[np.bool_]], bytes]
 """Encodes the asked samples that a mask (question's samples,) chooses, row after row."""
 Permit = Callable[[int], None]
 """Raises `RefusedError` when an answer with so many samples more may not leave."""
+Costs = Callable[[int], Sequence[Entry]]
+"""What the ledger is to tell, beside the answer, of so many samples more: the mechanisms behind which they leave."""
 
 
 @dataclass
@@ -59,11 +61,11 @@ class Released:
         self.ledger.refresh()
         return self._new(question, size)
 
-    def give(self, question: Question, *, size: int, width: int, score: Score, permit: Permit) -> bytes:
+    def give(self, question: Question, *, size: int, width: int, score: Score, permit: Permit, costs: Costs) -> bytes:
         """Return the encoded rows of a question, `width` bytes a sample, of a pool of `size` samples.
 
-        What was not released yet is scored, and kept, counted and secured on the disk before it is returned. Raises
-        `LedgerError`, `StorageError`, and what `score` and `permit` raise: nothing leaves then.
+        What was not released yet is scored, and kept, counted with its costs and secured on the disk before it is
+        returned. Raises `LedgerError`, `StorageError`, and what `score` and `permit` raise: nothing leaves then.
         """
         subject = subject_of(question, self.use)
         new = self.missing(question, size)
@@ -75,12 +77,18 @@ class Released:
             permit(int(still.sum()))
             if still.any():
                 rows = np.frombuffer(data, np.uint8).reshape(-1, width)[still[new]]
-                self._release(question, subject, width, still, rows)
+                self._release(question, subject, width, still, rows, costs(int(still.sum())))
                 self._new(question, size)
         return self._read(question, subject, width)
 
     def _release(
-        self, question: Question, subject: str, width: int, still: NDArray[np.bool_], rows: NDArray[np.uint8]
+        self,
+        question: Question,
+        subject: str,
+        width: int,
+        still: NDArray[np.bool_],
+        rows: NDArray[np.uint8],
+        costs: Sequence[Entry],
     ) -> None:
         """Keep the bytes first and the row of the ledger then: a crash in between leaves bytes that count as none."""
         ranges = [(question.start + low, question.start + high) for low, high in _runs(still)]
@@ -102,8 +110,9 @@ class Released:
             raise storage_error(error, path, "write") from error
         about = question.model_dump(mode="json", include={"pool", "kind", "encoding", "teacher", "policy"})
         about |= {"use": self.use} if self.use else {}
+        about |= {"behind": [cost.subject for cost in costs]} if costs else {}
         body = {**about, "ranges": ranges, "width": width, "sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
-        seq = self.ledger.append(Entry("answer", question.job, subject, len(rows), body))
+        seq = self.ledger.append(Entry("answer", question.job, subject, len(rows), body), *costs)
         self._intact.add(seq)
 
     def _new(self, question: Question, size: int) -> NDArray[np.bool_]:

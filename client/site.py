@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_pool
+from consilience.client.privacy import answering_costs
+from consilience.client.privacy.spending import Allowance, entries_of
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape
 from consilience.client.sums import SumSite
@@ -61,6 +63,7 @@ class Site:
         self.coverage = coverage
         self._lock = threading.Lock()
         self._verified: dict[str, Pool] = {}
+        self._allowance = Allowance(settings)
 
     @classmethod
     def load(cls, path: Path) -> Site:
@@ -146,9 +149,7 @@ class Site:
         tried = min(self.settings.batch_size, len(pools[0]))
         with self._lock:
             self.ledger.refresh()
-            check_job(self.settings.policy, self.ledger, contract.job)
-            new = sum(self._new(contract.job, pool) for pool in pools)
-            check_budget(self.settings.policy, self.ledger, contract.job, new)
+            self.permit(contract.job, sum(self._new(contract.job, pool) for pool in pools))
             began = time.perf_counter()
             for _ in self._score(pools[0], 0, np.ones(tried, np.bool_), "log-probs"):
                 pass
@@ -211,7 +212,8 @@ class Site:
             size=len(pool),
             width=self._width(question),
             score=lambda new: self._encoded(question, pool, new),
-            permit=lambda samples: self._permit(question.job, samples),
+            permit=lambda samples: self.permit(question.job, samples),
+            costs=lambda samples: entries_of(question.job, answering_costs(self.settings, samples)),
         )
 
     def _width(self, question: Question) -> int:
@@ -220,10 +222,12 @@ class Site:
             return coverage_bytes(cast(CoverageEncoding, question.encoding))
         return row_bytes(len(self.teacher.classes), question.encoding)
 
-    def _permit(self, job: str, samples: int) -> None:
+    def permit(self, job: str, samples: int) -> None:
         """Refuse what the policy does not allow now. Raises `RefusedError`."""
         check_job(self.settings.policy, self.ledger, job)
         check_budget(self.settings.policy, self.ledger, job, samples)
+        if samples:
+            self._allowance.check(self.ledger, job, answering_costs(self.settings, samples))
 
     def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
         """Return the encoded rows of those samples of a question that the mask `new` chooses."""

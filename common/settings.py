@@ -282,6 +282,13 @@ class Limits(Settings):
     """In a calendar month of UTC, over all jobs."""
     lifetime: int | None = Field(default=1_000_000, ge=0, le=2**53)
     """Since the ledger began, over all jobs, teachers and policies."""
+    epsilon_per_job: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Most privacy loss, at the delta that the mechanism names; needs a `privacy.mechanism`."""
+    epsilon_per_month: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    epsilon_lifetime: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+EPSILON_LIMITS = {"epsilon_per_job", "epsilon_per_month", "epsilon_lifetime"}
 
 
 class Policy(Settings):
@@ -432,6 +439,12 @@ def refuse_what_passes_by(
     """Raise `ValueError` for what would let private data out past the mechanism, or what it cannot train."""
     mechanism = privacy.mechanism
     if mechanism == "none":
+        for field, most in policy.limits.model_dump(include=EPSILON_LIMITS).items():
+            if most is not None:
+                raise ValueError(
+                    f"policy.limits.{field} is {most:g}, and without a privacy.mechanism answers have no epsilon; "
+                    "choose one, or leave the limit out"
+                )
         return
     for teacher in teachers if mechanism != "output-noise" else ():
         if teacher.kind != "train":

@@ -50,17 +50,22 @@ def set_clock(patch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_what_was_added_is_there_after_it_is_opened_again(settings: SiteSettings) -> None:
     ledger = filled(settings)
-    add(ledger, answer(2, "other"), mechanism("other", "gaussian", {"sigma": 2.5, "sensitivity": 1}))
+    add(ledger, answer(2, "other"), mechanism("other", "gaussian", {"sigma": 2.5, "sensitivity": 1}, 2))
     add(ledger, approval("other", "c" * 16, given=True))
     ledger.close()
     again = Ledger.open(settings)
     assert (again.count, again.chain, again.last) == (ledger.count, ledger.chain, ledger.last)
     assert again.spent == ledger.spent
     assert again.spent.jobs == {"job": 12, "other": 2}
+    assert {(job, name, told): n for (job, _, name, told), n in again.spent.mechanisms.items()} == {
+        ("job", "none", "{}"): 12,
+        ("other", "none", "{}"): 2,
+        ("other", "gaussian", '{"sensitivity":1,"sigma":2.5}'): 2,
+    }
     assert again.spent.lifetime == sum(again.spent.months.values()) == 14
     row = again.row(5)
     assert (row.entry.kind, row.entry.subject) == ("mechanism", "gaussian")
-    assert row.entry.body == {"parameters": {"sigma": 2.5, "sensitivity": 1}}
+    assert row.entry.body == {"parameters": {"sigma": 2.5, "sensitivity": 1}, "count": 2}
     assert again.approved("other", "c" * 16)
     assert not again.approved("other", "d" * 16)
     add(again, approval("other", "c" * 16, given=False))
