@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_pool
-from consilience.client.privacy import answering_costs
-from consilience.client.privacy.spending import Allowance, entries_of
+from consilience.client.privacy import answering_costs, describe_privacy
+from consilience.client.privacy.spending import Allowance, entries_of, loss_of
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape
 from consilience.client.sums import SumSite
@@ -38,6 +38,7 @@ from consilience.common.protocol import (
     CalibrationCard,
     Contract,
     CoverageCard,
+    Guarantee,
     Kind,
     Question,
     SiteCard,
@@ -149,11 +150,24 @@ class Site:
         tried = min(self.settings.batch_size, len(pools[0]))
         with self._lock:
             self.ledger.refresh()
-            self.permit(contract.job, sum(self._new(contract.job, pool) for pool in pools))
+            new = sum(self._new(contract.job, pool) for pool in pools)
+            self.permit(contract.job, new)
+            guarantee = self._guarantee(new)
             began = time.perf_counter()
             for _ in self._score(pools[0], 0, np.ones(tried, np.bool_), "log-probs"):
                 pass
-        return Agreement(pools=contract.pools, samples=tried, seconds=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Agreement(pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee)
+
+    def _guarantee(self, samples: int) -> Guarantee | None:
+        """Return what everything that left comes to once so many samples more have; None where nothing can be said."""
+        mechanism = describe_privacy(self.settings)
+        if not mechanism:
+            return None
+        spent = loss_of(self.settings, self.ledger, answering_costs(self.settings, samples) if samples else ())
+        if spent.epsilon is None or spent.unit is None:
+            return None
+        return Guarantee(mechanism=mechanism, unit=spent.unit, epsilon=spent.epsilon, delta=spent.delta)
 
     def _new(self, job: str, pool: Pool) -> int:
         """Return how many samples of a pool were not released yet, in the encoding in which the most were."""

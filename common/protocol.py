@@ -162,6 +162,20 @@ class Contract(Record):
     teacher: Digest
 
 
+class Guarantee(BaseModel):
+    """What all that a site released comes to once it has answered a whole job, by differential privacy.
+
+    The site's own word. `unit`: what it speaks of: one record of the private data, or the model behind the answers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mechanism: str = Field(min_length=1, max_length=500)
+    unit: Literal["record", "model"]
+    epsilon: float = Field(ge=0, allow_inf_nan=False)
+    delta: float = Field(gt=0, lt=1)
+
+
 class Agreement(Record):
     """The site holds every pool of the contract, verified, its teacher works, and it will answer."""
 
@@ -169,6 +183,8 @@ class Agreement(Record):
     samples: int = Field(default=0, ge=0)
     """Pool samples that the teacher was tried on; the server sizes its questions by how long that took."""
     seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    guarantee: Guarantee | None = None
+    """None: no formal guarantee."""
 
 
 class Question(Record):

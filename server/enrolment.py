@@ -16,7 +16,16 @@ from flwr.serverapp import Grid
 
 from consilience.common.errors import AskingError, ProtocolError
 from consilience.common.progress import Reporter
-from consilience.common.protocol import CARD, CONTRACT, Agreement, CardRequest, Contract, SiteCard, read_reply
+from consilience.common.protocol import (
+    CARD,
+    CONTRACT,
+    Agreement,
+    CardRequest,
+    Contract,
+    Guarantee,
+    SiteCard,
+    read_reply,
+)
 from consilience.common.settings import Ask, JobSettings
 from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
@@ -45,6 +54,8 @@ class Enrolment:
     """Site -> reason, for the sites of the contract that cannot be asked now."""
     tried: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Site -> the samples that its teacher was tried on, and the seconds that took."""
+    guarantees: dict[str, Guarantee] = field(default_factory=dict)
+    """Site -> what its answers come to, of the sites that agreed and say so."""
 
 
 def is_strict(settings: Ask) -> bool:
@@ -260,6 +271,9 @@ def enrol(
         reporter.say(f"Warning: {who} is left out: {reason}")
     enrolment = _enrolled(contract, earlier, cards, left_out, done, path, events, reporter)
     enrolment.tried = {cards[node].name: (held.samples, held.seconds) for node, held in agreements.items()}
+    enrolment.guarantees = {
+        cards[node].name: held.guarantee for node, held in agreements.items() if held.guarantee is not None
+    }
     return enrolment
 
 

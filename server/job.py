@@ -33,6 +33,7 @@ from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
+from consilience.server.guarantees import note_guarantees
 from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
 from consilience.server.learning import check_student, direct_loss, learn, oracle_loss, soft_label_loss
 from consilience.server.progress import Progress
@@ -143,6 +144,7 @@ class Job:
             enrolment = Enrolment(self._contract(), away=held.reasons)
         else:
             enrolment = self.enrol(grid, fold_in)
+            note_guarantees(self.run, enrolment.guarantees)
         record = AskingRecord.begin(path, submission)
         reasons = enrolment.away | self.ask(grid, enrolment, record.passed)
         record.end(path, reasons)

@@ -21,7 +21,7 @@ from consilience.common.data import ImageData
 from consilience.common.files import read_json, write_bytes, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
-from consilience.common.protocol import SiteCard
+from consilience.common.protocol import Guarantee, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks
@@ -29,6 +29,7 @@ from consilience.server.answers import AnswerStore
 from consilience.server.card import card_markdown
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
+from consilience.server.guarantees import read_guarantees
 from consilience.server.judge import Judgement, agreement, auroc, judge
 from consilience.server.labelling import Diagnostics, anchored, load_other, unifier, usable_coverage
 from consilience.server.learning import StudentModel
@@ -78,6 +79,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
     """Judge the student and collect what the report tells. `answers` are all stores of all sites by name."""
     settings, space, diagnostics = outcome.settings, outcome.space, outcome.diagnostics
     student = StudentModel(outcome.run / "student")
+    guarantees = read_guarantees(outcome.run)
     converged = 1 - diagnostics.not_converged / max(diagnostics.samples, 1)
     joined = _joined(outcome)
     warnings = [] if joined else list(space.warnings())
@@ -115,7 +117,14 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         ),
         space=space,
         sites=[
-            _site(card, answers[card.name], outcome, told.get(card.name, CoverageFindings()), aurocs.get(card.name))
+            _site(
+                card,
+                answers[card.name],
+                outcome,
+                told.get(card.name, CoverageFindings()),
+                aurocs.get(card.name),
+                guarantees.get(card.name),
+            )
             for card in outcome.contract.sites
         ],
         unify=UnifyFindings(
@@ -194,6 +203,7 @@ def _site(
     outcome: Outcome,
     coverage: CoverageFindings,
     coverage_auroc: float | None,
+    guarantee: Guarantee | None,
 ) -> SiteFindings:
     stores = [store for store in held if store.about.kind == "log-probs"]
     covers = [store for store in held if store.about.kind == "coverage"]
@@ -227,6 +237,7 @@ def _site(
             missed=sum(store.about.size - len(store) for store in covers),
         ),
         coverage_auroc=coverage_auroc,
+        guarantee=None if guarantee is None else guarantee.model_dump(),
     )
 
 

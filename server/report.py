@@ -20,6 +20,7 @@ from consilience.server.report_coverage import coverage_dict, coverage_summary, 
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_format import listing, number_of, percent
 from consilience.server.report_page import render_page
+from consilience.server.report_privacy import privacy_summary
 
 MOST_CONFUSION = 200
 """Classes up to which report.json holds the confusion matrix."""
@@ -70,6 +71,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             "mostly_other": findings.unify.mostly_other,
             "coverage": coverage_summary(findings) or None,
         },
+        "privacy": privacy_summary(findings),
         "agreement": findings.agreement,
         "partition": None
         if findings.partition is None

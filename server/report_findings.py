@@ -81,7 +81,7 @@ class SiteFindings:
     encoding of its answers. `holdout_accuracy` and `calibration` (the fields of `CalibrationCard`) are the site's own
     claims about its teacher, where it makes them. All these are about log-probabilities; `coverage` is about coverage.
     `coverage_auroc`: AUROC of its coverage as a score for "this image is of one of my classes", None where that is not
-    known.
+    known. `guarantee` (the fields of `Guarantee`): what its answers come to, by its own word, where it has a mechanism.
     """
 
     name: str
@@ -99,6 +99,7 @@ class SiteFindings:
     calibration: Mapping[str, Any] | None = None
     coverage: CoverageFindings = CoverageFindings()
     coverage_auroc: float | None = None
+    guarantee: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,8 @@ class UnifyFindings:
 
     `joined`: the sites' coverage decides the odds between components, and not the rule `across`. `strength`: how much
     coverage counts beside answers, None for a method that knows no such thing; `strengths`: sites of which that is
-    something else. `other`: how likely a sample is outside
-    the label space on average, and `mostly_other`: how many samples count less than half for that; None in a closed
-    world.
+    something else. `other`: how likely a sample is outside the label space on average, and `mostly_other`: how many
+    samples count less than half for that; None in a closed world.
     """
 
     method: str

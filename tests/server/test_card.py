@@ -125,7 +125,7 @@ def test_privacy_has_the_exact_numbers_of_every_site() -> None:
     findings = make()
     gone = SiteFindings("south", ("boot",), "vit", "ef", 1001, 3000, 4004, 1.0, 1999, "failed", "f32")
     privacy = section(card(replace(findings, sites=[*findings.sites, gone])), "Privacy")
-    assert "No formal guarantee: soft labels over the pool left the sites." in privacy
+    assert "No formal guarantee. Soft labels over the pool left the sites." in privacy
     assert "| s00 | 1,434 | 3 | 16-bit (f16) | 8,604 (8.6 kB) |" in privacy
     assert "| s02 | 1,434 | 2 | 16-bit (f16) | 5,736 (5.7 kB) |" in privacy
     assert "| south | 1,001 | 1 | 32-bit (f32) | 4,004 (4.0 kB) |" in privacy

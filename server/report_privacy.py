@@ -1,0 +1,23 @@
+"""What the report and the card say of differential privacy.
+
+Does not live here: what sites said (server/guarantees), what left them (server/card).
+"""
+
+from __future__ import annotations
+
+from consilience.server.report_findings import Findings
+from consilience.server.report_format import listing
+
+
+def privacy_summary(findings: Findings) -> str:
+    """Say which sites answered by differential privacy, in their own words, and which without."""
+    told = [
+        f"{site.name} says: epsilon {site.guarantee['epsilon']:.3g} at delta {site.guarantee['delta']:g} for all that "
+        f"has left it, this run included, by {site.guarantee['mechanism']}."
+        for site in findings.sites
+        if site.guarantee is not None
+    ]
+    bare = [site.name for site in findings.sites if site.guarantee is None]
+    if not told:
+        return "No formal guarantee."
+    return " ".join([*told, *([f"No formal guarantee from {listing(bare)}."] if bare else [])])
