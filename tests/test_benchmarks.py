@@ -20,9 +20,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     "name",
     [
+        "answer_encodings",
         "answering",
         "coverage",
-        "encodings",
         "fuzz_decoders",
         "ledger",
         "secure_sums",
