@@ -1,4 +1,4 @@
-"""A whole job whose sites answer behind noise: what that comes to is on the student's card and in the sites' ledgers."""
+"""A job whose sites answer behind noise: what that comes to is on the student's card and in the sites' ledgers."""
 
 from __future__ import annotations
 
