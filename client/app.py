@@ -78,13 +78,13 @@ def sum_terms(message: Message, context: Context) -> Message:
 @app.query("sum_roster")
 def sum_roster(message: Message, context: Context) -> Message:
     """Share the seeds of a secure sum."""
-    return _sum(message, context, lambda site: site.sums.share(Roster.from_content(message.content)))
+    return _sum(message, context, lambda site: site.sum_share(Roster.from_content(message.content)))
 
 
 @app.query("sum_delivery")
 def sum_delivery(message: Message, context: Context) -> Message:
     """Take the shares of the other sites of a secure sum."""
-    return _sum(message, context, lambda site: site.sums.deliver(Delivery.from_content(message.content)))
+    return _sum(message, context, lambda site: site.sum_deliver(Delivery.from_content(message.content)))
 
 
 @app.query("sum_rows")
@@ -96,7 +96,7 @@ def sum_rows(message: Message, context: Context) -> Message:
 @app.query("sum_unmask")
 def sum_unmask(message: Message, context: Context) -> Message:
     """Open the shares that unmask a sum."""
-    return _sum(message, context, lambda site: site.sums.open(Unmask.from_content(message.content)))
+    return _sum(message, context, lambda site: site.sum_open(Unmask.from_content(message.content)))
 
 
 def _sum(message: Message, context: Context, round_: Callable[[Site], Record | MaskedRows]) -> Message:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from consilience.client.policy import RefusedError, check_encoding, check_job, check_pool, limits
-from consilience.client.privacy import Spent, answering_costs
+from consilience.client.privacy import Spent
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
 from consilience.common.errors import PoolError, StorageError
@@ -102,7 +102,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     }
     loss = None
     if not isinstance(site.settings.privacy, NoPrivacy):
-        costs = answering_costs(site.settings, held.new) if held.new else ()
+        costs = site.costs(held.new) if held.new else ()
         loss = loss_of(site.settings, site.ledger), loss_of(site.settings, site.ledger, costs)
     return Explanation(held.parts, here, refusal, left, loss)
 

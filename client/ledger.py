@@ -193,7 +193,13 @@ class Ledger:
             self._take(row)
 
     def _take(self, row: Row) -> None:
-        """Verify the next row and count it."""
+        """Verify the next row and count it. Raises `LedgerError`."""
+        try:
+            self._verify_and_count(row)
+        except (KeyError, AttributeError, TypeError):  # of a body that is not as ours are, whoever wrote it
+            raise self._bad(row.seq, CHANGED) from None
+
+    def _verify_and_count(self, row: Row) -> None:
         entry = row.entry
         if row.seq != self.count + 1:
             raise self._bad(self.count + 1, "is missing")

@@ -128,6 +128,9 @@ def export(
 def restart(
     site: SiteFile,
     confirm: Annotated[bool, typer.Option("--yes", help="Do it: what is put aside is not used any more.")] = False,
+    spent: Annotated[
+        int | None, typer.Option(min=0, help="Samples that were released at least, where you know of more than it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a damaged ledger aside and begin another, in which all that was spent counts as spent this month."""
@@ -139,9 +142,9 @@ def restart(
                 "The ledger and the released answers would be put aside, and --yes is missing",
                 hint="Look for a newer copy first; then run the same command with --yes",
             )
-        aside, spent = restart_ledger(settings)
-        data = {"aside": str(aside), "carried": spent}
-        return data, f"A new ledger begins with {spent:,} samples spent. The old one is in {aside}: keep it."
+        aside, carried = restart_ledger(settings, spent)
+        data = {"aside": str(aside), "carried": carried}
+        return data, f"A new ledger begins with {carried:,} samples spent. The old one is in {aside}: keep it."
 
     emit(as_json, action)
 

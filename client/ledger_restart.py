@@ -16,16 +16,23 @@ from consilience.common.files import lock, storage_error, sync_folder, write_jso
 from consilience.common.settings import SiteSettings
 
 
-def restart(settings: SiteSettings) -> tuple[Path, int]:
+def restart(settings: SiteSettings, least: int | None = None) -> tuple[Path, int]:
     """Put ledger and released answers aside, and begin a ledger that carries over what was spent.
 
-    Returns the folder they are in now, and the samples carried over: the most that the head or the rows still tell of.
-    They count for this month and for the lifetime. Stopped in between, the next call goes on. Raises `RunError` while
-    an agent runs, `StorageError`.
+    Returns the folder they are in now, and the samples carried over: the most that the head or the rows still tell of,
+    and `least` where a person knows of more. They count for this month and for the lifetime. Stopped in between, the
+    next call goes on. Raises `RunError` while an agent runs, `LedgerError` when neither head nor rows tell anything and
+    `least` is not given, `StorageError`.
     """
     path, head = paths(settings)
     with lock(settings.state / "agent"), locked(path):
-        spent, rows = _spent(path, head)
+        spent, rows, told = _spent(path, head)
+        if least is None and not told:
+            raise LedgerError(
+                f"Neither {path} nor {head} tells how many samples were released",
+                hint="Say how many there were at most with --spent, for example by the coordinator's reports",
+            )
+        spent = max(spent, least or 0)
         # from here on and until the end, whatever is stopped leaves a ledger that is refused and knows what was spent
         write_json(head, {"rows": rows + 1, "chain": "restarting", "samples": spent})
         aside = _aside(settings.state)
@@ -53,17 +60,18 @@ def restart(settings: SiteSettings) -> tuple[Path, int]:
     return aside, spent
 
 
-def _spent(path: Path, head: Path) -> tuple[int, int]:
-    """Return the samples and rows that head and database tell of, whichever tells of more."""
-    told, total, count = None, 0, 0
+def _spent(path: Path, head: Path) -> tuple[int, int, bool]:
+    """Return the samples and rows that head and database tell of, whichever tells of more, and whether one tells."""
+    told, total, count, readable = None, 0, 0, False
     with suppress(LedgerError):  # a damaged head tells nothing
         told = read_head(head)
     if path.exists():
         with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:  # nor does a damaged database
             query = "SELECT coalesce(sum(samples), 0), count(*) FROM rows WHERE samples > 0"
             total, count = database.execute(query).fetchone()
+            readable = True
     known = told or {"samples": 0, "rows": 0}
-    return max(int(total), known["samples"]), max(int(count), known["rows"])
+    return max(int(total), known["samples"]), max(int(count), known["rows"]), readable or told is not None
 
 
 def _aside(state: Path) -> Path:

@@ -24,6 +24,8 @@ from consilience.common.files import storage_error, sync_folder
 from consilience.common.protocol import Question
 
 BLOCK_BYTES = 2**20
+MOST_SHELVES = 16
+"""Kinds of answers of which it is kept in memory which samples were released."""
 
 Score = Callable[[NDArray[np.bool_]], bytes]
 """Encodes the asked samples that a mask (question's samples,) chooses, row after row."""
@@ -123,6 +125,8 @@ class Released:
         """Return (size,) int64: the row of the ledger by which each sample was released, 0 for none yet."""
         shelf = self._shelves.get(subject)
         if shelf is None:
+            while len(self._shelves) >= MOST_SHELVES:  # the ledger tells again what was on it
+                self._shelves.pop(next(iter(self._shelves)))
             shelf = self._shelves[subject] = _Shelf(np.zeros(size, np.int64))
         if shelf.seen < self.ledger.count:
             for row in self.ledger.rows(shelf.seen, subject):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_pool
-from consilience.client.privacy import answering_costs, describe_privacy
+from consilience.client.privacy import Event, answering_costs, describe_privacy
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape
@@ -43,9 +43,20 @@ from consilience.common.protocol import (
     Question,
     SiteCard,
 )
-from consilience.common.settings import CoverageEncoding, Encoding, SiteSettings
+from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, SiteSettings
 from consilience.common.settings_file import load_settings
-from consilience.common.sums.messages import Advert, MaskedRows, RowsQuestion, Terms
+from consilience.common.sums.messages import (
+    Advert,
+    Delivered,
+    Delivery,
+    MaskedRows,
+    Opened,
+    Roster,
+    RowsQuestion,
+    SealedShares,
+    Terms,
+    Unmask,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +76,8 @@ class Site:
         self._lock = threading.Lock()
         self._verified: dict[str, Pool] = {}
         self._allowance = Allowance(settings)
+        # of the training whose teacher answers here, whatever is trained beside it meanwhile
+        self._training = answering_costs(settings, 1) if isinstance(settings.privacy, DpSgd) else None
 
     @classmethod
     def load(cls, path: Path) -> Site:
@@ -164,7 +177,7 @@ class Site:
         mechanism = describe_privacy(self.settings)
         if not mechanism:
             return None
-        spent = loss_of(self.settings, self.ledger, answering_costs(self.settings, samples) if samples else ())
+        spent = loss_of(self.settings, self.ledger, self.costs(samples) if samples else ())
         if spent.epsilon is None or spent.unit is None:
             return None
         return Guarantee(mechanism=mechanism, unit=spent.unit, epsilon=spent.epsilon, delta=spent.delta)
@@ -227,7 +240,7 @@ class Site:
             width=self._width(question),
             score=lambda new: self._encoded(question, pool, new),
             permit=lambda samples: self.permit(question.job, samples),
-            costs=lambda samples: entries_of(question.job, answering_costs(self.settings, samples)),
+            costs=lambda samples: entries_of(question.job, self.costs(samples)),
         )
 
     def _width(self, question: Question) -> int:
@@ -236,12 +249,16 @@ class Site:
             return coverage_bytes(cast(CoverageEncoding, question.encoding))
         return row_bytes(len(self.teacher.classes), question.encoding)
 
+    def costs(self, samples: int) -> tuple[Event, ...]:
+        """Return the events of answering about so many samples, at least 1."""
+        return answering_costs(self.settings, samples) if self._training is None else self._training
+
     def permit(self, job: str, samples: int) -> None:
         """Refuse what the policy does not allow now. Raises `RefusedError`."""
         check_job(self.settings.policy, self.ledger, job)
         check_budget(self.settings.policy, self.ledger, job, samples)
         if samples:
-            self._allowance.check(self.ledger, job, answering_costs(self.settings, samples))
+            self._allowance.check(self.ledger, job, self.costs(samples))
 
     def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
         """Return the encoded rows of those samples of a question that the mask `new` chooses."""
@@ -261,10 +278,31 @@ class Site:
         """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""
         if terms.stop > len(self._pool(terms.pool)):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
+        self._check_job(terms.job)
         own = self.teacher
         return self.sums.advertise(
             terms, teacher=own.fingerprint, policy=self.settings.policy.version, classes=len(own.classes)
         )
+
+    def sum_share(self, roster: Roster) -> SealedShares:
+        """Share the site's seeds, if the policy still allows the job. Raises as `sum_keys` does."""
+        self._check_job(self.sums.job_of(roster.terms))
+        return self.sums.share(roster)
+
+    def sum_deliver(self, delivery: Delivery) -> Delivered:
+        """Take the others' shares, if the policy still allows the job. Raises as `sum_keys` does."""
+        self._check_job(self.sums.job_of(delivery.terms))
+        return self.sums.deliver(delivery)
+
+    def sum_open(self, unmask: Unmask) -> Opened:
+        """Open shares, if the policy still allows the job. Raises as `sum_keys` does."""
+        self._check_job(self.sums.job_of(unmask.terms))
+        return self.sums.open(unmask)
+
+    def _check_job(self, job: str) -> None:
+        with self._lock:
+            self.ledger.refresh()
+            check_job(self.settings.policy, self.ledger, job)
 
     def masked_rows(self, question: RowsQuestion) -> MaskedRows:
         """Answer with masked rows, as precise as the policy allows answers to be. Raises as `answer` does."""
@@ -273,6 +311,8 @@ class Site:
             own, finest = terms.by_name[self.settings.name], self.settings.policy.encodings[0]
             if (own.teacher, own.policy) != (self.teacher.fingerprint, self.settings.policy.version):
                 raise RefusedError("other-teacher", "the question is for another teacher or policy version")
+            if (stop - start) * len(self.teacher.classes) * 8 > MOST_ANSWER_BYTES:  # as they are added up, in fp64
+                raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
             pool = self._pool(terms.pool)
             asked = self.question(terms.job, terms.pool, len(pool), "log-probs", finest)
             part = asked.model_copy(update={"start": start, "stop": stop})

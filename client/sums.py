@@ -53,6 +53,9 @@ from consilience.common.sums.messages import (
 )
 from consilience.common.sums.shares import seal, split, unseal
 
+MOST_UNEVEN = 2.0
+"""How often the smallest weight a site's weight may be."""
+
 Answering = Callable[[Terms, int, int], NDArray[np.floating[Any]]]
 """Terms, start, stop -> (stop - start, k) log-probabilities of the pool's samples over the site's classes."""
 
@@ -72,6 +75,8 @@ class _Held(BaseModel):
     own: tuple[str, str] | None = None
     """The site's own shares of its own two seeds: mask, self."""
     delivery: Delivery | None = None
+    given: bool = False
+    """Whether masked rows were given."""
     holds: dict[str, tuple[str, str]] = {}
     """Site -> shares of its two seeds."""
     unmask: Unmask | None = None
@@ -107,6 +112,10 @@ class SumSite:
             raise ProtocolError("The terms of a secure sum do not name this site and its key")
         if (own.teacher, own.policy, len(own.classes)) != (teacher, policy, classes):
             raise ProtocolError("The terms of a secure sum name another teacher, policy version or number of classes")
+        weights = [member.weight for member in terms.members]
+        if max(weights) > MOST_UNEVEN * min(weights) or terms.temperature < 1:
+            # a sum in which one site outweighs the others, or each is sharpened to its arg-max, tells single answers
+            raise ProtocolError("The terms of a secure sum weigh sites too unevenly, or sharpen their answers")
         for member in terms.members:
             if self._peers.get(member.site, member.identity) != member.identity:
                 raise ProtocolError(f"The terms of a secure sum name another key for site {member.site} than is known")
@@ -133,6 +142,11 @@ class SumSite:
                 )
                 self._write(held)
             return held.advert
+
+    def job_of(self, terms: str) -> str:
+        """Return the job of the sum with these terms' digest. Raises `ProtocolError` when there is none."""
+        with self._turn():
+            return self._need(terms).terms.job
 
     def share(self, roster: Roster) -> SealedShares:
         """Round 1: share out both seeds among the sites of the roster. Raises `ProtocolError`."""
@@ -194,10 +208,13 @@ class SumSite:
         """Round 2, second half: answer, add all masks. Raises `ProtocolError`, and what `answering` raises."""
         with self._turn():
             held = self._need(question.terms)
-        if held.delivery is None or held.unmask is not None:
-            raise ProtocolError("Masked rows are given after shares were delivered, and not after they were opened")
-        if question.start < held.terms.start or question.stop > held.terms.stop:
-            raise ProtocolError("Masked rows were asked for of samples that the terms do not name")
+            if held.delivery is None or held.unmask is not None:
+                raise ProtocolError("Masked rows are given after shares were delivered, and not after they were opened")
+            if question.start < held.terms.start or question.stop > held.terms.stop:
+                raise ProtocolError("Masked rows were asked for of samples that the terms do not name")
+            if not held.given:
+                self._refuse_second_sum(held.terms)
+                self._write(held.model_copy(update={"given": True}))
         own = held.terms.by_name[self._name]
         log_probs = answering(held.terms, question.start, question.stop) / held.terms.temperature
         rows = held.terms.ring().encode(log_probs, own.weight)
@@ -250,12 +267,18 @@ class SumSite:
             return reply
 
     def _refuse_second_sum(self, terms: Terms) -> None:
-        """Raise `ProtocolError` when another sum over some of the samples, with the same teacher, was opened."""
+        """Raise `ProtocolError` when another sum of some of the samples, with the same teacher, was opened or begun.
+
+        Begun is one for which masked rows were given: others may open it without this site. Another attempt at it by
+        just the same sites may go on, for those who open the two are then never all others.
+        """
         teacher = terms.by_name[self._name].teacher
         for path in sorted(self._folder.glob("*.json")):
             other = self._load(path)
             past = other.terms
-            if other.unmask is None or past.digest == terms.digest or past.pool != terms.pool:
+            if past.digest == terms.digest or past.pool != terms.pool:
+                continue
+            if other.unmask is None and (not other.given or _same_sites(past, terms)):
                 continue
             overlap = past.start < terms.stop and terms.start < past.stop
             if overlap and past.by_name[self._name].teacher == teacher:
@@ -292,6 +315,10 @@ class SumSite:
 
     def _write(self, held: _Held) -> None:
         write_bytes(self._path(held.terms.digest), held.model_dump_json().encode())
+
+
+def _same_sites(one: Terms, other: Terms) -> bool:
+    return (one.members, one.threshold) == (other.members, other.threshold)
 
 
 def shared_columns(own: tuple[int, ...], other: tuple[int, ...]) -> NDArray[np.int64]:

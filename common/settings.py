@@ -721,6 +721,17 @@ class JobSettings(Settings):
                 "which learns from the answers as they are"
             )
         if self.privacy.secure_sum:
+            weights = [1.0, *self.unify.weights.values()]
+            if max(weights) > 2 * min(weights):
+                raise ValueError(
+                    f"unify.weights lie between {min(weights):g} and {max(weights):g}; with privacy.secure_sum the "
+                    "largest may be twice the smallest (1 where none is given), or the sum tells that site's answers"
+                )
+            if self.unify.temperature < 1:
+                raise ValueError(
+                    f"unify.temperature is {self.unify.temperature:g}; with privacy.secure_sum it must be at least 1, "
+                    "or sums would tell which class each site holds for the likeliest"
+                )
             for field, value, allowed in (
                 ("unify.method", self.unify.method, "ce"),
                 ("unify.prior_correction", self.unify.prior_correction, False),

@@ -54,8 +54,8 @@ class Enrolment:
     """Site -> reason, for the sites of the contract that cannot be asked now."""
     tried: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Site -> the samples that its teacher was tried on, and the seconds that took."""
-    guarantees: dict[str, Guarantee] = field(default_factory=dict)
-    """Site -> what its answers come to, of the sites that agreed and say so."""
+    guarantees: dict[str, Guarantee | None] = field(default_factory=dict)
+    """Site -> what its answers come to, of the sites that agreed; None where it does not say."""
 
 
 def is_strict(settings: Ask) -> bool:
@@ -271,9 +271,7 @@ def enrol(
         reporter.say(f"Warning: {who} is left out: {reason}")
     enrolment = _enrolled(contract, earlier, cards, left_out, done, path, events, reporter)
     enrolment.tried = {cards[node].name: (held.samples, held.seconds) for node, held in agreements.items()}
-    enrolment.guarantees = {
-        cards[node].name: held.guarantee for node, held in agreements.items() if held.guarantee is not None
-    }
+    enrolment.guarantees = {cards[node].name: held.guarantee for node, held in agreements.items()}
     return enrolment
 
 

@@ -16,18 +16,21 @@ from consilience.common.files import read_json, write_json
 from consilience.common.protocol import Guarantee
 
 FILE = "guarantees.json"
-_ADAPTER: TypeAdapter[dict[str, Guarantee]] = TypeAdapter(dict[str, Guarantee])
+_ADAPTER: TypeAdapter[dict[str, Guarantee | None]] = TypeAdapter(dict[str, Guarantee | None])
 
 
-def note_guarantees(run: Path, told: Mapping[str, Guarantee]) -> None:
-    """Keep what sites said when they agreed, beside what others said before. Raises `RunError`, `StorageError`."""
+def note_guarantees(run: Path, told: Mapping[str, Guarantee | None]) -> None:
+    """Keep what sites said when they agreed, beside what others said before. Raises `RunError`, `StorageError`.
+
+    None stands for a site that gives none, or no more.
+    """
     held = read_guarantees(run)
     if told.items() - held.items():
         write_json(run / FILE, _ADAPTER.dump_python({**held, **told}, mode="json"))
 
 
-def read_guarantees(run: Path) -> dict[str, Guarantee]:
-    """Return site -> its guarantee, of the sites that give one. Raises `RunError` when damaged, `StorageError`."""
+def read_guarantees(run: Path) -> dict[str, Guarantee | None]:
+    """Return site -> its guarantee, of the sites that agreed. Raises `RunError` when damaged, `StorageError`."""
     path = run / FILE
     if not path.exists():
         return {}

@@ -12,8 +12,8 @@ from consilience.server.report_format import listing
 def privacy_summary(findings: Findings) -> str:
     """Say which sites answered by differential privacy, in their own words, and which without."""
     told = [
-        f"{site.name} says: epsilon {site.guarantee['epsilon']:.3g} at delta {site.guarantee['delta']:g} for all that "
-        f"has left it, this run included, by {site.guarantee['mechanism']}."
+        f"{site.name} said when it agreed: epsilon {site.guarantee['epsilon']:.3g} at delta "
+        f"{site.guarantee['delta']:g} for all that had left it and this run, by {site.guarantee['mechanism']}."
         for site in findings.sites
         if site.guarantee is not None
     ]

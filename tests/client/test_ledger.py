@@ -18,7 +18,7 @@ from consilience.client.ledger import Ledger
 from consilience.client.ledger_restart import restart
 from consilience.client.ledger_rows import Entry, approval, chain_of, mechanism
 from consilience.common.errors import LedgerError, RunError, StorageError
-from consilience.common.files import lock, read_json, write_json
+from consilience.common.files import canonical_json, lock, read_json, write_json
 from consilience.common.settings import SiteSettings
 from helpers.small_site import make_site
 
@@ -336,6 +336,33 @@ def test_another_ledger_begins_with_all_that_was_spent(settings: SiteSettings, d
     add(again, answer(1))
     again.close()
     assert Ledger.open(settings).spent.lifetime == 13
+
+
+def test_where_nothing_tells_what_was_spent_a_person_must(settings: SiteSettings) -> None:
+    ledger = filled(settings)
+    ledger.close()
+    ledger.path.write_bytes(b"x" * 5000)
+    ledger.head.write_text("x")
+    with pytest.raises(LedgerError, match="tells how many samples were released"):
+        restart(settings)
+    assert ledger.path.read_bytes() == b"x" * 5000
+    assert restart(settings, 40)[1] == Ledger.open(settings).spent.lifetime == 40
+
+
+@pytest.mark.parametrize("body", [{}, [], "x", {"count": "1", "parameters": {}}, {"count": 0, "parameters": {}}])
+def test_a_row_of_another_make_is_a_bad_row_even_if_its_hash_fits(settings: SiteSettings, body: Any) -> None:
+    ledger = filled(settings)
+    row = ledger.row(ledger.count)
+    entry = Entry("mechanism", "job", "output-noise", 0, body)
+    text = canonical_json(body).decode()
+    chain = chain_of(ledger.chain, row.seq + 1, row.time, entry, text)
+    ledger.close()
+    with sqlite3.connect(ledger.path) as database:
+        values = (row.seq + 1, row.time, "mechanism", "job", 0, "output-noise", text, chain)
+        database.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+    database.close()
+    with pytest.raises(LedgerError, match=f"row {row.seq + 1} is not as it was written"):
+        Ledger.open(settings)
 
 
 @pytest.mark.parametrize("step", range(5))

@@ -298,6 +298,29 @@ def test_samples_are_summed_once(sums: Sums) -> None:
     advert_of(sums, make_terms(SETS, SAMPLES, pool="b" * 64))
 
 
+def test_samples_are_bound_to_the_sum_that_masked_rows_were_given_for(sums: Sums) -> None:
+    """The others may open it without this site: what it then gives for another sum would be told apart."""
+    rows = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
+    later = make_terms(SETS, SAMPLES, job="other", threshold=4)
+    advert_of(sums, later)
+    opening(sums)
+    sums.sites["ant"].rows(rows, lambda _, low, high: np.zeros((high - low, 3)))
+    second = Sums(sums.folder, later, sums.answers)
+    opening(second)
+    with pytest.raises(ProtocolError, match="summed before"):
+        second.sites["ant"].rows(rows.model_copy(update={"terms": later.digest}), no_answer)
+    with pytest.raises(ProtocolError, match="summed before"):
+        advert_of(sums, make_terms(SETS, SAMPLES, job="third", threshold=4))
+    advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
+
+
+def test_sums_that_would_tell_single_answers_are_refused(sums: Sums) -> None:
+    heavy = sums.terms.members[0].model_copy(update={"weight": 2.5})
+    for changes in ({"members": (heavy, *sums.terms.members[1:])}, {"temperature": 0.5}):
+        with pytest.raises(ProtocolError, match="too unevenly, or sharpen"):
+            advert_of(sums, sums.terms.model_copy(update=changes))
+
+
 def test_a_damaged_record_is_no_fresh_start(sums: Sums) -> None:
     advert_of(sums, sums.terms)
     (path,) = (sums.folder / "sites" / "ant").glob("*.json")

@@ -44,7 +44,7 @@ def test_the_card_says_what_a_run_cost_in_privacy(tmp_path: Path, unsynced: None
         assert spent == account([NoisyOutputs(sigma=SIGMA, count=told["answers"])], 1e-5)
         assert told["guarantee"]["epsilon"] == pytest.approx(spent.epsilon, rel=1e-9)
         assert told["guarantee"]["unit"] == "model"
-        said = f"{told['name']} says: epsilon {spent.epsilon:.3g} at delta 1e-05 for all that has left it"
+        said = f"{told['name']} said when it agreed: epsilon {spent.epsilon:.3g} at delta 1e-05 for all"
         assert said in report["privacy"]
         assert said in (run / "card.md").read_text().replace("\\", "")
         assert said in (run / "report.html").read_text()

@@ -118,6 +118,8 @@ def test_a_job_by_secure_sums_with_real_processes(tmp_path: Path) -> None:
         ({"unify": {"prior_correction": True}}, "unify.prior_correction is True"),
         ({"unify": {"other": 0.5}}, "unify.other is 0.5"),
         ({"student": {"learning": "direct-ce"}}, "student.learning is 'direct-ce'"),
+        ({"unify": {"weights": {"site-1": 3}}}, "unify.weights lie between 1 and 3"),
+        ({"unify": {"temperature": 0.5}}, "unify.temperature is 0.5"),
     ],
 )
 def test_what_needs_single_answers_is_refused(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
