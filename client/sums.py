@@ -188,7 +188,8 @@ class SumSite:
             elif held.delivery != delivery:
                 raise ProtocolError("A secure sum delivers shares once, and these are others")
             names = sorted([self._name, *(sealed.sender for sealed in delivery.shares)])
-            return Delivered(terms=delivery.terms, roster=delivery.roster, site=self._name, holds=tuple(names))
+            assert held.roster is not None
+            return Delivered.make(self._identity, held.roster, self._name, tuple(names))
 
     def _unsealed(self, held: _Held, roster: Roster, delivery: Delivery) -> dict[str, tuple[str, str]]:
         senders = [sealed.sender for sealed in delivery.shares]
@@ -240,8 +241,9 @@ class SumSite:
     def open(self, unmask: Unmask) -> Opened:
         """Round 3: give one share of each site: of a survivor's own mask, or of a lost site's mask key.
 
-        Raises `ProtocolError` when too few survived, when another set of survivors was named before, or when some of
-        the samples were summed in another sum since.
+        Raises `ProtocolError` when too few survived, when another set of survivors was named before, when one of them
+        has not signed that it holds the shares of just the sites that this one does, or when some of the samples were
+        summed in another sum since.
         """
         with self._turn():
             held = self._need(unmask.terms)
@@ -254,6 +256,7 @@ class SumSite:
                 raise ProtocolError("The survivors of a secure sum are not some of the sites that shared")
             if len(names) < held.terms.threshold:
                 raise ProtocolError(f"{len(names)} sites survived; needed: {held.terms.threshold}")
+            self._need_the_same_masks(held, unmask)
             self._refuse_second_sum(held.terms)
             shares = [
                 OpenedShare(of=site, kind="self", share=pair[1])
@@ -265,6 +268,22 @@ class SumSite:
             gone: dict[str, Any] = {"mask_seed": "", "self_seed": "", "seal_key": "", "own": None, "holds": {}}
             self._write(held.model_copy(update={"unmask": unmask, "opened": reply, **gone}))
             return reply
+
+    def _need_the_same_masks(self, held: _Held, unmask: Unmask) -> None:
+        """Raise `ProtocolError` unless every survivor says that it wears the masks of the sites that this one does.
+
+        Else the server could give one site the shares of few others, whose masks then come off while its rows stay.
+        """
+        assert held.roster is not None
+        for site, signature in zip(unmask.survivors, unmask.signatures, strict=True):
+            told = Delivered(
+                terms=held.roster.terms,
+                roster=held.roster.digest,
+                site=site,
+                holds=tuple(sorted(held.holds)),
+                signature=signature,
+            )
+            told.check(held.roster)
 
     def _refuse_second_sum(self, terms: Terms) -> None:
         """Raise `ProtocolError` when another sum of some of the samples, with the same teacher, was opened or begun.

@@ -107,10 +107,12 @@ class SecureSum:
     # Round 2
 
     def check_delivered(self, site: str, delivered: Delivered) -> None:
-        """Raise `ProtocolError` unless `site` holds the shares of all sharers."""
+        """Keep a site's word that it holds the shares of all sharers. Raises `ProtocolError` for any other."""
         due = (self.terms.digest, self.roster().digest, site, self.sharers())
         if (delivered.terms, delivered.roster, delivered.site, delivered.holds) != due:
             raise ProtocolError(f"Site {site} does not hold the shares that were delivered to it")
+        delivered.check(self.roster())
+        self._keep(f"delivered/{site}", delivered)
 
     def store(self, site: str) -> MaskedStore:
         """Return what a site sent so far, rows counted from the first sample of the terms."""
@@ -148,9 +150,10 @@ class SecureSum:
         held = self._load("unmask", Unmask)
         if held is not None:
             return held
-        survivors = [site for site in self.sharers() if self.store(site).complete]
-        self._need(survivors, "have sent all their masked answers")
-        unmask = Unmask(terms=self.terms.digest, survivors=tuple(survivors))
+        told = {site: self._load(f"delivered/{site}", Delivered) for site in self.sharers()}
+        signed = {site: word.signature for site, word in told.items() if word is not None and self.store(site).complete}
+        self._need(list(signed), "have sent all their masked answers")
+        unmask = Unmask(terms=self.terms.digest, survivors=tuple(signed), signatures=tuple(signed.values()))
         self._keep("unmask", unmask)
         return unmask
 

@@ -50,6 +50,9 @@ def default_threshold(sites: int) -> int:
     return -(-2 * sites // 3)
 
 
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{2,400}$")]
+
+
 class Part(BaseModel):
     """Something inside a record."""
 
@@ -140,7 +143,7 @@ class Advert(Record):
     commitment: Digest
     """SHA-256 over the terms and the seed of its own mask."""
     public_key: Annotated[str, Field(max_length=1000, pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+$")]
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{2,400}$")]
+    signature: Signature
 
     @classmethod
     def make(
@@ -246,12 +249,37 @@ class Delivery(Record):
 
 
 class Delivered(Record):
-    """The site holds the shares of these sites, its own among them."""
+    """The site holds the shares of these sites, its own among them: it says so to the others, in its own hand.
+
+    Whoever opens shares must know that all survivors wear the masks of the same sites.
+    """
 
     terms: Digest
     roster: Digest
     site: SiteName
     holds: Sites
+    signature: Signature
+
+    @classmethod
+    def make(cls, identity: PrivateKey, roster: Roster, site: str, holds: tuple[str, ...]) -> Delivered:
+        """Fill in and sign."""
+        draft = cls(terms=roster.terms, roster=roster.digest, site=site, holds=holds, signature="00")
+        return draft.model_copy(update={"signature": identity.sign(draft._signed(), ec.ECDSA(hashes.SHA384())).hex()})
+
+    def _signed(self) -> bytes:
+        return b"consilience sum shares\n" + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+
+    def check(self, roster: Roster) -> None:
+        """Raise `ProtocolError` unless a site of this roster, of digest `self.roster`, signed it."""
+        advert = roster.by_name.get(self.site)
+        if advert is None or (self.terms, self.roster) != (roster.terms, roster.digest):
+            raise ProtocolError("Word of delivered shares is of another sum, or of a site that is not in its roster")
+        try:
+            read_key_line(advert.public_key).verify(
+                bytes.fromhex(self.signature), self._signed(), ec.ECDSA(hashes.SHA384())
+            )
+        except (InvalidSignature, ValueError, IdentityError):
+            raise ProtocolError(f"Site {self.site} has not signed that it holds the shares of these sites") from None
 
 
 class RowsQuestion(Record):
@@ -309,6 +337,14 @@ class Unmask(Record):
 
     terms: Digest
     survivors: Sites
+    signatures: tuple[Signature, ...] = Field(max_length=MOST_SITES)
+    """Of their `Delivered`, in the order of `survivors`."""
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Unmask:
+        if len(self.signatures) != len(self.survivors):
+            raise ValueError("signatures must be one a survivor")
+        return self
 
 
 class OpenedShare(Part):

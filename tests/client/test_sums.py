@@ -16,6 +16,7 @@ from consilience.client.sums import SumSite
 from consilience.common.errors import ProtocolError, StorageError
 from consilience.common.sums.messages import (
     Advert,
+    Delivered,
     Delivery,
     MaskedRows,
     Roster,
@@ -218,7 +219,7 @@ def test_rows_are_given_in_their_time_only(sums: Sums) -> None:
     with pytest.raises(ProtocolError, match="one row a sample"):
         sums.sites["ant"].rows(question, lambda _, low, high: np.zeros((high - low, 2)))
     for site in ("bee", "cat", "dog"):
-        sums.sites[site].deliver(sums.server.delivery(site))
+        sums.server.check_delivered(site, sums.sites[site].deliver(sums.server.delivery(site)))
         sums.send(site)
     sums.sites["ant"].open(sums.server.unmask())
     with pytest.raises(ProtocolError, match="not after they were opened"):
@@ -234,13 +235,16 @@ def opening(sums: Sums) -> None:
     sums.deliver()
 
 
-def unmask(terms: Terms, *survivors: str) -> Unmask:
-    return Unmask(terms=terms.digest, survivors=survivors)
+def unmask(sums: Sums, *survivors: str) -> Unmask:
+    kept = {site: sums.server._load(f"delivered/{site}", Delivered) for site in sums.sites}
+    signed = {site: held.signature for site, held in kept.items() if held is not None}
+    signatures = tuple(signed.get(site, "00") for site in survivors)
+    return Unmask(terms=sums.terms.digest, survivors=survivors, signatures=signatures)
 
 
 def test_never_both_seeds_of_a_site(sums: Sums) -> None:
     opening(sums)
-    opened = sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat"))
+    opened = sums.sites["ant"].open(unmask(sums, "ant", "bee", "cat"))
     assert [(s.of, s.kind) for s in opened.shares] == [
         ("ant", "self"),
         ("bee", "self"),
@@ -248,12 +252,12 @@ def test_never_both_seeds_of_a_site(sums: Sums) -> None:
         ("dog", "mask"),
     ]
     with pytest.raises(ProtocolError, match="opened once, and this names other survivors"):
-        sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "dog"))
+        sums.sites["ant"].open(unmask(sums, "ant", "bee", "dog"))
     # Another process of the site, as after a crash, says the same of both.
     again = Sums(sums.folder, sums.terms, sums.answers)
-    assert again.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat")) == opened
+    assert again.sites["ant"].open(unmask(sums, "ant", "bee", "cat")) == opened
     with pytest.raises(ProtocolError, match="other survivors"):
-        again.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat", "dog"))
+        again.sites["ant"].open(unmask(sums, "ant", "bee", "cat", "dog"))
 
 
 def test_survivors_are_enough_of_those_that_shared(sums: Sums) -> None:
@@ -265,7 +269,25 @@ def test_survivors_are_enough_of_those_that_shared(sums: Sums) -> None:
         (("ant", "ant", "bee"), "not some of the sites"),
     ):
         with pytest.raises(ProtocolError, match=part):
-            sums.sites["ant"].open(unmask(sums.terms, *names))
+            sums.sites["ant"].open(unmask(sums, *names))
+
+
+def test_nobody_opens_for_survivors_that_wear_other_masks(sums: Sums) -> None:
+    """A server that gives one site the shares of few others would see its rows under few masks, and have those off."""
+    sums.advertise()
+    sums.share()
+    full = sums.server.delivery("ant")
+    few = sums.sites["ant"].deliver(full.model_copy(update={"shares": full.shares[:2]}))
+    sums.deliver(without=["ant"])
+    asked = unmask(sums, "ant", "bee", "cat")
+    for signatures, part in (
+        ((few.signature, *asked.signatures[1:]), "ant has not signed"),
+        (("00", *asked.signatures[1:]), "ant has not signed"),
+        ((asked.signatures[1], *asked.signatures[1:]), "ant has not signed"),
+    ):
+        with pytest.raises(ProtocolError, match=part):
+            sums.sites["bee"].open(asked.model_copy(update={"signatures": signatures}))
+    sums.sites["bee"].open(unmask(sums, "bee", "cat", "dog"))
 
 
 def test_secrets_are_gone_once_they_have_served(sums: Sums) -> None:
@@ -275,7 +297,7 @@ def test_secrets_are_gone_once_they_have_served(sums: Sums) -> None:
     secrets = [held.mask_seed, held.self_seed, held.seal_key, *held.holds["bee"]]
     assert all(secret and secret in path.read_text() for secret in secrets)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    opened = sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat"))
+    opened = sums.sites["ant"].open(unmask(sums, "ant", "bee", "cat"))
     left = path.read_text()
     assert [secret for secret in secrets if secret in left] == [opened.shares[1].share]
 
@@ -288,9 +310,9 @@ def test_samples_are_summed_once(sums: Sums) -> None:
     opening(second)
     opening(sums)
     names = ("ant", "bee", "cat")
-    sums.sites["ant"].open(unmask(sums.terms, *names))
+    sums.sites["ant"].open(unmask(sums, *names))
     with pytest.raises(ProtocolError, match="summed before"):
-        sums.sites["ant"].open(unmask(later, *names))
+        sums.sites["ant"].open(unmask(second, *names))
     for terms in (make_terms(SETS, 1), make_terms(SETS, SAMPLES, attempt=2), make_terms(SETS, SAMPLES, job="other")):
         with pytest.raises(ProtocolError, match="summed before"):
             advert_of(sums, terms)
@@ -340,7 +362,7 @@ def test_records_come_back_as_they_were(sums: Sums) -> None:
     delivery = sums.server.delivery("ant")
     question = RowsQuestion(terms=sums.terms.digest, start=0, stop=2)
     rows = MaskedRows(question, bytes(24))
-    opened = sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat"))
+    opened = sums.sites["ant"].open(unmask(sums, "ant", "bee", "cat"))
     for record in (sums.terms, roster, roster.adverts[0], delivery, question, opened):
         assert type(record).from_content(record.to_content()) == record
     assert MaskedRows.from_content(rows.to_content(), question) == rows
@@ -366,8 +388,8 @@ def test_hostile_records_raise_our_errors_only(sums: Sums) -> None:
         sums.server.delivery("ant"),
         sums.sites["ant"].deliver(sums.server.delivery("ant")),
         RowsQuestion(terms=sums.terms.digest, start=0, stop=2),
-        unmask(sums.terms, "ant", "bee", "cat"),
-        sums.sites["ant"].open(unmask(sums.terms, "ant", "bee", "cat")),
+        unmask(sums, "ant", "bee", "cat"),
+        sums.sites["ant"].open(unmask(sums, "ant", "bee", "cat")),
     ]
     allowed = {("Terms", "attempt"), ("Terms", "temperature"), ("RowsQuestion", "stop")}
     for record in records:

@@ -43,7 +43,7 @@ def test_the_sum_is_that_of_open_answers(sums: Sums) -> None:
 
 
 def test_weights_temperature_and_a_part_of_the_pool(tmp_path: Path) -> None:
-    weights = {"ant": 2.0, "elk": 0.25}
+    weights = {"ant": 1.5, "elk": 0.75}
     terms = make_terms(SETS, SAMPLES, start=13, weights=weights, temperature=3.0)
     answers = draw(SETS, SAMPLES)
     summed = Sums(tmp_path, terms, answers).run()
