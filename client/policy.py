@@ -60,6 +60,12 @@ def check_encoding(policy: Policy, kind: Kind, encoding: str) -> None:
         raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding")
 
 
+def check_open(policy: Policy) -> None:
+    """Refuse to answer openly where the policy lets sums out alone. Raises `RefusedError`."""
+    if policy.sums_only:
+        raise RefusedError("sums-only", "the site answers in secure sums only")
+
+
 def check_job(policy: Policy, ledger: Ledger, job: str) -> None:
     """Refuse a job after the policy's end, or that needs an approval and has none. Raises `RefusedError`."""
     if policy.ends is not None and ledger.now[:10] > policy.ends.isoformat():

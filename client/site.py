@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.ledger import Ledger
-from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_pool
+from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_open, check_pool
 from consilience.client.privacy import Event, answering_costs, describe_privacy
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
 from consilience.client.released import Released
@@ -132,6 +132,7 @@ class Site:
             calibration=self._calibration() if self.settings.policy.holdout_accuracy else None,
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
             coverage=self._coverage_card(),
+            sums_only=self.settings.policy.sums_only,
             identity=self._identity(),
         )
 
@@ -163,7 +164,9 @@ class Site:
         tried = min(self.settings.batch_size, len(pools[0]))
         with self._lock:
             self.ledger.refresh()
-            new = sum(self._new(contract.job, pool) for pool in pools)
+            covers = contract.coverage and self.card.coverage is not None
+            kinds: tuple[Kind, ...] = ("log-probs", "coverage") if covers else ("log-probs",)
+            new = sum(self._new(contract.job, pool, kind) for pool in pools for kind in kinds)
             self.permit(contract.job, new)
             guarantee = self._guarantee(new)
             began = time.perf_counter()
@@ -182,14 +185,13 @@ class Site:
             return None
         return Guarantee(mechanism=mechanism, unit=spent.unit, epsilon=spent.epsilon, delta=spent.delta)
 
-    def _new(self, job: str, pool: Pool) -> int:
+    def _new(self, job: str, pool: Pool, kind: Kind) -> int:
         """Return how many samples of a pool were not released yet, in the encoding in which the most were."""
+        policy = self.settings.policy
+        encodings: Sequence[str] = policy.encodings if kind == "log-probs" else policy.coverage_encodings
         return min(
             int(self.released.missing(question, len(pool)).sum()) if len(pool) else 0
-            for question in (
-                self.question(job, pool.digest, len(pool), "log-probs", encoding)
-                for encoding in self.settings.policy.encodings
-            )
+            for question in (self.question(job, pool.digest, len(pool), kind, encoding) for encoding in encodings)
         )
 
     def question(self, job: str, pool: str, size: int, kind: Kind, encoding: Encoding | CoverageEncoding) -> Question:
@@ -221,6 +223,7 @@ class Site:
         fingerprint = None if answering is None else answering.fingerprint
         if question.teacher != fingerprint or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
+        check_open(policy)
         check_encoding(policy, question.kind, question.encoding)
         pool = self._pool(question.pool)
         if question.stop > len(pool):

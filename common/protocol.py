@@ -35,6 +35,7 @@ RefusalCode = Literal[
     "other-teacher",
     "teacher-failed",
     "pool-not-allowed",
+    "sums-only",
     "not-approved",
     "policy-ended",
     "budget-exhausted",
@@ -43,7 +44,7 @@ RefusalCode = Literal[
     "internal",
 ]
 FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
-    {"pool-not-allowed", "not-approved", "policy-ended", "budget-exhausted", "ledger-damaged"}
+    {"pool-not-allowed", "sums-only", "not-approved", "policy-ended", "budget-exhausted", "ledger-damaged"}
 )
 """Refusals that asking again does not change: a person at the site must act first."""
 
@@ -136,6 +137,8 @@ class SiteCard(Record):
     """The site's coverage, if it has learned one and the policy lets it out."""
     identity: Digest | None = None
     """Fingerprint of the site's key, with which it signs in secure sums; None for a site that has none."""
+    sums_only: bool = False
+    """Whether it answers in secure sums alone."""
 
     @model_validator(mode="after")
     def _priors_fit(self) -> SiteCard:
@@ -160,6 +163,8 @@ class Contract(Record):
     class_set: tuple[Annotated[int, Field(ge=0)], ...]
     pools: tuple[Digest, ...] = Field(min_length=1)
     teacher: Digest
+    coverage: bool = False
+    """Whether coverage of the pools will be asked for too."""
 
 
 class Guarantee(BaseModel):

@@ -166,6 +166,14 @@ class Fit(Settings):
     """auto: bf16 where a measurement at the start shows that it pays, else f32; f32: the same result every time."""
 
 
+class CoverageFit(Fit):
+    """How a coverage network is trained: as `Fit`, with defaults of its own."""
+
+    epochs: int = Field(default=15, ge=1, le=10_000)
+    batch_size: int = Field(default=256, ge=1, le=65_536)
+    learning_rate: float = Field(default=0.05, gt=0, le=10)
+
+
 class TrainTeacher(Settings):
     """Train one of our architectures, or any of torchvision's by name, on the site's private data."""
 
@@ -260,7 +268,7 @@ class Coverage(Settings):
     the images, and what they see is what the teacher sees of them."""
     architecture: str = "vgg6"
     """Of the network; this, `fit` and `preprocessing` count for `family: network` alone."""
-    fit: Fit = Fit(epochs=15, batch_size=256, learning_rate=0.05)
+    fit: CoverageFit = CoverageFit()
     preprocessing: Preprocessing = Preprocessing()
     """Means and deviations; size and channels are the pool's."""
     prior: float | None = Field(default=None, gt=0, le=1)
@@ -326,6 +334,8 @@ class Policy(Settings):
     limits: Limits = Limits()
     """How many samples may leave in all. The defaults are enough for a pool of 100,000 images a job, and too little to
     copy the teacher over many: raise them when you know that you want more."""
+    sums_only: bool = False
+    """Whether answers leave only in secure sums over several sites (docs/secure_sums.md), and none openly."""
     approval: bool = False
     """Whether each job must be approved by a person at the site first (`consilience site approve`)."""
     ends: datetime.date | None = None
@@ -719,6 +729,11 @@ class JobSettings(Settings):
             raise ValueError(
                 f"unify.prior_correction corrects soft labels; student.learning is {self.student.learning!r}, "
                 "which learns from the answers as they are"
+            )
+        if self.unify.other and self.student.learning != "soft-labels":
+            raise ValueError(
+                f"unify.other is {self.unify.other:g}, which student.learning {self.student.learning!r} cannot follow; "
+                "set it to 0, or student.learning to soft-labels"
             )
         if self.privacy.secure_sum:
             weights = [1.0, *self.unify.weights.values()]

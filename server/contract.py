@@ -51,7 +51,7 @@ class RunContract(BaseModel):
                     hint="Correct the name or start that site",
                 )
         for card in sites:
-            _check_encoding(job, card)
+            _check_policy(job, card)
         owners = {
             name: tuple(space.sites[i] for i in owned) for name, owned in zip(space.names, space.owners, strict=True)
         }
@@ -71,8 +71,8 @@ class RunContract(BaseModel):
         """The label space."""
         return LabelSpace(self.labels, tuple(card.name for card in self.sites), self.class_sets)
 
-    def for_site(self, name: str) -> Contract:
-        """Return the part that site `name` is asked to agree to."""
+    def for_site(self, name: str, *, coverage: bool = False) -> Contract:
+        """Return the part that site `name` is asked to agree to; `coverage`: whether it will be asked for that too."""
         at = [card.name for card in self.sites].index(name)
         return Contract(
             job=self.job,
@@ -80,6 +80,7 @@ class RunContract(BaseModel):
             class_set=self.class_sets[at],
             pools=self.pools,
             teacher=self.sites[at].teacher,
+            coverage=coverage,
         )
 
     def write(self, path: Path) -> None:
@@ -115,7 +116,7 @@ def objection(job: JobSettings, card: SiteCard) -> str:
     """Say why a site cannot take part in a job whoever else does: its classes or its policy; empty when it can."""
     try:
         space = LabelSpace.build({card.name: card.classes}, job.labels.synonyms)
-        _check_encoding(job, card)
+        _check_policy(job, card)
     except (LabelError, SettingsError) as error:
         return error.message
     if job.labels.classes is None:
@@ -134,7 +135,12 @@ def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | No
     return next(encoding for encoding in get_args(CoverageEncoding) if encoding in offered)
 
 
-def _check_encoding(job: JobSettings, card: SiteCard) -> None:
+def _check_policy(job: JobSettings, card: SiteCard) -> None:
+    if card.sums_only and not job.privacy.secure_sum:
+        raise SettingsError(
+            f"job.yaml: field 'privacy.secure_sum' is False; site {card.name} answers in secure sums only",
+            hint="Set privacy.secure_sum: true, or leave that site out with ask.min_sites",
+        )
     if not allowed_by(card.encodings, job.ask.encoding):
         raise SettingsError(
             f"job.yaml: field 'ask.encoding' is {job.ask.encoding!r}; site {card.name} allows: "

@@ -48,6 +48,8 @@ def check_coverage(
     solvers: Solvers,
     samples: Usable,
     seed: int,
+    *,
+    strangers: bool = False,
 ) -> dict[str, Verdict]:
     """Return site -> verdict, for the sites of whose coverage the others can say something.
 
@@ -55,7 +57,9 @@ def check_coverage(
     `seed`. One bad site spoils what is said of the others: so the worst is left out first and the rest looked at
     again, until there is no bad one. Where the others' coverage says how likely a sample is of several sites' classes
     together, and a rule shares that out, this may clear a site that was bad before, but not make one bad; a site that
-    nobody can judge any more keeps the verdict it had. Raises `UnifyError`, `StorageError`.
+    nobody can judge any more keeps the verdict it had. `strangers`: samples may be outside all classes; what the others
+    leave over is then no word about a site that shares no class with them, and there is no verdict on such a site.
+    Raises `UnifyError`, `StorageError`.
     """
     left = [i for i, store in enumerate(coverage) if store is not None]
     if not left or samples.count < FEWEST:
@@ -64,7 +68,7 @@ def check_coverage(
     found: dict[int, Verdict] = {}
     while left:
         kept = [store if i in left else None for i, store in enumerate(coverage)]
-        for i, (verdict, firm) in _verdicts(space, stores, kept, solvers, ids).items():
+        for i, (verdict, firm) in _verdicts(space, stores, kept, solvers, ids, strangers).items():
             if firm or (i in found and not verdict.reason):
                 found[i] = verdict
         bad = [i for i in left if i in found and found[i].reason]
@@ -94,6 +98,7 @@ def _verdicts(
     coverage: CoverageStores,
     solvers: Solvers,
     ids: NDArray[np.int64],
+    strangers: bool,
 ) -> dict[int, tuple[Verdict, bool]]:
     """Return site -> verdict with the coverage of just these sites, and whether no rule has a part in it."""
     told: dict[int, list[NDArray[np.float32]]] = {i: [] for i, store in enumerate(coverage) if store is not None}
@@ -109,7 +114,7 @@ def _verdicts(
             given = others if any(values is not None for values in others) else None
             unified = solvers(block.sites, given is not None)(answers, coverage=given)
             determined = _determined(space.class_sets[i], unified.components)
-            if determined or given is not None:
+            if determined or (given is not None and not strangers):
                 told[i].append(own)
                 masses[i].append(unified.probs[:, list(space.class_sets[i])].sum(axis=1, dtype=np.float64))
                 firm[i].append(np.full(len(own), determined))

@@ -27,7 +27,7 @@ from consilience.common.protocol import (
     read_reply,
 )
 from consilience.common.settings import Ask, JobSettings
-from consilience.server.contract import RunContract, objection
+from consilience.server.contract import RunContract, coverage_encoding, objection
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 
@@ -256,7 +256,12 @@ def enrol(
         contract = RunContract.build(settings, sites, pools)
         asked = {node: card for node, card in cards.items() if card.name not in done}
         agreements, refusals = agree(
-            grid, {node: contract.for_site(card.name) for node, card in asked.items()}, asking.wait
+            grid,
+            {
+                node: contract.for_site(card.name, coverage=coverage_encoding(settings, card) is not None)
+                for node, card in asked.items()
+            },
+            asking.wait,
         )
         if not refusals:
             break

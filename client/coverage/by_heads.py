@@ -93,7 +93,7 @@ def learn_heads(
 
     ours, our_digests = compute(shaped(), len(ids))
     theirs, their_digests = compute((pool.take(part) for part in _batches(of_pool, settings.batch_size)), len(of_pool))
-    refuse_copies(settings, our_digests, their_digests)
+    refuse_copies(settings, our_digests, their_digests, len(of_pool) / len(pool))
     if max(np.ptp(ours, axis=0).max(), np.ptp(theirs, axis=0).max(), np.abs(ours[0] - theirs[0]).max()) < _SAME:
         raise AbstainError(f"the teacher's {settings.coverage.family} are the same for every image")
     parts = parts_of(our_digests), parts_of(their_digests)

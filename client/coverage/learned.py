@@ -27,6 +27,7 @@ from consilience.client.teacher.protocol import fingerprint_of
 from consilience.common.errors import CoverageError, StudentError, TeacherError
 from consilience.common.files import canonical_json, read_json, sha256, sha256_file
 from consilience.common.nets import build, load_model, scores
+from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.settings import CoverageFamily, Preprocessing, Settings, SiteSettings
 
@@ -78,9 +79,17 @@ class CoverageRecord(Settings):
         The pool is a mixture: the chance that a private image outranks one of the pool is prior / 2 + (1 - prior) *
         AUROC. None with a prior above `MOST_TO_RANK`.
         """
+        return None if self.told_apart is None else float(np.clip(self.told_apart, 0, 1))
+
+    @property
+    def told_apart(self) -> float | None:
+        """What `auroc` comes to before it is kept in [0, 1].
+
+        Above 1 private images and the pool's are told apart better than classes can account for.
+        """
         if self.abstains is not None or self.prior > MOST_TO_RANK:
             return None
-        return float(np.clip((self.private_over_pool - self.prior / 2) / (1 - self.prior), 0, 1))
+        return (self.private_over_pool - self.prior / 2) / (1 - self.prior)
 
     @property
     def how(self) -> str:
@@ -141,6 +150,12 @@ def load_coverage(settings: SiteSettings, teacher: CalibratedTeacher | None = No
     if record.settings != settings_digest(settings):
         raise CoverageError(
             f"{folder}: the coverage there was learned under other settings or another seed", hint=_AGAIN
+        )
+    if settings.pools and (pool := Pool.open(settings.pools[0])).digest != record.pool:
+        raise CoverageError(
+            f"{folder}: the coverage there was learned on pool {record.pool[:12]}; the first of pools is "
+            f"{pool.digest[:12]}",
+            hint=_AGAIN,
         )
     if record.calibration is None:
         return None

@@ -82,7 +82,7 @@ def gather(
     private = fit_shape(data.read(ids[learned]), shape)
     of_pool = some(len(pool), MOST_POOL, derive(settings.seed, "coverage pool"))
     public = pool.take(of_pool)
-    refuse_copies(settings, digests(private), digests(public))
+    refuse_copies(settings, digests(private), digests(public), len(of_pool) / len(pool))
     privates, publics = repeats(len(private), len(public))
     return Samples(
         images=np.concatenate([private] * privates + [public] * publics),
@@ -129,10 +129,13 @@ def digests(images: Images) -> list[str]:
     return [sha256(image.tobytes()) for image in images]
 
 
-def refuse_copies(settings: SiteSettings, private: list[str], public: list[str]) -> None:
-    """Raise `CoverageError` when too many of the private images' digests are among the pool's."""
+def refuse_copies(settings: SiteSettings, private: list[str], public: list[str], drawn: float) -> None:
+    """Raise `CoverageError` when too many of the private images' digests are among the pool's.
+
+    `public` are those of a share `drawn`, in (0, 1], of the pool: of copies, so many would be among them.
+    """
     copies = set(public)
-    shared = np.mean([digest in copies for digest in private])
+    shared = min(1.0, float(np.mean([digest in copies for digest in private])) / drawn)
     if shared > MOST_COPIES:
         raise CoverageError(
             f"{settings.name}: {shared:.0%} of the private images are in the pool, byte for byte; allowed: "

@@ -29,6 +29,11 @@ MOST_CELLS = 2_000_000
 _AGAIN = "run `consilience site train`"
 
 
+MAYBE_SEEN = "not made surer: the teacher may have been trained on these images"
+"""Of a teacher that was not trained here nobody knows what it has seen. On its own training images it is right so often
+that it seems to be too unsure; on new ones it would then be far too sure."""
+
+
 class CalibrationRecord(Settings):
     """calibration.json: what was fitted, for which teacher, on what, and how much it helps."""
 
@@ -132,7 +137,10 @@ def fit(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord:
             ids, labels = _some(ids, labels, len(teacher.classes), derive(settings.seed, "calibration samples"))
             rows = _score(teacher, data, ids, settings.batch_size)
             fitted = fit_calibration(rows, labels, settings.calibration, derive(settings.seed, "calibration folds"))
-            held: dict[str, Any] = vars(fitted)
+            held: dict[str, Any] = dict(vars(fitted))
+            temperature = None if fitted.map is None else fitted.map.temperature
+            if settings.teacher.kind != "train" and temperature is not None and temperature < 1:
+                held |= {"method": "identity", "map": None, "after": fitted.before, "note": MAYBE_SEEN}
         else:
             held = {"method": "identity", "map": None, "samples": 0, "before": None, "after": None, "note": why}
         record = CalibrationRecord(asked=settings.calibration, teacher=teacher.fingerprint, data_digest=digest, **held)

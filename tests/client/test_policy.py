@@ -252,6 +252,7 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     [
         ({"limits": {"per_job": 49}}, "limits do not allow"),
         ({"approval": True}, "nobody at the site has approved"),
+        ({"sums_only": True}, "in secure sums only"),
         ({"ends": "2020-01-01"}, "policy has ended"),
         ({"precision": "f16"}, "does not allow this encoding"),
         ({"pools": ["0" * 64]}, "does not allow this pool"),

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.app import forget_sites
+from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.errors import SettingsError
 from consilience.common.files import read_json
@@ -75,9 +76,27 @@ def test_sums_count_towards_a_site_s_limits(tmp_path: Path, unsynced: None) -> N
     assert "limits do not allow" in result.output
 
 
+def test_a_site_that_answers_in_sums_only_does_not_answer_openly(tmp_path: Path, unsynced: None) -> None:
+    raw = job()
+    raw["simulation"]["policy"] = {"sums_only": True}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(raw))
+    forget_sites()
+    result = CliRunner().invoke(app, ["simulate", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 3, result.output
+    assert "answers in secure sums only" in result.output
+    site = Site.load(tmp_path / "run" / "simulation" / "sites" / "site-1" / "site.yaml")
+    pool = Pool.open(tmp_path / "run" / "simulation" / "pool")
+    question = site.question("small", pool.digest, len(pool), "log-probs", "f32")
+    with pytest.raises(RefusedError, match="in secure sums only"):
+        site.answer(question)
+    assert site.ledger.count == 0
+
+
 @pytest.mark.slow
 def test_a_job_by_secure_sums(tmp_path: Path, unsynced: None) -> None:
-    hidden = simulate(tmp_path, "hidden", job(privacy={"secure_sum": True}))
+    raw = job(privacy={"secure_sum": True})
+    raw["simulation"]["policy"] = {"sums_only": True}
+    hidden = simulate(tmp_path, "hidden", raw)
     labels = np.load(hidden / "labels" / "q.npy")
     np.testing.assert_allclose(labels, open_labels(hidden), atol=1e-5)
     assert not list(hidden.rglob("answers.bin"))
@@ -97,7 +116,7 @@ def test_a_job_by_secure_sums(tmp_path: Path, unsynced: None) -> None:
     assert any("sums of answers only" in warning for warning in report["warnings"])
     # Doing it again does nothing but publish.
     before = {path: path.stat().st_mtime_ns for path in (hidden / "sums").rglob("*") if path.is_file()}
-    simulate(tmp_path, "hidden", job(privacy={"secure_sum": True}))
+    simulate(tmp_path, "hidden", raw)
     assert {path: path.stat().st_mtime_ns for path in (hidden / "sums").rglob("*") if path.is_file()} == before
     with Reporter(quiet=True) as reporter, pytest.raises(SettingsError, match="takes in no more sites"):
         Job.open(hidden, reporter).do(None, fold_in=True)  # type: ignore[arg-type]
