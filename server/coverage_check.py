@@ -20,6 +20,8 @@ from consilience.server.unify import Unifier, recalibrate
 
 MOST = 4000
 """Samples looked at: enough to know the agreement to about 0.01."""
+CLEARLY = 0.1
+"""How much higher coverage must be on average to be clearly higher: noise on `FEWEST` samples is not."""
 FEWEST = 200
 """With fewer samples no verdict is given: by chance alone, the agreement of good coverage may then be low."""
 
@@ -48,8 +50,6 @@ def check_coverage(
     solvers: Solvers,
     samples: Usable,
     seed: int,
-    *,
-    strangers: bool = False,
 ) -> dict[str, Verdict]:
     """Return site -> verdict, for the sites of whose coverage the others can say something.
 
@@ -57,9 +57,9 @@ def check_coverage(
     `seed`. One bad site spoils what is said of the others: so the worst is left out first and the rest looked at
     again, until there is no bad one. Where the others' coverage says how likely a sample is of several sites' classes
     together, and a rule shares that out, this may clear a site that was bad before, but not make one bad; a site that
-    nobody can judge any more keeps the verdict it had. `strangers`: samples may be outside all classes; what the others
-    leave over is then no word about a site that shares no class with them, and there is no verdict on such a site.
-    Raises `UnifyError`, `StorageError`.
+    nobody can judge any more keeps the verdict it had. Of a site that shares no class with others, what these leave
+    over counts as its own, images of no known class among it: such a site is bad only if its coverage is not clearly
+    higher there on average, too. Raises `UnifyError`, `StorageError`.
     """
     left = [i for i, store in enumerate(coverage) if store is not None]
     if not left or samples.count < FEWEST:
@@ -68,7 +68,7 @@ def check_coverage(
     found: dict[int, Verdict] = {}
     while left:
         kept = [store if i in left else None for i, store in enumerate(coverage)]
-        for i, (verdict, firm) in _verdicts(space, stores, kept, solvers, ids, strangers).items():
+        for i, (verdict, firm) in _verdicts(space, stores, kept, solvers, ids).items():
             if firm or (i in found and not verdict.reason):
                 found[i] = verdict
         bad = [i for i in left if i in found and found[i].reason]
@@ -98,7 +98,6 @@ def _verdicts(
     coverage: CoverageStores,
     solvers: Solvers,
     ids: NDArray[np.int64],
-    strangers: bool,
 ) -> dict[int, tuple[Verdict, bool]]:
     """Return site -> verdict with the coverage of just these sites, and whether no rule has a part in it."""
     told: dict[int, list[NDArray[np.float32]]] = {i: [] for i, store in enumerate(coverage) if store is not None}
@@ -114,7 +113,7 @@ def _verdicts(
             given = others if any(values is not None for values in others) else None
             unified = solvers(block.sites, given is not None)(answers, coverage=given)
             determined = _determined(space.class_sets[i], unified.components)
-            if determined or (given is not None and not strangers):
+            if determined or given is not None:
                 told[i].append(own)
                 masses[i].append(unified.probs[:, list(space.class_sets[i])].sum(axis=1, dtype=np.float64))
                 firm[i].append(np.full(len(own), determined))
@@ -127,13 +126,22 @@ def _verdicts(
             values, mass = values[sure], mass[sure]
         (fit,) = recalibrate([values], partial(_sole, mass))
         if fit is not None and np.isfinite(fit.agreement):
-            found[i] = Verdict(agreement=fit.agreement, samples=len(values), reason=fit.reason), enough
+            reason = "" if not enough and _clearly_higher(values, mass) else fit.reason
+            found[i] = Verdict(agreement=fit.agreement, samples=len(values), reason=reason), enough
     return found
 
 
 def _sole(masses: NDArray[np.float64], _: int) -> NDArray[np.float64]:
     """Return the masses of the only site there is."""
     return masses
+
+
+def _clearly_higher(values: NDArray[np.float32], mass: NDArray[np.float64]) -> bool:
+    """Whether coverage (n,) is higher by `CLEARLY` on average where the others leave `mass` (n,) in [0, 1] over."""
+    inside, outside = mass.sum(), (1 - mass).sum()
+    if min(inside, outside) <= 0:
+        return False
+    return bool(mass @ values / inside - (1 - mass) @ values / outside > CLEARLY)
 
 
 def _determined(classes: Sequence[int], components: NDArray[np.int64]) -> bool:

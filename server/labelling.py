@@ -170,9 +170,7 @@ def unify_pool(
     if coverage is not None and settings.method == "ce":
         # Coverage is about the truth, not about the truth softened, and the other sites know no outside.
         plain = settings.model_copy(update={"temperature": 1.0, "other": 0.0})
-        checks = check_coverage(
-            space, stores, coverage, _Solvers(space, plain, cards), samples, seed, strangers=settings.other > 0
-        )
+        checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed)
         coverage = believed(space, coverage, checks)
     failed, largest, steps, apart = 0, 0.0, 0.0, 0
     task = reporter.start("unifying", samples.count)

@@ -220,6 +220,16 @@ def release(file: Path, pool: Pool, start: int, stop: int, job: str = "job") -> 
     site.close()
 
 
+def test_a_contract_that_says_so_counts_coverage_too(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path, limits={"per_job": 2 * SIZE - 1}, coverage="f16")
+    site.agree(contract(pool))
+    with pytest.raises(RefusedError, match="limits do not allow"):
+        site.agree(contract(pool).model_copy(update={"coverage": True}))
+    make_site(tmp_path, limits={"per_job": 2 * SIZE}, coverage="f16").agree(
+        contract(pool).model_copy(update={"coverage": True})
+    )
+
+
 def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: Pool) -> None:
     write(file, limits={"per_job": 60, "per_month": None, "lifetime": 100}, decimals=2)
     job = file.with_name("job.yaml")

@@ -171,6 +171,16 @@ def test_another_word_is_no_encoding(wrong: str) -> None:
             model.model_validate({field: wrong})
 
 
+def test_one_field_of_coverage_s_training_leaves_the_others_as_they_are() -> None:
+    whole = SiteSettings.model_validate({**SITE, "coverage": {"fit": {"epochs": 30}}}).coverage.fit
+    assert (whole.epochs, whole.batch_size, whole.learning_rate) == (30, 256, 0.05)
+
+
+def test_direct_learning_cannot_follow_what_is_outside_all_classes() -> None:
+    raw = {"name": "job", "unify": {"other": 0.1}, "student": {"architecture": "cnn3", "learning": "direct-ce"}}
+    assert "unify.other is 0.1, which student.learning 'direct-ce' cannot follow" in message(raw, JobSettings)
+
+
 def test_every_field_of_the_policy_enters_its_version() -> None:
     others: dict[str, Any] = {
         "precision": "f16",

@@ -239,6 +239,14 @@ def test_without_coverage_in_a_component_no_sample_is_outside(home: Path, report
     assert "It decided the odds between components" in card
 
 
+def test_images_of_no_known_class_make_no_honest_site_look_inverted(home: Path, reporter: Reporter) -> None:
+    """What the others leave over holds them too: there an honest site's coverage is as low as can be."""
+    strangers: Told = lambda c: np.where(np.arange(len(c)) % 10 < 3, 0.002, np.maximum(c, 0.01))  # noqa: E731
+    report = do(home, reporter, dict.fromkeys(APART, strangers), APART, unify={"other": 0.3}, judged=False)
+    assert left_out(report) == {}
+    assert report["unify"]["other"] > 0.2
+
+
 @pytest.mark.parametrize("judged", [True, False])
 def test_the_report_shows_every_site_s_coverage(home: Path, reporter: Reporter, judged: bool) -> None:
     report = do(home, reporter, {"east": GOOD, "north": GOOD}, judged=judged)

@@ -21,7 +21,7 @@ from consilience.client.coverage import samples as samples_module
 from consilience.client.coverage.learned import LearnedCoverage
 from consilience.client.coverage.learning import LEAST_POOL, LEAST_PRIVATE
 from consilience.client.coverage.prior import auroc
-from consilience.client.coverage.samples import gather, hold_out
+from consilience.client.coverage.samples import gather, hold_out, refuse_copies
 from consilience.client.site import Site
 from consilience.common.data import from_arrays
 from consilience.common.errors import CoverageError, RunError, SettingsError, StorageError, TeacherError
@@ -158,6 +158,17 @@ def test_a_pool_of_another_style(tmp_path: Path) -> None:
     assert any("how the images were made" in warning for warning in record.warnings)
 
 
+def test_a_part_of_the_pool_of_another_style(tmp_path: Path) -> None:
+    """Nobody says that it is another style; but classes alone do not tell images apart so well."""
+    public = PUBLIC.copy()
+    public[::2] = 255 - public[::2] // 2
+    public[1::4] = 255 - public[1::4] // 2
+    record = learn_coverage(make(tmp_path, public=public))
+    assert record.told_apart is not None
+    assert record.told_apart > 1
+    assert any("better than their classes account for" in warning for warning in record.warnings)
+
+
 def test_a_pool_of_the_site_s_classes_alone(tmp_path: Path) -> None:
     settings = make(tmp_path, public=drawn([0, 1], 600, 3)[0])
     record = learn_coverage(settings)
@@ -254,6 +265,9 @@ def test_private_data_that_is_the_pool_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CoverageError, match="100% of the private images are in the pool") as caught:
         learn_coverage(settings)
     assert "policy.coverage: off" in caught.value.hint
+    with pytest.raises(CoverageError, match="100% of the private images"):  # a tenth of the pool was looked at
+        refuse_copies(settings, list("abcdefghij"), ["a", "x"], 0.1)
+    refuse_copies(settings, list("abcdefghij"), ["a", "x"], 0.6)
     mixed = make(tmp_path, np.concatenate([PRIVATE[:280], PUBLIC[:20]]), labels=PRIVATE_LABELS)
     assert learn_coverage(mixed).abstains is None
 
@@ -323,6 +337,8 @@ def test_other_data_and_another_pool_learn_anew(site: SiteSettings) -> None:
     make(site.state.parent, labels=1 - PRIVATE_LABELS)
     assert epochs(site) > 0
     make(site.state.parent, public=PUBLIC[:-1], labels=1 - PRIVATE_LABELS)
+    with pytest.raises(CoverageError, match="learned on pool"):
+        load_coverage(site)
     assert epochs(site) > 0
     assert epochs(site) == 0
 

@@ -115,6 +115,15 @@ def test_a_hosted_teacher_that_is_three_times_too_sure(make: Make, images: np.nd
     )
 
 
+def test_a_hosted_teacher_is_not_made_surer_by_images_that_it_may_have_seen(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "calibrated_model.py").write_text(MODEL.replace("SURE = 9.0", "SURE = 1.0"))
+    settings = make()
+    record = calibrate_teacher(settings)
+    assert (record.method, record.map) == ("identity", None)
+    assert record.after == record.before
+    assert "may have been trained on these images" in load_teacher(settings).told
+
+
 def test_another_map_is_another_teacher(make: Make) -> None:
     bare = load_teacher(make()).fingerprint
     calibrate_teacher(make())
