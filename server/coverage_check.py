@@ -20,8 +20,8 @@ from consilience.server.unify import Unifier, recalibrate
 
 MOST = 4000
 """Samples looked at: enough to know the agreement to about 0.01."""
-CLEARLY = 0.1
-"""How much higher coverage must be on average to be clearly higher: noise on `FEWEST` samples is not."""
+CLEARLY = 3.0
+"""How many standard errors coverage must be higher by to be clearly higher."""
 FEWEST = 200
 """With fewer samples no verdict is given: by chance alone, the agreement of good coverage may then be low."""
 
@@ -57,9 +57,9 @@ def check_coverage(
     `seed`. One bad site spoils what is said of the others: so the worst is left out first and the rest looked at
     again, until there is no bad one. Where the others' coverage says how likely a sample is of several sites' classes
     together, and a rule shares that out, this may clear a site that was bad before, but not make one bad; a site that
-    nobody can judge any more keeps the verdict it had. Of a site that shares no class with others, what these leave
-    over counts as its own, images of no known class among it: such a site is bad only if its coverage is not clearly
-    higher there on average, too. Raises `UnifyError`, `StorageError`.
+    nobody can judge any more keeps the verdict it had. Where sites share no class, what the others leave over counts as
+    a site's own, images of no known class among it, which an honest site ranks lowest: no site is bad whose coverage is
+    clearly higher on average where the others see its classes. Raises `UnifyError`, `StorageError`.
     """
     left = [i for i, store in enumerate(coverage) if store is not None]
     if not left or samples.count < FEWEST:
@@ -126,7 +126,7 @@ def _verdicts(
             values, mass = values[sure], mass[sure]
         (fit,) = recalibrate([values], partial(_sole, mass))
         if fit is not None and np.isfinite(fit.agreement):
-            reason = "" if not enough and _clearly_higher(values, mass) else fit.reason
+            reason = "" if _clearly_higher(values, mass) else fit.reason
             found[i] = Verdict(agreement=fit.agreement, samples=len(values), reason=reason), enough
     return found
 
@@ -137,11 +137,12 @@ def _sole(masses: NDArray[np.float64], _: int) -> NDArray[np.float64]:
 
 
 def _clearly_higher(values: NDArray[np.float32], mass: NDArray[np.float64]) -> bool:
-    """Whether coverage (n,) is higher by `CLEARLY` on average where the others leave `mass` (n,) in [0, 1] over."""
+    """Whether coverage (n,) is higher on average where the others leave `mass` (n,) in [0, 1] over, by no chance."""
     inside, outside = mass.sum(), (1 - mass).sum()
     if min(inside, outside) <= 0:
         return False
-    return bool(mass @ values / inside - (1 - mass) @ values / outside > CLEARLY)
+    difference = mass @ values / inside - (1 - mass) @ values / outside
+    return bool(difference > CLEARLY * values.std(dtype=np.float64) * np.sqrt(1 / inside + 1 / outside))
 
 
 def _determined(classes: Sequence[int], components: NDArray[np.int64]) -> bool:

@@ -79,22 +79,9 @@ class CoverageRecord(Settings):
         The pool is a mixture: the chance that a private image outranks one of the pool is prior / 2 + (1 - prior) *
         AUROC. None with a prior above `MOST_TO_RANK`.
         """
-        return None if self.told_apart is None else float(np.clip(self.told_apart, 0, 1))
-
-    @property
-    def told_apart(self) -> float | None:
-        """What `auroc` comes to before it is kept in [0, 1].
-
-        Above 1 private images and the pool's are told apart better than classes can account for.
-        """
         if self.abstains is not None or self.prior > MOST_TO_RANK:
             return None
-        return (self.private_over_pool - self.prior / 2) / (1 - self.prior)
-
-    @property
-    def how(self) -> str:
-        """What gives the scores, in few words: they go into the site card."""
-        return self.architecture if self.family == "network" else f"heads on the teacher's {self.family}"
+        return float(np.clip((self.private_over_pool - self.prior / 2) / (1 - self.prior), 0, 1))
 
     @property
     def told(self) -> str:

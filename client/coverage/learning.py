@@ -245,11 +245,6 @@ def epochs_of(fit: Fit, prior: float | None) -> int:
 def _warnings(record: CoverageRecord) -> tuple[str, ...]:
     """Return what the site should know of coverage that was learned; empty where nothing is odd."""
     found = []
-    if record.told_apart is not None and record.told_apart > 1:
-        found.append(
-            "private and pool images can be told apart better than their classes account for: they may differ in how "
-            "the images were made, or the share of the pool is set too high; the AUROC told here is then too high"
-        )
     if record.private_over_pool > STYLE:
         found.append(
             "private and pool images can be told apart nearly always: the pool has hardly any image of the site's "

@@ -158,17 +158,6 @@ def test_a_pool_of_another_style(tmp_path: Path) -> None:
     assert any("how the images were made" in warning for warning in record.warnings)
 
 
-def test_a_part_of_the_pool_of_another_style(tmp_path: Path) -> None:
-    """Nobody says that it is another style; but classes alone do not tell images apart so well."""
-    public = PUBLIC.copy()
-    public[::2] = 255 - public[::2] // 2
-    public[1::4] = 255 - public[1::4] // 2
-    record = learn_coverage(make(tmp_path, public=public))
-    assert record.told_apart is not None
-    assert record.told_apart > 1
-    assert any("better than their classes account for" in warning for warning in record.warnings)
-
-
 def test_a_pool_of_the_site_s_classes_alone(tmp_path: Path) -> None:
     settings = make(tmp_path, public=drawn([0, 1], 600, 3)[0])
     record = learn_coverage(settings)
