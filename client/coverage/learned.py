@@ -84,6 +84,11 @@ class CoverageRecord(Settings):
         return float(np.clip((self.private_over_pool - self.prior / 2) / (1 - self.prior), 0, 1))
 
     @property
+    def how(self) -> str:
+        """What gives the scores, in few words: they go into the site card."""
+        return self.architecture if self.family == "network" else f"heads on the teacher's {self.family}"
+
+    @property
     def told(self) -> str:
         """The record in one line, for the site's own eyes."""
         if self.abstains is not None:
