@@ -42,6 +42,7 @@ from consilience.common.progress import Reporter
 from consilience.common.settings import (
     Ask,
     Coverage,
+    CoverageFit,
     EmbeddedData,
     Fit,
     JobSettings,
@@ -67,7 +68,7 @@ DISJOINT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
 ALL = (tuple(range(10)),) * 3
 ARCHITECTURES = ("cnn3", "resnet8", "vgg6")
 VARIANTS = ("plain", "coverage", "direct")
-LEARNED = Coverage(fit=Fit(epochs=15, batch_size=256, learning_rate=0.05))
+LEARNED = Coverage()
 LEARNED_DIGITS = LEARNED.model_copy(update={"fit": LEARNED.fit.model_copy(update={"mirror": False})})
 STRANGERS = "of no known class"
 OTHER = 0.1
@@ -112,7 +113,7 @@ SCENARIOS = {
 QUICK = Scenario(
     "embedded",
     DISJOINT,
-    Sizes(440, 400, 200, 2, Coverage(architecture="cnn3", fit=Fit(epochs=2, batch_size=64, precision="f32"))),
+    Sizes(440, 400, 200, 2, Coverage(architecture="cnn3", fit=CoverageFit(epochs=2, batch_size=64, precision="f32"))),
 )
 
 
