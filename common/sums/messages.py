@@ -53,6 +53,16 @@ def default_threshold(sites: int) -> int:
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{2,400}$")]
 
 
+def _sign(identity: PrivateKey, data: bytes) -> str:
+    """Return a site's signature over `data`, in hexadecimal."""
+    return identity.sign(data, ec.ECDSA(hashes.SHA384())).hex()
+
+
+def _verify(key: ec.EllipticCurvePublicKey, signature: str, data: bytes) -> None:
+    """Raise `InvalidSignature` unless `signature` is over `data` by the owner of `key`, `ValueError` if not hex."""
+    key.verify(bytes.fromhex(signature), data, ec.ECDSA(hashes.SHA384()))
+
+
 class Part(BaseModel):
     """Something inside a record."""
 
@@ -159,7 +169,7 @@ class Advert(Record):
             public_key=key_line(identity.public_key()),
             signature="00",
         )
-        return draft.model_copy(update={"signature": identity.sign(draft._signed(), ec.ECDSA(hashes.SHA384())).hex()})
+        return draft.model_copy(update={"signature": _sign(identity, draft._signed())})
 
     def _signed(self) -> bytes:
         return b"consilience sum keys\n" + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
@@ -173,7 +183,7 @@ class Advert(Record):
             key = read_key_line(self.public_key)
             if key_fingerprint(key) != member.identity:
                 raise ProtocolError(f"The advert of site {self.site} is signed with another key than its own")
-            key.verify(bytes.fromhex(self.signature), self._signed(), ec.ECDSA(hashes.SHA384()))
+            _verify(key, self.signature, self._signed())
         except (InvalidSignature, ValueError, IdentityError):
             raise ProtocolError(f"The advert of site {self.site} does not carry its signature") from None
 
@@ -264,7 +274,7 @@ class Delivered(Record):
     def make(cls, identity: PrivateKey, roster: Roster, site: str, holds: tuple[str, ...]) -> Delivered:
         """Fill in and sign."""
         draft = cls(terms=roster.terms, roster=roster.digest, site=site, holds=holds, signature="00")
-        return draft.model_copy(update={"signature": identity.sign(draft._signed(), ec.ECDSA(hashes.SHA384())).hex()})
+        return draft.model_copy(update={"signature": _sign(identity, draft._signed())})
 
     def _signed(self) -> bytes:
         return b"consilience sum shares\n" + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
@@ -275,9 +285,7 @@ class Delivered(Record):
         if advert is None or (self.terms, self.roster) != (roster.terms, roster.digest):
             raise ProtocolError("Word of delivered shares is of another sum, or of a site that is not in its roster")
         try:
-            read_key_line(advert.public_key).verify(
-                bytes.fromhex(self.signature), self._signed(), ec.ECDSA(hashes.SHA384())
-            )
+            _verify(read_key_line(advert.public_key), self.signature, self._signed())
         except (InvalidSignature, ValueError, IdentityError):
             raise ProtocolError(f"Site {self.site} has not signed that it holds the shares of these sites") from None
 
