@@ -90,7 +90,7 @@ class Secure:
             pool=DIGEST,
             start=0,
             stop=len(task.answers[0]),
-            labels=task.num_classes,
+            labels=tuple(f"class-{label}" for label in range(task.num_classes)),
             threshold=default_threshold(len(members)),
             members=tuple(members),
         )
@@ -106,7 +106,7 @@ class Secure:
         self.bytes += (len(self.names) - 1) * self.bytes  # the terms go to everybody
         for member in terms.members:
             advert = self.sites[member.site].advertise(
-                terms, teacher=DIGEST, policy=POLICY, classes=len(member.classes)
+                terms, teacher=DIGEST, policy=POLICY, classes=[terms.labels[label] for label in member.classes]
             )
             server.add_advert(member.site, self._sent(advert))
         roster = server.roster()

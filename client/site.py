@@ -21,7 +21,9 @@ from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_open, check_pool
 from consilience.client.privacy import Event, answering_costs, describe_privacy
+from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
+from consilience.client.privacy.sum_noise import share_of_noise
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape
 from consilience.client.sums import SumSite
@@ -42,8 +44,9 @@ from consilience.common.protocol import (
     Kind,
     Question,
     SiteCard,
+    SumNoiseCard,
 )
-from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, SiteSettings
+from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, SiteSettings, SumNoise
 from consilience.common.settings_file import load_settings
 from consilience.common.sums.messages import (
     Advert,
@@ -57,6 +60,7 @@ from consilience.common.sums.messages import (
     Terms,
     Unmask,
 )
+from consilience.common.sums.revealed import determined
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +137,14 @@ class Site:
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
             coverage=self._coverage_card(),
             sums_only=self.settings.policy.sums_only,
+            sum_noise=self._sum_noise,
             identity=self._identity(),
         )
+
+    @property
+    def _sum_noise(self) -> SumNoiseCard | None:
+        private = self.settings.privacy
+        return SumNoiseCard(sigma=private.sigma, honest=private.honest) if isinstance(private, SumNoise) else None
 
     def _identity(self) -> str | None:
         key = self.settings.key
@@ -166,7 +176,9 @@ class Site:
             self.ledger.refresh()
             covers = contract.coverage and self.card.coverage is not None
             kinds: tuple[Kind, ...] = ("log-probs", "coverage") if covers else ("log-probs",)
-            new = sum(self._new(contract.job, pool, kind) for pool in pools for kind in kinds)
+            # sums are made of the first pool alone
+            counted = pools[:1] if self.settings.policy.sums_only else pools
+            new = sum(self._new(contract.job, pool, kind) for pool in counted for kind in kinds)
             self.permit(contract.job, new)
             guarantee = self._guarantee(new)
             began = time.perf_counter()
@@ -189,8 +201,9 @@ class Site:
         """Return how many samples of a pool were not released yet, in the encoding in which the most were."""
         policy = self.settings.policy
         encodings: Sequence[str] = policy.encodings if kind == "log-probs" else policy.coverage_encodings
+        released = self.summed if policy.sums_only else self.released
         return min(
-            int(self.released.missing(question, len(pool)).sum()) if len(pool) else 0
+            int(released.missing(question, len(pool)).sum()) if len(pool) else 0
             for question in (self.question(job, pool.digest, len(pool), kind, encoding) for encoding in encodings)
         )
 
@@ -282,10 +295,24 @@ class Site:
         if terms.stop > len(self._pool(terms.pool)):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         self._check_job(terms.job)
-        own = self.teacher
-        return self.sums.advertise(
-            terms, teacher=own.fingerprint, policy=self.settings.policy.version, classes=len(own.classes)
+        own, policy = self.teacher, self.settings.policy
+        advert = self.sums.advertise(
+            terms,
+            teacher=own.fingerprint,
+            policy=policy.version,
+            classes=own.classes,
+            noise=self._sum_noise,
+            owners=policy.sum_owners,
         )
+        told = determined({member.site: member.classes for member in terms.members})[self.settings.name]
+        if told and self._sum_noise is None:
+            log.warning(
+                "the sum of job %s tells this site's own answers for %d of its %d classes, if nobody is lost",
+                terms.job,
+                len(told),
+                len(own.classes),
+            )
+        return advert
 
     def sum_share(self, roster: Roster) -> SealedShares:
         """Share the site's seeds, if the policy still allows the job. Raises as `sum_keys` does."""
@@ -323,7 +350,19 @@ class Site:
                 data = self._given(self.summed, part, pool)
             return decode(data, stop - start, len(self.teacher.classes), finest)
 
-        return self.sums.rows(question, answering)
+        def noise(terms: Terms, start: int, stop: int) -> NDArray[np.int64]:
+            private = self.settings.privacy
+            if not isinstance(private, SumNoise):
+                raise RefusedError("other-teacher", "the question is for another teacher or policy version")
+            images = self._pool(terms.pool).read(start, stop)
+            return share_of_noise(private, self._secret, terms, self.settings.name, images)
+
+        return self.sums.rows(question, answering, noise)
+
+    @cached_property
+    def _secret(self) -> Secret:
+        """What noise in sums follows from. Raises `IdentityError`, `StorageError`."""
+        return load_secret(self.settings)
 
     def _coverage_of(self, images: Images) -> NDArray[np.float32]:
         """Return (n,) coverage of one batch. Raises `TeacherError` when it is none."""

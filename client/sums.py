@@ -1,7 +1,7 @@
 """A site's part in secure sums: its keys, its masked rows, and the record that keeps it from opening too much.
 
-Lives here: what a site does in each round, and what it refuses. Does not live here: the teacher, messages in and out
-(client/app). What the record, one file a sum, is there for:
+Lives here: what a site does in each round, and what it refuses. Does not live here: what it wants of the terms
+(client/sum_terms), the teacher, messages in and out (client/app). What the record, one file a sum, is there for:
 
 * a round done stays done: asked the same again, the site replies the same; asked otherwise, it refuses
 * of each other site, one share of one seed is opened, never of both
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from consilience.client.sum_terms import Own, check_terms
 from consilience.common.errors import ProtocolError, StorageError
 from consilience.common.files import lock, storage_error, write_bytes
 from consilience.common.identity import PrivateKey, key_fingerprint
+from consilience.common.protocol import SumNoiseCard
 from consilience.common.sums.masks import (
     SEED_BYTES,
     Mask,
@@ -53,11 +55,10 @@ from consilience.common.sums.messages import (
 )
 from consilience.common.sums.shares import seal, split, unseal
 
-MOST_UNEVEN = 2.0
-"""How often the smallest weight a site's weight may be."""
-
 Answering = Callable[[Terms, int, int], NDArray[np.floating[Any]]]
 """Terms, start, stop -> (stop - start, k) log-probabilities of the pool's samples over the site's classes."""
+Noise = Callable[[Terms, int, int], NDArray[np.int64]]
+"""Terms, start, stop -> (stop - start, k) what is added to them, in steps of the terms' ring."""
 
 
 class _Held(BaseModel):
@@ -101,24 +102,25 @@ class SumSite:
         except OSError as error:
             raise storage_error(error, folder, "write") from error
 
-    def advertise(self, terms: Terms, *, teacher: str, policy: str, classes: int) -> Advert:
+    def advertise(
+        self,
+        terms: Terms,
+        *,
+        teacher: str,
+        policy: str,
+        classes: Sequence[str],
+        noise: SumNoiseCard | None = None,
+        owners: int = 1,
+    ) -> Advert:
         """Round 0: make keys for these terms, or give the same again.
 
-        `teacher`, `policy` and `classes` (their number) are the site's own now. Raises `ProtocolError` when the terms
-        say otherwise of this site, name another key for a known peer, or speak of samples that were summed before.
+        `teacher`, `policy`, `classes` (their names), `noise` and `owners` (how many sites must know each class) are the
+        site's own now. Raises `ProtocolError` when the terms say otherwise of this site or do not give it what it needs
+        (`check_terms`), name another key for a known peer, or speak of samples that were summed before.
         """
-        own = terms.by_name.get(self._name)
-        if own is None or own.identity != key_fingerprint(self._identity.public_key()):
-            raise ProtocolError("The terms of a secure sum do not name this site and its key")
-        if (own.teacher, own.policy, len(own.classes)) != (teacher, policy, classes):
-            raise ProtocolError("The terms of a secure sum name another teacher, policy version or number of classes")
-        weights = [member.weight for member in terms.members]
-        if max(weights) > MOST_UNEVEN * min(weights) or terms.temperature < 1:
-            # a sum in which one site outweighs the others, or each is sharpened to its arg-max, tells single answers
-            raise ProtocolError("The terms of a secure sum weigh sites too unevenly, or sharpen their answers")
-        for member in terms.members:
-            if self._peers.get(member.site, member.identity) != member.identity:
-                raise ProtocolError(f"The terms of a secure sum name another key for site {member.site} than is known")
+        identity = key_fingerprint(self._identity.public_key())
+        own = Own(self._name, identity, teacher, policy, classes, noise, owners)
+        check_terms(terms, own, self._peers)
         with self._turn():
             held = self._read(terms.digest)
             if held is None:
@@ -205,8 +207,11 @@ class SumSite:
             holds[sealed.sender] = mask.hex(), own.hex()
         return holds
 
-    def rows(self, question: RowsQuestion, answering: Answering) -> MaskedRows:
-        """Round 2, second half: answer, add all masks. Raises `ProtocolError`, and what `answering` raises."""
+    def rows(self, question: RowsQuestion, answering: Answering, noise: Noise | None = None) -> MaskedRows:
+        """Round 2, second half: answer, add the noise that the terms name, and all masks.
+
+        Raises `ProtocolError`, also when there is no such noise, and what `answering` and `noise` raise.
+        """
         with self._turn():
             held = self._need(question.terms)
             if held.delivery is None or held.unmask is not None:
@@ -221,6 +226,10 @@ class SumSite:
         rows = held.terms.ring().encode(log_probs, own.weight)
         if rows.shape != (len(question), len(own.classes)):
             raise ProtocolError("The site's answer has not one row a sample and one column a class")
+        if own.noise is not None:
+            if noise is None:
+                raise ProtocolError("The terms of a secure sum name noise of this site, which adds none now")
+            rows += noise(held.terms, question.start, question.stop).astype(np.uint32)
         for mask in self._masks(held):
             mask.put_on(rows, question.start - held.terms.start)
         return MaskedRows(question, rows.astype("<u4", copy=False).tobytes())
@@ -297,7 +306,7 @@ class SumSite:
             past = other.terms
             if past.digest == terms.digest or past.pool != terms.pool:
                 continue
-            if other.unmask is None and (not other.given or _same_sites(past, terms)):
+            if other.unmask is None and (not other.given or past.ground == terms.ground):
                 continue
             overlap = past.start < terms.stop and terms.start < past.stop
             if overlap and past.by_name[self._name].teacher == teacher:
@@ -334,10 +343,6 @@ class SumSite:
 
     def _write(self, held: _Held) -> None:
         write_bytes(self._path(held.terms.digest), held.model_dump_json().encode())
-
-
-def _same_sites(one: Terms, other: Terms) -> bool:
-    return (one.members, one.threshold) == (other.members, other.threshold)
 
 
 def shared_columns(own: tuple[int, ...], other: tuple[int, ...]) -> NDArray[np.int64]:

@@ -115,6 +115,15 @@ class CoverageCard(BaseModel):
     """The estimate in words."""
 
 
+class SumNoiseCard(BaseModel):
+    """The noise that a site needs a secure sum to carry, in units of a probability; `honest` sites share it out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    sigma: Annotated[float, Field(gt=0, le=1e9)]
+    honest: int = Field(ge=1, le=255)
+
+
 class SiteCard(Record):
     """Who a site is and what its policy allows. `classes` are in the order of its answers."""
 
@@ -139,6 +148,8 @@ class SiteCard(Record):
     """Fingerprint of the site's key, with which it signs in secure sums; None for a site that has none."""
     sums_only: bool = False
     """Whether it answers in secure sums alone."""
+    sum_noise: SumNoiseCard | None = None
+    """The noise that it adds a share of in secure sums; None: it adds none."""
 
     @model_validator(mode="after")
     def _priors_fit(self) -> SiteCard:

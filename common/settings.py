@@ -336,6 +336,10 @@ class Policy(Settings):
     copy the teacher over many: raise them when you know that you want more."""
     sums_only: bool = False
     """Whether answers leave only in secure sums over several sites (docs/secure_sums.md), and none openly."""
+    sum_owners: int = Field(default=1, ge=1, le=255)
+    """How many sites, this one among them, must know each of its classes, and still do if as many are lost as may be,
+    for its answers to be summed. With 1 they are summed also for a class that it alone knows, where the sum is its
+    answer."""
     approval: bool = False
     """Whether each job must be approved by a person at the site first (`consilience site approve`)."""
     ends: datetime.date | None = None
@@ -437,11 +441,30 @@ class OutputNoise(Settings):
     delta: Delta = 1e-5
 
 
-Privacy = Annotated[NoPrivacy | Pate | DpSgd | OutputNoise, Field(discriminator="mechanism")]
+class SumNoise(Settings):
+    """Noise on the teacher's probabilities, of which each site of a secure sum adds a share.
+
+    Protects one whole answer of the model, as `output-noise` does; it says nothing of a record
+    (docs/privacy_mechanisms.md). Needs `policy.sums_only`.
+    """
+
+    mechanism: Literal["sum-noise"]
+    sigma: Noise
+    """Noise that the sum must carry on each of the site's probabilities; two answers lie up to 1.41 apart."""
+    honest: int = Field(ge=1, le=255)
+    """Sites with noise of their own, this one among them, that are trusted to stay to the end, add their share and tell
+    nobody of it. With 1 this site trusts none and adds all of the noise itself."""
+    delta: Delta = 1e-5
+
+
+Mechanism = NoPrivacy | Pate | DpSgd | OutputNoise | SumNoise
+Privacy = Annotated[Mechanism, Field(discriminator="mechanism")]
+WHOLE_MODEL = ("output-noise", "sum-noise")
+"""Mechanisms that take any teacher as it is."""
 
 
 def refuse_what_passes_by(
-    privacy: NoPrivacy | Pate | DpSgd | OutputNoise,
+    privacy: Mechanism,
     policy: Policy,
     calibration: str,
     teachers: tuple[TeacherSettings, ...],
@@ -456,7 +479,12 @@ def refuse_what_passes_by(
                     "choose one, or leave the limit out"
                 )
         return
-    for teacher in teachers if mechanism != "output-noise" else ():
+    if mechanism == "sum-noise" and not policy.sums_only:
+        raise ValueError(
+            "privacy.mechanism is sum-noise, which is in secure sums alone, and policy.sums_only is false, so that "
+            "answers could leave without it; set policy.sums_only to true"
+        )
+    for teacher in teachers if mechanism not in WHOLE_MODEL else ():
         if teacher.kind != "train":
             raise ValueError(
                 f"privacy.mechanism is {mechanism}, which trains the teacher itself; teacher.kind is "
@@ -464,7 +492,7 @@ def refuse_what_passes_by(
             )
         if mechanism == "dp-sgd" and teacher.fit.compile:
             raise ValueError("teacher.fit.compile is true, which dp-sgd cannot make use of; set it to false")
-    if mechanism != "output-noise" and calibration != "off":
+    if mechanism not in WHOLE_MODEL and calibration != "off":
         raise ValueError(
             f"calibration is {calibration}, which learns from the private data without noise; with "
             f"privacy.mechanism {mechanism} set it to off"

@@ -33,7 +33,8 @@ class SummedPool:
     def __init__(self, run: Path, job: JobSettings, contract: RunContract, pool: Pool) -> None:
         """Begin the sum, or go on with it.
 
-        Raises `AskingError` when there are fewer than three sites or one has no key, `RunError`, `StorageError`.
+        Raises `AskingError` when there are fewer than three sites, one has no key, or the sum may carry less noise than
+        one needs; `RunError`, `StorageError`.
         """
         count = len(contract.sites)
         if count < LEAST_SITES:
@@ -53,11 +54,20 @@ class SummedPool:
             pool=pool.digest,
             start=0,
             stop=len(pool),
-            labels=len(contract.labels),
+            labels=contract.labels,
+            synonyms=job.labels.synonyms,
             temperature=job.unify.temperature,
             threshold=threshold,
             members=members_of(contract, job.unify.weights),
         )
+        if terms.noise is not None:
+            for card in contract.sites:
+                if short := terms.noise.shortage(card.name, threshold):
+                    raise AskingError(
+                        f"The secure sum may carry too little noise: {short}",
+                        hint="Set ask.min_sites higher, so that more sites must stay, or let sites choose "
+                        f"privacy.sigma and privacy.honest alike; then start {NEW_RUN}. Nothing was asked",
+                    )
         self._job, self._labels = job, contract.labels
         self._secure = SecureSum(folder, terms)
 

@@ -53,6 +53,7 @@ def members_of(contract: RunContract, weights: Mapping[str, float]) -> tuple[Mem
             teacher=card.teacher,
             policy=card.policy,
             identity=_identity(card),
+            noise=card.sum_noise,
         )
         for card, classes in zip(contract.sites, contract.class_sets, strict=True)
     )

@@ -18,8 +18,9 @@ from consilience.common.errors import ProtocolError
 from consilience.common.files import create_array, read_json, write_json
 from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, public_hex, self_key
 from consilience.common.sums.messages import Member, Roster, SeedKind, Terms, commit
-from consilience.common.sums.ring import Words
+from consilience.common.sums.ring import NoisyRing, Words
 from consilience.common.sums.shares import combine
+from consilience.server.noisy_sums import possible
 from consilience.server.secure_sums import SecureSum
 from consilience.server.unify import unify_sums
 from consilience.server.unify.result import Across
@@ -33,8 +34,14 @@ class Summed:
     """The sums over the survivors: exactly the sites whose rows all arrived."""
 
     sums: NDArray[np.float64]
-    """(n, L) memory-mapped, W_l = sum of w_i p_i(l) over the surviving owners of l; 0 where there is none."""
+    """(n, L) memory-mapped, W_l = sum of w_i p_i(l) over the surviving owners of l, and the noise that they added; 0
+    where there is none."""
     survivors: tuple[Member, ...]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether some survivor added noise."""
+        return any(member.noise is not None for member in self.survivors)
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -56,11 +63,11 @@ def unmask_sums(secure: SecureSum) -> Summed:
     path, notes = secure.folder / "sums.npy", secure.folder / "summed.json"
     if not (notes.exists() and read_json(notes) == {"terms": terms.digest, "survivors": list(names)}):
         masks = _masks(secure)
-        sums = create_array(path, np.float64, (len(terms), terms.labels))
-        size = max(1, _MEMORY // terms.labels)
+        sums = create_array(path, np.float64, (len(terms), len(terms.labels)))
+        size = max(1, _MEMORY // len(terms.labels))
         for start in range(0, len(terms), size):
             stop = min(start + size, len(terms))
-            total = np.zeros((stop - start, terms.labels), dtype=np.uint32)
+            total = np.zeros((stop - start, len(terms.labels)), dtype=np.uint32)
             for member in survivors:
                 total[:, list(member.classes)] += secure.store(member.site).read(start, stop)
             for mask in masks:
@@ -112,10 +119,17 @@ def _seed(terms: Terms, roster: Roster, site: str, kind: SeedKind, shares: Mappi
 
 
 def _check_cancelled(terms: Terms, survivors: tuple[Member, ...], total: Words, first: int) -> None:
-    """Raise `ProtocolError` unless every row adds up to the survivors' weights: else some mask is still in it."""
-    due = terms.ring().scale * sum(member.weight for member in survivors)
-    rounding = sum(len(member.classes) for member in survivors)
-    wrong = np.abs(total.sum(axis=1, dtype=np.uint64).astype(np.float64) - due) > rounding
+    """Raise `ProtocolError` unless every row adds up to the survivors' weights: else some mask is still in it.
+
+    With noise, to ten times the standard deviation of its sum; what a mask would bring is far more.
+    """
+    ring = terms.ring()
+    due = ring.scale * sum(member.weight for member in survivors)
+    allowed = float(sum(len(member.classes) for member in survivors))  # by rounding
+    if isinstance(ring, NoisyRing) and terms.noise is not None:
+        variance = terms.noise.variances([member.site for member in survivors]).sum()
+        allowed += 10 * ring.unit * float(np.sqrt(variance))
+    wrong = np.abs(ring.decode(total).sum(axis=1) * ring.scale - due) > allowed
     if wrong.any():
         raise ProtocolError(f"The masks of a secure sum do not cancel in sample {first + int(wrong.argmax())}")
 
@@ -144,12 +158,15 @@ def unify_summed(
     sets = [place[list(member.classes)] for member in summed.survivors]
     weights = [member.weight for member in summed.survivors]
     samples, labels = summed.sums.shape
+    width = labels + sum(map(len, sets)) if summed.noisy else labels
     chosen = np.arange(labels) if columns is None else np.asarray(columns, dtype=np.int64)
     probs = create_array(path, np.float32, (samples, len(chosen)))
-    failed, largest, steps, size = 0, 0.0, 0.0, max(1, _MEMORY // labels)
+    failed, largest, steps, size = 0, 0.0, 0.0, max(1, _MEMORY // width)
     for start in range(0, samples, size):
-        block = summed.sums[start : start + size]
-        found = unify_sums(block[:, known], sets, int(known.sum()), weights=weights, across=across)
+        block = summed.sums[start : start + size][:, known]
+        if summed.noisy:
+            block = possible(block, sets, weights)
+        found = unify_sums(block, sets, int(known.sum()), weights=weights, across=across)
         probs[start : start + size, known[chosen]] = found.probs[:, place[chosen[known[chosen]]]]
         steps += float(found.iterations.sum())
         failed += int(np.sum(~found.converged))

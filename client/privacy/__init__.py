@@ -13,10 +13,11 @@ from consilience.client.privacy.events import Event, Unit, event_from, events_of
 from consilience.client.privacy.noise import load_secret
 from consilience.client.privacy.outputs import NoisyTeacher
 from consilience.client.privacy.pate import PateTeacher, load_pate, train_parts
+from consilience.client.privacy.sum_noise import HiddenTeacher
 from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import load_trained, train_teacher
 from consilience.common.nets import EpochRecord
-from consilience.common.settings import DpSgd, OutputNoise, Pate, SiteSettings
+from consilience.common.settings import DpSgd, OutputNoise, Pate, SiteSettings, SumNoise
 
 __all__ = [
     "Event",
@@ -78,10 +79,14 @@ def load_private(settings: SiteSettings) -> Teacher:
 def behind_noise(settings: SiteSettings, teacher: Teacher) -> Teacher:
     """Put `teacher`, with all that its answers go through, behind the noise on outputs, if the settings want it.
 
+    With noise in sums it stays as it is, but for its fingerprint.
+
     Raises `IdentityError` when others on the machine may read the site's secret, `StorageError`.
     """
     if isinstance(settings.privacy, OutputNoise):
         return NoisyTeacher(teacher, settings.privacy, load_secret(settings))
+    if isinstance(settings.privacy, SumNoise):
+        return HiddenTeacher(teacher, settings.privacy, load_secret(settings))
     return teacher
 
 
@@ -94,7 +99,7 @@ def answering_costs(settings: SiteSettings, samples: int) -> tuple[Event, ...]:
         from consilience.client.privacy import dp_sgd
 
         return (dp_sgd.dp_record(settings, settings.privacy).event,)
-    return events_of(settings.privacy if isinstance(settings.privacy, Pate | OutputNoise) else None, samples)
+    return events_of(settings.privacy if isinstance(settings.privacy, Pate | OutputNoise | SumNoise) else None, samples)
 
 
 def describe_privacy(settings: SiteSettings) -> str:
@@ -107,4 +112,7 @@ def describe_privacy(settings: SiteSettings) -> str:
         return f"dp-sgd: protects a record; noise multiplier {private.noise_multiplier:g}"
     if isinstance(private, OutputNoise):
         return f"output-noise: protects the whole model's answer, not a record; noise {private.sigma:g}"
+    if isinstance(private, SumNoise):
+        whose = "all of it this site's" if private.honest == 1 else f"if {private.honest} of the sites are honest"
+        return f"sum-noise: protects the whole model's answer, not a record; noise {private.sigma:g} in sums, {whose}"
     return ""

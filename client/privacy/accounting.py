@@ -137,7 +137,8 @@ def _gaussian(event: Event, library: Any) -> Any:
     """All mechanisms here are Gaussian: noise over sensitivity is all that tells one from another.
 
     A record is in one part alone and moves that part's vote or probabilities: by `APART` in the counts of all
-    classes, by 1 in the largest count. A model's whole row moves by `APART`.
+    classes, by 1 in the largest count. A model's whole row moves by `APART`, in a secure sum too: noise in steps is
+    scaled by what the site's weight and rounding make of it (common/sums/ring).
     """
     if isinstance(event, DpSgdTraining):
         noisy = library.dp_event.GaussianDpEvent(event.noise_multiplier)

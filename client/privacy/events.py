@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from consilience.common.errors import StorageError
-from consilience.common.settings import OutputNoise, Pate, Settings
+from consilience.common.settings import OutputNoise, Pate, Settings, SumNoise
 
 __all__ = ["DpSgdTraining", "Event", "Unit", "event_from", "events_of", "parameters_of"]
 
@@ -76,6 +76,19 @@ class NoisyOutputs(_Event):
     count: Count
 
 
+class SumNoiseOutputs(_Event):
+    """`count` rows of a model's probabilities in secure sums that carry Gaussian noise `sigma` on every class.
+
+    If `honest` sites, this one among them, stay, add their shares of it and tell nobody.
+    """
+
+    unit = "model"
+    name: Literal["sum-noise"] = "sum-noise"
+    sigma: Scale
+    honest: Annotated[int, Field(ge=1, le=255)]
+    count: Count
+
+
 class BareOutputs(_Event):
     """`count` rows of a model's probabilities as they are."""
 
@@ -84,7 +97,7 @@ class BareOutputs(_Event):
     count: Count
 
 
-Event = PateVotes | PateThreshold | PateAverage | DpSgdTraining | NoisyOutputs | BareOutputs
+Event = PateVotes | PateThreshold | PateAverage | DpSgdTraining | NoisyOutputs | SumNoiseOutputs | BareOutputs
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="name")])
 
 
@@ -105,7 +118,7 @@ def event_from(name: str, parameters: dict[str, Any], count: int) -> Event:
         ) from error
 
 
-def events_of(settings: Pate | OutputNoise | None, samples: int) -> tuple[Event, ...]:
+def events_of(settings: Pate | OutputNoise | SumNoise | None, samples: int) -> tuple[Event, ...]:
     """Return what it costs to answer about `samples`, at least 1, by a mechanism that is paid by the answer.
 
     None stands for no mechanism. Of `confident` both parts are counted for every sample, whether or not it passes.
@@ -114,6 +127,8 @@ def events_of(settings: Pate | OutputNoise | None, samples: int) -> tuple[Event,
         return (BareOutputs(count=samples),)
     if isinstance(settings, OutputNoise):
         return (NoisyOutputs(sigma=settings.sigma, count=samples),)
+    if isinstance(settings, SumNoise):
+        return (SumNoiseOutputs(sigma=settings.sigma, honest=settings.honest, count=samples),)
     if settings.answer == "average":
         return (PateAverage(sigma=settings.sigma, count=samples),)
     votes = PateVotes(sigma=settings.sigma, count=samples)

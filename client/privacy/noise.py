@@ -56,16 +56,23 @@ class Secret:
 
         A row depends on the bytes and the shape of its image alone.
         """
-        drawn = hmac.digest(self.key, b"normal\0" + canonical_json([purpose, list(images.shape[1:])]), "sha256")
-        stream = bytearray()
-        for image in images:
-            content = hashlib.sha256(np.ascontiguousarray(image).data).digest()
-            stream += hashlib.shake_256(drawn + content).digest(8 * count)
-        words = np.frombuffer(stream, "<u8").reshape(len(images), count)
+        words = self._words(b"normal\0", purpose, images, count)
         # 53 bits, and half a step away from 0 and 1, where the quantile is infinite.
         uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         normal: NDArray[np.float64] = ndtri(uniform)
         return normal
+
+    def words(self, purpose: Any, images: Images, count: int) -> NDArray[np.uint64]:
+        """Return (n, count) uniform words of 64 bits for `purpose` and n images, as `normal` does numbers."""
+        return self._words(b"words\0", purpose, images, count)
+
+    def _words(self, kind: bytes, purpose: Any, images: Images, count: int) -> NDArray[np.uint64]:
+        drawn = hmac.digest(self.key, kind + canonical_json([purpose, list(images.shape[1:])]), "sha256")
+        stream = bytearray()
+        for image in images:
+            content = hashlib.sha256(np.ascontiguousarray(image).data).digest()
+            stream += hashlib.shake_256(drawn + content).digest(8 * count)
+        return np.frombuffer(stream, "<u8").astype(np.uint64, copy=False).reshape(len(images), count)
 
 
 def on_grid(values: NDArray[np.float64]) -> NDArray[np.float64]:

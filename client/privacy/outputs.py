@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.privacy.noise import Secret, on_grid
-from consilience.client.privacy.simplex import as_answer, project
 from consilience.client.teacher.protocol import Teacher
 from consilience.common.preprocessing import Images
 from consilience.common.settings import OutputNoise
+from consilience.common.simplex import as_answer, project
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from consilience.client.privacy import votes
 from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.records import places
-from consilience.client.privacy.simplex import as_answer
 from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import load_in, present_classes, private_data, train_in, wanted
 from consilience.common.errors import TeacherError
@@ -26,6 +25,7 @@ from consilience.common.nets import EpochRecord
 from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
 from consilience.common.settings import Pate, SiteSettings, TrainTeacher
+from consilience.common.simplex import as_answer
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from consilience.client.privacy.estimates import Held, Value, estimate_outputs, 
 from consilience.client.privacy.events import DpSgdTraining, Event, events_of
 from consilience.client.teacher.trained import wanted
 from consilience.common.errors import SettingsError
-from consilience.common.settings import DpSgd, Fit, NoPrivacy, OutputNoise, Pate, SiteSettings
+from consilience.common.settings import DpSgd, Fit, Mechanism, NoPrivacy, OutputNoise, Pate, SiteSettings, SumNoise
 
 MOST_EPSILON = 100.0
 MOST_SAMPLES = 10**12
@@ -24,8 +24,7 @@ RECORDS_A_PART = 40
 """Where the settings name no parts: so many private records are taken for one."""
 _PLANNED = "0" * 64
 """Stands for the digest of a training that is still to come."""
-Mechanism = Pate | DpSgd | OutputNoise | NoPrivacy
-Noisy = TypeVar("Noisy", Pate, OutputNoise)
+Noisy = TypeVar("Noisy", Pate, OutputNoise, SumNoise)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,10 @@ def alternatives(settings: SiteSettings, epsilon: float, samples: int, delta: fl
     if held.records is not None:
         needed += _pate(settings, held.records, epsilon, samples, chosen)
         needed += [_dp_sgd(wanted(settings).fit, held.records, epsilon, chosen)]
-    needed += [_outputs(epsilon, samples, chosen), NoPrivacy()]
+    needed += [_outputs(epsilon, samples, chosen)]
+    if isinstance(settings.privacy, SumNoise):
+        needed += [_sum_noise(settings.privacy, epsilon, samples, chosen)]
+    needed += [NoPrivacy()]
     found = [_judged(settings, mechanism, held, samples, chosen, configured=False) for mechanism in needed]
     return [*found, _judged(settings, settings.privacy, held, samples, chosen, configured=True)]
 
@@ -108,6 +110,13 @@ def _outputs(epsilon: float, samples: int, delta: float) -> OutputNoise:
     )
 
 
+def _sum_noise(own: SumNoise, epsilon: float, samples: int, delta: float) -> SumNoise:
+    def form(sigma: float) -> SumNoise:
+        return SumNoise(mechanism="sum-noise", sigma=sigma, honest=own.honest, delta=_allowed(delta))
+
+    return _enough(form, epsilon, samples, delta)
+
+
 def _enough(form: Callable[[float], Noisy], epsilon: float, samples: int, delta: float) -> Noisy:
     """Return the mechanism with about the least noise that is enough."""
 
@@ -142,6 +151,9 @@ def _judged(
         value = Value(None, 1.0, "known once it is trained")
         if configured and held.trained is not None:
             value = Value(held.trained, 1.0, "the teacher's answers on held-out private images")
+    elif isinstance(mechanism, SumNoise):
+        events = events_of(mechanism, samples)
+        value = Value(None, 1.0, "known once answers are summed: the noise is in the sum over sites, once")
     else:
         noisy = mechanism if isinstance(mechanism, OutputNoise) else None
         events, value = events_of(noisy, samples), estimate_outputs(noisy, held)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.privacy.noise import on_grid
-from consilience.client.privacy.simplex import project
 from consilience.common.settings import Pate
+from consilience.common.simplex import project
 
 
 def sums(settings: Pate, parts: Iterable[NDArray[np.float32]]) -> NDArray[np.float64]:

@@ -21,14 +21,17 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from consilience.common.errors import IdentityError, ProtocolError, SettingsError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.identity import PrivateKey, key_fingerprint, key_line, read_key_line
-from consilience.common.protocol import MOST_CLASSES, Digest, Record, SiteName, read_reply
+from consilience.common.protocol import MOST_CLASSES, Digest, Record, SiteName, SumNoiseCard, read_reply
+from consilience.common.settings import ClassName
 from consilience.common.sums.masks import SEED_BYTES
-from consilience.common.sums.ring import MOST_SITES, WORD, Ring, Words
+from consilience.common.sums.noise import SharedNoise
+from consilience.common.sums.ring import MOST_SITES, WORD, NoisyRing, Ring, Words
 from consilience.common.sums.shares import SEALED_BYTES
 
 TERMS, ROSTER, DELIVERY = "query.sum_terms", "query.sum_roster", "query.sum_delivery"
@@ -79,6 +82,8 @@ class Member(Part):
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
     identity: Digest
     """Fingerprint of the key that signs its advert."""
+    noise: SumNoiseCard | None = None
+    """What it says on its card of its noise."""
 
     @model_validator(mode="after")
     def _each_class_once(self) -> Member:
@@ -96,7 +101,10 @@ class Terms(Record):
     start: int = Field(ge=0)
     stop: int = Field(ge=1, le=2**48)
     kind: Literal["log-probs"] = "log-probs"
-    labels: int = Field(ge=1, le=MOST_CLASSES)
+    labels: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    """The label space, by name: each site sees for itself that its class set is that of its own classes."""
+    synonyms: dict[ClassName, tuple[ClassName, ...]] = Field(default={}, max_length=MOST_CLASSES)
+    """Name in `labels` -> other names of that class. The same for all sites."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """By which each site softens its answer before it is added."""
     attempt: int = Field(default=1, ge=1)
@@ -115,7 +123,9 @@ class Terms(Record):
             raise ValueError("members must be sorted by name, each once")
         if not len(names) / 2 < self.threshold <= len(names):
             raise ValueError("threshold must be more than half of the members")
-        if any(max(member.classes) >= self.labels for member in self.members):
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a class is named twice")
+        if any(max(member.classes) >= len(self.labels) for member in self.members):
             raise ValueError("a member's class is not in the label space")
         try:
             self.ring()
@@ -127,13 +137,41 @@ class Terms(Record):
         return self.stop - self.start
 
     def ring(self) -> Ring:
-        """Return the fixed-point numbers of this sum."""
-        return Ring([member.weight for member in self.members])
+        """Return the fixed-point numbers of this sum, of a `NoisyRing` where some site adds noise."""
+        return self.fixed_point
+
+    @cached_property
+    def fixed_point(self) -> Ring:
+        """What `ring` returns."""
+        weights = [member.weight for member in self.members]
+        if self.noise is None:
+            return Ring(weights)
+        return NoisyRing(weights, [len(member.classes) for member in self.members], self.noise.bounds())
+
+    @cached_property
+    def noise(self) -> SharedNoise | None:
+        """Who adds how much noise; None where nobody does."""
+        noises = {member.site: member.noise for member in self.members if member.noise is not None}
+        sets = {member.site: member.classes for member in self.members}
+        return SharedNoise(sets, noises, len(self.labels)) if noises else None
+
+    def owners(self) -> NDArray[np.int64]:
+        """Return (L,) how many members know each class."""
+        counts = np.zeros(len(self.labels), np.int64)
+        for member in self.members:
+            counts[list(member.classes)] += 1
+        return counts
 
     @cached_property
     def digest(self) -> str:
         """What stands for these terms in every message, key and signature."""
         return sha256(canonical_json(self.model_dump(mode="json")))
+
+    @cached_property
+    def ground(self) -> str:
+        """What stands for all of the terms that a number of the sum depends on: not who wants it, nor how often."""
+        other = {"job", "contract", "start", "stop", "attempt", "labels", "synonyms"}
+        return sha256(canonical_json(self.model_dump(mode="json", exclude=other)))
 
     @cached_property
     def by_name(self) -> dict[str, Member]:

@@ -5,6 +5,9 @@ Lives here: the scale, encoding and decoding. Does not live here: masks.
 A site of weight w writes p as rint(scale w p), with scale = (2^32 - 1 - n) / sum of w over the n sites. As p is at
 most 1, a site's number is at most scale w + 1/2, and the sum over any of the sites at most 2^32 - 1 - n + n/2 <
 2^32: it never wraps. A sum W is off by at most n / (2 scale), 1.2e-8 for ten sites of weight 1.
+
+Where sites add noise, numbers are signed and steps wider: the largest share of noise is `NOISE_STEPS` steps wide, which
+leaves room for what the noise of all sites may add up to, and rounding is far below it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,13 @@ WORD = np.dtype("<u4")
 MOST_SITES = 255
 LEAST_STEPS = 2**20
 """The fewest steps between 0 and 1 that a site's probabilities must have."""
+
+NOISE_STEPS = 2.0**17
+"""The standard deviation, in steps, of the largest share of noise."""
+LEAST_NOISE_STEPS = 2.0**8
+"""That of the smallest: below, sums of rounded noise would not be as good as rounded sums."""
+_NOISY_RANGE = 2.0**31 - MOST_SITES * 10 * NOISE_STEPS
+"""What answers may take up of the range, when no noise is beyond ten of its standard deviations."""
 
 Words = NDArray[np.uint32]
 
@@ -56,3 +66,32 @@ class Ring:
     def decode(self, words: Words) -> NDArray[np.float64]:
         """Read sums (n, L) back: W, float64."""
         return words / self.scale
+
+
+class NoisyRing(Ring):
+    """Fixed-point numbers for a sum that carries noise: signed, the answers' sums in the middle of the range."""
+
+    def __init__(self, weights: Sequence[float], widths: Sequence[int], shares: tuple[float, float]) -> None:
+        """Choose the scale for sites of these numbers of classes, whose shares of noise lie between `shares`.
+
+        Raises `SettingsError` for weights as `Ring` does, and for noise that is too large or too uneven.
+        """
+        super().__init__(weights)
+        least, largest = shares
+        # Two answers of k rounded numbers lie scale w sqrt(2) + sqrt(k) apart at most, which is `unit` sqrt(2) or less.
+        rounding = math.sqrt(max(widths) / 2)
+        scale = (NOISE_STEPS / largest - rounding) / max(weights)
+        self.scale = min(scale, _NOISY_RANGE / sum(weights))
+        self.unit = self.scale * max(weights) + rounding
+        """Steps for which a share of 1 stands: what one probability may count, with what rounding adds."""
+        if self.scale * min(weights) < 1 or self.unit * least < LEAST_NOISE_STEPS:
+            raise SettingsError(
+                f"shares of noise between {least:.4g} and {largest:.4g} with up to {max(widths):,} classes a site do "
+                f"not fit {NOISE_STEPS:,.0f} steps; allowed: the largest up to {NOISE_STEPS / LEAST_NOISE_STEPS:,.0f} "
+                "times the smallest, and noise that leaves an answer a step",
+                hint="Let sites choose privacy.sigma and privacy.honest more alike, or less noise",
+            )
+
+    def decode(self, words: Words) -> NDArray[np.float64]:
+        """Read noisy sums (n, L) back: W and its noise, float64."""
+        return words.view(np.int32) / self.scale

@@ -25,7 +25,7 @@ from consilience.common.sums.messages import (
     Unmask,
     default_threshold,
 )
-from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms
+from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms, names_of
 
 SETS = {"ant": [0, 1, 2], "bee": [1, 2, 0], "cat": [2, 0, 1], "dog": [0, 2]}
 SAMPLES = 12
@@ -39,7 +39,7 @@ def sums(tmp_path: Path) -> Sums:
 
 
 def advert_of(sums: Sums, terms: Terms, site: str = "ant", **changes: Any) -> Advert:
-    own = {"teacher": DIGEST, "policy": POLICY, "classes": len(SETS[site]), **changes}
+    own = {"teacher": DIGEST, "policy": POLICY, "classes": names_of(SETS[site]), **changes}
     return sums.sites[site].advertise(terms, **own)
 
 
@@ -62,7 +62,9 @@ def test_keys_are_made_once_and_others_for_another_attempt(sums: Sums) -> None:
     [
         ({"teacher": "b" * 64}, "another teacher"),
         ({"policy": "d" * 16}, "another teacher, policy"),
-        ({"classes": 4}, "number of classes"),
+        ({"classes": names_of([0, 1, 2, 3])}, "not that of its classes"),
+        ({"classes": names_of([0, 2, 1])}, "not that of its classes"),
+        ({"classes": ("class-0", "class-1", "other")}, "not that of its classes"),
     ],
 )
 def test_terms_about_another_state_of_the_site_are_refused(sums: Sums, changes: Any, part: str) -> None:
@@ -74,7 +76,7 @@ def test_terms_without_the_site_or_with_another_key_are_refused(sums: Sums, tmp_
     for name, key in (("eel", "eel"), ("ant", "bee")):
         stranger = SumSite(tmp_path / name, name, identity(key))
         with pytest.raises(ProtocolError, match="do not name this site and its key"):
-            stranger.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=3)
+            stranger.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
 
 
 def test_another_key_for_a_known_peer_is_refused(sums: Sums, tmp_path: Path) -> None:
@@ -82,9 +84,9 @@ def test_another_key_for_a_known_peer_is_refused(sums: Sums, tmp_path: Path) -> 
         site = SumSite(tmp_path / told, "ant", identity("ant"), {"bee": told})
         if refused:
             with pytest.raises(ProtocolError, match="another key for site bee"):
-                site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=3)
+                site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
         else:
-            site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=3)
+            site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,8 @@ def test_another_key_for_a_known_peer_is_refused(sums: Sums, tmp_path: Path) -> 
         {"threshold": 2},  # half of the sites: a lying server could open both seeds
         {"threshold": 5},
         {"stop": 0},
-        {"labels": 2},
+        {"labels": names_of([0, 1])},
+        {"labels": names_of([0, 1, 1])},
         {"temperature": 0.0},
         {"kind": "coverage"},
         {"protocol": 2},
@@ -398,7 +401,11 @@ def test_hostile_records_raise_our_errors_only(sums: Sums) -> None:
             for value in HOSTILE:
                 text = json.dumps({**fields, field: value})
                 content = RecordDict({"record": ConfigRecord({"json": text})})
-                fits = (field == "shares" and value == []) or (field == "protocol" and value is True)
+                fits = (
+                    (field == "shares" and value == [])
+                    or (field == "synonyms" and value == {})
+                    or (field == "protocol" and value is True)
+                )
                 if (name, field) in allowed or fits:
                     continue
                 with pytest.raises(ProtocolError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ def identity(name: str) -> PrivateKey:
 
 
 def make_terms(class_sets: Mapping[str, Sequence[int]], samples: int, **changes: Any) -> Terms:
-    """Terms over these sites; `weights` by site."""
-    weights = changes.pop("weights", {})
+    """Terms over these sites; `weights` and `noise` by site. Class 3 is called class-3."""
+    weights, noise = changes.pop("weights", {}), changes.pop("noise", {})
     members = tuple(
         Member(
             site=site,
@@ -37,6 +37,7 @@ def make_terms(class_sets: Mapping[str, Sequence[int]], samples: int, **changes:
             teacher=DIGEST,
             policy=POLICY,
             identity=key_fingerprint(identity(site).public_key()),
+            noise=noise.get(site),
         )
         for site in sorted(class_sets)
     )
@@ -47,11 +48,16 @@ def make_terms(class_sets: Mapping[str, Sequence[int]], samples: int, **changes:
         "pool": DIGEST,
         "start": start,
         "stop": start + samples,
-        "labels": 1 + max(max(m.classes) for m in members),
+        "labels": names_of(range(1 + max(max(m.classes) for m in members))),
         "threshold": default_threshold(len(members)),
         "members": members,
     }
     return Terms(**{**fields, **changes})
+
+
+def names_of(classes: Iterable[int]) -> tuple[str, ...]:
+    """The names of classes in made-up terms."""
+    return tuple(f"class-{label}" for label in classes)
 
 
 class Sums:
@@ -68,7 +74,7 @@ class Sums:
         for member in self.terms.members:
             if member.site not in without:
                 advert = self.sites[member.site].advertise(
-                    self.terms, teacher=DIGEST, policy=POLICY, classes=len(member.classes)
+                    self.terms, teacher=DIGEST, policy=POLICY, classes=names_of(member.classes), noise=member.noise
                 )
                 self.server.add_advert(member.site, advert)
 
@@ -125,7 +131,7 @@ def open_sums(
     terms: Terms, answers: Mapping[str, NDArray[Any]], sites: Collection[str] | None = None
 ) -> NDArray[np.float64]:
     """W (n, L) as a sum of open answers."""
-    out = np.zeros((len(terms), terms.labels))
+    out = np.zeros((len(terms), len(terms.labels)))
     for member in terms.members:
         if sites is None or member.site in sites:
             p = np.exp(answers[member.site].astype(np.float64))

@@ -101,7 +101,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         pool=pool.digest,
         start=0,
         stop=SIZE,
-        labels=len(contract.labels),
+        labels=contract.labels,
         threshold=default_threshold(len(sites)),
         members=members_of(contract, {}),
     )

@@ -9,9 +9,9 @@ from consilience.client.privacy import answering_costs, train_private
 from consilience.client.privacy.events import NoisyOutputs
 from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.outputs import NoisyTeacher
-from consilience.client.privacy.simplex import as_answer, project
 from consilience.client.teacher import calibrate_teacher, describe_teacher, load_teacher
 from consilience.common.settings import OutputNoise
+from consilience.common.simplex import as_answer, project
 from helpers.private_site import Make, bars
 
 QUIET = OutputNoise(mechanism="output-noise", sigma=0.01)

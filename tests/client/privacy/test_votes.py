@@ -12,9 +12,9 @@ from hypothesis.extra.numpy import arrays
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from consilience.client.privacy.simplex import UNSURE, as_answer, project
 from consilience.client.privacy.votes import answers, draws, sums
 from consilience.common.settings import Pate
+from consilience.common.simplex import UNSURE, as_answer, project
 
 ARG_MAX = Pate(mechanism="pate", parts=10, sigma=3)
 CONFIDENT = Pate(mechanism="pate", parts=10, sigma=3, answer="confident", threshold=6, threshold_sigma=2)
