@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
-from consilience.client.sums import SumSite
+from consilience.client.sums import Noise, SumSite
 from consilience.common.identity import PrivateKey, key_fingerprint
 from consilience.common.sums.messages import Member, Terms, default_threshold
 from consilience.server.secure_sums import SecureSum
@@ -61,10 +61,21 @@ def names_of(classes: Iterable[int]) -> tuple[str, ...]:
 
 
 class Sums:
-    """Server and sites of one secure sum. `answers`: site -> (n, k) log-probabilities of the terms' samples."""
+    """Server and sites of one secure sum. `answers`: site -> (n, k) log-probabilities of the terms' samples.
 
-    def __init__(self, folder: Path, terms: Terms, answers: Mapping[str, NDArray[Any]], *, piece: int = 7) -> None:
-        self.folder, self.terms, self.answers, self.piece = folder, terms, answers, piece
+    `noise`: site -> what it adds its noise by, where the terms name some.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        terms: Terms,
+        answers: Mapping[str, NDArray[Any]],
+        *,
+        piece: int = 7,
+        noise: Callable[[str], Noise] | None = None,
+    ) -> None:
+        self.folder, self.terms, self.answers, self.piece, self.noise = folder, terms, answers, piece, noise
         self.server = SecureSum(folder / "server" / terms.digest, terms)
         self.sites = {m.site: SumSite(folder / "sites" / m.site, m.site, identity(m.site)) for m in terms.members}
         self.bytes = 0
@@ -95,7 +106,10 @@ class Sums:
         """Round 2, second half, for one site: all of its rows, or the first pieces."""
         first = self.terms.start
         for question in self.server.questions(site, self.piece)[:pieces]:
-            rows = self.sites[site].rows(question, lambda _, low, high: self.answers[site][low - first : high - first])
+            noise = None if self.noise is None else self.noise(site)
+            rows = self.sites[site].rows(
+                question, lambda _, low, high: self.answers[site][low - first : high - first], noise
+            )
             self.bytes += len(rows.data)
             self.server.add_rows(site, rows)
 
