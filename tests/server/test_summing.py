@@ -13,6 +13,8 @@ from flwr.app import Message
 from scipy.special import log_softmax
 
 from consilience.client import app as app_module
+from consilience.client.privacy import account, event_from
+from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
 from consilience.common.data import from_arrays
 from consilience.common.errors import AskingError
@@ -20,7 +22,7 @@ from consilience.common.files import read_json
 from consilience.common.identity import make_key
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.settings import CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings
+from consilience.common.settings import CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings, SumNoise
 from consilience.common.settings_file import parse_settings
 from consilience.common.sums.messages import ROWS, TERMS, UNMASK, Terms, default_threshold
 from consilience.deploy.local_grid import LocalGrid
@@ -249,3 +251,99 @@ def test_a_site_without_a_key_cannot_take_part(world: World) -> None:
     summed, lost = world.sum()
     assert "sum-refused" in lost["ant"]
     assert len(summed.survivors) == 3
+
+
+# Noise in sums
+
+
+def with_noise(world: World, privacy: dict[str, SumNoise]) -> None:
+    """Let the sites add noise to sums, and the world's terms say so."""
+    for name, mechanism in privacy.items():
+        settings = world.sites[name].settings
+        policy = settings.policy.model_copy(update={"sums_only": True})
+        changed = settings.model_copy(update={"privacy": mechanism, "policy": policy})
+        world.sites[name] = Site(changed, Linear(name))
+    cards = [site.card for site in world.sites.values()]
+    contract = RunContract.build(JobSettings(name="job", privacy={"secure_sum": True}), cards, (world.pool.digest,))  # type: ignore[arg-type]
+    members = members_of(contract, {})
+    world.terms = Terms.model_validate_json(
+        world.terms.model_copy(update={"members": members, "threshold": 4}).model_dump_json()
+    )
+
+
+def sum_noise(sigma: float, honest: int) -> SumNoise:
+    return SumNoise(mechanism="sum-noise", sigma=sigma, honest=honest)
+
+
+def test_a_noisy_sum_is_accounted_before_it_leaves(world: World) -> None:
+    with_noise(world, dict.fromkeys(CLASSES, sum_noise(40.0, 3)))
+    summed, lost = world.sum()
+    assert lost == {}
+    assert np.abs(summed.sums - open_sums(world.terms, world.answers())).std() > 20
+    for site in world.sites.values():
+        events = [row.entry for row in site.ledger.rows() if row.entry.kind == "mechanism"]
+        assert {(entry.subject, tuple(entry.body["parameters"].items())) for entry in events} == {
+            ("sum-noise", (("honest", 3), ("sigma", 40.0)))
+        }
+        assert sum(entry.body["count"] for entry in events) == SIZE
+        told = account([event_from("sum-noise", {"sigma": 40.0, "honest": 3}, SIZE)], 1e-5)
+        assert loss_of(site.settings, site.ledger) == told
+
+
+def test_a_job_with_noise_tells_its_guarantee(world: World) -> None:
+    with_noise(world, dict.fromkeys(CLASSES, sum_noise(40.0, 4)))
+    report = run_job(world)
+    expected = account([event_from("sum-noise", {"sigma": 40.0, "honest": 4}, SIZE)], 1e-5)
+    for site in report["sites"]:
+        assert site["guarantee"]["epsilon"] == pytest.approx(expected.epsilon)
+        assert site["guarantee"]["unit"] == "model"
+        assert "if 4 of the sites are honest" in site["guarantee"]["mechanism"]
+    assert "noise 40 in sums" in (world.folder / "run" / "card.md").read_text()
+
+
+def test_limits_of_epsilon_bind_noise_in_sums(world: World) -> None:
+    with_noise(world, dict.fromkeys(CLASSES, sum_noise(40.0, 3)))
+    ant = world.sites["ant"].settings
+    limited = ant.policy.model_copy(update={"limits": ant.policy.limits.model_copy(update={"epsilon_lifetime": 0.5})})
+    world.sites["ant"] = Site(ant.model_copy(update={"policy": limited}), Linear("ant"))
+    with pytest.raises(AskingError, match="ant cannot take part: The site refused: budget-exhausted"):
+        run_job(world)
+    assert world.sites["ant"].ledger.count == 0
+
+
+def test_too_few_sites_for_the_honest_count_are_refused_on_both_sides(world: World) -> None:
+    with_noise(world, dict.fromkeys(CLASSES, sum_noise(1.0, 4)))
+    part = "site ant trusts that 4 sites add their noise; 4 of 4 add any, and 3 of these need to stay"
+    with pytest.raises(AskingError, match=f"too little noise: {part}.* Set ask.min_sites higher"):
+        run_job(world, min_sites=3)
+    assert not (world.folder / "run" / "sums").exists()
+    # A server that asks all the same is refused by each site.
+    world.terms = Terms.model_validate_json(world.terms.model_copy(update={"threshold": 3}).model_dump_json())
+    with pytest.raises(AskingError, match=r"0 of 4 sites have sent keys.*ant: The site refused: sum-refused"):
+        world.sum()
+    assert all(site.ledger.count == 0 for site in world.sites.values())
+
+
+def test_a_site_may_add_noise_among_others_that_add_none(world: World) -> None:
+    with_noise(world, {"ant": sum_noise(5.0, 1)})
+    summed, lost = world.sum()
+    assert lost == {}
+    wrong = np.abs(summed.sums - open_sums(world.terms, world.answers())).max(axis=0)
+    own = list(world.terms.by_name["ant"].classes)
+    assert (wrong[own] > 5).all()
+    assert np.delete(wrong, own).max() < 0.1
+
+
+def test_the_site_s_log_says_what_sums_tell_of_it(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.sum()
+    assert not [record for record in caplog.records if "own answers" in record.message]
+    alone = Linear("ant")
+    alone.classes = ("owl", *CLASSES["ant"][1:])
+    site = world.sites["ant"] = Site(world.sites["ant"].settings, alone)
+    cards = [one.card for one in world.sites.values()]
+    contract = RunContract.build(JobSettings(name="job"), cards, (world.pool.digest,))
+    fields = {"labels": contract.labels, "members": members_of(contract, {}), "pool": world.pool.digest, "job": "other"}
+    terms = Terms.model_validate_json(world.terms.model_copy(update=fields).model_dump_json())
+    (world.folder / "ant" / "state" / "sums").rename(world.folder / "away")
+    site.sum_keys(terms)
+    assert "tells this site's own answers for 1 of its 3 classes" in caplog.text
