@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.optimize import LinearConstraint, minimize
 from scipy.stats import chi2, kstest
 
 from consilience.client.privacy.noise import Secret
@@ -223,12 +223,12 @@ def test_possible_sums_are_the_nearest(tmp_path: Path) -> None:
             np.add.at(total, places, np.array(weights)[owner] * p)
             return float(((total - row) ** 2).sum())
 
-        constraints = [{"type": "eq", "fun": lambda p, i=i: p[owner == i].sum() - 1} for i in range(3)]
+        sums_to_1 = LinearConstraint(np.equal.outer(np.arange(3), owner).astype(np.float64), 1, 1)
         best = minimize(
             distance,
             np.array([1 / 2, 1 / 2, 1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3]),
             bounds=[(0, 1)] * 7,
-            constraints=constraints,
+            constraints=sums_to_1,
             method="SLSQP",
             options={"maxiter": 500, "ftol": 1e-14},
         )

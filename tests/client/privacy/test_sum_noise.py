@@ -137,6 +137,7 @@ def test_a_plan_names_the_noise_of_the_sum(make: Make) -> None:
     assert isinstance(needed.settings, SumNoise)
     assert (needed.configured, own.configured, needed.settings.honest) == (False, True, 4)
     (outputs,) = [one for one in alternatives(settings, 3.0, 1000) if isinstance(one.settings, OutputNoise)]
+    assert isinstance(outputs.settings, OutputNoise)
     assert needed.settings.sigma == outputs.settings.sigma
     assert own.spent == account(events_of(settings.privacy, 1000), 1e-5)  # type: ignore[arg-type]
     assert own.value.accuracy is None

@@ -14,7 +14,7 @@ from consilience.common.protocol import SumNoiseCard
 from consilience.common.sums.noise import SharedNoise
 from consilience.common.sums.ring import MOST_SITES, NOISE_STEPS, NoisyRing, Ring
 
-SITES = ("ant", "bee", "cow", "dog", "elk")
+SITES: tuple[str, ...] = ("ant", "bee", "cow", "dog", "elk")
 sets = st.fixed_dictionaries({site: st.sets(st.integers(0, 5), min_size=1).map(tuple) for site in SITES})
 
 
