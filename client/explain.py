@@ -122,6 +122,8 @@ def tell_policy(policy: Policy) -> list[str]:
         lines.append(f"no probability below {policy.floor:g} leaves")
     lines.append(f"pools: {', '.join(digest[:12] for digest in policy.pools) or 'those that site.yaml names'}")
     lines += ["answers leave in secure sums alone"] if policy.sums_only else []
+    if policy.sum_owners > 1:
+        lines.append(f"sums are of classes that {policy.sum_owners} sites know, this one among them")
     lines.append("each job needs a person's approval" if policy.approval else "no job needs a person's approval")
     lines.append("it has no end" if policy.ends is None else f"the last day is {policy.ends}")
     return lines
