@@ -72,7 +72,8 @@ def _check_classes(terms: Terms, member: Member, classes: Sequence[str]) -> None
     and share masks for it: a server cannot call class sets disjoint that are not.
     """
     try:
-        names = LabelSpace.build({member.site: classes}, terms.synonyms).names
+        synonyms = {names[0]: names[1:] for names in terms.synonyms}
+        names = LabelSpace.build({member.site: classes}, synonyms).names
     except LabelError as error:
         raise ProtocolError(f"The terms of a secure sum join classes that this site tells apart: {error}") from None
     if tuple(terms.labels[label] for label in member.classes) != names:

@@ -19,6 +19,9 @@ from consilience.common.settings import ENCODINGS, NAME_PATTERN, ClassName, Cove
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 1_000_000
+MOST_RECORD = 16 * 2**20
+"""Characters of a record: what is read from it takes many times the memory."""
+MOST_MISTAKES = 1000
 
 Kind = Literal["log-probs", "coverage"]
 """What an answer tells of a pool sample: the teacher's log-probabilities, or how likely it is of the site's classes."""
@@ -77,10 +80,15 @@ class Record(BaseModel):
         text = _config(content, "record").get("json")
         if not isinstance(text, str):
             raise ProtocolError("A message carries no record")
+        if len(text) > MOST_RECORD:
+            raise ProtocolError(f"A message's {cls.__name__} has {len(text):,} characters; allowed: {MOST_RECORD:,}")
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = str((*error.errors()[0]["loc"], "")[0])
+            if error.error_count() > MOST_MISTAKES:  # to list them takes more memory than the message
+                raise ProtocolError(f"A message's {cls.__name__} is not as it must be: many fields") from None
+            mistakes = error.errors(include_url=False, include_context=False, include_input=False)
+            first = str((*mistakes[0]["loc"], "")[0])
             field = first if first in cls.model_fields else "a field it has not"  # a stranger may have named it
             raise ProtocolError(f"A message's {cls.__name__} is not as it must be: {field}") from None
 

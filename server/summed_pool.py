@@ -55,7 +55,7 @@ class SummedPool:
             start=0,
             stop=len(pool),
             labels=contract.labels,
-            synonyms=job.labels.synonyms,
+            synonyms=tuple((name, *others) for name, others in sorted(job.labels.synonyms.items())),
             temperature=job.unify.temperature,
             threshold=threshold,
             members=members_of(contract, job.unify.weights),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from cryptography.exceptions import InvalidSignature
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from consilience.common.errors import IdentityError, ProtocolError, SettingsError
 from consilience.common.files import canonical_json, sha256
@@ -45,7 +45,10 @@ Share = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SEED_BYTES}}}$")]
 SealedShare = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SEALED_BYTES}}}$")]
 SeedKind = Literal["mask", "self"]
 """Which seed a share is of: of the key that agrees on masks with others, or of the site's own mask."""
-Sites = Annotated[tuple[SiteName, ...], Field(min_length=1, max_length=MOST_SITES)]
+Several = TypeVar("Several")
+Many = Annotated[tuple[Several, ...], FailFast()]
+"""Ends with its first mistake: a stranger's message could hold millions, and each is kept with what it is about."""
+Sites = Annotated[Many[SiteName], Field(min_length=1, max_length=MOST_SITES)]
 
 
 def default_threshold(sites: int) -> int:
@@ -76,7 +79,7 @@ class Member(Part):
     """A site of the sum. `classes` are its class set in the label space, in the order of its answers."""
 
     site: SiteName
-    classes: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    classes: Many[Annotated[int, Field(ge=0, lt=MOST_CLASSES)]] = Field(min_length=1, max_length=MOST_CLASSES)
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     teacher: Digest
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
@@ -87,7 +90,7 @@ class Member(Part):
 
     @model_validator(mode="after")
     def _each_class_once(self) -> Member:
-        if len(set(self.classes)) != len(self.classes):
+        if len(np.unique(self.classes)) != len(self.classes):
             raise ValueError("a class is named twice")
         return self
 
@@ -101,17 +104,17 @@ class Terms(Record):
     start: int = Field(ge=0)
     stop: int = Field(ge=1, le=2**48)
     kind: Literal["log-probs"] = "log-probs"
-    labels: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    labels: Many[ClassName] = Field(min_length=1, max_length=MOST_CLASSES)
     """The label space, by name: each site sees for itself that its class set is that of its own classes."""
-    synonyms: dict[ClassName, tuple[ClassName, ...]] = Field(default={}, max_length=MOST_CLASSES)
-    """Name in `labels` -> other names of that class. The same for all sites."""
+    synonyms: Many[Many[ClassName]] = Field(default=(), max_length=MOST_CLASSES)
+    """Names of one class, that in `labels` first. The same for all sites."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """By which each site softens its answer before it is added."""
     attempt: int = Field(default=1, ge=1)
     """Another attempt has other keys."""
     threshold: int = Field(ge=2, le=MOST_SITES)
     """How many sites must remain for the sum to be unmasked, and how many shares give a seed back."""
-    members: tuple[Member, ...] = Field(min_length=LEAST_SITES, max_length=MOST_SITES)
+    members: Many[Member] = Field(min_length=LEAST_SITES, max_length=MOST_SITES)
     """Sorted by name."""
 
     @model_validator(mode="after")
@@ -125,6 +128,8 @@ class Terms(Record):
             raise ValueError("threshold must be more than half of the members")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a class is named twice")
+        if not all(self.synonyms):
+            raise ValueError("synonyms must be names of a class")
         if any(max(member.classes) >= len(self.labels) for member in self.members):
             raise ValueError("a member's class is not in the label space")
         try:
@@ -235,7 +240,7 @@ class Roster(Record):
     """The adverts of all sites that sent one, sorted by name. A share's place is its holder's place here."""
 
     terms: Digest
-    adverts: tuple[Advert, ...] = Field(min_length=LEAST_SITES, max_length=MOST_SITES)
+    adverts: Many[Advert] = Field(min_length=LEAST_SITES, max_length=MOST_SITES)
 
     @cached_property
     def digest(self) -> str:
@@ -278,7 +283,7 @@ class SealedShares(Record):
 
     roster: Digest
     site: SiteName
-    shares: tuple[Sealed, ...] = Field(max_length=MOST_SITES)
+    shares: Many[Sealed] = Field(max_length=MOST_SITES)
 
     def check(self, roster: Roster, site: str) -> None:
         """Raise `ProtocolError` unless this is what `site` sealed for everybody else of `roster`."""
@@ -293,7 +298,7 @@ class Delivery(Record):
     terms: Digest
     roster: Digest
     site: SiteName
-    shares: tuple[Sealed, ...] = Field(max_length=MOST_SITES)
+    shares: Many[Sealed] = Field(max_length=MOST_SITES)
 
 
 class Delivered(Record):
@@ -383,7 +388,7 @@ class Unmask(Record):
 
     terms: Digest
     survivors: Sites
-    signatures: tuple[Signature, ...] = Field(max_length=MOST_SITES)
+    signatures: Many[Signature] = Field(max_length=MOST_SITES)
     """Of their `Delivered`, in the order of `survivors`."""
 
     @model_validator(mode="after")
@@ -406,4 +411,4 @@ class Opened(Record):
 
     terms: Digest
     site: SiteName
-    shares: tuple[OpenedShare, ...] = Field(max_length=MOST_SITES)
+    shares: Many[OpenedShare] = Field(max_length=MOST_SITES)

@@ -87,13 +87,13 @@ def test_synonyms_are_the_same_for_all_and_join_classes(tmp_path: Path, monkeypa
     monkeypatch.setattr(Sums, "advertise", lambda self, without=(): None)
     with pytest.raises(ProtocolError, match="not that of its classes"):
         run(tmp_path / "without", terms_of(sets, ("cat", "dog")), names)
-    sums, summed = run(tmp_path / "with", terms_of(sets, ("cat", "dog"), synonyms={"cat": ("feline",)}), names)
+    sums, summed = run(tmp_path / "with", terms_of(sets, ("cat", "dog"), synonyms=(("cat", "feline"),)), names)
     assert not any(told(sums, summed, site) for site in names)
     # One that names a class of `ant` anew does so for all who know it by that name.
-    renamed = terms_of({"ant": [0, 1], "bee": [1, 2], "elk": [2, 1]}, ("tom", "dog", "cat"), synonyms={"tom": ("cat",)})
+    renamed = terms_of({"ant": [0, 1], "bee": [1, 2], "elk": [2, 1]}, ("tom", "dog", "cat"), synonyms=(("tom", "cat"),))
     with pytest.raises(ProtocolError, match="not that of its classes"):
         run(tmp_path / "renamed", renamed)
-    joined = terms_of(sets, ("cat", "dog"), synonyms={"cat": ("dog",)})
+    joined = terms_of(sets, ("cat", "dog"), synonyms=(("cat", "dog"),))
     with pytest.raises(ProtocolError, match="join classes that this site tells apart"):
         run(tmp_path / "joined", joined)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from consilience.client.sums import SumSite
 from consilience.common.errors import ProtocolError, StorageError
+from consilience.common.protocol import MOST_MISTAKES, MOST_RECORD
 from consilience.common.sums.messages import (
     Advert,
     Delivered,
@@ -401,11 +403,7 @@ def test_hostile_records_raise_our_errors_only(sums: Sums) -> None:
             for value in HOSTILE:
                 text = json.dumps({**fields, field: value})
                 content = RecordDict({"record": ConfigRecord({"json": text})})
-                fits = (
-                    (field == "shares" and value == [])
-                    or (field == "synonyms" and value == {})
-                    or (field == "protocol" and value is True)
-                )
+                fits = (field in ("shares", "synonyms") and value == []) or (field == "protocol" and value is True)
                 if (name, field) in allowed or fits:
                     continue
                 with pytest.raises(ProtocolError):
@@ -414,3 +412,30 @@ def test_hostile_records_raise_our_errors_only(sums: Sums) -> None:
         for record in records:
             with pytest.raises(ProtocolError):
                 type(record).from_content(content)
+
+
+@pytest.mark.parametrize("item", ["{}", "[]", "0", '""', '{"site": 1}'])
+@pytest.mark.parametrize("field", ["members", "labels", "synonyms", "job", "another"])
+def test_a_flood_of_mistakes_takes_no_flood_of_memory(sums: Sums, field: str, item: str) -> None:
+    """Each mistake used to be kept with what it is about: a megabyte of empty members took gigabytes."""
+    fields = json.loads(sums.terms.model_dump_json())
+    fields[field] = "HERE"
+    text = json.dumps(fields).replace('"HERE"', f"[{','.join([item] * 20_000)}]")
+    content = RecordDict({"record": ConfigRecord({"json": text})})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            Terms.from_content(content)
+        assert tracemalloc.get_traced_memory()[1] < 30 * len(text) + 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_records_beyond_measure_are_not_read(sums: Sums) -> None:
+    text = sums.terms.model_dump_json()
+    for size, part in ((MOST_RECORD, "many fields"), (MOST_RECORD + 1, "characters; allowed: 16,777,216")):
+        fields = "".join(f',"x{number}":0' for number in range(MOST_MISTAKES + 1))
+        whole = text[:-1] + fields + "}"
+        content = RecordDict({"record": ConfigRecord({"json": whole + " " * (size - len(whole))})})
+        with pytest.raises(ProtocolError, match=part):
+            Terms.from_content(content)
