@@ -338,6 +338,9 @@ def test_samples_are_bound_to_the_sum_that_masked_rows_were_given_for(sums: Sums
         second.sites["ant"].rows(rows.model_copy(update={"terms": later.digest}), no_answer)
     with pytest.raises(ProtocolError, match="summed before"):
         advert_of(sums, make_terms(SETS, SAMPLES, job="third", threshold=4))
+    for other in ({"temperature": 2.0}, {"weights": {"bee": 1.5}}):  # the same answers added up otherwise
+        with pytest.raises(ProtocolError, match="summed before"):
+            advert_of(sums, make_terms(SETS, SAMPLES, attempt=2, **other))
     advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
 
 

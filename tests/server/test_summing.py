@@ -121,7 +121,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         yield made
 
 
-def run_job(world: World, **ask: Any) -> dict[str, Any]:
+def run_job(world: World, more: dict[str, Any] | None = None, **ask: Any) -> dict[str, Any]:
     """Do the whole job over the world's pool; returns the report."""
     raw = {
         "name": "job",
@@ -129,6 +129,7 @@ def run_job(world: World, **ask: Any) -> dict[str, Any]:
         "privacy": {"secure_sum": True},
         "ask": {"encoding": "f32", **ask},
         "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32", "augment": False}},
+        **(more or {}),
     }
     (world.folder / "run").mkdir(exist_ok=True)
     settings = parse_settings(raw, JobSettings, source="job.yaml", folder=world.folder)
@@ -251,6 +252,15 @@ def test_a_site_without_a_key_cannot_take_part(world: World) -> None:
     summed, lost = world.sum()
     assert "sum-refused" in lost["ant"]
     assert len(summed.survivors) == 3
+
+
+def test_synonyms_of_the_job_are_in_the_terms(world: World) -> None:
+    other = Linear("bee")
+    other.classes = ("hound", "cow", "hen")
+    world.sites["bee"] = Site(world.sites["bee"].settings, other)
+    report = run_job(world, {"labels": {"synonyms": {"dog": ["hound"]}}})
+    assert sorted(report["labels"]["names"]) == ["cat", "cow", "dog", "hen"]
+    assert [site["missed"] for site in report["sites"]] == [0] * 4
 
 
 # Noise in sums
