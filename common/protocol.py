@@ -19,6 +19,10 @@ from consilience.common.settings import ENCODINGS, NAME_PATTERN, ClassName, Cove
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 1_000_000
+MOST_TIMES, MOST_SPARE = 4, 32 * 2**20
+"""Reading a record takes at most so many times its bytes, and so many bytes more."""
+_VALUE_BYTES, _GROUP_BYTES = 80, 720
+"""What a value, and an array or object, take at most while JSON is read and checked, as measured."""
 
 Kind = Literal["log-probs", "coverage"]
 """What an answer tells of a pool sample: the teacher's log-probabilities, or how likely it is of the site's classes."""
@@ -78,7 +82,7 @@ class Record(BaseModel):
         if not isinstance(text, str):
             raise ProtocolError("A message carries no record")
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(_bounded(text))
         except ValidationError as error:
             first = str((*error.errors()[0]["loc"], "")[0])
             field = first if first in cls.model_fields else "a field it has not"  # a stranger may have named it
@@ -277,7 +281,7 @@ class Refusal(Record):
         if "refusal" not in content:
             return None
         try:
-            return cls.model_validate_json(str(_config(content, "refusal").get("json")))
+            return cls.model_validate_json(_bounded(str(_config(content, "refusal").get("json"))))
         except ValidationError:
             raise ProtocolError("A site sent a refusal that cannot be read") from None
 
@@ -288,6 +292,17 @@ def read_reply(content: RecordDict, record: type[RecordType]) -> RecordType:
     if refusal is not None:
         raise RefusedReplyError(refusal.code, refusal.reason)
     return record.from_content(content)
+
+
+def _bounded(text: str) -> str:
+    """Return `text`. Raises `ProtocolError` where it holds so many values that reading it would take too much memory.
+
+    An array of empty arrays takes 240 times its bytes when it is read, before any field is looked at.
+    """
+    groups = text.count("[") + text.count("{")
+    if _VALUE_BYTES * text.count(",") + _GROUP_BYTES * groups > MOST_TIMES * len(text) + MOST_SPARE:
+        raise ProtocolError("A message's record holds more values than any record of its size")
+    return text
 
 
 def _config(content: RecordDict, key: str) -> dict[str, Any]:
