@@ -1,9 +1,9 @@
 """Claim: no bytes crash a decoder that faces the network, make it hang, or take more than 4 times their size and 8 MiB.
 
-Each decoder of fuzz_targets is attacked for ten minutes by libFuzzer through atheris, which keeps inputs that reach
-other lines of our code and changes them further. It begins with the inputs in tests/attacks/corpus and those that the
-decoder takes. An input that a decoder neither takes nor refuses ends the program; it is kept in the folder that is
-named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again.
+Each decoder of tests/helpers/fuzz_targets.py is attacked for ten minutes by libFuzzer through atheris, which keeps
+inputs that reach other lines of our code and changes them further. It begins with those in tests/attacks/corpus and
+those that the decoder takes. An input that a decoder neither takes nor refuses ends the program; it is kept in the
+folder that is named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from harness import options, show
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the targets are the tests' too
 SECONDS_AN_INPUT = 10
 MOST_BYTES, MOST_KEPT = 4_096, 100
 
@@ -30,7 +31,7 @@ def attack(name: str) -> None:
     except ImportError:
         sys.exit("atheris is not installed: pip install 'consilience[test]' on Linux with an x86-64 processor")
     with atheris.instrument_imports(include=["consilience"]):  # pyright: ignore[reportAttributeAccessIssue]
-        from fuzz_targets import TARGETS, measured
+        from helpers.fuzz_targets import TARGETS, measured
     target = TARGETS[name]
     tracemalloc.start()
 
@@ -54,7 +55,7 @@ def libfuzzer(name: str, *arguments: str) -> str:
 
 def fuzz(name: str, seconds: int, folder: Path, keeping: bool) -> tuple[int, int, int]:
     """Attack one target; return inputs tried, lines and branches reached, and inputs that reach them."""
-    from fuzz_targets import TARGETS, keep, kept
+    from helpers.fuzz_targets import TARGETS, keep, kept
 
     found = folder / name
     found.mkdir()
@@ -84,7 +85,7 @@ def fuzz(name: str, seconds: int, folder: Path, keeping: bool) -> tuple[int, int
 def main() -> None:
     if sys.argv[1:2] == ["--attack"]:
         attack(sys.argv[2])
-    from fuzz_targets import TARGETS
+    from helpers.fuzz_targets import TARGETS
 
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--seconds", type=int, default=600, help="how long to attack each decoder")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz_targets import TARGETS, kept, measured
+from helpers.fuzz_targets import TARGETS, kept, measured
 
 NAMES = sorted(TARGETS)
 

@@ -1,8 +1,9 @@
 """What faces the network, as functions of bytes: each decodes a stranger's bytes, which must be taken or refused.
 
 Lives here: the targets, their first inputs, and what no input may do. Does not live here: how inputs are found
-(fuzz_decoders) and the ones that are kept (tests/attacks/corpus). A target returns whether the bytes were taken and
-raises only where a decoder is wrong: an exception that is no refusal of ours, or a value that is not what it must be.
+(benchmarks/fuzz_decoders.py) and the ones that are kept (tests/attacks/corpus). A target returns whether the bytes
+were taken and raises only where a decoder is wrong: an exception that is no refusal of ours, or a value that is not
+what it must be.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ DIGEST, POLICY = "a" * 64, "c" * 16
 MOST_TIMES, MOST_SPARE = 4, 8 * 2**20
 CLASSES = (1, 2, 5, 41, 256, 257, 70_000)
 MOST_DECODED = 200_000
-CORPUS = Path(__file__).parents[1] / "tests" / "attacks" / "corpus"
+CORPUS = Path(__file__).parents[1] / "attacks" / "corpus"
 
 _TEXT_END = b"\0"
 
