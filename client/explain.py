@@ -74,7 +74,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     policy, parts, refusal = site.settings.policy, [], ""
     summed = job.privacy.secure_sum
     kinds: list[tuple[Kind, Any]] = [("log-probs", policy.encodings[0] if summed else job.ask.encoding)]
-    if job.ask.coverage and job.unify.takes_coverage and site.card.coverage is not None:
+    if job.asks_coverage and site.card.coverage is not None:
         kinds.append(("coverage", site.card.coverage.encodings[0]))
     try:
         check_job(policy, site.ledger, job.name)

@@ -128,8 +128,7 @@ def objection(job: JobSettings, card: SiteCard) -> str:
 
 def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | None:
     """Return the encoding in which a site is asked for coverage, the finest it allows; None when it is not asked."""
-    wanted = job.ask.coverage and job.unify.takes_coverage and not job.privacy.secure_sum
-    if card.coverage is None or not wanted:
+    if card.coverage is None or not job.asks_coverage:
         return None
     offered = card.coverage.encodings
     return next(encoding for encoding in get_args(CoverageEncoding) if encoding in offered)

@@ -201,6 +201,11 @@ class JobSettings(Settings):
     privacy: JobPrivacy = JobPrivacy()
     simulation: Simulation | None = None
 
+    @property
+    def asks_coverage(self) -> bool:
+        """Whether sites that offer coverage are asked for it."""
+        return self.ask.coverage and self.unify.takes_coverage and not self.privacy.secure_sum
+
     def same_job(self, other: JobSettings) -> bool:
         """Whether a run of this job may go on as one of the other: nothing but `PATIENCE_FIELDS` differs."""
         return self.identity() == other.identity()

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from consilience.__main__ import app
 from consilience.client import app as app_module
 from consilience.client import ledger as ledger_module
+from consilience.client.explain import explain
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import approval
 from consilience.client.policy import RefusedError
@@ -25,6 +26,7 @@ from consilience.common.encoding import decode
 from consilience.common.errors import SettingsError
 from consilience.common.pool import Pool
 from consilience.common.protocol import FINAL_REFUSALS, Contract, Refusal
+from consilience.common.settings import JobSettings
 from consilience.deploy.local_grid import LocalGrid
 from helpers.small_site import CLASSES, SIZE, Fickle, about, make_pool, make_site
 
@@ -255,6 +257,26 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "elsewhere", "ask": {"encoding": "f32"}}))
     assert call("explain", job, file)["pools_are_the_job_s"] is False
     assert "these are the pools of site.yaml" in said("explain", job, file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({}, ["log-probs", "coverage"]),
+        ({"privacy": {"secure_sum": True}}, ["log-probs"]),
+        ({"ask": {"coverage": False}}, ["log-probs"]),
+        ({"unify": {"method": "mf-p"}}, ["log-probs"]),
+    ],
+)
+def test_explain_counts_coverage_where_the_server_would_ask_for_it(
+    tmp_path: Path, pool: Pool, changes: dict[str, Any], kinds: list[str]
+) -> None:
+    site = make_site(tmp_path, coverage="f16")
+    job = JobSettings.model_validate({"name": "clothes", "pool": pool.folder, **changes})
+    found = explain(job, site)
+    assert [part.kind for part in found.parts] == kinds
+    assert found.new == SIZE * len(kinds)
+    site.close()
 
 
 @pytest.mark.parametrize(
