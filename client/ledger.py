@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 
 from consilience.client.ledger_rows import Entry, Row, Spent, chain_of
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
-from consilience.common.files import canonical_json, read_json, storage_error, write_json
+from consilience.common.files import canonical_json, make_private, read_json, storage_error, write_json
 from consilience.common.settings import SiteSettings
 
 COLUMNS = ("seq", "time", "kind", "job", "samples", "subject", "body", "chain")
@@ -60,8 +60,8 @@ class Ledger:
         self.count, self.chain, self.last = 0, FIRST, ""
         self._approved: dict[tuple[str, str], bool] = {}
         self._lock = threading.Lock()
+        make_private(path.parent)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # what SQLite adds takes its rights over
             self._file = path.stat().st_ino
         except OSError as error:

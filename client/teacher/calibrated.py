@@ -19,7 +19,7 @@ from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import digest_of, held_out
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import SettingsError, TeacherError
-from consilience.common.files import canonical_json, lock, read_json, sha256, write_json
+from consilience.common.files import canonical_json, lock, make_private, read_json, sha256, write_json
 from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
 from consilience.common.settings import Settings, SiteSettings
@@ -128,6 +128,7 @@ def fit(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord:
         )
     data = open_data(settings.data)
     digest = digest_of(data)
+    make_private(settings.state)
     with lock(_folder(settings)):
         done = _read(settings, teacher)
         if done is not None and _fits(done, settings, teacher) and done.data_digest == digest:

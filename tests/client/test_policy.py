@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,20 @@ def test_explain_says_why_a_job_would_be_refused(file: Path, policy: dict[str, A
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}}))
     assert words in call("explain", job, file)["refusal"]
     assert "It would be refused" in said("explain", job, file)
+
+
+@pytest.mark.parametrize("words", [("train",), ("ledger", "show")])
+def test_state_is_its_owner_s_alone_whatever_makes_it(file: Path, pool: Pool, words: tuple[str, ...]) -> None:
+    data = file.parent / "private.npz"
+    np.savez(data, x=np.zeros((30, 2, 2, 3), np.uint8), y=np.arange(30) % 3, names=np.array(CLASSES))
+    write(file)
+    file.write_text(file.read_text() + "data: {kind: npz, path: private.npz}\n")
+    before = os.umask(0o022)
+    try:
+        call(*words, file)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((file.parent / "state").stat().st_mode) == 0o700
 
 
 def test_approve_and_withdraw_are_kept_in_the_ledger(file: Path, pool: Pool) -> None:
