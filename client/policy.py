@@ -6,11 +6,13 @@ Lives here: yes or no, with the constant reason that a stranger is told. Does no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from consilience.client.ledger import Ledger
+from consilience.client.ledger_rows import Asked
 from consilience.common.errors import ProtocolError
-from consilience.common.protocol import Kind, RefusalCode
+from consilience.common.protocol import Kind, Question, RefusalCode
 from consilience.common.settings import Policy, allowed_by
 
 
@@ -35,6 +37,28 @@ class Limit:
     def left(self) -> int | None:
         """Samples that may still be released, never below 0; None where there is no limit."""
         return None if self.most is None else max(0, self.most - self.spent)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """All that a job would ask of a site: `questions`, each about all samples of a pool.
+
+    `use`: what the answers leave for, as in `Asked`.
+    """
+
+    job: str
+    questions: tuple[Question, ...]
+    use: str = ""
+
+    @property
+    def asked(self) -> frozenset[Asked]:
+        """What an approval of the job is of."""
+        return frozenset(asked_by(question, self.use) for question in self.questions)
+
+
+def asked_by(question: Question, use: str = "") -> Asked:
+    """Return what a question asks for, whichever samples it names."""
+    return Asked(use, question.pool, question.kind, question.encoding, question.teacher)
 
 
 def limits(policy: Policy, ledger: Ledger, job: str) -> tuple[Limit, ...]:
@@ -66,12 +90,30 @@ def check_open(policy: Policy) -> None:
         raise RefusedError("sums-only", "the site answers in secure sums only")
 
 
-def check_job(policy: Policy, ledger: Ledger, job: str) -> None:
-    """Refuse a job after the policy's end, or that needs an approval and has none. Raises `RefusedError`."""
+def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] = ()) -> None:
+    """Refuse a job after the policy's end, or what it asks for when that needs an approval and has none.
+
+    Raises `RefusedError`.
+    """
     if policy.ends is not None and ledger.now[:10] > policy.ends.isoformat():
         raise RefusedError("policy-ended", "the site's policy has ended")
-    if policy.approval and not ledger.approved(job, policy.version):
+    if not policy.approval:
+        return
+    approved = ledger.approved(job, policy.version)
+    if approved is None:
         raise RefusedError("not-approved", "nobody at the site has approved this job yet")
+    if not approved.issuperset(asked):
+        raise RefusedError("not-approved", "the job asks for something else than was approved at the site")
+
+
+def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
+    """Refuse a job for anything that it would ask for, however few samples are left. Raises `RefusedError`."""
+    check_job(policy, ledger, demand.job, demand.asked)
+    if not demand.use:
+        check_open(policy)
+    for question in demand.questions:
+        check_encoding(policy, question.kind, question.encoding)
+        check_pool(policy, question.pool)
 
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:

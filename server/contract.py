@@ -71,8 +71,8 @@ class RunContract(BaseModel):
         """The label space."""
         return LabelSpace(self.labels, tuple(card.name for card in self.sites), self.class_sets)
 
-    def for_site(self, name: str, *, coverage: bool = False) -> Contract:
-        """Return the part that site `name` is asked to agree to; `coverage`: whether it will be asked for that too."""
+    def for_site(self, name: str, job: JobSettings) -> Contract:
+        """Return the part that site `name` is asked to agree to, and how `job` will ask."""
         at = [card.name for card in self.sites].index(name)
         return Contract(
             job=self.job,
@@ -80,7 +80,9 @@ class RunContract(BaseModel):
             class_set=self.class_sets[at],
             pools=self.pools,
             teacher=self.sites[at].teacher,
-            coverage=coverage,
+            encoding=job.ask.encoding,
+            coverage=coverage_encoding(job, self.sites[at]) is not None,
+            secure_sum=job.privacy.secure_sum,
         )
 
     def write(self, path: Path) -> None:

@@ -159,7 +159,7 @@ def test_priors_of_other_names_are_an_error_and_accuracy_is_told_only_if_allowed
 
 def contract(pool: Pool, **changes: Any) -> Contract:
     fields = {"job": "job", "labels": ("cat", "dog", "cow", "hen"), "class_set": (0, 1, 2), "teacher": FINGERPRINT}
-    return Contract(**{**fields, "pools": (pool.digest,), **changes})  # type: ignore[arg-type]
+    return Contract(**{**fields, "pools": (pool.digest,), "encoding": "f16", **changes})  # type: ignore[arg-type]
 
 
 def test_it_agrees_to_a_contract_about_what_it_has(site: Site, pool: Pool) -> None:
