@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked
 from consilience.common.errors import ProtocolError
+from consilience.common.identity import words
 from consilience.common.protocol import Kind, Question, RefusalCode
-from consilience.common.settings import Policy, allowed_by
+from consilience.common.settings import Policy, SiteSettings, allowed_by
+from consilience.common.sums.messages import Terms
 
 
 class RefusedError(ProtocolError):
@@ -82,6 +84,16 @@ def check_encoding(policy: Policy, kind: Kind, encoding: str) -> None:
     allowed = allowed_by(policy.encodings, encoding) if kind == "log-probs" else encoding in policy.coverage_encodings
     if not allowed:
         raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding")
+
+
+def check_peers(settings: SiteSettings, terms: Terms) -> None:
+    """Refuse a secure sum with a site, or under a site's key, that is not among the peers, where any are given.
+
+    Raises `RefusedError`.
+    """
+    for member in terms.members if settings.peers else ():
+        if member.site != settings.name and settings.peers.get(member.site) != words(member.identity):
+            raise RefusedError("unknown-peer", "the secure sum names a site or a key that this site does not know")
 
 
 def check_open(policy: Policy) -> None:

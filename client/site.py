@@ -29,6 +29,7 @@ from consilience.client.policy import (
     check_encoding,
     check_job,
     check_open,
+    check_peers,
     check_pool,
 )
 from consilience.client.privacy import Event, answering_costs, describe_privacy
@@ -304,6 +305,7 @@ class Site:
 
     def sum_keys(self, terms: Terms) -> Advert:
         """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""
+        check_peers(self.settings, terms)
         if terms.stop > (size := len(self._pool(terms.pool))):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         whole = self.question(terms.job, terms.pool, size, "log-probs", self.settings.policy.encodings[0])
@@ -337,6 +339,7 @@ class Site:
         """Answer with masked rows, as precise as the policy allows answers to be. Raises as `answer` does."""
 
         def answering(terms: Terms, start: int, stop: int) -> NDArray[np.float32]:
+            check_peers(self.settings, terms)
             own, finest = terms.by_name[self.settings.name], self.settings.policy.encodings[0]
             if (own.teacher, own.policy) != (self.teacher.fingerprint, self.settings.policy.version):
                 raise RefusedError("other-teacher", "the question is for another teacher or policy version")

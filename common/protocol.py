@@ -41,10 +41,19 @@ RefusalCode = Literal[
     "budget-exhausted",
     "ledger-damaged",
     "sum-refused",
+    "unknown-peer",
     "internal",
 ]
 FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
-    {"pool-not-allowed", "sums-only", "not-approved", "policy-ended", "budget-exhausted", "ledger-damaged"}
+    {
+        "pool-not-allowed",
+        "sums-only",
+        "not-approved",
+        "policy-ended",
+        "budget-exhausted",
+        "ledger-damaged",
+        "unknown-peer",
+    }
 )
 """Refusals that asking again does not change: a person at the site must act first."""
 

@@ -6,15 +6,29 @@ Does not live here: its parts (teacher, policy, privacy).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from consilience.common.settings.base import Name, Settings
 from consilience.common.settings.data import DataSource
 from consilience.common.settings.policy import Policy
 from consilience.common.settings.privacy import NoPrivacy, Privacy, refuse_what_passes_by
 from consilience.common.settings.teacher import Coverage, TeacherSettings
+
+
+def _key_words(value: str) -> str:
+    from consilience.common.identity import WORDS, unknown_words  # which imports this package
+
+    given = value.lower().split()
+    if len(given) != WORDS or unknown_words(given):
+        raise PydanticCustomError("words", "Input should be a key's 8 words, as `consilience site init` shows them")
+    return " ".join(given)
+
+
+KeyWords = Annotated[str, AfterValidator(_key_words)]
+"""The words of a key's fingerprint (common/identity)."""
 
 
 class SiteSettings(Settings):
@@ -43,6 +57,10 @@ class SiteSettings(Settings):
     """The site's private key (`consilience site init` makes it). It never leaves the site."""
     kit: Path = Path("kit.json")
     """What the coordinator sent back: the server's address and certificate authority. No secret."""
+    peers: dict[Name, KeyWords] = Field(default={})
+    """Site -> the words of its key, which `consilience site init` shows there and which you were told by another way
+    than the coordinator's. Where any are given, secure sums are made with these sites alone, under these keys: a server
+    can then invent no site. By default any site that the coordinator names."""
     health_port: int | None = Field(default=None, ge=1, le=65_535)
     """Port on 127.0.0.1 where a running agent says how it is (GET /health); none by default."""
     seed: int = Field(default=0, ge=0, lt=2**63)
