@@ -83,7 +83,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         check_demand(policy, site.ledger, demand)
         site.permit(job.name, demand.asked, held.new)
     except RefusedError as error:
-        refusal = error.reason
+        refusal = error.told_here
     left = {
         limit.name: (limit.left, None if limit.left is None else limit.left - held.new)
         for limit in limits(policy, site.ledger, job.name)

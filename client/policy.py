@@ -19,12 +19,21 @@ from consilience.common.sums.messages import Terms
 
 
 class RefusedError(ProtocolError):
-    """The site will not or cannot answer: `code` and the constant `reason` are all that a stranger is told."""
+    """The site will not or cannot answer: `code` and the constant `reason` are all that a stranger is told.
 
-    def __init__(self, code: RefusalCode, reason: str) -> None:
+    `detail`: the particulars, for the site's own eyes.
+    """
+
+    def __init__(self, code: RefusalCode, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.code: RefusalCode = code
         self.reason = reason
+        self.detail = detail
+
+    @property
+    def told_here(self) -> str:
+        """What the site itself is told."""
+        return f"{self.reason} ({self.__cause__ or self.detail or 'by its rules'})"
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,23 @@ def limits(policy: Policy, ledger: Ledger, job: str) -> tuple[Limit, ...]:
 def check_pool(policy: Policy, pool: str) -> None:
     """Refuse a pool that the policy does not list, where it lists any. Raises `RefusedError`."""
     if policy.pools and pool not in policy.pools:
-        raise RefusedError("pool-not-allowed", "the site's policy does not allow this pool")
+        listed = ", ".join(digest[:12] for digest in policy.pools)
+        raise RefusedError(
+            "pool-not-allowed", "the site's policy does not allow this pool", f"{pool[:12]}; policy.pools: {listed}"
+        )
 
 
 def check_encoding(policy: Policy, kind: Kind, encoding: str) -> None:
     """Refuse an encoding that is finer than the policy allows. Raises `RefusedError`."""
     allowed = allowed_by(policy.encodings, encoding) if kind == "log-probs" else encoding in policy.coverage_encodings
     if not allowed:
-        raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding")
+        most = (
+            f"policy.precision is {policy.precision}"
+            if kind == "log-probs"
+            else f"policy.coverage is {policy.coverage}"
+        )
+        detail = f"{kind} as {encoding}; {most}"
+        raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding", detail)
 
 
 def check_peers(settings: SiteSettings, terms: Terms) -> None:
@@ -93,13 +111,17 @@ def check_peers(settings: SiteSettings, terms: Terms) -> None:
     """
     for member in terms.members if settings.peers else ():
         if member.site != settings.name and settings.peers.get(member.site) != words(member.identity):
-            raise RefusedError("unknown-peer", "the secure sum names a site or a key that this site does not know")
+            raise RefusedError(
+                "unknown-peer",
+                "the secure sum names a site or a key that this site does not know",
+                f"site {member.site} with the words {words(member.identity)}; peers: {', '.join(settings.peers)}",
+            )
 
 
 def check_open(policy: Policy) -> None:
     """Refuse to answer openly where the policy lets sums out alone. Raises `RefusedError`."""
     if policy.sums_only:
-        raise RefusedError("sums-only", "the site answers in secure sums only")
+        raise RefusedError("sums-only", "the site answers in secure sums only", "policy.sums_only is true")
 
 
 def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] = ()) -> None:
@@ -108,14 +130,19 @@ def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] =
     Raises `RefusedError`.
     """
     if policy.ends is not None and ledger.now[:10] > policy.ends.isoformat():
-        raise RefusedError("policy-ended", "the site's policy has ended")
+        raise RefusedError("policy-ended", "the site's policy has ended", f"policy.ends is {policy.ends}")
     if not policy.approval:
         return
     approved = ledger.approved(job, policy.version)
     if approved is None:
-        raise RefusedError("not-approved", "nobody at the site has approved this job yet")
-    if not approved.issuperset(asked):
-        raise RefusedError("not-approved", "the job asks for something else than was approved at the site")
+        raise RefusedError("not-approved", "nobody at the site has approved this job yet", f"job {job}")
+    if other := sorted(set(asked) - approved):
+        told = "; ".join(
+            f"{part.use} {part.kind} as {part.encoding} of pool {part.pool[:12]}".strip() for part in other
+        )
+        raise RefusedError(
+            "not-approved", "the job asks for something else than was approved at the site", f"job {job}: {told}"
+        )
 
 
 def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
@@ -130,5 +157,7 @@ def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:
     """Refuse to release so many samples more than were, where a limit does not allow it. Raises `RefusedError`."""
-    if any(limit.left is not None and samples > limit.left for limit in limits(policy, ledger, job)):
-        raise RefusedError("budget-exhausted", "the site's limits do not allow so many samples more")
+    for limit in limits(policy, ledger, job):
+        if limit.left is not None and samples > limit.left:
+            detail = f"{limit.name}: {samples:,} more, {limit.left:,} left of {limit.most:,}"
+            raise RefusedError("budget-exhausted", "the site's limits do not allow so many samples more", detail)

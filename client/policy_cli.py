@@ -113,8 +113,7 @@ def explain(
         lines += _parts(found)
         lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
         for name, (before, after) in found.left.items():
-            shown = "no limit" if before is None or after is None else f"{before:,} -> {after:,}"
-            lines.append(f"- {name}: {shown}")
+            lines.append(f"- {name}: {_left(before, after)}")
         if found.loss is not None:
             told = " -> ".join(_epsilon(spent) for spent in found.loss)
             lines.append(f"Privacy loss of all that left, before and after: {told}")
@@ -133,6 +132,12 @@ def explain(
         return data, "\n".join(lines)
 
     emit(as_json, action)
+
+
+def _left(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return "no limit"
+    return f"{before:,} -> {after:,}" if after >= 0 else f"{before:,}, which are {-after:,} too few"
 
 
 def _epsilon(spent: Spent) -> str:

@@ -227,6 +227,24 @@ def test_a_damaged_ledger_is_a_code_for_the_server_and_nothing_leaves(
     assert "ledger.head is missing" in caplog.text
 
 
+def test_the_site_s_log_says_which_limit_it_was_and_the_server_is_told_no_number(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(tmp_path, limits={"per_job": 40, "lifetime": 10})
+    site.answer(about(site, pool, 0, 7, job="earlier"))
+    monkeypatch.setattr(app_module.Site, "load", classmethod(lambda cls, path: site))
+    app_module.forget_sites()
+    with LocalGrid(app_module.app, [{"site": "site.yaml"}], workers=1) as grid:
+        (node,) = grid.get_node_ids()
+        content = about(site, pool, 7, 11).to_content()
+        (reply,) = grid.send_and_receive([Message(content, dst_node_id=node, message_type="query.answer")])
+    refusal = Refusal.find(reply.content)
+    assert refusal == Refusal(code="budget-exhausted", reason="the site's limits do not allow so many samples more")
+    assert "so many samples more (lifetime: 4 more, 3 left of 10)" in caplog.text
+    assert site.ledger.spent.lifetime == 7
+    app_module.forget_sites()
+
+
 # the command line
 
 
@@ -338,12 +356,12 @@ def test_explain_counts_coverage_where_the_server_would_ask_for_it(
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        ({"limits": {"per_job": 49}}, "limits do not allow"),
-        ({"approval": True}, "nobody at the site has approved"),
-        ({"sums_only": True}, "in secure sums only"),
-        ({"ends": "2020-01-01"}, "policy has ended"),
-        ({"precision": "f16"}, "does not allow this encoding"),
-        ({"pools": ["0" * 64]}, "does not allow this pool"),
+        ({"limits": {"per_job": 49}}, "limits do not allow so many samples more (job clothes: 50 more, 49 left of 49)"),
+        ({"approval": True}, "nobody at the site has approved this job yet (job clothes)"),
+        ({"sums_only": True}, "in secure sums only (policy.sums_only is true)"),
+        ({"ends": "2020-01-01"}, "policy has ended (policy.ends is 2020-01-01)"),
+        ({"precision": "f16"}, "does not allow this encoding (log-probs as f32; policy.precision is f16)"),
+        ({"pools": ["0" * 64]}, "policy.pools: 000000000000)"),
     ],
 )
 def test_explain_says_why_a_job_would_be_refused(file: Path, policy: dict[str, Any], words: str) -> None:
@@ -351,7 +369,9 @@ def test_explain_says_why_a_job_would_be_refused(file: Path, policy: dict[str, A
     job = file.with_name("job.yaml")
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}}))
     assert words in call("explain", job, file)["refusal"]
-    assert "It would be refused" in said("explain", job, file)
+    text = said("explain", job, file)
+    assert "It would be refused" in text
+    assert ("- job clothes: 49, which are 1 too few" in text) == ("limits" in policy)
 
 
 @pytest.mark.parametrize("words", [("train",), ("ledger", "show")])
@@ -368,10 +388,15 @@ def test_state_is_its_owner_s_alone_whatever_makes_it(file: Path, pool: Pool, wo
     assert stat.S_IMODE((file.parent / "state").stat().st_mode) == 0o700
 
 
+def with_encoding(job: Path, encoding: str) -> Path:
+    job.write_text(yaml.safe_dump({"name": "job", "pool": "pool", "ask": {"encoding": encoding}}))
+    return job
+
+
 def test_approve_and_withdraw_are_kept_in_the_ledger(file: Path, pool: Pool) -> None:
     write(file, approval=True)
     job = file.with_name("job.yaml")
-    job.write_text(yaml.safe_dump({"name": "job", "pool": "pool", "ask": {"encoding": "f32"}}))
+    with_encoding(job, "f32")
     with pytest.raises(RefusedError):
         release(file, pool, 0, 1)
     told = call("approve", job, file)
@@ -383,10 +408,11 @@ def test_approve_and_withdraw_are_kept_in_the_ledger(file: Path, pool: Pool) -> 
     release(file, pool, 0, 1)
     with pytest.raises(RefusedError, match="something else than was approved"):
         release(file, pool, 0, 1, encoding="f16")
-    job.write_text(yaml.safe_dump({"name": "job", "pool": "pool", "ask": {"encoding": "f16"}}))
+    with_encoding(job, "f16")
     assert "something else than was approved" in call("explain", job, file)["refusal"]
     assert "as f16, of 50 samples" in said("approve", job, file)
     release(file, pool, 0, 1, encoding="f16")
+    assert "(job job: log-probs as f32 of pool" in call("explain", with_encoding(job, "f32"), file)["refusal"]
     assert "no longer approved" in said("approve", "job", file, "--withdraw")
     with pytest.raises(RefusedError, match="nobody at the site"):
         release(file, pool, 0, 1, encoding="f16")
@@ -404,7 +430,7 @@ def test_a_name_is_no_approval_and_a_job_that_cannot_be_is_not_approved(file: Pa
     job = file.with_name("job.yaml")
     assert "job.yaml" in call("approve", job, file, code=3)["message"]
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}}))
-    assert "Yet it would be refused: the site's policy does not allow this encoding." in said("approve", job, file)
+    assert "Yet it would be refused: the site's policy does not allow this encoding (" in said("approve", job, file)
     file.write_text(file.read_text().replace("pools:\n- pool\n", "pools: []\n"))
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "elsewhere"}))
     assert "no pool here" in call("approve", job, file, code=5)["message"]
