@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,11 @@ def words(fingerprint: str) -> str:
     """
     bits = bin(int(fingerprint, 16))[2:].zfill(len(fingerprint) * 4)
     return " ".join(_word_list()[int(bits[11 * i : 11 * i + 11], 2)] for i in range(WORDS))
+
+
+def unknown_words(given: Iterable[str]) -> list[str]:
+    """Return those of `given` that stand in no fingerprint's words."""
+    return [word for word in given if word not in _word_list()]
 
 
 @cache

@@ -45,10 +45,19 @@ RefusalCode = Literal[
     "budget-exhausted",
     "ledger-damaged",
     "sum-refused",
+    "unknown-peer",
     "internal",
 ]
 FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
-    {"pool-not-allowed", "sums-only", "not-approved", "policy-ended", "budget-exhausted", "ledger-damaged"}
+    {
+        "pool-not-allowed",
+        "sums-only",
+        "not-approved",
+        "policy-ended",
+        "budget-exhausted",
+        "ledger-damaged",
+        "unknown-peer",
+    }
 )
 """Refusals that asking again does not change: a person at the site must act first."""
 
@@ -167,8 +176,12 @@ class Contract(Record):
     class_set: tuple[Annotated[int, Field(ge=0)], ...]
     pools: tuple[Digest, ...] = Field(min_length=1)
     teacher: Digest
+    encoding: Encoding
+    """In which log-probabilities will be asked for, where they are asked for openly."""
     coverage: bool = False
     """Whether coverage of the pools will be asked for too."""
+    secure_sum: bool = False
+    """Whether answers will be asked for in secure sums alone; these are about the first of the pools."""
 
 
 class Guarantee(BaseModel):
