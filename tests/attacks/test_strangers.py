@@ -114,7 +114,12 @@ def test_a_record_of_very_many_values_does_not_fill_the_memory() -> None:
 def test_a_contract_of_a_hundred_thousand_classes_is_read() -> None:
     numbers = tuple(range(100_000))
     contract = Contract(
-        job="job", labels=tuple(f"n{k}" for k in numbers), class_set=numbers, pools=(DIGEST,), teacher=DIGEST
+        job="job",
+        labels=tuple(f"n{k}" for k in numbers),
+        class_set=numbers,
+        pools=(DIGEST,),
+        teacher=DIGEST,
+        encoding="f16",
     )
     assert Contract.from_content(contract.to_content()) == contract
 

@@ -235,7 +235,9 @@ def _masked(text: bytes, data: bytes | None) -> object:
 _ROWS = encode(np.log(np.full((2, 3), 1 / 3, np.float32)), "f32")
 CARD = SiteCard(name="site-0", classes=("a", "b"), encodings=("f16", "u8"), teacher=DIGEST, description="cnn3",
                 policy=POLICY, class_priors=(0.25, 0.75), identity=DIGEST)  # fmt: skip
-CONTRACT = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1), pools=(DIGEST,), teacher=DIGEST)
+CONTRACT = Contract(
+    job="job", labels=("a", "b", "c"), class_set=(0, 1), pools=(DIGEST,), teacher=DIGEST, encoding="f16"
+)
 
 FROM_SITES = _records(
     _plain(CARD),
