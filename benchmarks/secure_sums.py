@@ -110,7 +110,9 @@ class Secure:
         mechanism, secret = self.noise, Secret(site.encode().ljust(32, b"\0"))
         if mechanism is None:
             return None
-        return lambda terms, low, high: share_of_noise(mechanism, secret, terms, site, self.images[low:high])
+        return lambda terms, low, high, rows: share_of_noise(
+            mechanism, secret, terms, site, self.images[low:high], rows
+        )
 
     def labels(self, lost: list[str]) -> tuple[Summed, NDArray[np.float32]]:
         """Run all rounds; the sites `lost` go away after three, six, ... tenths of their rows."""

@@ -25,7 +25,7 @@ from consilience.client.health import health_server
 from consilience.client.ledger import Ledger
 from consilience.common.cli import Result, emit
 from consilience.common.errors import ConsilienceError, DuplicateError, IdentityError, RunError
-from consilience.common.files import lock
+from consilience.common.files import lock, make_private
 from consilience.common.identity import Kit, PrivateKey, key_fingerprint, load_key
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import load_settings
@@ -92,6 +92,7 @@ def serve(path: Path) -> None:
     """Run the agent of `path` until a signal ends it. Raises `ConsilienceError`."""
     settings = load_settings(path, SiteSettings)
     key, kit = papers(settings)
+    make_private(settings.state)
     with ExitStack() as held:
         try:
             held.enter_context(lock(settings.state / "agent"))

@@ -119,7 +119,7 @@ def _reply(message: Message, handle: Callable[[], RecordDict]) -> Message:
     try:
         content = handle()
     except RefusedError as error:
-        log.warning("refused: %s (%s)", error.reason, error.__cause__ or "by the site's rules")
+        log.warning("refused: %s", error.told_here)
         content = Refusal(code=error.code, reason=error.reason).to_content()
     except ProtocolError as error:
         log.warning("refused a malformed question: %s", error)

@@ -7,6 +7,7 @@ Nothing of the site leaves the machine but what every connection sends: the publ
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from consilience.common.errors import (
     UnreachableError,
     VersionError,
 )
-from consilience.common.files import lock, storage_error
+from consilience.common.files import lock, make_private, storage_error
 from consilience.common.identity import Kit, PrivateKey, key_fingerprint, load_key, words
 from consilience.common.pool import Pool
 from consilience.common.settings import SiteSettings, encoding_names
@@ -45,6 +46,8 @@ from consilience.common.settings_file import load_settings
 
 LEAST_SPACE = 100 * 2**20
 """Bytes that the folder of state should have room for."""
+PASSED = ("ok", "warning")
+"""Results after which other checks go on."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Row:
     """One check: what was found, and what to do when that is a problem."""
 
     check: str
-    result: Literal["ok", "problem", "skipped"]
+    result: Literal["ok", "warning", "problem", "skipped"]
     found: str
     fix: str = ""
     error: ConsilienceError | None = field(default=None, compare=False)
@@ -60,6 +63,14 @@ class Row:
 
 class SkippedError(Exception):
     """A check that has nothing to look at; the text says why."""
+
+
+class WarnedError(Exception):
+    """What a check found that hinders nothing, and what would mend it."""
+
+    def __init__(self, found: str, fix: str) -> None:
+        super().__init__(found)
+        self.fix = fix
 
 
 class Preflight:
@@ -106,13 +117,15 @@ class Preflight:
         return next((row.error for row in self.rows if row.error is not None), None)
 
     def _step(self, name: str, needs: tuple[str, ...], action: Callable[[], str]) -> Row:
-        missing = [row.check for row in self.rows if row.check in needs and row.result != "ok"]
+        missing = [row.check for row in self.rows if row.check in needs and row.result not in PASSED]
         if missing:
             return Row(name, "skipped", f"needs: {', '.join(missing)}")
         try:
             return Row(name, "ok", action())
         except SkippedError as reason:
             return Row(name, "skipped", str(reason))
+        except WarnedError as warning:
+            return Row(name, "warning", str(warning), warning.fix)
         except ConsilienceError as error:
             return Row(name, "problem", error.message, error.hint, error)
 
@@ -169,15 +182,21 @@ class Preflight:
 
     def _look_at_state(self) -> str:
         folder = self._settings.state
+        make_private(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
+            free, mode = shutil.disk_usage(folder).free, stat.S_IMODE(folder.stat().st_mode)
         except OSError as error:
             raise storage_error(error, folder, "write") from error
         if free < LEAST_SPACE:
             raise StorageError(
                 f"{folder} has {free / 2**20:.0f} MB left; advised are {LEAST_SPACE / 2**20:.0f} MB",
                 hint="Make room on that disk",
+            )
+        if mode & 0o077:
+            raise WarnedError(
+                f"{folder}: its mode is {mode:04o}, so that others on this machine may reach what was trained and what "
+                "left; advised is 0700",
+                f"Type `chmod 700 {folder}`",
             )
         return f"{free / 2**30:.1f} GB left"
 

@@ -89,7 +89,7 @@ def check(site: SiteFile, as_json: AsJson = False) -> None:
     preflight = Preflight(site)
     preflight.run()
     table = Table("check", "result", "found", "fix")
-    colours = {"ok": "green", "problem": "red", "skipped": "dim"}
+    colours = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
     for row in preflight.rows:
         table.add_row(row.check, Text(row.result, colours[row.result]), Text(row.found), Text(row.fix))
     rows = [{"check": row.check, "result": row.result, "found": row.found, "fix": row.fix} for row in preflight.rows]

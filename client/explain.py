@@ -5,18 +5,17 @@ Does not live here: the decisions (client/policy), how it is shown (client/polic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from consilience.client.policy import RefusedError, check_encoding, check_job, check_open, check_pool, limits
+from consilience.client.policy import Demand, RefusedError, check_demand, limits
 from consilience.client.privacy import Spent
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
 from consilience.common.errors import PoolError, StorageError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Kind
-from consilience.common.settings import CoverageEncoding, Encoding, JobSettings, NoPrivacy, Policy, largest_sent
+from consilience.common.settings import Encoding, JobSettings, NoPrivacy, Policy, largest_sent
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Part:
 
     pool: str
     kind: Kind
-    encoding: Encoding | CoverageEncoding
+    encoding: Encoding
     samples: int
     new: int
     summed: bool = False
@@ -53,6 +52,7 @@ class Part:
 class Explanation:
     """What a job would take. `refusal`: why the site would not give it; empty when it would."""
 
+    demand: Demand
     parts: tuple[Part, ...]
     here: bool
     """Whether the pools are those that the job names; else they are all that the site holds."""
@@ -71,33 +71,19 @@ class Explanation:
 def explain(job: JobSettings, site: Site) -> Explanation:
     """Work out what `job` would take from `site` now. Raises `PoolError`, `LedgerError`, `StorageError`."""
     pools, here = _pools(job, site)
-    policy, parts, refusal = site.settings.policy, [], ""
-    summed = job.privacy.secure_sum
-    kinds: list[tuple[Kind, Any]] = [("log-probs", policy.encodings[0] if summed else job.ask.encoding)]
-    if job.ask.coverage and job.unify.takes_coverage and site.card.coverage is not None:
-        kinds.append(("coverage", site.card.coverage.encodings[0]))
+    policy, summed, refusal = site.settings.policy, job.privacy.secure_sum, ""
+    demand = site.demand(job.name, pools, job.ask.encoding, coverage=job.asks_coverage, summed=summed)
+    fresh = site.new_of(demand)
+    parts = tuple(
+        Part(question.pool, question.kind, question.encoding, len(question), new, summed)
+        for question, new in zip(demand.questions, fresh, strict=True)
+    )
+    held = Explanation(demand, parts, here, "", {})
     try:
-        check_job(policy, site.ledger, job.name)
-        if not summed:
-            check_open(policy)
-        for kind, encoding in kinds:
-            check_encoding(policy, kind, encoding)
-            for pool in pools:
-                check_pool(policy, pool.digest)
+        check_demand(policy, site.ledger, demand)
+        site.permit(job.name, demand.asked, held.new)
     except RefusedError as error:
-        refusal = error.reason
-    for kind, encoding in kinds:
-        for pool in pools:
-            question = site.question(job.name, pool.digest, len(pool), kind, encoding)
-            released = site.summed if summed else site.released
-            new = int(released.missing(question, len(pool)).sum()) if len(pool) else 0
-            parts.append(Part(pool.digest, kind, encoding, len(pool), new, summed))
-    held = Explanation(tuple(parts), here, refusal, {})
-    if not refusal:
-        try:
-            site.permit(job.name, held.new)
-        except RefusedError as error:
-            refusal = error.reason
+        refusal = error.told_here
     left = {
         limit.name: (limit.left, None if limit.left is None else limit.left - held.new)
         for limit in limits(policy, site.ledger, job.name)
@@ -106,7 +92,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     if not isinstance(site.settings.privacy, NoPrivacy):
         costs = site.costs(held.new) if held.new else ()
         loss = loss_of(site.settings, site.ledger), loss_of(site.settings, site.ledger, costs)
-    return Explanation(held.parts, here, refusal, left, loss)
+    return replace(held, refusal=refusal, left=left, loss=loss)
 
 
 def tell_policy(policy: Policy) -> list[str]:

@@ -22,9 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
 
-from consilience.client.ledger_rows import Entry, Row, Spent, chain_of
+from consilience.client.ledger_rows import Asked, Entry, Row, Spent, approved_by, chain_of
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
-from consilience.common.files import canonical_json, read_json, storage_error, write_json
+from consilience.common.files import canonical_json, make_private, read_json, storage_error, write_json
 from consilience.common.settings import SiteSettings
 
 COLUMNS = ("seq", "time", "kind", "job", "samples", "subject", "body", "chain")
@@ -58,10 +58,10 @@ class Ledger:
         self.path, self.head = path, head
         self.spent = Spent()
         self.count, self.chain, self.last = 0, FIRST, ""
-        self._approved: dict[tuple[str, str], bool] = {}
+        self._approved: dict[tuple[str, str], frozenset[Asked] | None] = {}
         self._lock = threading.Lock()
+        make_private(path.parent)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # what SQLite adds takes its rights over
             self._file = path.stat().st_ino
         except OSError as error:
@@ -90,9 +90,9 @@ class Ledger:
         """The time that the next row gets: never before the last row's, whatever the clock says."""
         return max(utc_now().isoformat(timespec="seconds"), self.last)
 
-    def approved(self, job: str, policy: str) -> bool:
-        """Whether a person approved the job under this policy version, and has not withdrawn that."""
-        return self._approved.get((job, policy), False)
+    def approved(self, job: str, policy: str) -> frozenset[Asked] | None:
+        """Return what a person last approved of the job under this policy version; None when that was withdrawn."""
+        return self._approved.get((job, policy))
 
     def rows(self, after: int = 0, subject: str | None = None) -> Iterator[Row]:
         """Yield the rows after row `after`, or those of them with one subject, in order. Raises `StorageError`."""
@@ -219,7 +219,7 @@ class Ledger:
             parameters = canonical_json(entry.body["parameters"]).decode()
             self.spent.mechanisms[entry.job, row.month, entry.subject, parameters] += entry.body["count"]
         if entry.kind == "approval":
-            self._approved[entry.job, entry.subject] = bool(entry.body["given"])
+            self._approved[entry.job, entry.subject] = approved_by(entry)
 
     def _bad(self, seq: int, problem: str) -> LedgerError:
         return LedgerError(f"{self.path}: row {seq:,} {problem}", hint=RESTORE)

@@ -6,13 +6,25 @@ Does not live here: keeping rows (client/ledger).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from consilience.common.files import canonical_json, sha256
 
 EntryKind = Literal["answer", "mechanism", "approval", "carried"]
+
+
+class Asked(NamedTuple):
+    """What a question asks for, whichever samples it names: what an approval is of."""
+
+    use: str
+    """`sums`, or nothing where single answers leave."""
+    pool: str
+    kind: str
+    encoding: str
+    teacher: str
+    """Fingerprint of what answers."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,20 @@ def mechanism(job: str, name: str, parameters: Mapping[str, Any], count: int) ->
     return Entry("mechanism", job, name, body={"parameters": dict(parameters), "count": count})
 
 
-def approval(job: str, policy: str, *, given: bool) -> Entry:
-    """Return the entry of a person's approval of a job under a policy version, or of its withdrawal."""
-    return Entry("approval", job, policy, body={"given": given})
+def approval(job: str, policy: str, asked: Iterable[Asked] | None) -> Entry:
+    """Return the entry of a person's approval of what a job asks for, under a policy version; None withdraws it."""
+    body: dict[str, Any] = {"given": asked is not None}
+    if asked is not None:
+        body["asked"] = [part._asdict() for part in sorted(set(asked))]
+    return Entry("approval", job, policy, body=body)
+
+
+def approved_by(entry: Entry) -> frozenset[Asked] | None:
+    """Return what an approval is of; None when it withdraws one. One of a mere name, as there once were, is of nothing.
+
+    Raises `KeyError` and `TypeError` for a body that `approval` does not make.
+    """
+    return frozenset(Asked(**part) for part in entry.body.get("asked", ())) if entry.body["given"] else None
 
 
 def chain_of(before: str, seq: int, when: str, entry: Entry, body: str) -> str:

@@ -6,21 +6,34 @@ Lives here: yes or no, with the constant reason that a stranger is told. Does no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from consilience.client.ledger import Ledger
+from consilience.client.ledger_rows import Asked
 from consilience.common.errors import ProtocolError
-from consilience.common.protocol import Kind, RefusalCode
-from consilience.common.settings import Policy, allowed_by
+from consilience.common.identity import words
+from consilience.common.protocol import Kind, Question, RefusalCode
+from consilience.common.settings import Policy, SiteSettings, allowed_by
+from consilience.common.sums.messages import Terms
 
 
 class RefusedError(ProtocolError):
-    """The site will not or cannot answer: `code` and the constant `reason` are all that a stranger is told."""
+    """The site will not or cannot answer: `code` and the constant `reason` are all that a stranger is told.
 
-    def __init__(self, code: RefusalCode, reason: str) -> None:
+    `detail`: the particulars, for the site's own eyes.
+    """
+
+    def __init__(self, code: RefusalCode, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.code: RefusalCode = code
         self.reason = reason
+        self.detail = detail
+
+    @property
+    def told_here(self) -> str:
+        """What the site itself is told."""
+        return f"{self.reason} ({self.__cause__ or self.detail or 'by its rules'})"
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,28 @@ class Limit:
         return None if self.most is None else max(0, self.most - self.spent)
 
 
+@dataclass(frozen=True)
+class Demand:
+    """All that a job would ask of a site: `questions`, each about all samples of a pool.
+
+    `use`: what the answers leave for, as in `Asked`.
+    """
+
+    job: str
+    questions: tuple[Question, ...]
+    use: str = ""
+
+    @property
+    def asked(self) -> frozenset[Asked]:
+        """What an approval of the job is of."""
+        return frozenset(asked_by(question, self.use) for question in self.questions)
+
+
+def asked_by(question: Question, use: str = "") -> Asked:
+    """Return what a question asks for, whichever samples it names."""
+    return Asked(use, question.pool, question.kind, question.encoding, question.teacher)
+
+
 def limits(policy: Policy, ledger: Ledger, job: str) -> tuple[Limit, ...]:
     """Return the limits as they stand for a job."""
     held, spent, month = policy.limits, ledger.spent, ledger.now[:7]
@@ -50,31 +85,79 @@ def limits(policy: Policy, ledger: Ledger, job: str) -> tuple[Limit, ...]:
 def check_pool(policy: Policy, pool: str) -> None:
     """Refuse a pool that the policy does not list, where it lists any. Raises `RefusedError`."""
     if policy.pools and pool not in policy.pools:
-        raise RefusedError("pool-not-allowed", "the site's policy does not allow this pool")
+        listed = ", ".join(digest[:12] for digest in policy.pools)
+        raise RefusedError(
+            "pool-not-allowed", "the site's policy does not allow this pool", f"{pool[:12]}; policy.pools: {listed}"
+        )
 
 
 def check_encoding(policy: Policy, kind: Kind, encoding: str) -> None:
     """Refuse an encoding that is finer than the policy allows. Raises `RefusedError`."""
     allowed = allowed_by(policy.encodings, encoding) if kind == "log-probs" else encoding in policy.coverage_encodings
     if not allowed:
-        raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding")
+        most = (
+            f"policy.precision is {policy.precision}"
+            if kind == "log-probs"
+            else f"policy.coverage is {policy.coverage}"
+        )
+        detail = f"{kind} as {encoding}; {most}"
+        raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding", detail)
+
+
+def check_peers(settings: SiteSettings, terms: Terms) -> None:
+    """Refuse a secure sum with a site, or under a site's key, that is not among the peers, where any are given.
+
+    Raises `RefusedError`.
+    """
+    for member in terms.members if settings.peers else ():
+        if member.site != settings.name and settings.peers.get(member.site) != words(member.identity):
+            raise RefusedError(
+                "unknown-peer",
+                "the secure sum names a site or a key that this site does not know",
+                f"site {member.site} with the words {words(member.identity)}; peers: {', '.join(settings.peers)}",
+            )
 
 
 def check_open(policy: Policy) -> None:
     """Refuse to answer openly where the policy lets sums out alone. Raises `RefusedError`."""
     if policy.sums_only:
-        raise RefusedError("sums-only", "the site answers in secure sums only")
+        raise RefusedError("sums-only", "the site answers in secure sums only", "policy.sums_only is true")
 
 
-def check_job(policy: Policy, ledger: Ledger, job: str) -> None:
-    """Refuse a job after the policy's end, or that needs an approval and has none. Raises `RefusedError`."""
+def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] = ()) -> None:
+    """Refuse a job after the policy's end, or what it asks for when that needs an approval and has none.
+
+    Raises `RefusedError`.
+    """
     if policy.ends is not None and ledger.now[:10] > policy.ends.isoformat():
-        raise RefusedError("policy-ended", "the site's policy has ended")
-    if policy.approval and not ledger.approved(job, policy.version):
-        raise RefusedError("not-approved", "nobody at the site has approved this job yet")
+        raise RefusedError("policy-ended", "the site's policy has ended", f"policy.ends is {policy.ends}")
+    if not policy.approval:
+        return
+    approved = ledger.approved(job, policy.version)
+    if approved is None:
+        raise RefusedError("not-approved", "nobody at the site has approved this job yet", f"job {job}")
+    if other := sorted(set(asked) - approved):
+        told = "; ".join(
+            f"{part.use} {part.kind} as {part.encoding} of pool {part.pool[:12]}".strip() for part in other
+        )
+        raise RefusedError(
+            "not-approved", "the job asks for something else than was approved at the site", f"job {job}: {told}"
+        )
+
+
+def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
+    """Refuse a job for anything that it would ask for, however few samples are left. Raises `RefusedError`."""
+    check_job(policy, ledger, demand.job, demand.asked)
+    if not demand.use:
+        check_open(policy)
+    for question in demand.questions:
+        check_encoding(policy, question.kind, question.encoding)
+        check_pool(policy, question.pool)
 
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:
     """Refuse to release so many samples more than were, where a limit does not allow it. Raises `RefusedError`."""
-    if any(limit.left is not None and samples > limit.left for limit in limits(policy, ledger, job)):
-        raise RefusedError("budget-exhausted", "the site's limits do not allow so many samples more")
+    for limit in limits(policy, ledger, job):
+        if limit.left is not None and samples > limit.left:
+            detail = f"{limit.name}: {samples:,} more, {limit.left:,} left of {limit.most:,}"
+            raise RefusedError("budget-exhausted", "the site's limits do not allow so many samples more", detail)

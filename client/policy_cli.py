@@ -12,14 +12,14 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from consilience.client.explain import Explanation, tell_policy
 from consilience.client.explain import explain as explain_job
-from consilience.client.explain import tell_policy
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import approval
 from consilience.client.privacy import Spent
 from consilience.client.site import Site
 from consilience.common.cli import AsJson, Result, emit
-from consilience.common.errors import SettingsError
+from consilience.common.errors import PoolError, SettingsError
 from consilience.common.settings import JobSettings, Name, SiteSettings
 from consilience.common.settings_file import load_settings
 
@@ -27,33 +27,73 @@ SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
 
 def approve(
-    job: Annotated[str, typer.Argument(help="The job's name, as job.yaml gives it.")],
+    job: Annotated[
+        str, typer.Argument(help="The job.yaml, as the coordinator sends it; with --withdraw the job's name will do.")
+    ],
     site: SiteFile,
     withdraw: Annotated[bool, typer.Option("--withdraw", help="Take an approval back.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a job be answered under the policy as it is now, where the policy asks for approval. The ledger keeps it."""
+    """Let a job ask for what its job.yaml says, under the policy as it is now, and show that. The ledger keeps it."""
 
     def action() -> Result:
-        try:
-            TypeAdapter(Name).validate_python(job)
-        except ValidationError:
-            raise SettingsError(
-                f"JOB is {job[:80]!r}, which is no job's name; allowed: lower-case letters, digits and hyphens",
-                hint="Give the field 'name' of job.yaml",
-            ) from None
-        settings = load_settings(site, SiteSettings)
-        policy = settings.policy
-        with closing(Ledger.open(settings)) as ledger, ledger.alone():
-            if ledger.approved(job, policy.version) == withdraw:
-                ledger.append(approval(job, policy.version, given=not withdraw))
-        lines = [f"Job {job} is {'no longer ' if withdraw else ''}approved under policy {policy.version}."]
-        if not policy.approval:
-            lines.append("The policy asks for no approval: set policy.approval: true, and approve again.")
-        data = {"job": job, "policy": policy.version, "approved": not withdraw, "needed": policy.approval}
-        return data, "\n".join(lines)
+        return _withdraw(job, site) if withdraw else _approve(job, site)
 
     emit(as_json, action)
+
+
+def _approve(job: str, site: Path) -> Result:
+    if _is_name(job) and not Path(job).is_file():
+        raise SettingsError(
+            f"JOB is {job!r}, a job's name, and a name does not say what would be asked for",
+            hint="Give the job.yaml that the coordinator sent",
+        )
+    wanted, held = load_settings(Path(job), JobSettings), Site.load(site)
+    with closing(held):
+        policy, found = held.settings.policy, explain_job(wanted, held)
+        if not found.parts:
+            raise PoolError(
+                f"{site}: there is no pool here that the job could ask about", hint="Put the job's pool into 'pools'"
+            )
+        with held.ledger.alone():
+            if held.ledger.approved(wanted.name, policy.version) != found.demand.asked:
+                held.ledger.append(approval(wanted.name, policy.version, found.demand.asked))
+        found = explain_job(wanted, held)
+    lines = [f"Job {wanted.name} is approved under policy {policy.version}, for:", *_parts(found)]
+    if not policy.approval:
+        lines.append("The policy asks for no approval: set policy.approval: true, and approve again.")
+    lines += [f"Yet it would be refused: {found.refusal}."] if found.refusal else []
+    data = {"job": wanted.name, "policy": policy.version, "approved": True, "needed": policy.approval}
+    return {**data, "parts": [vars(part) for part in found.parts], "refusal": found.refusal or None}, "\n".join(lines)
+
+
+def _withdraw(job: str, site: Path) -> Result:
+    name, settings = (
+        job if _is_name(job) else load_settings(Path(job), JobSettings).name,
+        load_settings(site, SiteSettings),
+    )
+    policy = settings.policy
+    with closing(Ledger.open(settings)) as ledger, ledger.alone():
+        if ledger.approved(name, policy.version) is not None:
+            ledger.append(approval(name, policy.version, None))
+    data = {"job": name, "policy": policy.version, "approved": False, "needed": policy.approval}
+    return data, f"Job {name} is no longer approved under policy {policy.version}."
+
+
+def _is_name(job: str) -> bool:
+    try:
+        TypeAdapter(Name).validate_python(job)
+    except ValidationError:
+        return False
+    return True
+
+
+def _parts(found: Explanation) -> list[str]:
+    """Return what a job would take, a line a kind of answers and pool."""
+    lines = [f"- {part.words}" for part in found.parts] or ["- nothing: there is no pool here"]
+    if not found.here:
+        lines.append("Its pools are not on this machine under the job's names: these are the pools of site.yaml.")
+    return lines
 
 
 def explain(
@@ -70,13 +110,10 @@ def explain(
         finally:
             held.close()
         lines = [f"Job {wanted.name} would take from {held.settings.name}:"]
-        lines += [f"- {part.words}" for part in found.parts] or ["- nothing: there is no pool here"]
-        if not found.here:
-            lines.append("Its pools are not on this machine under the job's names: these are the pools of site.yaml.")
+        lines += _parts(found)
         lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
         for name, (before, after) in found.left.items():
-            shown = "no limit" if before is None or after is None else f"{before:,} -> {after:,}"
-            lines.append(f"- {name}: {shown}")
+            lines.append(f"- {name}: {_left(before, after)}")
         if found.loss is not None:
             told = " -> ".join(_epsilon(spent) for spent in found.loss)
             lines.append(f"Privacy loss of all that left, before and after: {told}")
@@ -95,6 +132,12 @@ def explain(
         return data, "\n".join(lines)
 
     emit(as_json, action)
+
+
+def _left(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return "no limit"
+    return f"{before:,} -> {after:,}" if after >= 0 else f"{before:,}, which are {-after:,} too few"
 
 
 def _epsilon(spent: Spent) -> str:

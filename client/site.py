@@ -9,17 +9,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.ledger import Ledger
-from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_open, check_pool
+from consilience.client.ledger_rows import Asked
+from consilience.client.policy import (
+    Demand,
+    RefusedError,
+    asked_by,
+    check_budget,
+    check_demand,
+    check_encoding,
+    check_job,
+    check_open,
+    check_peers,
+    check_pool,
+)
 from consilience.client.privacy import Event, answering_costs, describe_privacy
 from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
@@ -174,12 +186,16 @@ class Site:
         tried = min(self.settings.batch_size, len(pools[0]))
         with self._lock:
             self.ledger.refresh()
-            covers = contract.coverage and self.card.coverage is not None
-            kinds: tuple[Kind, ...] = ("log-probs", "coverage") if covers else ("log-probs",)
-            # sums are made of the first pool alone
-            counted = pools[:1] if self.settings.policy.sums_only else pools
-            new = sum(self._new(contract.job, pool, kind) for pool in counted for kind in kinds)
-            self.permit(contract.job, new)
+            demand = self.demand(
+                contract.job,
+                pools[:1] if contract.secure_sum else pools,
+                contract.encoding,
+                coverage=contract.coverage,
+                summed=contract.secure_sum,
+            )
+            check_demand(self.settings.policy, self.ledger, demand)
+            new = sum(self.new_of(demand))
+            self.permit(contract.job, demand.asked, new)
             guarantee = self._guarantee(new)
             began = time.perf_counter()
             for _ in self._score(pools[0], 0, np.ones(tried, np.bool_), "log-probs"):
@@ -197,18 +213,25 @@ class Site:
             return None
         return Guarantee(mechanism=mechanism, unit=spent.unit, epsilon=spent.epsilon, delta=spent.delta)
 
-    def _new(self, job: str, pool: Pool, kind: Kind) -> int:
-        """Return how many samples of a pool were not released yet, in the encoding in which the most were."""
+    def demand(self, job: str, pools: Sequence[Pool], encoding: Encoding, *, coverage: bool, summed: bool) -> Demand:
+        """Return all that a job would ask of this site about `pools`: `coverage`: that too, if the site offers it.
+
+        `summed`: in secure sums, to which answers are added as precise as the policy allows, whatever `encoding` is.
+        """
         policy = self.settings.policy
-        encodings: Sequence[str] = policy.encodings if kind == "log-probs" else policy.coverage_encodings
-        released = self.summed if policy.sums_only else self.released
-        return min(
-            int(released.missing(question, len(pool)).sum()) if len(pool) else 0
-            for question in (self.question(job, pool.digest, len(pool), kind, encoding) for encoding in encodings)
-        )
+        kinds: list[tuple[Kind, Encoding]] = [("log-probs", policy.encodings[0] if summed else encoding)]
+        if coverage and self.card.coverage is not None:
+            kinds.append(("coverage", self.card.coverage.encodings[0]))
+        questions = (self.question(job, pool.digest, len(pool), *kind) for kind in kinds for pool in pools if len(pool))
+        return Demand(job, tuple(questions), self.summed.use if summed else "")
+
+    def new_of(self, demand: Demand) -> list[int]:
+        """Return how many samples of each question were not released yet. Raises what `ledger` raises."""
+        released = self.summed if demand.use else self.released
+        return [int(released.missing(question, len(question)).sum()) for question in demand.questions]
 
     def question(self, job: str, pool: str, size: int, kind: Kind, encoding: Encoding | CoverageEncoding) -> Question:
-        """Return the question about all `size` samples of a pool that this site would answer now.
+        """Return the question about all `size` samples, at least 1, of a pool that this site would answer now.
 
         For kind `coverage` the site must have one.
         """
@@ -218,7 +241,7 @@ class Site:
             job=job,
             pool=pool,
             start=0,
-            stop=max(1, size),
+            stop=size,
             kind=kind,
             encoding=encoding,
             teacher=answering.fingerprint,
@@ -255,7 +278,7 @@ class Site:
             size=len(pool),
             width=self._width(question),
             score=lambda new: self._encoded(question, pool, new),
-            permit=lambda samples: self.permit(question.job, samples),
+            permit=lambda samples: self.permit(question.job, (asked_by(question, released.use),), samples),
             costs=lambda samples: entries_of(question.job, self.costs(samples)),
         )
 
@@ -269,9 +292,9 @@ class Site:
         """Return the events of answering about so many samples, at least 1."""
         return answering_costs(self.settings, samples) if self._training is None else self._training
 
-    def permit(self, job: str, samples: int) -> None:
-        """Refuse what the policy does not allow now. Raises `RefusedError`."""
-        check_job(self.settings.policy, self.ledger, job)
+    def permit(self, job: str, asked: Iterable[Asked], samples: int) -> None:
+        """Refuse what the policy does not allow now, or so many samples more. Raises `RefusedError`."""
+        check_job(self.settings.policy, self.ledger, job, asked)
         check_budget(self.settings.policy, self.ledger, job, samples)
         if samples:
             self._allowance.check(self.ledger, job, self.costs(samples))
@@ -292,10 +315,13 @@ class Site:
 
     def sum_keys(self, terms: Terms) -> Advert:
         """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""
-        if terms.stop > len(self._pool(terms.pool)):
+        check_peers(self.settings, terms)
+        if terms.stop > (size := len(self._pool(terms.pool))):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
-        self._check_job(terms.job)
-        own, policy = self.teacher, self.settings.policy
+        policy = self.settings.policy
+        whole = self.question(terms.job, terms.pool, size, "log-probs", policy.encodings[0])
+        self._check_job(terms.job, (asked_by(whole, self.summed.use),))
+        own = self.teacher
         advert = self.sums.advertise(
             terms,
             teacher=own.fingerprint,
@@ -329,15 +355,16 @@ class Site:
         self._check_job(self.sums.job_of(unmask.terms))
         return self.sums.open(unmask)
 
-    def _check_job(self, job: str) -> None:
+    def _check_job(self, job: str, asked: Iterable[Asked] = ()) -> None:
         with self._lock:
             self.ledger.refresh()
-            check_job(self.settings.policy, self.ledger, job)
+            check_job(self.settings.policy, self.ledger, job, asked)
 
     def masked_rows(self, question: RowsQuestion) -> MaskedRows:
         """Answer with masked rows, as precise as the policy allows answers to be. Raises as `answer` does."""
 
         def answering(terms: Terms, start: int, stop: int) -> NDArray[np.float32]:
+            check_peers(self.settings, terms)
             own, finest = terms.by_name[self.settings.name], self.settings.policy.encodings[0]
             if (own.teacher, own.policy) != (self.teacher.fingerprint, self.settings.policy.version):
                 raise RefusedError("other-teacher", "the question is for another teacher or policy version")
@@ -350,12 +377,12 @@ class Site:
                 data = self._given(self.summed, part, pool)
             return decode(data, stop - start, len(self.teacher.classes), finest)
 
-        def noise(terms: Terms, start: int, stop: int) -> NDArray[np.int64]:
+        def noise(terms: Terms, start: int, stop: int, rows: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
             private = self.settings.privacy
             if not isinstance(private, SumNoise):
                 raise RefusedError("other-teacher", "the question is for another teacher or policy version")
             images = self._pool(terms.pool).read(start, stop)
-            return share_of_noise(private, self._secret, terms, self.settings.name, images)
+            return share_of_noise(private, self._secret, terms, self.settings.name, images, rows.astype(np.float32))
 
         return self.sums.rows(question, answering, noise)
 

@@ -57,8 +57,8 @@ from consilience.common.sums.shares import seal, split, unseal
 
 Answering = Callable[[Terms, int, int], NDArray[np.floating[Any]]]
 """Terms, start, stop -> (stop - start, k) log-probabilities of the pool's samples over the site's classes."""
-Noise = Callable[[Terms, int, int], NDArray[np.int64]]
-"""Terms, start, stop -> (stop - start, k) what is added to them, in steps of the terms' ring."""
+Noise = Callable[[Terms, int, int, NDArray[np.floating[Any]]], NDArray[np.int64]]
+"""Terms, start, stop, log-probabilities -> (stop - start, k) what is added to them, in steps of the terms' ring."""
 
 
 class _Held(BaseModel):
@@ -222,14 +222,14 @@ class SumSite:
                 self._refuse_second_sum(held.terms)
                 self._write(held.model_copy(update={"given": True}))
         own = held.terms.by_name[self._name]
-        log_probs = answering(held.terms, question.start, question.stop) / held.terms.temperature
-        rows = held.terms.ring().encode(log_probs, own.weight)
+        log_probs = answering(held.terms, question.start, question.stop)
+        rows = held.terms.ring().encode(log_probs / held.terms.temperature, own.weight)
         if rows.shape != (len(question), len(own.classes)):
             raise ProtocolError("The site's answer has not one row a sample and one column a class")
         if own.noise is not None:
             if noise is None:
                 raise ProtocolError("The terms of a secure sum name noise of this site, which adds none now")
-            rows += noise(held.terms, question.start, question.stop).astype(np.uint32)
+            rows += noise(held.terms, question.start, question.stop, log_probs).astype(np.uint32)
         for mask in self._masks(held):
             mask.put_on(rows, question.start - held.terms.start)
         return MaskedRows(question, rows.astype("<u4", copy=False).tobytes())

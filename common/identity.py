@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,11 @@ def words(fingerprint: str) -> str:
     """
     bits = bin(int(fingerprint, 16))[2:].zfill(len(fingerprint) * 4)
     return " ".join(_word_list()[int(bits[11 * i : 11 * i + 11], 2)] for i in range(WORDS))
+
+
+def unknown_words(given: Iterable[str]) -> list[str]:
+    """Return those of `given` that stand in no fingerprint's words."""
+    return [word for word in given if word not in _word_list()]
 
 
 @cache
@@ -124,7 +130,7 @@ def read_key_line(line: str) -> PublicKey:
     """Read `key_line`'s line back. Raises `IdentityError`."""
     try:
         key = serialization.load_ssh_public_key(line.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError) as error:  # the last: a point in compressed form
         raise IdentityError("A public key cannot be read", hint="Let the site make its request anew") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
         raise IdentityError("A public key is of another kind than EC P-384", hint="Let the site make its request anew")

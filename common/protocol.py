@@ -19,9 +19,12 @@ from consilience.common.settings import ENCODINGS, NAME_PATTERN, ClassName, Cove
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 1_000_000
-MOST_RECORD = 16 * 2**20
-"""Characters of a record: what is read from it takes many times the memory."""
-MOST_MISTAKES = 1000
+MOST_TIMES, MOST_SPARE = 4, 32 * 2**20
+"""Reading a record takes at most so many times its bytes, and so many bytes more."""
+_VALUE_BYTES, _GROUP_BYTES = 80, 720
+"""What a value, and an array or object, take at most while JSON is read and checked, as measured."""
+_MOST_MISTAKES = 1000
+"""Mistakes in a record that are looked at: a list of them takes far more than the record."""
 
 Kind = Literal["log-probs", "coverage"]
 """What an answer tells of a pool sample: the teacher's log-probabilities, or how likely it is of the site's classes."""
@@ -44,10 +47,19 @@ RefusalCode = Literal[
     "budget-exhausted",
     "ledger-damaged",
     "sum-refused",
+    "unknown-peer",
     "internal",
 ]
 FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
-    {"pool-not-allowed", "sums-only", "not-approved", "policy-ended", "budget-exhausted", "ledger-damaged"}
+    {
+        "pool-not-allowed",
+        "sums-only",
+        "not-approved",
+        "policy-ended",
+        "budget-exhausted",
+        "ledger-damaged",
+        "unknown-peer",
+    }
 )
 """Refusals that asking again does not change: a person at the site must act first."""
 
@@ -80,12 +92,10 @@ class Record(BaseModel):
         text = _config(content, "record").get("json")
         if not isinstance(text, str):
             raise ProtocolError("A message carries no record")
-        if len(text) > MOST_RECORD:
-            raise ProtocolError(f"A message's {cls.__name__} has {len(text):,} characters; allowed: {MOST_RECORD:,}")
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(_bounded(text))
         except ValidationError as error:
-            if error.error_count() > MOST_MISTAKES:  # to list them takes more memory than the message
+            if error.error_count() > _MOST_MISTAKES:
                 raise ProtocolError(f"A message's {cls.__name__} is not as it must be: many fields") from None
             mistakes = error.errors(include_url=False, include_context=False, include_input=False)
             first = str((*mistakes[0]["loc"], "")[0])
@@ -182,8 +192,12 @@ class Contract(Record):
     class_set: tuple[Annotated[int, Field(ge=0)], ...]
     pools: tuple[Digest, ...] = Field(min_length=1)
     teacher: Digest
+    encoding: Encoding
+    """In which log-probabilities will be asked for, where they are asked for openly."""
     coverage: bool = False
     """Whether coverage of the pools will be asked for too."""
+    secure_sum: bool = False
+    """Whether answers will be asked for in secure sums alone; these are about the first of the pools."""
 
 
 class Guarantee(BaseModel):
@@ -296,7 +310,7 @@ class Refusal(Record):
         if "refusal" not in content:
             return None
         try:
-            return cls.model_validate_json(str(_config(content, "refusal").get("json")))
+            return cls.model_validate_json(_bounded(str(_config(content, "refusal").get("json"))))
         except ValidationError:
             raise ProtocolError("A site sent a refusal that cannot be read") from None
 
@@ -307,6 +321,17 @@ def read_reply(content: RecordDict, record: type[RecordType]) -> RecordType:
     if refusal is not None:
         raise RefusedReplyError(refusal.code, refusal.reason)
     return record.from_content(content)
+
+
+def _bounded(text: str) -> str:
+    """Return `text`. Raises `ProtocolError` where it holds so many values that reading it would take too much memory.
+
+    An array of empty arrays takes 240 times its bytes when it is read, before any field is looked at.
+    """
+    groups = text.count("[") + text.count("{")
+    if _VALUE_BYTES * text.count(",") + _GROUP_BYTES * groups > MOST_TIMES * len(text) + MOST_SPARE:
+        raise ProtocolError("A message's record holds more values than any record of its size")
+    return text
 
 
 def _config(content: RecordDict, key: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the models of common/settings.py: `python docs/make_settings.py`."""
+"""Write docs/settings.md from the models of common/settings: `python docs/make_settings.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from consilience.common import settings
+from consilience.common.settings import data, job, policy, privacy, teacher
 
+PARTS = (data, teacher, policy, privacy, job)
+"""Modules of settings in the order of the page; each of their models has a section."""
 TARGET = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
 
@@ -96,10 +99,10 @@ def section(model: type[BaseModel]) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    models = [m for m in vars(settings).values() if inspect.isclass(m) and issubclass(m, settings.Settings)]
-    shown = [m for m in models if m is not settings.Settings and not m.__name__.startswith("_")]
     first = [settings.JobSettings, settings.SiteSettings]
-    ordered = [*first, *(m for m in shown if m not in first)]
+    models = [m for part in PARTS for m in vars(part).values() if getattr(m, "__module__", "") == part.__name__]
+    shown = [m for m in models if inspect.isclass(m) and issubclass(m, settings.Settings) and m not in first]
+    ordered = [*first, *(m for m in shown if not m.__name__.startswith("_"))]
     return re.sub(r" +\|", " |", "\n".join([HEAD, *map(section, ordered)]))
 
 

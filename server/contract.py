@@ -71,8 +71,8 @@ class RunContract(BaseModel):
         """The label space."""
         return LabelSpace(self.labels, tuple(card.name for card in self.sites), self.class_sets)
 
-    def for_site(self, name: str, *, coverage: bool = False) -> Contract:
-        """Return the part that site `name` is asked to agree to; `coverage`: whether it will be asked for that too."""
+    def for_site(self, name: str, job: JobSettings) -> Contract:
+        """Return the part that site `name` is asked to agree to, and how `job` will ask."""
         at = [card.name for card in self.sites].index(name)
         return Contract(
             job=self.job,
@@ -80,7 +80,9 @@ class RunContract(BaseModel):
             class_set=self.class_sets[at],
             pools=self.pools,
             teacher=self.sites[at].teacher,
-            coverage=coverage,
+            encoding=job.ask.encoding,
+            coverage=coverage_encoding(job, self.sites[at]) is not None,
+            secure_sum=job.privacy.secure_sum,
         )
 
     def write(self, path: Path) -> None:
@@ -128,8 +130,7 @@ def objection(job: JobSettings, card: SiteCard) -> str:
 
 def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | None:
     """Return the encoding in which a site is asked for coverage, the finest it allows; None when it is not asked."""
-    wanted = job.ask.coverage and job.unify.takes_coverage and not job.privacy.secure_sum
-    if card.coverage is None or not wanted:
+    if card.coverage is None or not job.asks_coverage:
         return None
     offered = card.coverage.encodings
     return next(encoding for encoding in get_args(CoverageEncoding) if encoding in offered)

@@ -27,7 +27,7 @@ from consilience.common.protocol import (
     read_reply,
 )
 from consilience.common.settings import Ask, JobSettings
-from consilience.server.contract import RunContract, coverage_encoding, objection
+from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 
@@ -257,10 +257,7 @@ def enrol(
         asked = {node: card for node, card in cards.items() if card.name not in done}
         agreements, refusals = agree(
             grid,
-            {
-                node: contract.for_site(card.name, coverage=coverage_encoding(settings, card) is not None)
-                for node, card in asked.items()
-            },
+            {node: contract.for_site(card.name, settings) for node, card in asked.items()},
             asking.wait,
         )
         if not refusals:

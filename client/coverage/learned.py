@@ -15,17 +15,18 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from consilience.client.coverage.by_heads import score_by_heads
 from consilience.client.coverage.calibrate import Platt
 from consilience.client.coverage.head import Heads
 from consilience.client.coverage.vectors import vectors_of
+from consilience.client.kept import read_kept
 from consilience.client.teacher import CalibratedTeacher, load_teacher
 from consilience.client.teacher.protocol import fingerprint_of
 from consilience.common.errors import CoverageError, StudentError, TeacherError
-from consilience.common.files import canonical_json, read_json, sha256, sha256_file
+from consilience.common.files import canonical_json, sha256, sha256_file
 from consilience.common.nets import build, load_model, scores
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
@@ -186,13 +187,7 @@ def read_record(settings: SiteSettings) -> CoverageRecord | None:
 
     Raises `CoverageError` when it is not as it must be, `StorageError` when it is no JSON or cannot be read.
     """
-    path = settings.state / FOLDER / "coverage.json"
-    if not path.exists():
-        return None
-    try:
-        return CoverageRecord.model_validate(read_json(path))
-    except ValidationError as error:
-        raise CoverageError(f"{path}: is not as it must be", hint=f"Remove {path}, then: {_AGAIN}") from error
+    return read_kept(settings.state / FOLDER / "coverage.json", CoverageRecord, CoverageError, _AGAIN)
 
 
 def is_model(settings: SiteSettings, record: CoverageRecord) -> bool:

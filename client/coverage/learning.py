@@ -42,7 +42,7 @@ from consilience.client.teacher import load_teacher
 from consilience.client.teacher.trained import digest_of
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import CoverageError, StudentError
-from consilience.common.files import lock, sha256, sha256_file, write_json
+from consilience.common.files import lock, make_private, sha256, sha256_file, write_json
 from consilience.common.nets import EpochRecord, build, default_device, save_model, train
 from consilience.common.nets.seeding import derive
 from consilience.common.pool import Pool
@@ -81,6 +81,7 @@ def learn_coverage(
     data, pool = open_data(settings.data), Pool.open(settings.pools[0])
     digest = digest_of(data)
     folder = settings.state / FOLDER
+    make_private(settings.state)
     with lock(folder):
         done = read_record(settings)
         family = settings.coverage.family

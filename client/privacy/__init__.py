@@ -16,6 +16,7 @@ from consilience.client.privacy.pate import PateTeacher, load_pate, train_parts
 from consilience.client.privacy.sum_noise import HiddenTeacher
 from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import load_trained, train_teacher
+from consilience.common.files import make_private
 from consilience.common.nets import EpochRecord
 from consilience.common.settings import DpSgd, OutputNoise, Pate, SiteSettings, SumNoise
 
@@ -43,6 +44,7 @@ def train_private(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None
 
     Raises what `train_teacher` raises, and `MissingExtraError` where the mechanism needs a library.
     """
+    make_private(settings.state)
     if isinstance(settings.privacy, Pate):
         train_parts(settings, settings.privacy, on_epoch)
     elif isinstance(settings.privacy, DpSgd):

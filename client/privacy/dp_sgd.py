@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from consilience.client.privacy.accounting import EXTRA
@@ -27,17 +26,21 @@ from consilience.client.privacy.noise import load_secret
 from consilience.client.privacy.records import places
 from consilience.client.teacher.protocol import ScoringTeacher, brief
 from consilience.client.teacher.trained import (
+    MODEL,
+    RECORD,
     TrainedTeacher,
     accuracy,
     as_used,
+    done_in,
     present_classes,
     private_data,
     settings_digest,
     teacher_of,
+    trained_in,
     wanted,
 )
 from consilience.common.errors import MissingExtraError, TeacherError
-from consilience.common.files import canonical_json, lock, read_json, sha256, sha256_file, write_json
+from consilience.common.files import canonical_json, lock, sha256, sha256_file, write_json
 from consilience.common.nets import EpochRecord, Supervised, build, default_device, save_model
 from consilience.common.nets.architectures import ARCHITECTURES
 from consilience.common.nets.batches import Pixels, Windows
@@ -47,7 +50,6 @@ from consilience.common.settings import DpSgd, Fit, SiteSettings, TrainTeacher
 
 GROUPS = 8
 """Groups of channels that are normalised together, at most, where a network had batch normalisation."""
-_RETRAIN = "Run `consilience site train`"
 
 
 class DpSgdTeacher(TrainedTeacher):
@@ -88,14 +90,7 @@ def train_dp(
     if not len(learned):
         raise TeacherError(f"{settings.name}: all {len(data)} images are held out", hint="Lower teacher.holdout")
     with lock(folder):
-        done = _read(folder)
-        path = folder / "model.safetensors"
-        if (
-            done is not None
-            and (done.settings_digest, done.data_digest) == (_digest(settings, private), found.digest)
-            and path.exists()
-            and sha256_file(path) == done.model_digest
-        ):
+        if (done := done_in(folder, DpSgdTeacher, _digest(settings, private), found.digest)) is not None:
             return done
         used = as_used(teacher.preprocessing, data.shape)
         model = grouped(
@@ -113,8 +108,8 @@ def train_dp(
         pixels = Pixels(data.read(learned), used, device)
         loss = Supervised(labels[learned], device)
         curve, steps, rate = _fit(model.to(device), pixels, loss, teacher, private, seed, on_epoch)
-        save_model(path, model)
-        digest = sha256_file(path)
+        save_model(folder / MODEL, model)
+        digest = sha256_file(folder / MODEL)
         record = DpSgdTeacher(
             classes=classes,
             architecture=teacher.architecture,
@@ -128,7 +123,7 @@ def train_dp(
             model_digest=digest,
             event=DpSgdTraining(noise_multiplier=private.noise_multiplier, sample_rate=rate, steps=steps, run=digest),
         )
-        write_json(folder / "teacher.json", record.model_dump(mode="json"))
+        write_json(folder / RECORD, record.model_dump(mode="json"))
         return record
 
 
@@ -148,15 +143,7 @@ def load_dp(settings: SiteSettings, private: DpSgd) -> ScoringTeacher:
 
 def dp_record(settings: SiteSettings, private: DpSgd) -> DpSgdTeacher:
     """Return what was trained. Raises `TeacherError` when it is not there or of other settings."""
-    folder = _folder(settings)
-    record = _read(folder)
-    if record is None:
-        raise TeacherError(f"{folder}: holds no trained teacher", hint=_RETRAIN)
-    if record.settings_digest != _digest(settings, private):
-        raise TeacherError(
-            f"{folder}: the teacher there was trained from other settings or another seed", hint=_RETRAIN
-        )
-    return record
+    return trained_in(_folder(settings), DpSgdTeacher, _digest(settings, private))
 
 
 def _fit(
@@ -270,14 +257,3 @@ def _digest(settings: SiteSettings, private: DpSgd) -> str:
 
 def _folder(settings: SiteSettings) -> Path:
     return settings.state / "privacy" / "dp-sgd"
-
-
-def _read(folder: Path) -> DpSgdTeacher | None:
-    """Return teacher.json, or None where there is none."""
-    path = folder / "teacher.json"
-    if not path.exists():
-        return None
-    try:
-        return DpSgdTeacher.model_validate(read_json(path))
-    except ValidationError as error:
-        raise TeacherError(f"{path}: is not as it must be", hint=f"Remove {path}, then: {_RETRAIN}") from error

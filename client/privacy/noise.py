@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from consilience.common.errors import IdentityError
-from consilience.common.files import canonical_json, storage_error, sync_folder
+from consilience.common.files import canonical_json, make_private, storage_error, sync_folder
 from consilience.common.identity import read_secret, write_secret
 from consilience.common.preprocessing import Images
 from consilience.common.settings import SiteSettings
@@ -88,6 +88,7 @@ def load_secret(settings: SiteSettings) -> Secret:
     """
     path = settings.state / "privacy" / "noise.key"
     if not path.exists():
+        make_private(settings.state)
         _make(path)
     key = read_secret(path)
     if len(key) != BYTES:

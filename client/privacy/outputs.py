@@ -48,5 +48,15 @@ class NoisyTeacher:
         if not len(rows):
             return rows
         probs = np.exp(rows.astype(np.float64))
-        noise = self.settings.sigma * self.secret.normal(self._purpose, images, rows.shape[1])
+        noise = self.settings.sigma * self.secret.normal(self._purpose, beside(images, rows), rows.shape[1])
         return as_answer(project(on_grid(probs / probs.sum(axis=1, keepdims=True) + noise)))
+
+
+def beside(images: Images, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return (n, bytes): each image's bytes and those of the model's (n, K) answer to it, which noise follows from.
+
+    A model may change behind its fingerprint, as a callable's code or the files that it reads do. Two answers under one
+    noise would then tell the difference of the two models, free of any; so another answer has noise of its own.
+    """
+    told = np.ascontiguousarray(rows, "<f4").view(np.uint8)
+    return np.concatenate([images.reshape(len(images), -1), told], axis=1)

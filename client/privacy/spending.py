@@ -71,7 +71,11 @@ class Allowance:
         """
         for limit in loss_limits(self._settings, ledger, job):
             if limit.most is not None and not self._allows(limit.most, limit.events, costs):
-                raise RefusedError("budget-exhausted", "the site's limits do not allow so much privacy loss more")
+                raise RefusedError(
+                    "budget-exhausted",
+                    "the site's limits do not allow so much privacy loss more",
+                    f"{limit.name}: epsilon {limit.most:g} at most",
+                )
 
     def _allows(self, most: float, before: tuple[Event, ...], costs: tuple[Event, ...]) -> bool:
         """Whether `before` and `costs` together come to at most epsilon `most`.

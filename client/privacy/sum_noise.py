@@ -3,10 +3,10 @@
 Lives here: the numbers that are added to its rows before masks. Does not live here: how large they are
 (common/sums/noise), their distribution (rounded), what they are worth (accounting).
 
-Noise is a function of the site's secret, of the teacher and the mechanism, of what is summed, and of the image
-(client/privacy/noise): asked again, in another attempt by the same sites, it is the same. Over other sites, by other
-weights or at another temperature it is other noise; the site's record of its sums sees to it that a sample is summed
-once (client/sums).
+Noise is a function of the site's secret, of the teacher and the mechanism, of what is summed, of the image and of the
+answer (client/privacy/noise, outputs): asked again, in another attempt by the same sites, it is the same. Over other
+sites, by other weights or at another temperature it is other noise; the site's record of its sums sees to it that a
+sample is summed once (client/sums).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.privacy.noise import Secret
+from consilience.client.privacy.outputs import beside
 from consilience.client.privacy.rounded import rounded
 from consilience.client.teacher.protocol import Teacher
 from consilience.common.preprocessing import Images
@@ -53,13 +54,15 @@ def purpose(settings: SumNoise, teacher: str) -> list[object]:
     return [settings.model_dump(mode="json", exclude={"delta"}), teacher]
 
 
-def share_of_noise(settings: SumNoise, secret: Secret, terms: Terms, site: str, images: Images) -> NDArray[np.int64]:
-    """Return (n, k) int64: what `site` adds to its rows of n images in the sum of `terms`, which names its noise."""
+def share_of_noise(
+    settings: SumNoise, secret: Secret, terms: Terms, site: str, images: Images, rows: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """Return (n, k) int64: what `site` adds to `rows`, its answers to n images; `terms` name its noise."""
     ring, noise = terms.ring(), terms.noise
     assert isinstance(ring, NoisyRing)
     assert noise is not None
     own = terms.by_name[site]
-    words = secret.words([*purpose(settings, own.teacher), terms.ground], images, 2 * len(own.classes))
+    words = secret.words([*purpose(settings, own.teacher), terms.ground], beside(images, rows), 2 * len(own.classes))
     pairs = words.reshape(len(images), len(own.classes), 2)
     out = np.empty(pairs.shape[:2], np.int64)
     widths = noise.shares(site) * ring.unit

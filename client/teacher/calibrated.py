@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from consilience.client.calibration import LEAST_SAMPLES, CalibrationMap, CalibrationScores, Method, fit_calibration
+from consilience.client.kept import read_kept
 from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import digest_of, held_out
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import SettingsError, TeacherError
-from consilience.common.files import canonical_json, lock, read_json, sha256, write_json
+from consilience.common.files import canonical_json, lock, make_private, sha256, write_json
 from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
 from consilience.common.settings import Settings, SiteSettings
@@ -128,6 +128,7 @@ def fit(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord:
         )
     data = open_data(settings.data)
     digest = digest_of(data)
+    make_private(settings.state)
     with lock(_folder(settings)):
         done = _read(settings, teacher)
         if done is not None and _fits(done, settings, teacher) and done.data_digest == digest:
@@ -201,14 +202,9 @@ def _path(settings: SiteSettings) -> Path:
 def _read(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord | None:
     """Return calibration.json, or None where there is none."""
     path = _path(settings)
-    if not path.exists():
-        return None
-    try:
-        record = CalibrationRecord.model_validate(read_json(path))
-    except ValidationError as error:
-        raise TeacherError(f"{path}: is not as it must be", hint=f"Remove {path}, then {_AGAIN}") from error
-    size = len(record.map.intercept) if record.map is not None else 0
-    if size and record.teacher == teacher.fingerprint and size != len(teacher.classes):
+    record = read_kept(path, CalibrationRecord, TeacherError, _AGAIN)
+    size = len(record.map.intercept) if record is not None and record.map is not None else 0
+    if record is not None and size and record.teacher == teacher.fingerprint and size != len(teacher.classes):
         raise TeacherError(
             f"{path}: its map is for {size} classes; the teacher knows {len(teacher.classes)}",
             hint=f"Remove {path}, then {_AGAIN}",

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import nn
 
+from consilience.client.kept import read_kept
 from consilience.client.teacher.protocol import ScoringTeacher, fingerprint_of, read_model
 from consilience.client.teacher.state_dict import network_scores, read_weights
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import StudentError, TeacherError
-from consilience.common.files import canonical_json, lock, read_json, sha256, sha256_file, write_json
+from consilience.common.files import canonical_json, lock, sha256, sha256_file, write_json
 from consilience.common.nets import EpochRecord, Supervised, build, default_device, save_model, scores, train
 from consilience.common.nets.seeding import derive
 from consilience.common.settings import Preprocessing, Settings, SiteSettings, TrainTeacher
 
 HOLDOUT = "holdout"
 """Purpose of the seed that decides which samples are held out."""
+MODEL, RECORD = "model.safetensors", "teacher.json"
+"""Files in the folder of a trained teacher."""
 _RETRAIN = "Run `consilience site train`"
 _SAMPLED = 256
 """Images, spread evenly, whose bytes tell one state of the private data from another."""
@@ -50,6 +53,9 @@ class TrainedTeacher(Settings):
     """Of the labels and of some images, evenly spread."""
     model_digest: str
     """SHA-256 of model.safetensors."""
+
+
+Trained = TypeVar("Trained", bound=TrainedTeacher)
 
 
 def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None) -> TrainedTeacher:
@@ -81,12 +87,7 @@ def train_in(
     """
     data_digest = digest_of(data)
     with lock(folder):
-        done = _read(folder)
-        if (
-            done is not None
-            and (done.settings_digest, done.data_digest) == (settings_digest(teacher, seed), data_digest)
-            and _is_model(folder, done)
-        ):
+        if (done := done_in(folder, TrainedTeacher, settings_digest(teacher, seed), data_digest)) is not None:
             return done
         used = as_used(teacher.preprocessing, data.shape)
         learned, held_out = split(labels, teacher.holdout, derive(seed, HOLDOUT))
@@ -109,7 +110,7 @@ def train_in(
             )
         except StudentError as error:  # the loop's word for any network; at a site the network is a teacher
             raise TeacherError(f"{name}: {error.message}", hint=error.hint) from error
-        save_model(folder / "model.safetensors", model)
+        save_model(folder / MODEL, model)
         record = TrainedTeacher(
             classes=classes,
             architecture=teacher.architecture,
@@ -120,10 +121,10 @@ def train_in(
             learning_curve=tuple(curve),
             settings_digest=settings_digest(teacher, seed),
             data_digest=data_digest,
-            model_digest=sha256_file(folder / "model.safetensors"),
+            model_digest=sha256_file(folder / MODEL),
         )
         # Last: whoever finds teacher.json finds the model that it speaks of.
-        write_json(folder / "teacher.json", record.model_dump(mode="json"))
+        write_json(folder / RECORD, record.model_dump(mode="json"))
         return record
 
 
@@ -145,7 +146,7 @@ def teacher_of(folder: Path, record: TrainedTeacher, module: nn.Module, kind: st
 
     Raises `TeacherError` when the weights are others than the record's.
     """
-    path = folder / "model.safetensors"
+    path = folder / MODEL
     data = read_model(path)
     if sha256(data) != record.model_digest:
         raise TeacherError(f"{path}: is not the model that teacher.json speaks of", hint=_RETRAIN)
@@ -178,14 +179,7 @@ def trained_record(settings: SiteSettings) -> TrainedTeacher:
 
 def record_in(folder: Path, teacher: TrainTeacher, seed: int) -> TrainedTeacher:
     """Return teacher.json of `folder`. Raises `TeacherError` when it is not there or of other settings."""
-    record = _read(folder)
-    if record is None:
-        raise TeacherError(f"{folder}: holds no trained teacher", hint=_RETRAIN)
-    if record.settings_digest != settings_digest(teacher, seed):
-        raise TeacherError(
-            f"{folder}: the teacher there was trained from other settings or another seed", hint=_RETRAIN
-        )
-    return record
+    return trained_in(folder, TrainedTeacher, settings_digest(teacher, seed))
 
 
 def present_classes(data: ImageData) -> tuple[NDArray[np.int64], tuple[str, ...]]:
@@ -265,17 +259,24 @@ def settings_digest(teacher: TrainTeacher, seed: int) -> str:
     return sha256(canonical_json({"teacher": teacher.model_dump(mode="json"), "seed": seed}))
 
 
-def _read(folder: Path) -> TrainedTeacher | None:
-    """Return teacher.json, or None where there is none."""
-    path = folder / "teacher.json"
-    if not path.exists():
+def done_in(folder: Path, kind: type[Trained], settings: str, data: str) -> Trained | None:
+    """Return teacher.json of `folder` where it is of settings and data of these digests, and its model is there.
+
+    Raises `TeacherError` when it is not as it must be, `StorageError`.
+    """
+    record, path = read_kept(folder / RECORD, kind, TeacherError, _RETRAIN), folder / MODEL
+    if record is None or (record.settings_digest, record.data_digest) != (settings, data):
         return None
-    try:
-        return TrainedTeacher.model_validate(read_json(path))
-    except ValidationError as error:
-        raise TeacherError(f"{path}: is not as it must be", hint=f"Remove {path}, then: {_RETRAIN}") from error
+    return record if path.exists() and sha256_file(path) == record.model_digest else None
 
 
-def _is_model(folder: Path, record: TrainedTeacher) -> bool:
-    path = folder / "model.safetensors"
-    return path.exists() and sha256_file(path) == record.model_digest
+def trained_in(folder: Path, kind: type[Trained], settings: str) -> Trained:
+    """Return teacher.json of `folder`. Raises `TeacherError` when it is not there or of settings of another digest."""
+    record = read_kept(folder / RECORD, kind, TeacherError, _RETRAIN)
+    if record is None:
+        raise TeacherError(f"{folder}: holds no trained teacher", hint=_RETRAIN)
+    if record.settings_digest != settings:
+        raise TeacherError(
+            f"{folder}: the teacher there was trained from other settings or another seed", hint=_RETRAIN
+        )
+    return record

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,46 @@ def test_refusals_never_repeat_a_stranger_s_text(text: str) -> None:
         with pytest.raises(ProtocolError) as caught:
             Refusal.find(RecordDict({"refusal": bad}))
         assert "canary" not in str(caught.value)
+
+
+BOMBS = """
+import resource, sys
+from flwr.app import ConfigRecord, RecordDict
+from consilience.common.errors import ProtocolError
+from consilience.common.protocol import MOST_SPARE, MOST_TIMES, Contract, Refusal
+
+for value in ("[]", "{}", "0", "1234", '"a"'):
+    text = '{"class_set": [' + ",".join([value] * (6_000_000 // (len(value) + 1))) + "]}"
+    content = RecordDict({key: ConfigRecord({"json": text}) for key in ("record", "refusal")})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (Contract.from_content, Refusal.find):
+        try:
+            read(content)
+        except ProtocolError:
+            continue
+        sys.exit(f"{value} was taken")
+    taken = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    if taken > MOST_TIMES * len(text) + MOST_SPARE:
+        sys.exit(f"{value}: {taken:,} bytes for {len(text):,}")
+"""
+
+
+def test_a_record_of_very_many_values_does_not_fill_the_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", BOMBS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_contract_of_a_hundred_thousand_classes_is_read() -> None:
+    numbers = tuple(range(100_000))
+    contract = Contract(
+        job="job",
+        labels=tuple(f"n{k}" for k in numbers),
+        class_set=numbers,
+        pools=(DIGEST,),
+        teacher=DIGEST,
+        encoding="f16",
+    )
+    assert Contract.from_content(contract.to_content()) == contract
 
 
 lines = st.one_of(

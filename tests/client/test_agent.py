@@ -82,7 +82,12 @@ def test_it_answers_card_contract_and_questions(
         card = card_of(grid, node)
         assert card.name == "site-a"
         contract = Contract(
-            job="job", labels=card.classes, class_set=(0, 1, 2), pools=(site.pool.digest,), teacher=card.teacher
+            job="job",
+            labels=card.classes,
+            class_set=(0, 1, 2),
+            pools=(site.pool.digest,),
+            teacher=card.teacher,
+            encoding="f32",
         )
         (reply,) = ask(grid, node, "query.contract", contract.to_content())
         assert read_reply(reply.content, Agreement).pools == (site.pool.digest,)

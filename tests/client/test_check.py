@@ -69,6 +69,20 @@ def test_a_key_that_the_server_does_not_know_is_the_only_problem(site: SiteFolde
     assert [name for name, row in rows.items() if row["result"] == "problem"] == ["admission"]
 
 
+def test_a_state_folder_that_is_open_to_others_is_a_warning_and_hinders_nothing(site: SiteFolder) -> None:
+    state = site.folder / "state"
+    state.mkdir(mode=0o755)
+    site.register()
+    code, rows, _ = check(site)
+    assert code == 0
+    assert rows["state folder"]["result"] == "warning"
+    assert "0755" in rows["state folder"]["found"]
+    assert rows["state folder"]["fix"] == f"Type `chmod 700 {state}`"
+    assert rows["ledger"]["result"] == "ok"
+    state.chmod(0o700)
+    assert check(site)[1]["state folder"]["result"] == "ok"
+
+
 def damaged_ledger(site: SiteFolder) -> None:
     (site.folder / "state").mkdir()
     (site.folder / "state" / "ledger.head").write_text("x")

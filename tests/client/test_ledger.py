@@ -16,11 +16,13 @@ import pytest
 from consilience.client import ledger as module
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_restart import restart
-from consilience.client.ledger_rows import Entry, approval, chain_of, mechanism
+from consilience.client.ledger_rows import Asked, Entry, approval, chain_of, mechanism
 from consilience.common.errors import LedgerError, RunError, StorageError
 from consilience.common.files import canonical_json, lock, read_json, write_json
 from consilience.common.settings import SiteSettings
 from helpers.small_site import make_site
+
+ASKED = Asked("", "a" * 64, "log-probs", "f16", "b" * 64)
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def set_clock(patch: pytest.MonkeyPatch, text: str) -> None:
 def test_what_was_added_is_there_after_it_is_opened_again(settings: SiteSettings) -> None:
     ledger = filled(settings)
     add(ledger, answer(2, "other"), mechanism("other", "gaussian", {"sigma": 2.5, "sensitivity": 1}, 2))
-    add(ledger, approval("other", "c" * 16, given=True))
+    add(ledger, approval("other", "c" * 16, [ASKED, ASKED]))
     ledger.close()
     again = Ledger.open(settings)
     assert (again.count, again.chain, again.last) == (ledger.count, ledger.chain, ledger.last)
@@ -66,10 +68,10 @@ def test_what_was_added_is_there_after_it_is_opened_again(settings: SiteSettings
     row = again.row(5)
     assert (row.entry.kind, row.entry.subject) == ("mechanism", "gaussian")
     assert row.entry.body == {"parameters": {"sigma": 2.5, "sensitivity": 1}, "count": 2}
-    assert again.approved("other", "c" * 16)
-    assert not again.approved("other", "d" * 16)
-    add(again, approval("other", "c" * 16, given=False))
-    assert not again.approved("other", "c" * 16)
+    assert again.approved("other", "c" * 16) == {ASKED}
+    assert again.approved("other", "d" * 16) is None
+    add(again, approval("other", "c" * 16, None))
+    assert again.approved("other", "c" * 16) is None
 
 
 def test_rows_cannot_be_changed_or_removed_by_accident(settings: SiteSettings) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import stat
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,18 @@ from typer.testing import CliRunner
 from consilience.__main__ import app
 from consilience.client import app as app_module
 from consilience.client import ledger as ledger_module
+from consilience.client.explain import explain
 from consilience.client.ledger import Ledger
-from consilience.client.ledger_rows import approval
-from consilience.client.policy import RefusedError
+from consilience.client.ledger_rows import Entry, approval
+from consilience.client.policy import RefusedError, asked_by
 from consilience.client.site import Site
 from consilience.common.encoding import decode
 from consilience.common.errors import SettingsError
 from consilience.common.pool import Pool
 from consilience.common.protocol import FINAL_REFUSALS, Contract, Refusal
+from consilience.common.settings import JobSettings
 from consilience.deploy.local_grid import LocalGrid
-from helpers.small_site import CLASSES, SIZE, Fickle, about, make_pool, make_site
+from helpers.small_site import CLASSES, SIZE, Familiar, Fickle, about, make_pool, make_site
 
 
 @pytest.fixture
@@ -41,8 +46,9 @@ def refused(site: Site, pool: Pool, start: int, stop: int, **changes: Any) -> st
     return caught.value.code
 
 
-def contract(pool: Pool, job: str = "job") -> Contract:
-    return Contract(job=job, labels=CLASSES, class_set=(0, 1, 2), pools=(pool.digest,), teacher=Fickle.fingerprint)
+def contract(pool: Pool, **changes: Any) -> Contract:
+    fields = {"job": "job", "labels": CLASSES, "class_set": (0, 1, 2), "pools": (pool.digest,), "encoding": "f32"}
+    return Contract(**{**fields, "teacher": Fickle.fingerprint, **changes})  # type: ignore[arg-type]
 
 
 def set_clock(patch: pytest.MonkeyPatch, text: str) -> None:
@@ -97,7 +103,9 @@ def test_a_job_that_would_take_more_than_is_left_is_refused_before_it_begins(tmp
     assert caught.value.code == "budget-exhausted"
     assert site.teacher.batches == 0  # type: ignore[attr-defined]
     site.answer(about(site, pool, 0, 1, job="earlier", encoding="f16"))
-    assert site.agree(contract(pool)).pools == (pool.digest,)  # one of them was released before
+    with pytest.raises(RefusedError):  # in another encoding it counts by itself
+        site.agree(contract(pool))
+    assert site.agree(contract(pool, encoding="f16")).pools == (pool.digest,)
     assert site.ledger.spent.lifetime == 1
     site.close()
 
@@ -132,18 +140,56 @@ def test_a_job_is_answered_once_a_person_approved_it_under_this_policy(tmp_path:
     with pytest.raises(RefusedError):
         site.agree(contract(pool))
     person = Ledger.open(site.settings)  # another process: `site approve`
+    asked = [asked_by(about(site, pool, 0, 1))]
     with person.alone():
-        person.append(approval("other", site.settings.policy.version, given=True))
-        person.append(approval("job", "0" * 16, given=True))
+        person.append(approval("other", site.settings.policy.version, asked))
+        person.append(approval("job", "0" * 16, asked))
+        person.append(Entry("approval", "job", site.settings.policy.version, body={"given": True}))  # of a name alone
     assert refused(site, pool, 0, 1) == "not-approved"
     with person.alone():
-        person.append(approval("job", site.settings.policy.version, given=True))
+        person.append(approval("job", site.settings.policy.version, asked))
     site.agree(contract(pool))
     assert site.answer(about(site, pool, 0, 1)).data
     with person.alone():
-        person.append(approval("job", site.settings.policy.version, given=False))
+        person.append(approval("job", site.settings.policy.version, None))
     assert refused(site, pool, 0, 1) == "not-approved"
     person.close()
+    site.close()
+
+
+def test_an_approved_job_gets_what_was_approved_and_nothing_else(tmp_path: Path, pool: Pool) -> None:
+    larger = make_pool(tmp_path / "larger", SIZE + 1)
+    site = make_site(tmp_path, approval=True, coverage="f16")
+    site.settings = site.settings.model_copy(update={"pools": (pool.folder, larger.folder)})
+    with site.ledger.alone():
+        site.ledger.append(approval("job", site.settings.policy.version, [asked_by(about(site, pool, 0, 1))]))
+    site.agree(contract(pool))
+    site.answer(about(site, pool, 0, SIZE))
+    others: list[dict[str, Any]] = [
+        {"encoding": "f16"},
+        {"encoding": "votes"},
+        {"kind": "coverage", "encoding": "f16", "teacher": Familiar.fingerprint},
+        {"job": "another"},
+    ]
+    for changes in others:
+        assert refused(site, pool, 0, 1, **changes) == "not-approved"
+    assert refused(site, larger, 0, 1) == "not-approved"
+    more: list[dict[str, Any]] = [
+        {"encoding": "f16"},
+        {"pools": (pool.digest, larger.digest)},
+        {"coverage": True},
+        {"secure_sum": True},
+        {"job": "another"},
+    ]
+    for changes in more:
+        with pytest.raises(RefusedError) as caught:
+            site.agree(contract(pool, **changes))
+        assert caught.value.code == "not-approved"
+    assert site.ledger.spent.lifetime == SIZE
+    another = Fickle()
+    another.fingerprint = "d" * 64  # type: ignore[misc]
+    site.teacher = another
+    assert refused(site, pool, 0, 1, teacher=another.fingerprint) == "not-approved"
     site.close()
 
 
@@ -181,6 +227,24 @@ def test_a_damaged_ledger_is_a_code_for_the_server_and_nothing_leaves(
     assert "ledger.head is missing" in caplog.text
 
 
+def test_the_site_s_log_says_which_limit_it_was_and_the_server_is_told_no_number(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(tmp_path, limits={"per_job": 40, "lifetime": 10})
+    site.answer(about(site, pool, 0, 7, job="earlier"))
+    monkeypatch.setattr(app_module.Site, "load", classmethod(lambda cls, path: site))
+    app_module.forget_sites()
+    with LocalGrid(app_module.app, [{"site": "site.yaml"}], workers=1) as grid:
+        (node,) = grid.get_node_ids()
+        content = about(site, pool, 7, 11).to_content()
+        (reply,) = grid.send_and_receive([Message(content, dst_node_id=node, message_type="query.answer")])
+    refusal = Refusal.find(reply.content)
+    assert refusal == Refusal(code="budget-exhausted", reason="the site's limits do not allow so many samples more")
+    assert "so many samples more (lifetime: 4 more, 3 left of 10)" in caplog.text
+    assert site.ledger.spent.lifetime == 7
+    app_module.forget_sites()
+
+
 # the command line
 
 
@@ -214,20 +278,32 @@ def said(*words: object) -> str:
     return result.stdout
 
 
-def release(file: Path, pool: Pool, start: int, stop: int, job: str = "job") -> None:
-    site = Site.load(file)
-    site.answer(about(site, pool, start, stop, job=job, teacher=site.teacher.fingerprint))
-    site.close()
+def release(file: Path, pool: Pool, start: int, stop: int, job: str = "job", **changes: Any) -> None:
+    with closing(Site.load(file)) as site:
+        site.answer(about(site, pool, start, stop, job=job, teacher=site.teacher.fingerprint, **changes))
 
 
 def test_a_contract_that_says_so_counts_coverage_too(tmp_path: Path, pool: Pool) -> None:
     site = make_site(tmp_path, limits={"per_job": 2 * SIZE - 1}, coverage="f16")
     site.agree(contract(pool))
     with pytest.raises(RefusedError, match="limits do not allow"):
-        site.agree(contract(pool).model_copy(update={"coverage": True}))
-    make_site(tmp_path, limits={"per_job": 2 * SIZE}, coverage="f16").agree(
-        contract(pool).model_copy(update={"coverage": True})
-    )
+        site.agree(contract(pool, coverage=True))
+    make_site(tmp_path, limits={"per_job": 2 * SIZE}, coverage="f16").agree(contract(pool, coverage=True))
+
+
+def test_a_contract_of_secure_sums_counts_what_sums_released(tmp_path: Path, pool: Pool) -> None:
+    larger = make_pool(tmp_path / "larger", SIZE + 1)
+    site = make_site(tmp_path, limits={"per_job": SIZE})
+    site.settings = site.settings.model_copy(update={"pools": (pool.folder, larger.folder)})
+    site.answer(about(site, pool, 0, SIZE))
+    site.agree(contract(pool))
+    with pytest.raises(RefusedError, match="limits do not allow"):
+        site.agree(contract(pool, secure_sum=True))
+    sums = contract(pool, job="sums", pools=(pool.digest, larger.digest))
+    assert site.agree(sums.model_copy(update={"secure_sum": True}))  # of the first pool alone
+    with pytest.raises(RefusedError):
+        site.agree(sums)
+    site.close()
 
 
 def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: Pool) -> None:
@@ -258,14 +334,34 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
 
 
 @pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({}, ["log-probs", "coverage"]),
+        ({"privacy": {"secure_sum": True}}, ["log-probs"]),
+        ({"ask": {"coverage": False}}, ["log-probs"]),
+        ({"unify": {"method": "mf-p"}}, ["log-probs"]),
+    ],
+)
+def test_explain_counts_coverage_where_the_server_would_ask_for_it(
+    tmp_path: Path, pool: Pool, changes: dict[str, Any], kinds: list[str]
+) -> None:
+    site = make_site(tmp_path, coverage="f16")
+    job = JobSettings.model_validate({"name": "clothes", "pool": pool.folder, **changes})
+    found = explain(job, site)
+    assert [part.kind for part in found.parts] == kinds
+    assert found.new == SIZE * len(kinds)
+    site.close()
+
+
+@pytest.mark.parametrize(
     ("policy", "words"),
     [
-        ({"limits": {"per_job": 49}}, "limits do not allow"),
-        ({"approval": True}, "nobody at the site has approved"),
-        ({"sums_only": True}, "in secure sums only"),
-        ({"ends": "2020-01-01"}, "policy has ended"),
-        ({"precision": "f16"}, "does not allow this encoding"),
-        ({"pools": ["0" * 64]}, "does not allow this pool"),
+        ({"limits": {"per_job": 49}}, "limits do not allow so many samples more (job clothes: 50 more, 49 left of 49)"),
+        ({"approval": True}, "nobody at the site has approved this job yet (job clothes)"),
+        ({"sums_only": True}, "in secure sums only (policy.sums_only is true)"),
+        ({"ends": "2020-01-01"}, "policy has ended (policy.ends is 2020-01-01)"),
+        ({"precision": "f16"}, "does not allow this encoding (log-probs as f32; policy.precision is f16)"),
+        ({"pools": ["0" * 64]}, "policy.pools: 000000000000)"),
     ],
 )
 def test_explain_says_why_a_job_would_be_refused(file: Path, policy: dict[str, Any], words: str) -> None:
@@ -273,23 +369,71 @@ def test_explain_says_why_a_job_would_be_refused(file: Path, policy: dict[str, A
     job = file.with_name("job.yaml")
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}}))
     assert words in call("explain", job, file)["refusal"]
-    assert "It would be refused" in said("explain", job, file)
+    text = said("explain", job, file)
+    assert "It would be refused" in text
+    assert ("- job clothes: 49, which are 1 too few" in text) == ("limits" in policy)
+
+
+@pytest.mark.parametrize("words", [("train",), ("ledger", "show")])
+def test_state_is_its_owner_s_alone_whatever_makes_it(file: Path, pool: Pool, words: tuple[str, ...]) -> None:
+    data = file.parent / "private.npz"
+    np.savez(data, x=np.zeros((30, 2, 2, 3), np.uint8), y=np.arange(30) % 3, names=np.array(CLASSES))
+    write(file)
+    file.write_text(file.read_text() + "data: {kind: npz, path: private.npz}\n")
+    before = os.umask(0o022)
+    try:
+        call(*words, file)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((file.parent / "state").stat().st_mode) == 0o700
+
+
+def with_encoding(job: Path, encoding: str) -> Path:
+    job.write_text(yaml.safe_dump({"name": "job", "pool": "pool", "ask": {"encoding": encoding}}))
+    return job
 
 
 def test_approve_and_withdraw_are_kept_in_the_ledger(file: Path, pool: Pool) -> None:
     write(file, approval=True)
+    job = file.with_name("job.yaml")
+    with_encoding(job, "f32")
     with pytest.raises(RefusedError):
         release(file, pool, 0, 1)
-    assert call("approve", "job", file)["approved"] is True
-    assert call("approve", "job", file)["approved"] is True
+    told = call("approve", job, file)
+    assert (told["approved"], told["refusal"]) == (True, None)
+    assert [(part["pool"], part["encoding"], part["samples"]) for part in told["parts"]] == [(pool.digest, "f32", SIZE)]
+    assert call("approve", job, file)["approved"] is True
+    assert call("ledger", "show", file)["rows"] == 1
+    assert "It would be answered." in said("explain", job, file)
     release(file, pool, 0, 1)
+    with pytest.raises(RefusedError, match="something else than was approved"):
+        release(file, pool, 0, 1, encoding="f16")
+    with_encoding(job, "f16")
+    assert "something else than was approved" in call("explain", job, file)["refusal"]
+    assert "as f16, of 50 samples" in said("approve", job, file)
+    release(file, pool, 0, 1, encoding="f16")
+    assert "(job job: log-probs as f32 of pool" in call("explain", with_encoding(job, "f32"), file)["refusal"]
     assert "no longer approved" in said("approve", "job", file, "--withdraw")
-    with pytest.raises(RefusedError):
-        release(file, pool, 0, 1)
-    assert call("approve", "No Job", file, code=3)["message"].startswith("JOB is 'No Job'")
+    with pytest.raises(RefusedError, match="nobody at the site"):
+        release(file, pool, 0, 1, encoding="f16")
+    call("approve", job, file, "--withdraw")
+    assert call("ledger", "show", file)["rows"] == 5
     write(file)
-    assert "asks for no approval" in said("approve", "job", file)
-    assert call("ledger", "show", file)["rows"] == 4
+    assert "asks for no approval" in said("approve", job, file)
+
+
+def test_a_name_is_no_approval_and_a_job_that_cannot_be_is_not_approved(file: Path, pool: Pool) -> None:
+    write(file, approval=True, precision="f16")
+    error = call("approve", "clothes", file, code=3)
+    assert error["message"] == "JOB is 'clothes', a job's name, and a name does not say what would be asked for"
+    assert "job.yaml" in error["hint"]
+    job = file.with_name("job.yaml")
+    assert "job.yaml" in call("approve", job, file, code=3)["message"]
+    job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}}))
+    assert "Yet it would be refused: the site's policy does not allow this encoding (" in said("approve", job, file)
+    file.write_text(file.read_text().replace("pools:\n- pool\n", "pools: []\n"))
+    job.write_text(yaml.safe_dump({"name": "clothes", "pool": "elsewhere"}))
+    assert "no pool here" in call("approve", job, file, code=5)["message"]
 
 
 def test_the_ledger_is_shown_verified_and_exported(file: Path, pool: Pool, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -159,7 +160,7 @@ def test_priors_of_other_names_are_an_error_and_accuracy_is_told_only_if_allowed
 
 def contract(pool: Pool, **changes: Any) -> Contract:
     fields = {"job": "job", "labels": ("cat", "dog", "cow", "hen"), "class_set": (0, 1, 2), "teacher": FINGERPRINT}
-    return Contract(**{**fields, "pools": (pool.digest,), **changes})  # type: ignore[arg-type]
+    return Contract(**{**fields, "pools": (pool.digest,), "encoding": "f16", **changes})  # type: ignore[arg-type]
 
 
 def test_it_agrees_to_a_contract_about_what_it_has(site: Site, pool: Pool) -> None:
@@ -251,6 +252,20 @@ def test_unforeseen_failures_are_a_code_too(
     assert refusal is not None
     assert refusal.code == "internal"
     assert "secret" not in refusal.model_dump_json()
+
+
+def test_nobody_can_ask_for_features(ask_app: Any, site: Site, pool: Pool, teacher: Linear) -> None:
+    def asked(raw: dict[str, Any]) -> RecordDict:
+        return RecordDict({"record": ConfigRecord({"json": json.dumps(raw)})})
+
+    raw = question(site, pool, 0, 5).model_dump(mode="json")
+    assert Refusal.find(ask_app("query.answer", asked(raw))) is None
+    seen = teacher.batches[:]
+    for changes in ({"kind": "features"}, {"features": True}, {"kind": "features", "encoding": "f16"}):
+        refusal = Refusal.find(ask_app("query.answer", asked({**raw, **changes, "start": 5, "stop": 9})))
+        assert refusal is not None
+        assert refusal.code == "bad-question"
+    assert (teacher.batches, site.ledger.spent.lifetime) == (seen, 5)
 
 
 @pytest.mark.parametrize("kind", ["query.card", "query.contract", "query.answer"])

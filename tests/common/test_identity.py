@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from consilience.common.errors import IdentityError
-from consilience.common.identity import Request, key_fingerprint, load_key, make_key, words, write_secret
+from consilience.common.identity import (
+    Request,
+    key_fingerprint,
+    key_line,
+    load_key,
+    make_key,
+    read_key_line,
+    words,
+    write_secret,
+)
 
 
 def test_a_key_comes_back_and_nobody_else_may_read_it(tmp_path: Path) -> None:
@@ -40,6 +50,17 @@ def test_what_is_no_key_of_ours_is_refused(tmp_path: Path) -> None:
         load_key(tmp_path / "other")
     with pytest.raises(IdentityError, match="does not exist"):
         load_key(tmp_path / "nowhere")
+
+
+def test_a_public_key_comes_back_and_one_in_compressed_form_is_refused(tmp_path: Path) -> None:
+    key = make_key(tmp_path / "site.key").public_key()
+    line = key_line(key)
+    assert read_key_line(line) == key
+    kind, text = line.split()
+    raw = bytearray(base64.b64decode(text))
+    raw[raw.index(b"\x04", -97)] = 2  # SEC 1, 2.3.3: 04 before an uncompressed point
+    with pytest.raises(IdentityError, match="cannot be read"):
+        read_key_line(f"{kind} {base64.b64encode(raw).decode()}")
 
 
 def test_words_are_the_first_88_bits_of_the_fingerprint() -> None:

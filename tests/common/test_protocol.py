@@ -44,7 +44,7 @@ CALIBRATION |= {"nll_before": 1.5, "nll_after": 0.75}
 RECORDS: list[Record] = [
     CardRequest(job="job"),
     SiteCard(**card(class_priors=(0.25, 0.75), holdout_accuracy=0.5, calibration=CALIBRATION)),
-    Contract(job="job", labels=("cat", "dog"), class_set=(1, 0), pools=(DIGEST,), teacher=OTHER),
+    Contract(job="job", labels=("cat", "dog"), class_set=(1, 0), pools=(DIGEST,), teacher=OTHER, encoding="f16"),
     Agreement(pools=(DIGEST, OTHER)),
     question(),
     SiteCard(**card(coverage=CoverageCard(fingerprint=OTHER, encodings=("f16", "u8"), description="a forest"))),

@@ -127,13 +127,13 @@ def test_a_job_that_a_site_does_not_allow_says_so_and_goes_on_once_it_does(
     assert "not-approved, nobody at the site has approved this job yet" in result.stderr.replace("\n", " ")
     sites = sorted((tmp_path / "run" / "simulation" / "sites").glob("*/site.yaml"))
     for site in sites:
-        assert consilience("site", "approve", "small", site).exit_code == 0
+        assert consilience("site", "approve", tmp_path / "job.yaml", site).exit_code == 0
     result = consilience(*command)
     assert result.exit_code == 9
     assert "budget-exhausted, the site's limits do not allow so many samples more" in result.stderr.replace("\n", " ")
     for site in sites:
         site.write_text(site.read_text().replace("per_job: 1299", "per_job: 1300"))
-        assert consilience("site", "approve", "small", site).exit_code == 0
+        assert consilience("site", "approve", tmp_path / "job.yaml", site).exit_code == 0
     result = consilience(*command)
     assert result.exit_code == 0, result.output
     assert released(tmp_path / "run") == {"site-1": 1300, "site-2": 1300}

@@ -44,6 +44,8 @@ from helpers.sites import (
 )
 
 SIZE = 100
+TERMS: dict[str, Any] = {"job": "job", "labels": ("a", "b", "c"), "class_set": (0, 1, 2), "pools": (DIGEST,)}
+TERMS |= {"teacher": DIGEST, "encoding": "f16"}
 
 
 def about(site: str) -> About:
@@ -252,7 +254,7 @@ def test_sites_that_cannot_take_part_are_named() -> None:
     ):
         cards_of(grid)
     with grid_of(Sites({"stubborn": honest})) as grid:
-        contract = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1, 2), pools=(DIGEST,), teacher=DIGEST)
+        contract = Contract(**TERMS)
         _, reasons = agree(grid, dict.fromkeys(cards_of(grid), contract), wait=30)
     assert list(reasons) == [100]
     assert "unknown-pool" in reasons[100]
@@ -477,7 +479,7 @@ def test_a_site_that_comes_back_as_another_node_is_asked_the_rest(
 
 
 def test_a_site_that_goes_away_before_it_agreed_may_return(monkeypatch: pytest.MonkeyPatch) -> None:
-    contract = Contract(job="job", labels=("a", "b", "c"), class_set=(0, 1, 2), pools=(DIGEST,), teacher=DIGEST)
+    contract = Contract(**TERMS)
 
     class Short(ScriptedGrid):
         """Its node is listed, but gone at the first contract, and back at the second."""

@@ -39,14 +39,14 @@ def source(sigma: float, samples: int = SAMPLES) -> Callable[[str], Noise]:
 
     def of(site: str) -> Noise:
         secret = Secret(site.encode().ljust(32, b"\0"))
-        return lambda terms, low, high: share_of_noise(settings, secret, terms, site, images[low:high])
+        return lambda terms, low, high, rows: share_of_noise(settings, secret, terms, site, images[low:high], rows)
 
     return of
 
 
 def quiet(site: str) -> Noise:
     """Adds nothing, whatever the terms say."""
-    return lambda terms, low, high: np.zeros((high - low, len(terms.by_name[site].classes)), np.int64)
+    return lambda terms, low, high, rows: np.zeros((high - low, len(terms.by_name[site].classes)), np.int64)
 
 
 def noisy(folder: Path, sigma: float, noise: Callable[[str], Noise] | None = None, samples: int = SAMPLES) -> Sums:
@@ -166,7 +166,7 @@ def test_uneven_noise_and_sites_without_any(tmp_path: Path) -> None:
         assert card is not None
         settings = SumNoise(mechanism="sum-noise", sigma=card.sigma, honest=card.honest)
         secret = Secret(site.encode().ljust(32, b"\0"))
-        return lambda terms, low, high: share_of_noise(settings, secret, terms, site, images[low:high])
+        return lambda terms, low, high, rows: share_of_noise(settings, secret, terms, site, images[low:high], rows)
 
     sums = Sums(
         tmp_path, terms, draw(SETS, SAMPLES), piece=170, noise=lambda site: of(site) if site != "elk" else quiet(site)

@@ -19,12 +19,12 @@ from consilience.client.site import Site
 from consilience.common.data import from_arrays
 from consilience.common.errors import AskingError
 from consilience.common.files import read_json
-from consilience.common.identity import make_key
+from consilience.common.identity import make_key, words
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings, SumNoise
 from consilience.common.settings_file import parse_settings
-from consilience.common.sums.messages import ROWS, TERMS, UNMASK, Terms, default_threshold
+from consilience.common.sums.messages import DELIVERY, ROWS, TERMS, UNMASK, Terms, default_threshold
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server import summing
 from consilience.server.contract import RunContract
@@ -240,6 +240,46 @@ def test_a_site_gives_sums_no_finer_than_its_policy(world: World) -> None:
     answers["ant"] = answers["ant"].astype(np.float16).astype(np.float32)
     np.testing.assert_allclose(summed.sums, open_sums(world.terms, answers), atol=1e-8)
     assert np.abs(summed.sums - fine).max() > 1e-5
+
+
+def trusting(world: World, name: str, peers: dict[str, str]) -> None:
+    """Start a site anew that knows these peers."""
+    world.sites[name] = Site(world.sites[name].settings.model_copy(update={"peers": peers}), Linear(name))
+
+
+def words_of(world: World, *names: str) -> dict[str, str]:
+    return {name: words(world.terms.by_name[name].identity) for name in names}
+
+
+def test_a_site_makes_sums_with_the_peers_that_it_knows_alone(world: World) -> None:
+    trusting(world, "ant", words_of(world, "bee", "elk", "fox"))
+    asked: list[tuple[str, str]] = []
+    world.hinder = lambda site, kind: asked.append((site, kind))
+    trusting(world, "bee", words_of(world, "ant", "elk"))  # has not heard of fox
+    trusting(world, "elk", {**words_of(world, "ant", "bee"), "fox": words("0" * 64)})  # has heard of another key
+    with pytest.raises(AskingError, match=r"2 of 4 sites have sent keys") as caught:
+        world.sum()
+    for name in ("bee", "elk"):
+        assert f"{name}: The site refused: unknown-peer" in caught.value.message
+        assert world.sites[name].ledger.spent.lifetime == 0
+    assert {kind for _, kind in asked} == {TERMS}
+    for name in ("bee", "elk"):
+        trusting(world, name, words_of(world, *(other for other in CLASSES if other != name)))
+    summed, lost = world.sum()
+    assert lost == {}
+    np.testing.assert_allclose(summed.sums, open_sums(world.terms, world.answers()), atol=1e-8)
+
+
+def test_a_peer_that_is_not_known_any_more_is_noticed_before_rows_leave(world: World) -> None:
+    def forget(site: str, kind: str) -> None:
+        if kind == DELIVERY:
+            trusting(world, "bee", words_of(world, "ant", "elk"))
+
+    world.hinder = forget
+    _, lost = world.sum()
+    assert lost.keys() == {"bee"}
+    assert "unknown-peer" in lost["bee"]
+    assert world.sites["bee"].ledger.spent.lifetime == 0
 
 
 def test_a_site_without_a_key_cannot_take_part(world: World) -> None:

@@ -8,7 +8,7 @@ import pytest
 from consilience.client.privacy import answering_costs, train_private
 from consilience.client.privacy.events import NoisyOutputs
 from consilience.client.privacy.noise import Secret, load_secret
-from consilience.client.privacy.outputs import NoisyTeacher
+from consilience.client.privacy.outputs import NoisyTeacher, beside
 from consilience.client.teacher import calibrate_teacher, describe_teacher, load_teacher
 from consilience.common.settings import OutputNoise
 from consilience.common.simplex import as_answer, project
@@ -23,11 +23,11 @@ class Fixed:
 
     classes = ("a", "b", "c")
 
-    def __init__(self, fingerprint: str = "f" * 64) -> None:
-        self.fingerprint = fingerprint
+    def __init__(self, fingerprint: str = "f" * 64, row: tuple[float, ...] = (0.5, 0.3, 0.2)) -> None:
+        self.fingerprint, self.row = fingerprint, row
 
     def log_probs(self, images: np.ndarray) -> np.ndarray:
-        return np.tile(np.log([0.5, 0.3, 0.2]).astype(np.float32), (len(images), 1))
+        return np.tile(np.log(self.row).astype(np.float32), (len(images), 1))
 
 
 def pictures(count: int) -> np.ndarray:
@@ -78,6 +78,16 @@ def test_another_site_model_or_scale_has_independent_noise_and_another_fingerpri
     assert noisy(LOUD.model_copy(update={"delta": 1e-7})).fingerprint == one.fingerprint
 
 
+def test_a_model_that_changes_behind_its_fingerprint_has_other_noise() -> None:
+    images, row = pictures(3000), (0.5 + 1e-6, 0.3, 0.2 - 1e-6)
+    before = noisy(QUIET)
+    after = NoisyTeacher(Fixed(row=row), QUIET, before.secret)
+    assert after.fingerprint == before.fingerprint
+    told = np.exp(after.log_probs(images)) - np.exp(before.log_probs(images))
+    # the difference of two answers is as noisy as two answers are
+    np.testing.assert_allclose(told.std(axis=0), 0.99 * 0.01 * np.sqrt(2 * 2 / 3), rtol=0.06)
+
+
 def test_a_site_answers_behind_the_noise_after_its_calibration(make: Make) -> None:
     bare = make({"mechanism": "none"}, calibration="temperature", teacher={"holdout": 0.3}, fit={"epochs": 3})
     train_private(bare)
@@ -95,7 +105,7 @@ def test_a_site_answers_behind_the_noise_after_its_calibration(make: Make) -> No
     assert teacher.told == f"{plain.told}, before noise"
     assert len({teacher.fingerprint, plain.fingerprint, plain.teacher.fingerprint}) == 3
     purpose = [{"mechanism": "output-noise", "sigma": 0.05}, plain.fingerprint]
-    noise = 0.05 * load_secret(settings).normal(purpose, images, 3)
+    noise = 0.05 * load_secret(settings).normal(purpose, beside(images, plain.log_probs(images)), 3)
     probs = np.exp(plain.log_probs(images).astype(np.float64)) + noise
     np.testing.assert_allclose(teacher.log_probs(images), as_answer(project(probs)), atol=1e-3)
     assert np.abs(teacher.log_probs(images) - plain.log_probs(images)).max() > 0.05

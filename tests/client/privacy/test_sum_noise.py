@@ -39,8 +39,11 @@ def pictures(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 4, 4, 1), np.uint8)
 
 
-def draw(count: int = 2000, of: Terms | None = None, site: str = "ant", secret: Secret = SECRET) -> np.ndarray:
-    return share_of_noise(OWN, secret, of or terms(), site, pictures(count))
+def draw(
+    count: int = 2000, of: Terms | None = None, site: str = "ant", secret: Secret = SECRET, shift: float = 0
+) -> np.ndarray:
+    rows = np.zeros((count, len(SETS[site])), np.float32) + shift
+    return share_of_noise(OWN, secret, of or terms(), site, pictures(count), rows)
 
 
 def test_each_class_gets_the_share_that_its_owners_leave() -> None:
@@ -63,14 +66,15 @@ def test_asked_again_it_is_the_same_also_in_another_attempt_and_piece() -> None:
 
 
 def test_for_anything_else_it_is_other_noise() -> None:
-    first = draw()
+    first, zeros = draw(), np.zeros((2000, 3), np.float32)
     others = [
+        draw(shift=1e-6),  # the model has changed behind its fingerprint
         draw(of=terms(temperature=2.0)),
         draw(of=terms(weights={"bee": 1.5})),
         draw(of=terms(pool="b" * 64)),
         draw(of=make_terms({**SETS, "elk": [0]}, 9, noise=dict.fromkeys(SETS, CARD), threshold=5)),
         draw(secret=Secret(b"x" * 32)),
-        share_of_noise(OWN.model_copy(update={"sigma": 3.1}), SECRET, terms(), "ant", pictures(2000)),
+        share_of_noise(OWN.model_copy(update={"sigma": 3.1}), SECRET, terms(), "ant", pictures(2000), zeros),
     ]
     for other in others:
         assert abs(np.corrcoef(first[:, 2], other[:, 2])[0, 1]) < 0.1

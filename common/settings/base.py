@@ -1,0 +1,68 @@
+"""What settings of both sides are made of: names, encodings, and the model that refuses unknown fields.
+
+Does not live here: any field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+"""Lower-case letters, digits and hyphens: also a folder name and a DNS label."""
+
+ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\P{C}*$")]
+"""Printable: a name of a stranger's is shown on terminals and pages."""
+
+ENCODINGS = ("f32", "f16", "u8", "votes")
+"""Encodings of log-probabilities that a fixed name has, finest first."""
+_TOP = re.compile("top-([1-9][0-9]{0,5})")
+
+
+def largest_sent(encoding: str) -> int | None:
+    """Return the K of `top-K`, how many classes of a row are sent; None for every other encoding."""
+    found = _TOP.fullmatch(encoding)
+    return int(found[1]) if found else None
+
+
+def _encoding(value: str) -> str:
+    if value not in ENCODINGS and largest_sent(value) is None:
+        raise PydanticCustomError("encoding", "Input should be f32, f16, u8, top-K (for example top-3) or votes")
+    return value
+
+
+Encoding = Annotated[str, AfterValidator(_encoding)]
+"""Encodings of log-probabilities (docs/encodings.md), finest first: `f32`, `f16`, `u8`, `top-K` for a K of 1 or more,
+`votes`."""
+CoverageEncoding = Literal["f16", "u8"]
+"""Encodings of coverage, finest first."""
+CoverageFamily = Literal["network", "features", "outputs"]
+
+
+def allowed_by(encodings: Iterable[Encoding], asked: Encoding) -> bool:
+    """Whether a site that allows `encodings` allows `asked`: f32, f16 and `top-K` allow `top-J` for every J, or J <= K.
+
+    A `top-J` can be computed from each of these, so it tells nothing more.
+    """
+    wanted = largest_sent(asked)
+    if wanted is None:
+        return asked in encodings
+    return any(held in ("f32", "f16") or (largest_sent(held) or 0) >= wanted for held in encodings)
+
+
+def encoding_names(encodings: Iterable[Encoding]) -> list[str]:
+    """Return for people what `encodings` allow: the names, with `top-K` where every K is allowed."""
+    found = list(encodings)
+    place = found.index("votes") if "votes" in found else len(found)
+    return [*found[:place], *["top-K"] * (not {"f32", "f16"}.isdisjoint(found)), *found[place:]]
+
+
+class Settings(BaseModel):
+    """A part of a settings file: unknown fields are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

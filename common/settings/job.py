@@ -1,0 +1,260 @@
+"""job.yaml: one job's settings, and those of a simulation's sites.
+
+Does not live here: what sites have and allow (site).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from consilience.common.settings.base import Encoding, Name, Settings, allowed_by, encoding_names
+from consilience.common.settings.data import DataSource, Preprocessing
+from consilience.common.settings.policy import Policy
+from consilience.common.settings.privacy import NoPrivacy, Privacy, refuse_what_passes_by
+from consilience.common.settings.teacher import Coverage, Fit, TrainTeacher
+
+Method = Literal["sd", "ce", "mf-p", "mf-lv", "mf-lf"]
+Across = Literal["centred", "equal", "proportional"]
+
+
+class Labels(Settings):
+    """How sites' class names become one label space."""
+
+    synonyms: dict[str, tuple[str, ...]] = Field(default={})
+    """Canonical name -> other names of the same class."""
+    classes: tuple[str, ...] | None = None
+    """Order of the label space; by default the order in which sites, sorted by name, bring their classes."""
+
+
+class Ask(Settings):
+    """How the pool is asked about."""
+
+    encoding: Encoding = "f16"
+    """How sites' log-probabilities come: `f32`, `f16`, `u8`, `top-K` such as `top-3`, or `votes`; every site's policy
+    must allow it. [Encodings](encodings.md) says what each costs and loses."""
+    coverage: bool = True
+    """Ask the sites that offer coverage for it, each in the finest encoding that it allows. Only the methods `sd` and
+    `ce` make use of coverage, `sd` where every site that answered a sample gave it: with another `unify.method` no
+    site is asked."""
+    question_size: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Pool samples a question speaks of; by default tuned for each site, to about two seconds of its teacher's work."""
+    in_flight: int = Field(default=4, ge=1, le=64)
+    """Questions on their way to one site at a time."""
+    retries: int = Field(default=2, ge=0, le=100)
+    """How often a failed question is sent again. A site that is away uses none of them up."""
+    wait_for: int | None = Field(default=None, ge=1)
+    """How many sites must be there before the job begins; by default it begins with whoever is there, at least one and
+    at least `min_sites`."""
+    wait: float = Field(default=3600.0, ge=0)
+    """Seconds the job waits for sites that are not there yet, and, without a deadline, for one that has gone silent."""
+    deadline: float | None = Field(default=None, gt=0)
+    """Seconds after asking began at which it ends, with whatever was answered; by default it ends when all is asked.
+    It runs on while the server is down; a run that is submitted again has all of it again."""
+    min_sites: int | None = Field(default=None, ge=1)
+    """With fewer sites that answered every question the job stops; by default it needs them all. With this or
+    `wait_for`, a site that cannot present itself, does not fit the job or does not agree to the contract is left out
+    as long as enough others remain; with neither it stops the job."""
+
+
+PATIENCE_FIELDS = frozenset({"wait_for", "wait", "deadline", "min_sites", "retries", "in_flight", "question_size"})
+"""Fields of `ask` that say how many sites are enough and how long they have: a run may go on under others."""
+
+
+COVERAGE_METHODS: tuple[Method, ...] = ("sd", "ce")
+"""Methods of unification that make use of coverage."""
+
+
+class Unify(Settings):
+    """How answers become soft labels."""
+
+    method: Method = "ce"
+    across: Across = "centred"
+    weights: dict[Name, Annotated[float, Field(gt=0)]] = Field(default={})
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    prior_correction: bool = False
+    """Correct answers for the class priors of the sites whose policy tells them, towards a uniform prior."""
+    strength: float = Field(default=0.1, gt=0, le=1)
+    """How much coverage counts beside answers, for method `ce`: with 1 a site's answer is weighed by its coverage, near
+    0 coverage decides only what the answers leave open (docs/unify.md)."""
+    strengths: dict[Name, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
+    """Site -> how much its coverage counts, for the sites where that is not `strength`."""
+    other: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Prior weight of "outside the whole label space", where sites give coverage; 0: every sample is of some class.
+    For method `ce` only.
+    With more, `labels/other.npy` says how likely a sample is outside, and soft labels count by the rest."""
+
+    def strength_of(self, site: str) -> float:
+        """How much a site's coverage counts."""
+        return self.strengths.get(site, self.strength)
+
+    @property
+    def takes_coverage(self) -> bool:
+        """Whether the method makes use of coverage."""
+        return self.method in COVERAGE_METHODS
+
+    @model_validator(mode="after")
+    def _other_needs_coverage(self) -> Unify:
+        if self.other and self.method != "ce":
+            raise ValueError(
+                f"other is {self.other:g}, which method {self.method!r} does not know; set it to 0, or method to ce"
+            )
+        return self
+
+
+class Student(Settings):
+    """The classifier the server trains."""
+
+    architecture: str = "resnet8"
+    learning: Literal["soft-labels", "direct-ce", "direct-mf-lf"] = "soft-labels"
+    preprocessing: Preprocessing = Preprocessing()
+    fit: Fit = Fit()
+
+
+class Judge(Settings):
+    """What the student is judged by. Nothing here is seen by training or by any choice."""
+
+    test: DataSource | None = None
+    """Labelled images nobody trained on; without them the report says nothing about accuracy."""
+    test_pool: Path | None = None
+    """The same images as a pool that sites hold too, in the same order: with it the baselines are judged."""
+    pool_labels: Path | None = None
+    """.npy of the pool's true labels, numbered by the test data's class names: for the oracle alone."""
+
+
+class ClassLists(Settings):
+    """Each site gets the listed classes; classes are names of the data set or their indices."""
+
+    kind: Literal["class-lists"] = "class-lists"
+    classes: tuple[tuple[str | int, ...], ...] = Field(min_length=1)
+
+
+class RandomClasses(Settings):
+    """Each site gets random classes, the same number each; `overlap` is the mean number of owners of a class."""
+
+    kind: Literal["random-classes"]
+    sites: int = Field(ge=1)
+    overlap: float = Field(default=1.5, ge=1)
+
+
+class DirichletPartition(Settings):
+    """Each class is shared out by Dirichlet(alpha); a class with fewer than `min_images` at a site is dropped."""
+
+    kind: Literal["dirichlet"]
+    sites: int = Field(ge=1)
+    alpha: float = Field(default=0.5, gt=0)
+    min_images: int = Field(default=5, ge=1)
+
+
+PartitionSettings = Annotated[ClassLists | RandomClasses | DirichletPartition, Field(discriminator="kind")]
+
+
+class Simulation(Settings):
+    """Sites that exist only on this machine: one labelled set, shared out."""
+
+    data: DataSource
+    test: DataSource
+    pool_share: float = Field(default=0.4, gt=0, lt=1)
+    """Share of `data` that becomes the pool, unlabelled; the rest is shared out among the sites."""
+    partition: PartitionSettings
+    quantity_skew: float = Field(default=0.0, ge=0, le=5)
+    """0: sites share a class evenly; larger: log-normal spread of the sites' sizes with this sigma."""
+    teachers: tuple[TrainTeacher, ...] = Field(min_length=1)
+    """One a site, in order, repeated when there are more sites."""
+    coverage: Coverage = Coverage()
+    """How every site learns its coverage, where `policy.coverage` lets it out."""
+    policy: Policy = Policy()
+    privacy: Privacy = NoPrivacy()
+    """The mechanism behind which every site's teacher answers."""
+    calibration: Literal["temperature", "dirichlet", "off"] = "temperature"
+    """As at a site; `pate` and `dp-sgd` need `off`."""
+
+    @model_validator(mode="after")
+    def _nothing_passes_by_the_mechanism(self) -> Simulation:
+        refuse_what_passes_by(self.privacy, self.policy, self.calibration, self.teachers)
+        return self
+
+
+class JobPrivacy(Settings):
+    """What of the sites' answers the server may see."""
+
+    secure_sum: bool = False
+    """Whether the server learns only sums of answers over sites (docs/secure_sums.md). For `unify.method: ce`, without
+    coverage, and for `student.learning: soft-labels`. Baselines, which need single answers, are left out. Sites may be
+    lost in the middle down to `ask.min_sites`, but not below two thirds."""
+
+
+class JobSettings(Settings):
+    """job.yaml: what to do."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    pool: Path | None = None
+    """Folder of the pool (`consilience pool build`). A simulation makes its own."""
+    labels: Labels = Labels()
+    ask: Ask = Ask()
+    unify: Unify = Unify()
+    student: Student = Student()
+    judge: Judge = Judge()
+    privacy: JobPrivacy = JobPrivacy()
+    simulation: Simulation | None = None
+
+    @property
+    def asks_coverage(self) -> bool:
+        """Whether sites that offer coverage are asked for it."""
+        return self.ask.coverage and self.unify.takes_coverage and not self.privacy.secure_sum
+
+    def same_job(self, other: JobSettings) -> bool:
+        """Whether a run of this job may go on as one of the other: nothing but `PATIENCE_FIELDS` differs."""
+        return self.identity() == other.identity()
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this job another than others, as JSON values."""
+        return self.model_dump(mode="json", exclude={"ask": set(PATIENCE_FIELDS)})
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> JobSettings:
+        if self.unify.prior_correction and self.student.learning != "soft-labels":
+            raise ValueError(
+                f"unify.prior_correction corrects soft labels; student.learning is {self.student.learning!r}, "
+                "which learns from the answers as they are"
+            )
+        if self.unify.other and self.student.learning != "soft-labels":
+            raise ValueError(
+                f"unify.other is {self.unify.other:g}, which student.learning {self.student.learning!r} cannot follow; "
+                "set it to 0, or student.learning to soft-labels"
+            )
+        if self.privacy.secure_sum:
+            weights = [1.0, *self.unify.weights.values()]
+            if max(weights) > 2 * min(weights):
+                raise ValueError(
+                    f"unify.weights lie between {min(weights):g} and {max(weights):g}; with privacy.secure_sum the "
+                    "largest may be twice the smallest (1 where none is given), or the sum tells that site's answers"
+                )
+            if self.unify.temperature < 1:
+                raise ValueError(
+                    f"unify.temperature is {self.unify.temperature:g}; with privacy.secure_sum it must be at least 1, "
+                    "or sums would tell which class each site holds for the likeliest"
+                )
+            for field, value, allowed in (
+                ("unify.method", self.unify.method, "ce"),
+                ("unify.prior_correction", self.unify.prior_correction, False),
+                ("unify.other", self.unify.other, 0.0),
+                ("student.learning", self.student.learning, "soft-labels"),
+            ):
+                if value != allowed:
+                    raise ValueError(
+                        f"{field} is {value!r}, which needs single answers; with privacy.secure_sum it must be "
+                        f"{allowed!r}"
+                    )
+        if self.simulation is not None:
+            if not allowed_by(self.simulation.policy.encodings, self.ask.encoding):
+                raise ValueError(
+                    f"ask.encoding is {self.ask.encoding!r}; simulation.policy allows: "
+                    f"{', '.join(encoding_names(self.simulation.policy.encodings))}"
+                )
+            if self.simulation.data == self.simulation.test:
+                raise ValueError("simulation.data and simulation.test are the same images; name another split")
+        return self

@@ -1,0 +1,102 @@
+"""What a site allows to leave, and how much of it.
+
+Does not live here: holding a question against it (client/policy).
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from consilience.common.files import canonical_json, sha256
+from consilience.common.settings.base import ENCODINGS, CoverageEncoding, Encoding, Settings
+
+
+class Limits(Settings):
+    """Most samples that may be released. A sample counts once for each kind and encoding in which it leaves, under each
+    teacher and policy; asked again, it leaves again as the same bytes, at no cost. `null`: no limit."""
+
+    per_job: int | None = Field(default=100_000, ge=0, le=2**53)
+    per_month: int | None = Field(default=200_000, ge=0, le=2**53)
+    """In a calendar month of UTC, over all jobs."""
+    lifetime: int | None = Field(default=1_000_000, ge=0, le=2**53)
+    """Since the ledger began, over all jobs, teachers and policies."""
+    epsilon_per_job: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Most privacy loss, at the delta that the mechanism names; needs a `privacy.mechanism`."""
+    epsilon_per_month: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    epsilon_lifetime: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+EPSILON_LIMITS = {"epsilon_per_job", "epsilon_per_month", "epsilon_lifetime"}
+
+
+class Policy(Settings):
+    """What the site allows to leave. Nothing the server sends can widen it.
+
+    Another policy is another version: what left under an earlier one counts anew if it is asked again.
+    """
+
+    precision: Encoding = "f32"
+    """The finest encoding of log-probabilities that may leave: `f32`, `f16`, `u8` (a byte a class), `top-K`, for
+    example `top-3` (the three largest and the sum of the others), or `votes` (the largest class alone). Whatever can be
+    computed from it may leave too: see [encodings](encodings.md)."""
+    coverage: Literal["off", "u8", "f16"] = "off"
+    """The finest encoding of coverage that may leave: of the site's estimate, one number a pool sample, of how likely
+    the sample is of one of its classes. `u8` tells it to 1/256; `off`: it does not leave."""
+    class_priors: bool = False
+    """Whether the shares of the classes in the private data may be told."""
+    holdout_accuracy: bool = False
+    """Whether the teacher's accuracy on private images kept out of its training may be told, and how well it is
+    calibrated there."""
+    pools: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """Digests of the pools that may be asked about (`consilience pool show` tells a pool's); by default those whose
+    folders `pools` in site.yaml names."""
+    temperature: float = Field(default=1.0, ge=1, le=100)
+    """Answers leave softened by it: log-probabilities are divided by it and normalised. With 1 they leave as they
+    are; with more, large differences between classes are told less."""
+    decimals: int | None = Field(default=None, ge=1, le=8)
+    """Probabilities are rounded to so many decimals before they leave; by default they are not. Those that come out as
+    0 share half a unit of the last decimal."""
+    cap: float = Field(default=1.0, ge=0.5, le=1)
+    """Largest probability that may leave; what is above is shared out among the other classes in proportion."""
+    floor: float = Field(default=0.0, ge=0, lt=0.5)
+    """Least probability that may leave; every class gets it, and the rest is shared out as before. It must be less than
+    one over the number of the teacher's classes."""
+    limits: Limits = Limits()
+    """How many samples may leave in all. The defaults are enough for a pool of 100,000 images a job, and too little to
+    copy the teacher over many: raise them when you know that you want more."""
+    sums_only: bool = False
+    """Whether answers leave only in secure sums over several sites (docs/secure_sums.md), and none openly."""
+    sum_owners: int = Field(default=1, ge=1, le=255)
+    """How many sites, this one among them, must know each of its classes, and still do if as many are lost as may be,
+    for its answers to be summed. With 1 they are summed also for a class that it alone knows, where the sum is its
+    answer."""
+    approval: bool = False
+    """Whether each job must be approved by a person at the site first (`consilience site approve`)."""
+    ends: datetime.date | None = None
+    """Last day (UTC) on which answers leave; by default there is none."""
+
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        """Encodings the server may ask for, finest first; `allowed_by` says which of `top-K` these allow."""
+        if self.precision in ENCODINGS:
+            return ENCODINGS[ENCODINGS.index(self.precision) :]
+        return (self.precision, "votes")
+
+    @field_validator("coverage", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare off as false
+
+    @property
+    def coverage_encodings(self) -> tuple[CoverageEncoding, ...]:
+        """Encodings of coverage the server may ask for, finest first."""
+        allowed: dict[str, tuple[CoverageEncoding, ...]] = {"off": (), "u8": ("u8",), "f16": ("f16", "u8")}
+        return allowed[self.coverage]
+
+    @property
+    def version(self) -> str:
+        """A digest of the policy: another policy is another version."""
+        return sha256(canonical_json(self.model_dump(mode="json")))[:16]

@@ -1,0 +1,346 @@
+"""What faces the network, as functions of bytes: each decodes a stranger's bytes, which must be taken or refused.
+
+Lives here: the targets, their first inputs, and what no input may do. Does not live here: how inputs are found
+(benchmarks/fuzz_decoders.py) and the ones that are kept (tests/attacks/corpus). A target returns whether the bytes
+were taken and raises only where a decoder is wrong: an exception that is no refusal of ours, or a value that is not
+what it must be.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.x509.oid import NameOID
+from flwr.app import ConfigRecord, RecordDict
+
+from consilience.client.bundle import APP, bundle_problem
+from consilience.common.encoding import check, decode, encode, row_bytes
+from consilience.common.encoding.coverage import decode_coverage, encode_coverage
+from consilience.common.errors import ConsilienceError, ProtocolError
+from consilience.common.identity import Kit, PrivateKey, Request, key_fingerprint
+from consilience.common.pool import Pool
+from consilience.common.protocol import (
+    Agreement,
+    Answer,
+    CardRequest,
+    Contract,
+    Question,
+    Record,
+    Refusal,
+    SiteCard,
+    SumNoiseCard,
+    read_reply,
+)
+from consilience.common.sums.masks import public_hex
+from consilience.common.sums.messages import (
+    Advert,
+    Delivered,
+    Delivery,
+    MaskedRows,
+    Member,
+    Opened,
+    OpenedShare,
+    Roster,
+    RowsQuestion,
+    Sealed,
+    SealedShares,
+    Terms,
+    Unmask,
+)
+from consilience.common.sums.shares import seal, unseal
+
+DIGEST, POLICY = "a" * 64, "c" * 16
+MOST_TIMES, MOST_SPARE = 4, 8 * 2**20
+CLASSES = (1, 2, 5, 41, 256, 257, 70_000)
+MOST_DECODED = 200_000
+CORPUS = Path(__file__).parents[1] / "attacks" / "corpus"
+
+_TEXT_END = b"\0"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A decoder under attack. `seeds` are inputs that it takes."""
+
+    run: Callable[[bytes], bool]
+    seeds: tuple[bytes, ...]
+
+
+class DecoderError(Exception):
+    """A decoder did what no decoder may do."""
+
+
+def measured(target: Target, data: bytes) -> tuple[bool, int]:
+    """Run a target; return whether the bytes were taken and the peak of memory beyond 4 times them.
+
+    Raises whatever the target raises, and `DecoderError` where it takes more memory than that and 8 MiB. tracemalloc
+    must be on.
+    """
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    taken = target.run(data)
+    spare = tracemalloc.get_traced_memory()[1] - before - MOST_TIMES * len(data)
+    if spare > MOST_SPARE:
+        raise DecoderError(f"{spare:,} bytes more than {MOST_TIMES} times the {len(data):,} that arrived")
+    return taken, spare
+
+
+def kept(name: str) -> list[bytes]:
+    """Return the inputs that are kept for a target."""
+    path = CORPUS / f"{name}.txt"
+    return [base64.b64decode(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def keep(name: str, inputs: list[bytes]) -> None:
+    """Keep inputs for a target, one line each, in place of those before."""
+    CORPUS.mkdir(parents=True, exist_ok=True)
+    lines = sorted({base64.b64encode(data).decode() for data in inputs if data}, key=lambda line: (len(line), line))
+    (CORPUS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+def _rows(encoding: Any) -> Target:
+    """Encoded rows: the first byte says over how many classes."""
+
+    def run(data: bytes) -> bool:
+        classes = CLASSES[data[0] % len(CLASSES)] if data else 1
+        body = data[1:]
+        rows = len(body) // row_bytes(classes, encoding)
+        try:
+            check(body, rows, classes, encoding)
+        except ProtocolError:
+            return False
+        few = min(rows, MOST_DECODED // classes)  # the server too unpacks rows in blocks, not all at once
+        found = decode(body[: few * row_bytes(classes, encoding)], few, classes, encoding)
+        sums = np.exp(found.astype(np.float64)).sum(axis=1)
+        if found.shape != (few, classes) or not np.all(np.isfinite(found)) or not np.all(np.abs(sums - 1) <= 0.0101):
+            raise DecoderError("what was taken is no distribution")
+        return True
+
+    def seeds() -> Iterator[bytes]:
+        random = np.random.default_rng(0)
+        for place, classes in enumerate(CLASSES[:-1]):
+            logits = random.normal(0, 3, (2, classes))
+            rows = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
+            yield bytes([place]) + encode(rows, encoding)
+
+    return Target(run, tuple(seeds()))
+
+
+def _coverage(encoding: Any) -> Target:
+    def run(data: bytes) -> bool:
+        rows = len(data) // (1 if encoding == "u8" else 2)
+        try:
+            found = decode_coverage(data, rows, encoding)
+        except ProtocolError:
+            return False
+        if found.shape != (rows,) or not np.all((found >= 0) & (found <= 1)):
+            raise DecoderError("what was taken is no coverage")
+        return True
+
+    return Target(run, (encode_coverage(np.linspace(0, 1, 9), encoding), b""))
+
+
+def _key(number: int) -> PrivateKey:
+    return ec.derive_private_key(number + 2, ec.SECP384R1())
+
+
+def _terms() -> Terms:
+    members = tuple(
+        Member(
+            site=f"site-{k}",
+            classes=(k, k + 1),
+            teacher=DIGEST,
+            policy=POLICY,
+            identity=key_fingerprint(_key(k).public_key()),
+            noise=SumNoiseCard(sigma=2.0, honest=2) if k else None,
+        )
+        for k in range(3)
+    )
+    return Terms(
+        job="job",
+        contract=DIGEST,
+        pool=DIGEST,
+        start=0,
+        stop=4,
+        labels=("cat", "dog", "hen", "owl"),
+        synonyms=(("cat", "feline"),),
+        threshold=2,
+        members=members,
+    )
+
+
+TERMS = _terms()
+_SEALS = [X25519PrivateKey.from_private_bytes(bytes([k + 1]) * 32) for k in range(3)]
+ROSTER = Roster(
+    terms=TERMS.digest,
+    adverts=tuple(
+        Advert.make(_key(k), TERMS, f"site-{k}", public_hex(X25519PrivateKey.from_private_bytes(bytes([k + 9]) * 32)),
+                    public_hex(_SEALS[k]), DIGEST)
+        for k in range(3)
+    ),
+)  # fmt: skip
+QUESTION = Question(job="job", pool=DIGEST, start=0, stop=2, encoding="f32", teacher=DIGEST, policy=POLICY)
+ROWS_QUESTION = RowsQuestion(terms=TERMS.digest, start=0, stop=2)
+_BOX = seal(_SEALS[0], public_hex(_SEALS[1]), ROSTER.digest, "site-0", "site-1", (b"s" * 16, b"t" * 16))
+_SEALED = tuple(Sealed(sender="site-0", holder=f"site-{k}", data=_BOX) for k in (1, 2))
+_DELIVERED = Delivered.make(_key(0), ROSTER, "site-0", ("site-0", "site-1", "site-2"))
+
+
+def _content(key: str, text: bytes, data: bytes | None, seconds: float = 0.1) -> RecordDict:
+    held: dict[str, Any] = {"json": text.decode("utf-8", "replace"), "seconds": seconds}
+    return RecordDict({key: ConfigRecord(held if data is None else {**held, "data": data})})
+
+
+def _records(*readers: tuple[Callable[[bytes, bytes | None], object], bytes]) -> Target:
+    """Records: the first byte says which, the rest is its JSON text and, after a zero byte, its data."""
+
+    def run(data: bytes) -> bool:
+        if not data:
+            return False
+        text, end, rest = data[1:].partition(_TEXT_END)
+        try:
+            readers[data[0] % len(readers)][0](text, rest if end else None)
+        except ProtocolError:
+            return False
+        return True
+
+    return Target(run, tuple(bytes([place]) + seed for place, (_, seed) in enumerate(readers)))
+
+
+def _plain(example: Record) -> tuple[Callable[[bytes, bytes | None], object], bytes]:
+    kind = type(example)
+    return lambda text, data: read_reply(_content("record", text, data), kind), example.model_dump_json().encode()
+
+
+def _checked(example: Any, check_it: Callable[[Any], object]) -> tuple[Callable[[bytes, bytes | None], object], bytes]:
+    read, seed = _plain(example)
+    return lambda text, data: check_it(read(text, data)), seed
+
+
+def _refusal(text: bytes, data: bytes | None) -> object:
+    return Refusal.find(_content("refusal", text, data))
+
+
+def _answer(text: bytes, data: bytes | None) -> object:
+    answer = Answer.from_content(_content("record", text, data), QUESTION)
+    return decode(answer.data, len(QUESTION), 3, "f32")
+
+
+def _masked(text: bytes, data: bytes | None) -> object:
+    return MaskedRows.from_content(_content("record", text, data), ROWS_QUESTION).rows(2)
+
+
+_ROWS = encode(np.log(np.full((2, 3), 1 / 3, np.float32)), "f32")
+CARD = SiteCard(name="site-0", classes=("a", "b"), encodings=("f16", "u8"), teacher=DIGEST, description="cnn3",
+                policy=POLICY, class_priors=(0.25, 0.75), identity=DIGEST)  # fmt: skip
+CONTRACT = Contract(
+    job="job", labels=("a", "b", "c"), class_set=(0, 1), pools=(DIGEST,), teacher=DIGEST, encoding="f16"
+)
+
+FROM_SITES = _records(
+    _plain(CARD),
+    _plain(Agreement(pools=(DIGEST,), samples=3, seconds=0.1)),
+    (_refusal, Refusal(code="internal", reason="why").model_dump_json().encode()),
+    (_answer, QUESTION.model_dump_json().encode() + _TEXT_END + _ROWS),
+)
+TO_SITES = _records(_plain(CardRequest(job="job")), _plain(CONTRACT), _plain(QUESTION))
+SUMS_FROM_SITES = _records(
+    _checked(ROSTER.adverts[0], lambda advert: advert.check(TERMS)),
+    _checked(SealedShares(roster=ROSTER.digest, site="site-0", shares=_SEALED), lambda s: s.check(ROSTER, "site-0")),
+    _checked(_DELIVERED, lambda delivered: delivered.check(ROSTER)),
+    (_masked, ROWS_QUESTION.model_dump_json().encode() + _TEXT_END + bytes(16)),
+    _plain(Opened(terms=TERMS.digest, site="site-0", shares=(OpenedShare(of="site-1", kind="self", share="ab" * 16),))),
+)
+SUMS_TO_SITES = _records(
+    _plain(TERMS),
+    _checked(ROSTER, lambda roster: roster.check(TERMS)),
+    _plain(Delivery(terms=TERMS.digest, roster=ROSTER.digest, site="site-0", shares=_SEALED)),
+    _plain(ROWS_QUESTION),
+    _plain(Unmask(terms=TERMS.digest, survivors=("site-0",), signatures=(_DELIVERED.signature,))),
+)
+
+
+def _unseal(data: bytes) -> bool:
+    """A sealed share: a public key in hexadecimal, a zero byte, the share in hexadecimal."""
+    theirs, _, box = data.partition(_TEXT_END)
+    try:
+        unseal(_SEALS[1], theirs.decode("utf-8", "replace"), ROSTER.digest, "site-0", "site-1",
+               box.decode("utf-8", "replace"))  # fmt: skip
+    except ProtocolError:
+        return False
+    return True
+
+
+def _file(read: Callable[[Path], object], name: str) -> Callable[[bytes], bool]:
+    folder = Path(tempfile.mkdtemp(prefix="consilience-fuzz-"))
+    (folder / "shard-00000.bin").write_bytes(bytes(4))
+
+    def run(data: bytes) -> bool:
+        (folder / name).write_bytes(data)
+        try:
+            read(folder / name)
+        except ConsilienceError:
+            return False
+        return True
+
+    return run
+
+
+def _bundle(data: bytes) -> bool:
+    return bundle_problem(data) is None
+
+
+def _good_bundle(compression: int) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", compression) as archive:
+        archive.writestr("pyproject.toml", f'[tool.flwr.app.components]\nclientapp = "{APP}"\n')
+    return held.getvalue()
+
+
+def _paper_targets() -> dict[str, Target]:
+    request = Request.make(_key(0), "site-0", "someone")
+    pem = _certificate()
+    kit = Kit(site="site-0", site_fingerprint=request.fingerprint, address="server:9092", ca=pem)
+    shard = {"file": "shard-00000.bin", "count": 1, "sha256": DIGEST}
+    manifest = f'{{"format": 1, "shape": [2, 2, 1], "size": 1, "shards": [{str(shard).replace(chr(39), chr(34))}]}}'
+    return {
+        "request": Target(_file(Request.read, "request.json"), (request.model_dump_json().encode(),)),
+        "kit": Target(_file(Kit.read, "kit.json"), (kit.model_dump_json().encode(),)),
+        "manifest": Target(_file(lambda path: Pool.open(path.parent), "manifest.json"), (manifest.encode(),)),
+    }
+
+
+def _certificate() -> str:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")])
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    built = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(_key(0).public_key())
+    built = built.serial_number(1).not_valid_before(start).not_valid_after(start + timedelta(days=1))
+    return built.sign(_key(0), hashes.SHA384()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+TARGETS: dict[str, Target] = {
+    **{f"rows-{encoding}": _rows(encoding) for encoding in ("f32", "f16", "u8", "top-1", "top-3", "top-40", "votes")},
+    **{f"coverage-{encoding}": _coverage(encoding) for encoding in ("f16", "u8")},
+    "records-from-sites": FROM_SITES,
+    "records-to-sites": TO_SITES,
+    "sums-from-sites": SUMS_FROM_SITES,
+    "sums-to-sites": SUMS_TO_SITES,
+    "sealed-share": Target(_unseal, (public_hex(_SEALS[0]).encode() + _TEXT_END + _BOX.encode(),)),
+    "bundle": Target(_bundle, (_good_bundle(zipfile.ZIP_DEFLATED), _good_bundle(zipfile.ZIP_STORED))),
+    **_paper_targets(),
+}
+"""Every decoder of bytes that strangers may send."""
