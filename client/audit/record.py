@@ -141,7 +141,7 @@ def _averaging(found: Averaging) -> str:
             f"Asking the same {found.repetitions:,} times and averaging brings an attacker nearer to what the teacher "
             f"says without noise: the error falls from {first:.4f} to {last:.4f}. This must not be: report it."
         )
-    if first == 0:
+    if not found.noisy:
         return f"Asking the same {found.repetitions:,} times gives the same answer; there is no noise to average away."
     return (
         f"Asking the same {found.repetitions:,} times and averaging gains nothing: the error is {last:.4f} as after "
