@@ -49,6 +49,16 @@ def test_the_ratio_is_that_of_two_gaussians() -> None:
     np.testing.assert_allclose(likelihood_ratio(np.full(2, 1.5), shadows, inside), expected)
 
 
+def test_with_many_shadows_every_image_has_a_spread_of_its_own() -> None:
+    scores, _, others, inside = toy(64)
+    expected = np.zeros(5)
+    for image in range(5):
+        for sign, chosen in ((1, inside[:, image]), (-1, ~inside[:, image])):
+            held = others[chosen, image]
+            expected[image] += sign * norm.logpdf(scores[image], held.mean(), held.std(ddof=1))
+    np.testing.assert_allclose(likelihood_ratio(scores, others, inside)[:5], expected)
+
+
 def test_shadows_that_all_say_the_same_give_a_finite_ratio() -> None:
     inside = halves(30, 8, 0)
     ratio = likelihood_ratio(np.zeros(30), np.zeros((8, 30)), inside)
