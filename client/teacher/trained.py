@@ -30,7 +30,7 @@ HOLDOUT = "holdout"
 """Purpose of the seed that decides which samples are held out."""
 MODEL, RECORD = "model.safetensors", "teacher.json"
 """Files in the folder of a trained teacher."""
-_RETRAIN = "Run `consilience site train`"
+RETRAIN = "Run `consilience site train`"
 _SAMPLED = 256
 """Images, spread evenly, whose bytes tell one state of the private data from another."""
 
@@ -58,17 +58,19 @@ class TrainedTeacher(Settings):
 Trained = TypeVar("Trained", bound=TrainedTeacher)
 
 
-def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None) -> TrainedTeacher:
-    """Train the site's teacher on its private data; resumes, and returns at once when it is trained.
+def train_teacher(
+    settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None, data: ImageData | None = None
+) -> TrainedTeacher:
+    """Train the site's teacher on its private data, or on `data`; resumes, and returns at once when it is trained.
 
     The classes are those of the data with at least one sample, in the data's order. `teacher.holdout` of every
     class's samples, rounded, are not learned from but measure the accuracy; one sample at least is learned from.
     Raises `TeacherError`, `DataError`, `SettingsError`, `MissingExtraError`, `StorageError`, and `RunError` when
     another process is training it.
     """
-    teacher, data = wanted(settings), private_data(settings)
-    labels, classes = present_classes(data)
-    return train_in(settings.state / "teacher", settings.name, data, labels, classes, teacher, settings.seed, on_epoch)
+    teacher, held = wanted(settings), private_data(settings) if data is None else data
+    labels, classes = present_classes(held)
+    return train_in(settings.state / "teacher", settings.name, held, labels, classes, teacher, settings.seed, on_epoch)
 
 
 def train_in(
@@ -149,7 +151,7 @@ def teacher_of(folder: Path, record: TrainedTeacher, module: nn.Module, kind: st
     path = folder / MODEL
     data = read_model(path)
     if sha256(data) != record.model_digest:
-        raise TeacherError(f"{path}: is not the model that teacher.json speaks of", hint=_RETRAIN)
+        raise TeacherError(f"{path}: is not the model that teacher.json speaks of", hint=RETRAIN)
     parts = record.model_dump(mode="json", include={"classes", "architecture", "preprocessing"})
     return ScoringTeacher(
         classes=record.classes,
@@ -201,7 +203,7 @@ def held_out(settings: SiteSettings, data: ImageData, digest: str) -> tuple[NDAr
     """
     if trained_record(settings).data_digest != digest:
         raise TeacherError(
-            f"{settings.name}: the private data are not those that the teacher was trained on", hint=_RETRAIN
+            f"{settings.name}: the private data are not those that the teacher was trained on", hint=RETRAIN
         )
     labels, _ = present_classes(data)
     _, ids = split(labels, wanted(settings).holdout, derive(settings.seed, HOLDOUT))
@@ -264,7 +266,7 @@ def done_in(folder: Path, kind: type[Trained], settings: str, data: str) -> Trai
 
     Raises `TeacherError` when it is not as it must be, `StorageError`.
     """
-    record, path = read_kept(folder / RECORD, kind, TeacherError, _RETRAIN), folder / MODEL
+    record, path = read_kept(folder / RECORD, kind, TeacherError, RETRAIN), folder / MODEL
     if record is None or (record.settings_digest, record.data_digest) != (settings, data):
         return None
     return record if path.exists() and sha256_file(path) == record.model_digest else None
@@ -272,11 +274,9 @@ def done_in(folder: Path, kind: type[Trained], settings: str, data: str) -> Trai
 
 def trained_in(folder: Path, kind: type[Trained], settings: str) -> Trained:
     """Return teacher.json of `folder`. Raises `TeacherError` when it is not there or of settings of another digest."""
-    record = read_kept(folder / RECORD, kind, TeacherError, _RETRAIN)
+    record = read_kept(folder / RECORD, kind, TeacherError, RETRAIN)
     if record is None:
-        raise TeacherError(f"{folder}: holds no trained teacher", hint=_RETRAIN)
+        raise TeacherError(f"{folder}: holds no trained teacher", hint=RETRAIN)
     if record.settings_digest != settings:
-        raise TeacherError(
-            f"{folder}: the teacher there was trained from other settings or another seed", hint=_RETRAIN
-        )
+        raise TeacherError(f"{folder}: the teacher there was trained from other settings or another seed", hint=RETRAIN)
     return record
