@@ -4,8 +4,8 @@ Lives here: choosing and planting them, training the copy, asking it about them.
 to (one_run), mechanisms and their accounting (client/privacy), the form in which answers leave (answers).
 
 An accountant's epsilon is an upper bound and holds if the code does what it accounts for; this is a lower bound that
-holds whatever the code does. If it is above the other, the mechanism does not do what it says. A lower bound near 0 is no
-guarantee: another attack may find more.
+holds whatever the code does. If it is above the other, the mechanism does not do what it says. A lower bound near 0 is
+no guarantee: another attack may find more.
 
 The copy is trained on the site's own private data with the site's own settings, in a folder that is removed at the end.
 Neither the site's teacher nor its secret, its ledger or anything in its state is touched, and nothing leaves.
@@ -156,7 +156,7 @@ def choose(labels: NDArray[np.int64], canaries: int, random: np.random.Generator
     if not FEWEST <= canaries <= most or classes < 2:
         raise SettingsError(
             f"canaries is {canaries}; allowed with {len(labels)} private images of {classes} classes: "
-            + (f"{FEWEST} to {most}" if FEWEST <= most and classes > 1 else "none"),
+            + (f"{FEWEST} to {most}" if most >= FEWEST and classes > 1 else "none"),
             hint="Ask for as many as a tenth of the private images, if that is allowed",
         )
     ids = np.sort(free[:canaries])

@@ -85,8 +85,8 @@ def bound_by_guesses(
 ) -> Bound:
     """Return the lower bound from scores (m,), larger for likelier planted canaries, and what was `planted` (m,).
 
-    The highest scores are guessed to be in, as many of the lowest out, and those between are left open. Equal scores are
-    told apart by `random`. Raises `SettingsError` as `lower_bound`.
+    The highest scores are guessed to be in, as many of the lowest out, and those between are left open. Equal scores
+    are told apart by `random`. Raises `SettingsError` as `lower_bound`.
     """
     order = np.lexsort((random.random(len(scores)), scores))
     each = 1 - (1 - confidence) / len(GUESSED)
@@ -95,8 +95,8 @@ def bound_by_guesses(
         side = int(share * len(scores)) // 2
         if not side:
             continue
-        correct = int(np.sum(~planted[order[:side]]) + np.sum(planted[order[-side:]]))
+        correct = int(np.sum(~planted[order[:side]])) + int(np.sum(planted[order[-side:]]))
         epsilon = lower_bound(len(scores), 2 * side, correct, delta=delta, confidence=each)
-        if not best.guesses or epsilon > best.epsilon:
+        if epsilon >= best.epsilon:
             best = Bound(epsilon, 2 * side, correct)
     return best
