@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from consilience.client.agent_cli import start
+from consilience.client.audit.cli import audit
 from consilience.client.check import Preflight
 from consilience.client.coverage import learn_and_show, tell_coverage
 from consilience.client.explain import tell_policy
@@ -38,6 +39,8 @@ app.command()(approve)
 app.command()(explain)
 
 app.command()(plan)
+
+app.command()(audit)
 
 app.add_typer(ledger, name="ledger")
 

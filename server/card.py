@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from consilience.common.pages.numbers import MISSING, count, decimal, number_of, percent, size
 from consilience.common.settings import largest_sent
 from consilience.server.report_coverage import coverage_summary
 from consilience.server.report_findings import Findings, SiteFindings
-from consilience.server.report_format import MISSING, count, decimal, number_of, percent, size
 from consilience.server.report_page import CONTENDERS
 from consilience.server.report_privacy import privacy_summary
 

@@ -1,7 +1,7 @@
 """Figures of the report, drawn by matplotlib.
 
 Lives here: matrices, the overlap of sites, the reliability diagram and learning curves. Does not live here: what is
-drawn (server/report_page), how a figure gets into the page (server/report_svg) and what HTML draws better, such as
+drawn (server/report_page), how a figure gets into the page (common/pages/figures) and what HTML draws better, such as
 bars.
 """
 
@@ -21,9 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from consilience.common.labels import LabelSpace
-from consilience.server.judge import Bin
-from consilience.server.report_format import decimal, number_of
-from consilience.server.report_svg import (
+from consilience.common.pages.figures import (
     BAR,
     BLUE,
     INK,
@@ -35,10 +33,13 @@ from consilience.server.report_svg import (
     VOID,
     inline,
     one_line,
+    place,
     sheet,
     site_colour,
     text_width,
 )
+from consilience.common.pages.numbers import decimal, number_of
+from consilience.server.judge import Bin
 
 LABELLED = 40
 """Rows and columns that are still named at a matrix."""
@@ -245,12 +246,6 @@ def overlap_ring(space: LabelSpace, most: int = 40) -> Markup:
                 rotation_mode="anchor",
             )
         return inline(figure)
-
-
-def place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Add axes that cover these pixels, counted from the figure's upper left corner."""
-    w, h = figure.get_size_inches() * 72
-    return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
 def _board(figure: Figure) -> Axes:

@@ -1,7 +1,7 @@
 """Figures of the report about coverage, drawn by matplotlib.
 
 Lives here: the ROC curves and the histogram of one site. Does not live here: what is drawn (server/report_coverage),
-the reliability diagram (server/plots), and how a figure gets into the page (server/report_svg).
+the reliability diagram (server/plots), and how a figure gets into the page (common/pages/figures).
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
+from consilience.common.pages.figures import BAR, BLUE, GREY, MUTED, inline, place, sheet
+from consilience.common.pages.numbers import decimal
 from consilience.server.judge_coverage import Roc
-from consilience.server.plots import place
-from consilience.server.report_format import decimal
-from consilience.server.report_svg import BAR, BLUE, GREY, MUTED, inline, sheet
 
 SIDE = 216
 """Pixels of a square figure's side: three stand beside one another."""

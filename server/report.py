@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from consilience.common.labels import LabelSpace
+from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server.judge import BASELINES, Judgement, Score, SiteScore
 from consilience.server.report_coverage import coverage_dict, coverage_summary, coverage_warnings
 from consilience.server.report_findings import Findings, SiteFindings
-from consilience.server.report_format import listing, number_of, percent
 from consilience.server.report_page import render_page
 from consilience.server.report_privacy import privacy_summary
 

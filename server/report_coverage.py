@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from consilience.common.labels import LabelSpace
+from consilience.common.pages.numbers import decimal, listing, number_of, percent
 from consilience.server import plots, plots_coverage
 from consilience.server.judge_coverage import CoverageFigures
 from consilience.server.report_findings import CoverageExamples, CoverageFindings, Findings, SiteFindings
-from consilience.server.report_format import decimal, listing, number_of, percent
 from consilience.server.report_samples import png_data_uri
 
 LEAST_SPREAD = 0.01

@@ -11,18 +11,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
 from markupsafe import Markup, escape
 
-from consilience.server import plots, report_format
+from consilience.common.pages import page_templates
+from consilience.common.pages.figures import BLUE, GREY, SITE_COLOURS, legend, site_colour
+from consilience.common.pages.numbers import listing, number_of, percent
+from consilience.server import plots
 from consilience.server.judge import Judgement
 from consilience.server.report_coverage import coverage_views
 from consilience.server.report_findings import Findings
-from consilience.server.report_format import listing, number_of, percent
 from consilience.server.report_samples import sample_views
-from consilience.server.report_svg import BLUE, GREY, SITE_COLOURS, legend, site_colour
 
 CONTENDERS = (
     ("student", "Student", "the one classifier of this run"),
@@ -45,15 +45,7 @@ MOST_CONFUSIONS = 10
 
 def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
     """Return the page. Names come from sites and are untrusted: the templates escape all but our own figures."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("consilience.server", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("percent", "count", "number_of", "size", "duration", "decimal", "small", "shorten"):
-        environment.filters[name] = getattr(report_format, name)
+    environment = page_templates("consilience.server")
     environment.filters["backticks"] = backticks
     views = {
         "contenders": contenders(report),

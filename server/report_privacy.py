@@ -5,8 +5,8 @@ Does not live here: what sites said (server/guarantees), what left them (server/
 
 from __future__ import annotations
 
+from consilience.common.pages.numbers import listing
 from consilience.server.report_findings import Findings
-from consilience.server.report_format import listing
 
 
 def privacy_summary(findings: Findings) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from consilience.common.pages.figures import BLUE, SITE_COLOURS, site_colour
+from consilience.common.pages.numbers import percent
 from consilience.server.judge import softmax
 from consilience.server.report_findings import Findings, Samples
-from consilience.server.report_format import percent
-from consilience.server.report_svg import BLUE, SITE_COLOURS, site_colour
 
 MOST_SAMPLES = 24
 MOST_BARS = 5

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from consilience.client.privacy.accounting import Spent, account
 from consilience.client.privacy.events import Event, Unit, event_from, events_of, parameters_of
 from consilience.client.privacy.noise import load_secret
 from consilience.client.privacy.outputs import NoisyTeacher
-from consilience.client.privacy.pate import PateTeacher, load_pate, train_parts
+from consilience.client.privacy.pate import PateTeacher, learned_places, load_pate, train_parts
 from consilience.client.teacher.protocol import Teacher
-from consilience.client.teacher.trained import load_trained, train_teacher
+from consilience.client.teacher.trained import digest_of, held_out, load_trained, train_teacher
+from consilience.common.data import ImageData
 from consilience.common.nets import EpochRecord
 from consilience.common.settings import DpSgd, OutputNoise, Pate, SiteSettings
 
@@ -30,6 +34,7 @@ __all__ = [
     "describe_privacy",
     "event_from",
     "events_of",
+    "learned_from",
     "load_private",
     "parameters_of",
     "train_private",
@@ -37,19 +42,39 @@ __all__ = [
 ]
 
 
-def train_private(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None) -> None:
+def train_private(
+    settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None, data: ImageData | None = None
+) -> None:
     """Train what the site's mechanism answers from, `teacher.kind` being train; resumes, and returns when it is there.
 
-    Raises what `train_teacher` raises, and `MissingExtraError` where the mechanism needs a library.
+    On the site's private data, or on `data` in their place. Raises what `train_teacher` raises, and
+    `MissingExtraError` where the mechanism needs a library.
     """
     if isinstance(settings.privacy, Pate):
-        train_parts(settings, settings.privacy, on_epoch)
+        train_parts(settings, settings.privacy, on_epoch, data)
     elif isinstance(settings.privacy, DpSgd):
         from consilience.client.privacy import dp_sgd  # opacus is imported in there, when it trains
 
-        dp_sgd.train_dp(settings, settings.privacy, on_epoch)
+        dp_sgd.train_dp(settings, settings.privacy, on_epoch, data)
     else:
-        train_teacher(settings, on_epoch)
+        train_teacher(settings, on_epoch, data)
+
+
+def learned_from(settings: SiteSettings, data: ImageData) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return sorted ids of the private `data` that what answers has learned from, and of those that were held out.
+
+    Raises `TeacherError` when it is not there, of other settings or data, or was not trained here.
+    """
+    if isinstance(settings.privacy, Pate):
+        found = learned_places(settings, settings.privacy, data)
+    elif isinstance(settings.privacy, DpSgd):
+        from consilience.client.privacy import dp_sgd
+
+        found = dp_sgd.learned_places(settings, settings.privacy, data)
+    else:
+        others, _ = held_out(settings, data, digest_of(data))
+        return np.setdiff1d(np.arange(len(data)), others), others
+    return np.flatnonzero(found.part >= 0), found.ids(-1)
 
 
 def training_epochs(settings: SiteSettings) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from consilience.client.privacy.accounting import EXTRA
 from consilience.client.privacy.events import DpSgdTraining
 from consilience.client.privacy.noise import load_secret
-from consilience.client.privacy.records import places
+from consilience.client.privacy.records import Places, places
 from consilience.client.teacher.protocol import ScoringTeacher, brief
 from consilience.client.teacher.trained import (
     TrainedTeacher,
@@ -36,6 +36,7 @@ from consilience.client.teacher.trained import (
     teacher_of,
     wanted,
 )
+from consilience.common.data import ImageData
 from consilience.common.errors import MissingExtraError, TeacherError
 from consilience.common.files import canonical_json, lock, read_json, sha256, sha256_file, write_json
 from consilience.common.nets import EpochRecord, Supervised, build, default_device, save_model
@@ -73,15 +74,19 @@ def grouped(network: nn.Module) -> nn.Module:
 
 
 def train_dp(
-    settings: SiteSettings, private: DpSgd, on_epoch: Callable[[EpochRecord], None] | None = None
+    settings: SiteSettings,
+    private: DpSgd,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    data: ImageData | None = None,
 ) -> DpSgdTeacher:
-    """Train the site's teacher by DP-SGD on its private data; returns at once when it is trained.
+    """Train the site's teacher by DP-SGD on its private data, or on `data`; returns at once when it is trained.
 
     Each step takes every record with chance `batch_size` / records, cuts each one's gradient to `clip`, adds noise
     `noise_multiplier * clip` to their sum and divides by the batch size expected. Raises what `train_teacher` raises,
     and `MissingExtraError` without opacus.
     """
-    teacher, data, folder = wanted(settings), private_data(settings), _folder(settings)
+    teacher, folder = wanted(settings), _folder(settings)
+    data = private_data(settings) if data is None else data
     labels, classes = present_classes(data)
     found = places(data, 1, teacher.holdout, settings.seed)
     learned, held_out = found.ids(0), found.ids(-1)
@@ -130,6 +135,19 @@ def train_dp(
         )
         write_json(folder / "teacher.json", record.model_dump(mode="json"))
         return record
+
+
+def learned_places(settings: SiteSettings, private: DpSgd, data: ImageData) -> Places:
+    """Return which of the private `data` the teacher learned from: part 0, and -1 for those held out.
+
+    Raises `TeacherError` when it is missing, of other settings, or was trained on other data.
+    """
+    found = places(data, 1, wanted(settings).holdout, settings.seed)
+    if dp_record(settings, private).data_digest != found.digest:
+        raise TeacherError(
+            f"{settings.name}: the private data are not those that the teacher was trained on", hint=_RETRAIN
+        )
+    return found
 
 
 def sampling(records: int, fit: Fit) -> tuple[float, int]:

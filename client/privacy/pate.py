@@ -17,10 +17,19 @@ from numpy.typing import NDArray
 
 from consilience.client.privacy import votes
 from consilience.client.privacy.noise import Secret, load_secret
-from consilience.client.privacy.records import places
+from consilience.client.privacy.records import Places, places
 from consilience.client.privacy.simplex import as_answer
 from consilience.client.teacher.protocol import Teacher
-from consilience.client.teacher.trained import load_in, present_classes, private_data, train_in, wanted
+from consilience.client.teacher.trained import (
+    digest_of,
+    load_in,
+    present_classes,
+    private_data,
+    record_in,
+    train_in,
+    wanted,
+)
+from consilience.common.data import ImageData
 from consilience.common.errors import TeacherError
 from consilience.common.nets import EpochRecord
 from consilience.common.nets.seeding import derive
@@ -56,13 +65,18 @@ class PateTeacher:
         return votes.sums(self.settings, (part.log_probs(images) for part in self.parts))
 
 
-def train_parts(settings: SiteSettings, pate: Pate, on_epoch: Callable[[EpochRecord], None] | None = None) -> None:
-    """Train a teacher on each part of the private data, one after the other; those that are trained stay.
+def train_parts(
+    settings: SiteSettings,
+    pate: Pate,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    data: ImageData | None = None,
+) -> None:
+    """Train a teacher on each part of the private data, or of `data`, one after the other; the trained ones stay.
 
     `teacher.holdout` of the records is in no part: with it the vote is judged. Raises what `train_teacher` raises, and
     `TeacherError` when a part has no image.
     """
-    data = private_data(settings)
+    data = private_data(settings) if data is None else data
     labels, classes = present_classes(data)
     found = places(data, pate.parts, wanted(settings).holdout, settings.seed)
     for part in range(pate.parts):
@@ -100,6 +114,22 @@ def load_pate(settings: SiteSettings, pate: Pate) -> PateTeacher:
     secret = load_secret(settings)
     held = [pate.model_dump(mode="json", exclude={"delta"}), [part.fingerprint for part in parts]]
     return PateTeacher(parts, pate, secret, secret.digest(held))
+
+
+def learned_places(settings: SiteSettings, pate: Pate, data: ImageData) -> Places:
+    """Return the part of each of the private `data`, -1 for those held out.
+
+    Raises `TeacherError` when a part's teacher is missing, of other settings, or was trained on other data.
+    """
+    each, found = _each(settings), places(data, pate.parts, wanted(settings).holdout, settings.seed)
+    for part in range(pate.parts):
+        record = record_in(_folder(settings, part), each, _seed(settings, pate, part))
+        if record.data_digest != digest_of(data.subset(found.ids(part))):
+            raise TeacherError(
+                f"{settings.name}: the private data are not those that part {part} was trained on",
+                hint="Run `consilience site train`",
+            )
+    return found
 
 
 def _each(settings: SiteSettings) -> TrainTeacher:

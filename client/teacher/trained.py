@@ -52,17 +52,19 @@ class TrainedTeacher(Settings):
     """SHA-256 of model.safetensors."""
 
 
-def train_teacher(settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None) -> TrainedTeacher:
-    """Train the site's teacher on its private data; resumes, and returns at once when it is trained.
+def train_teacher(
+    settings: SiteSettings, on_epoch: Callable[[EpochRecord], None] | None = None, data: ImageData | None = None
+) -> TrainedTeacher:
+    """Train the site's teacher on its private data, or on `data`; resumes, and returns at once when it is trained.
 
     The classes are those of the data with at least one sample, in the data's order. `teacher.holdout` of every
     class's samples, rounded, are not learned from but measure the accuracy; one sample at least is learned from.
     Raises `TeacherError`, `DataError`, `SettingsError`, `MissingExtraError`, `StorageError`, and `RunError` when
     another process is training it.
     """
-    teacher, data = wanted(settings), private_data(settings)
-    labels, classes = present_classes(data)
-    return train_in(settings.state / "teacher", settings.name, data, labels, classes, teacher, settings.seed, on_epoch)
+    teacher, held = wanted(settings), private_data(settings) if data is None else data
+    labels, classes = present_classes(held)
+    return train_in(settings.state / "teacher", settings.name, held, labels, classes, teacher, settings.seed, on_epoch)
 
 
 def train_in(

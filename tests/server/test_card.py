@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from consilience.common.labels import LabelSpace
+from consilience.common.pages.numbers import MISSING, percent
 from consilience.server.card import card_markdown, code, escape
 from consilience.server.judge import BASELINES, ClassScore, Judgement, Score, SiteScore
 from consilience.server.report import report_dict
@@ -20,7 +21,6 @@ from consilience.server.report_findings import (
     StudentFindings,
     UnifyFindings,
 )
-from consilience.server.report_format import MISSING, percent
 
 CLASSES = ("coat", "bag", "boot", "dress")
 SETS = ((0, 1, 2), (2, 1, 3), (3, 2))

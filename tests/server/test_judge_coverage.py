@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from sklearn.metrics import auc, roc_auc_score
 
+from consilience.common.pages.figures import BAR, BLUE, GREY
 from consilience.server.judge import BINS
 from consilience.server.judge_coverage import MOST_POINTS, coverage_figures, ends, roc
 from consilience.server.plots_coverage import histogram
 from consilience.server.plots_coverage import roc as draw_roc
-from consilience.server.report_svg import BAR, BLUE, GREY
 
 
 def case(n: int = 3000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from consilience.common.labels import LabelSpace
-from consilience.server import plots, report_format
+from consilience.common.pages import numbers
+from consilience.common.pages.figures import BAR, RUST
+from consilience.server import plots
 from consilience.server.judge import BASELINES, Bin, Judgement, agreement, judge
 from consilience.server.judge_coverage import coverage_figures
 from consilience.server.report import comparable, headline, render_html, report_dict
@@ -33,7 +35,6 @@ from consilience.server.report_findings import (
 )
 from consilience.server.report_page import bars, classes, confusion, contenders, overlap
 from consilience.server.report_samples import LARGEST_SIDE, png_data_uri, sample_views
-from consilience.server.report_svg import BAR, RUST
 
 CLASSES = ("coat", "bag", "boot", "dress")
 SETS = ((0, 1, 2), (2, 1, 3), (3, 2))
@@ -698,12 +699,12 @@ class TestFigures:
     ],
 )
 def test_numbers_as_people_read_them(function: str, value: float | None, text: str) -> None:
-    assert getattr(report_format, function)(value).replace("\u00a0", " ") == text
+    assert getattr(numbers, function)(value).replace("\u00a0", " ") == text
 
 
 def test_lists_and_nouns() -> None:
-    assert report_format.number_of(1, "site") == "1\u00a0site"
-    assert report_format.number_of(1200, "class", "classes") == "1,200\u00a0classes"
-    assert report_format.listing(["a", "b", "c"], 2) == "a, b, c"
-    assert report_format.listing(["a", "b", "c", "d"], 2) == "a, b and 2 more"
-    assert report_format.shorten("a" * 30, 10) == "a" * 9 + "…"
+    assert numbers.number_of(1, "site") == "1\u00a0site"
+    assert numbers.number_of(1200, "class", "classes") == "1,200\u00a0classes"
+    assert numbers.listing(["a", "b", "c"], 2) == "a, b, c"
+    assert numbers.listing(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+    assert numbers.shorten("a" * 30, 10) == "a" * 9 + "…"

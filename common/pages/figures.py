@@ -1,4 +1,4 @@
-"""What the report's figures share: colours, style, and the way from a matplotlib figure into the page.
+"""What the figures of all pages share: colours, style, and the way from a matplotlib figure into the page.
 
 Lives here: everything that keeps an SVG from matplotlib harmless, equal from run to run and at home in a page with
 other SVGs. Does not live here: any figure (server/plots).
@@ -17,9 +17,10 @@ from typing import Any
 import matplotlib
 import matplotlib.style
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from consilience.server.report_format import shorten
+from consilience.common.pages.numbers import shorten
 
 INK, MUTED, LINE, PAPER, PANEL = "#1d2733", "#66727f", "#dfe4ea", "#ffffff", "#f5f7f9"
 BLUE, RUST, GREY, BAR, VOID = "#245f94", "#b4552d", "#8b96a3", "#c3ccd6", "#eef1f4"
@@ -68,7 +69,7 @@ def site_colour(site: int) -> str:
 
 @contextmanager
 def sheet(width: float, height: float, label: str) -> Iterator[Figure]:
-    """Yield an empty figure of that many pixels, and the report's style until it is drawn.
+    """Yield an empty figure of that many pixels, and the pages' style until it is drawn.
 
     `label` says in words what is shown; no other figure of the page may have the same, for ids are made from it.
     """
@@ -96,6 +97,12 @@ def inline(figure: Figure) -> Markup:
         'stroke-linejoin="round">'
     ).format(figure.get_label(), *(f"{length:.6g}" for length in (width, height, width, height)))
     return head + Markup(svg.rstrip())
+
+
+def place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Add axes that cover these pixels, counted from the figure's upper left corner."""
+    w, h = figure.get_size_inches() * 72
+    return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
 def one_line(name: str, length: int) -> str:

@@ -1,0 +1,167 @@
+"""Whether asking the same again and again takes noise away.
+
+Lives here: the attack, and a copy of the site that can be asked without anything leaving. Does not live here: what
+keeps it from working (client/released, client/privacy/noise).
+
+The copy is the site's own code over a ledger and a folder of released answers that are thrown away afterwards, with
+the policy's limits and gates open: the attack is given every question that it could ever be allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.client.audit.answers import audited_teacher, told
+from consilience.client.privacy import NoisyTeacher, PateTeacher
+from consilience.client.site import Site
+from consilience.client.teacher import CalibratedTeacher, Teacher
+from consilience.client.teacher.protocol import SMALLEST_LOG_PROB
+from consilience.common.encoding import decode
+from consilience.common.pool import Pool
+from consilience.common.preprocessing import Images
+from consilience.common.settings import DpSgd, Limits, NoPrivacy, Settings
+
+REPETITIONS = 1000
+SAMPLES = 16
+"""Pool samples that are asked about again and again."""
+JOBS = 7
+"""Names under which they are asked about, in turn."""
+RESTARTS = 4
+"""How often the site is started in the course of it."""
+ROUNDING = 1e-6
+"""An error counts as smaller if it is so by more than this share of it."""
+
+Ask = Callable[[int], NDArray[np.float64]]
+"""Asks for the n-th time; returns (samples, K) probabilities."""
+
+
+class Averaging(Settings):
+    """The error of averaged answers: mean total variation from what the teacher says without noise.
+
+    `errors` maps a number of repetitions to the error after them.
+    """
+
+    samples: int
+    errors: dict[int, float]
+
+    @property
+    def repetitions(self) -> int:
+        """How often it was asked in all."""
+        return max(self.errors)
+
+    @property
+    def gained(self) -> float:
+        """The share of the first answer's error that averaging takes away; not above 0 where it takes nothing."""
+        first, last = self.errors[1], self.errors[self.repetitions]
+        return 1 - last / first if first > 0 else 0.0
+
+    @property
+    def works(self) -> bool:
+        """Whether averaging brings the attacker nearer."""
+        return self.gained > ROUNDING
+
+
+def average(ask: Ask, truth: NDArray[np.float64], repetitions: int = REPETITIONS) -> Averaging:
+    """Ask so many times; compare the mean of the answers with the `truth` (samples, K) on the way and at the end."""
+    told_at = {10**power for power in range(len(str(repetitions)))} | {repetitions}
+    total, errors = np.zeros_like(truth), dict[int, float]()
+    for number in range(1, repetitions + 1):
+        total += ask(number)
+        if number in told_at:
+            errors[number] = float(np.abs(total / number - truth).sum(axis=1).mean() / 2)
+    return Averaging(samples=len(truth), errors=errors)
+
+
+def average_site(site: Site, pool: Pool, repetitions: int = REPETITIONS) -> Averaging:
+    """Ask a copy of the site about the same samples of a pool that it holds: in other questions, by other jobs, anew
+    after a restart.
+
+    Raises `TeacherError`, `RefusedError`, `StorageError`.
+    """
+    samples = min(SAMPLES, len(pool))
+    first = min(SAMPLES, len(pool) - samples)
+    bare = told(_without_noise(site.teacher), pool.read(first, first + samples), site.settings.policy)
+    with asked_in_vain(site) as start:
+        copies = list[Site]()
+
+        def ask(number: int) -> NDArray[np.float64]:
+            if not copies or number % max(1, repetitions // RESTARTS) == 0:
+                copies[:] = [start()]
+            (copy,) = copies
+            encoding = copy.settings.policy.encodings[0]
+            about = copy.question(f"audit-{number % JOBS}", pool.digest, len(pool), "log-probs", encoding)
+            low = first - number % (first + 1)
+            question = about.model_copy(update={"start": low, "stop": first + samples})
+            rows = decode(copy.answer(question).data, len(question), len(copy.teacher.classes), encoding)
+            return np.exp(rows[first - low :].astype(np.float64))
+
+        return average(ask, np.exp(bare.astype(np.float64)), repetitions)
+
+
+@contextmanager
+def asked_in_vain(site: Site) -> Iterator[Callable[[], Site]]:
+    """Yield what starts copies of a site, which answer as it would and share a ledger that ends with the block.
+
+    Their noise is the audit's own.
+    """
+    with TemporaryDirectory(prefix="consilience-audit-") as folder:
+        gates = {"limits": Limits(per_job=None, per_month=None, lifetime=None), "approval": False, "ends": None}
+        policy = site.settings.policy.model_copy(update={**gates, "pools": (), "sums_only": False})
+        changes: dict[str, Any] = {"state": Path(folder), "ledger_head": None, "policy": policy}
+        if isinstance(site.settings.privacy, DpSgd):  # paid by its training, which the copy does not have
+            changes["privacy"] = NoPrivacy()
+        settings, teacher, started = site.settings.model_copy(update=changes), audited_teacher(site), list[Site]()
+
+        def start() -> Site:
+            while started:
+                started.pop().close()
+            started.append(Site(settings, teacher))
+            return started[-1]
+
+        try:
+            yield start
+        finally:
+            for copy in started:
+                copy.close()
+
+
+def _without_noise(teacher: Teacher) -> Teacher:
+    """Return what answers before any noise."""
+    if isinstance(teacher, CalibratedTeacher):
+        return dataclasses.replace(teacher, teacher=_without_noise(teacher.teacher))
+    if isinstance(teacher, NoisyTeacher):
+        return teacher.teacher
+    return _Sums(teacher) if isinstance(teacher, PateTeacher) else teacher
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The parts' votes, as shares, without noise."""
+
+    teacher: PateTeacher
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """See `Teacher.classes`."""
+        return self.teacher.classes
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Teacher.fingerprint`."""
+        return self.teacher.fingerprint
+
+    def log_probs(self, images: Images) -> NDArray[np.float32]:
+        """See `Teacher.log_probs`."""
+        sums = self.teacher.sums(images)
+        shares = np.maximum(sums / sums.sum(axis=1, keepdims=True), np.exp(SMALLEST_LOG_PROB))
+        narrow: NDArray[np.float32] = np.log(shares).astype(np.float32)
+        return narrow

@@ -1,0 +1,85 @@
+"""`consilience site audit`: attack the site's own answers before they leave, and say what came of it.
+
+Lives here: the command, its table, and the two files. Does not live here: what is done (auditing).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from consilience.client.audit.auditing import SHADOWS, audit_site
+from consilience.client.audit.lira import LEAST_SHADOWS
+from consilience.client.audit.page import ATTACKS, PARTS, render_page, shown_rates
+from consilience.client.audit.record import NO_PROOF, Audit
+from consilience.client.privacy import training_epochs
+from consilience.client.site import Site
+from consilience.common.cli import AsJson, Result, emit
+from consilience.common.files import write_bytes, write_json
+from consilience.common.nets import epoch_task
+from consilience.common.progress import Reporter
+
+
+def audit(
+    site: Annotated[Path, typer.Argument(help="The site's site.yaml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for audit.html and audit.json; by default audit in the site's state.")
+    ] = None,
+    shadows: Annotated[
+        int, typer.Option(help=f"Shadow teachers, at least {LEAST_SHADOWS}: more make a stronger attack.")
+    ] = SHADOWS,
+    as_json: AsJson = False,
+) -> None:
+    """Attack the site's own answers: who was learned from, how frequent classes are, whether asking again helps.
+
+    Nothing is sent, released or counted. The same command again goes on where the last one was interrupted.
+    """
+
+    def action() -> Result:
+        loaded = Site.load(site)
+        folder = out or loaded.settings.state / "audit"
+        with Reporter() as reporter:
+            found = audit_to(loaded, folder, reporter, shadows)
+        return {"page": str(folder / "audit.html"), "audit": found.model_dump(mode="json")}, _view(found, folder)
+
+    emit(as_json, action)
+
+
+def audit_to(site: Site, folder: Path, reporter: Reporter, shadows: int = SHADOWS) -> Audit:
+    """Audit a site and write audit.json and audit.html into a folder. Raises what `audit_site` raises."""
+    on_epoch = None
+    if site.settings.teacher.kind == "train":
+        name = f"auditing {site.settings.name}: {shadows} shadows"
+        on_epoch = epoch_task(reporter, name, shadows * training_epochs(site.settings))
+    found = audit_site(site, site.settings.state / "audit" / "shadows", shadows, on_epoch)
+    write_json(folder / "audit.json", found.model_dump(mode="json"))
+    write_bytes(folder / "audit.html", render_page(found).encode())
+    return found
+
+
+def _view(found: Audit, folder: Path) -> Group:
+    """Return the table of attacks, the findings and what was left out."""
+    lines = [*found.findings, found.guarantee, *found.notes]
+    lines += [f"Not audited: {PARTS[part]}. {why}" for part, why in found.left_out.items()]
+    return Group(
+        Text(f"{found.site}: {found.verdict}."),
+        attack_table([found]),
+        Text("\n".join([*lines, NO_PROOF])),
+        Text(f"Page: {(folder / 'audit.html').resolve()}"),
+    )
+
+
+def attack_table(audits: list[Audit]) -> Table:
+    """Return a table of the attacks on membership, a line each."""
+    table = Table("site", "attack", "pairs told apart", "95 %", "found at 0.1 %", "at 1 % false alarms")
+    for found in audits:
+        for key, name in ATTACKS.items():
+            if (attack := getattr(found, key)) is not None:
+                interval = f"{attack.low:.1%} to {attack.high:.1%}"
+                table.add_row(found.site, name, f"{attack.auc:.1%}", interval, *shown_rates(attack))
+    return table
