@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from consilience.client.audit.canaries import CanaryAudit, audit_canaries, choose, suspicion
+from consilience.client.audit.record import Audit
 from consilience.client.privacy import account
 from consilience.client.privacy.events import NoisyOutputs, PateVotes
 from consilience.client.privacy.noise import Secret
@@ -17,7 +18,7 @@ from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import parse_settings
 from helpers.private_site import bars, settings_of, write_data
 
-EAGER = {"epochs": 30, "batch_size": 16, "learning_rate": 0.05}
+EAGER = {"epochs": 20, "batch_size": 16, "learning_rate": 0.05}
 NONE: dict[str, Any] = {"mechanism": "none"}
 
 
@@ -175,3 +176,18 @@ def test_a_hosted_teacher_cannot_be_trained_again(tmp_path: Path) -> None:
     settings = parse_settings(raw, SiteSettings, source="site.yaml", folder=tmp_path)
     with pytest.raises(TeacherError, match="only 'train' is trained here"):
         audit_canaries(settings)
+
+
+def test_the_audit_tells_of_canaries_where_it_is_asked_to(found: CanaryAudit) -> None:
+    bare: dict[str, Any] = dict.fromkeys(Audit.model_fields) | {"left_out": {}, "notes": (), "mechanism": ""}
+    told = Audit.model_construct(**bare | {"canaries": found}).findings
+    assert len(told) == 1
+    assert f"epsilon for a record is {found.lower:.2f} at least" in told[0]
+    assert told[0].endswith("No mechanism bounds it from above.")
+    allowed = found.model_copy(update={"upper": 50.0, "unit": "record"})
+    (said,) = Audit.model_construct(**bare | {"canaries": allowed}).findings
+    assert said.endswith("the accountant says 50 at most, for a record.")
+    broken = found.model_copy(update={"upper": 0.1, "unit": "record"})
+    (said,) = Audit.model_construct(**bare | {"canaries": broken}).findings
+    assert said.endswith("This must not be: report it.")
+    assert Audit.model_construct(**bare).findings == ()
