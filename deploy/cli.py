@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group, RenderableType
+from rich.text import Text
 
+from consilience.client.audit.cli import attack_table
+from consilience.client.audit.record import Audit
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import SettingsError
 from consilience.common.files import read_json
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
+from consilience.deploy.audits import audit_run
 from consilience.deploy.flower_engine import simulate_on_flower
 from consilience.deploy.processes import simulate_processes
 from consilience.deploy.simulation import embedded_job
@@ -41,6 +46,9 @@ def simulate(
     engine: Annotated[
         Engine | None, typer.Option(help="What carries the messages: threads of this process, or Flower's Ray engine.")
     ] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="First let every site attack its own answers; see RUN/audit/SITE.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Simulate a job on one machine: make the sites, train their teachers, ask, unify, train the student, judge.
@@ -55,7 +63,10 @@ def simulate(
         if seed is not None:
             settings = settings.model_copy(update={"seed": seed})
         run = out or Path("runs") / settings.name
+        audits: list[Audit] = []
         with Reporter() as reporter:
+            if audit:
+                audits = audit_run(settings, run, reporter)
             if processes:
                 simulate_processes(settings, run, reporter)
             elif engine is Engine.FLOWER:
@@ -63,6 +74,10 @@ def simulate(
             else:
                 run_simulation(settings, run, reporter)
         report: dict[str, Any] = read_json(run / "report.json")
-        return {"run": str(run), "report": report}, summary(run, report)
+        view: RenderableType = summary(run, report)
+        if audits:
+            pages = Text("\n".join(f"Audit: {(run / 'audit' / one.site / 'audit.html').resolve()}" for one in audits))
+            view = Group(view, attack_table(audits), pages)
+        return {"run": str(run), "report": report}, view
 
     emit(as_json, action)

@@ -26,6 +26,7 @@ from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
+from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
@@ -152,6 +153,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         partition=_partition(outcome.run),
         samples=_samples(outcome, student, truth),
         versions=versions(),
+        audits=read_audits(outcome.run),
     )
 
 

@@ -72,6 +72,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             "coverage": coverage_summary(findings) or None,
         },
         "privacy": privacy_summary(findings),
+        "audits": {name: audit.model_dump(mode="json") for name, audit in findings.audits.items()},
         "agreement": findings.agreement,
         "partition": None
         if findings.partition is None

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.common.labels import LabelSpace
+from consilience.server.audits import SiteAudit
 from consilience.server.judge import Judgement
 from consilience.server.judge_coverage import CoverageFigures
 
@@ -178,7 +179,7 @@ class Findings:
     `space` holds the sites that took part to the end, in the order of every array here; `sites` may list more.
     `learning` has the curves `student` and, where there is one, `oracle`. `agreement` is what `judge.agreement`
     gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
-    the job as a plain mapping.
+    the job as a plain mapping. `audits` is what the sites of a simulation found out about their own answers.
     """
 
     job: str
@@ -199,6 +200,7 @@ class Findings:
     timing: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     card: CardTexts = CardTexts()
+    audits: Mapping[str, SiteAudit] = field(default_factory=dict)
 
     def synonyms(self) -> dict[str, dict[str, str]]:
         """Return class -> site -> the site's own name of it, where that is another one."""

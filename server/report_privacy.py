@@ -10,7 +10,17 @@ from consilience.server.report_findings import Findings
 
 
 def privacy_summary(findings: Findings) -> str:
-    """Say which sites answered by differential privacy, in their own words, and which without."""
+    """Say which sites answered by differential privacy, in their own words, and which without; then what audits say."""
+    return " ".join([_guarantees(findings), *audit_lines(findings)])
+
+
+def audit_lines(findings: Findings) -> list[str]:
+    """Return what each site's audit of its own answers says, a sentence each, and that it proves nothing."""
+    lines = [f"Audit by {name}: {audit.sentence}" for name, audit in findings.audits.items()]
+    return [*lines, "An attack that fails is no guarantee."] if lines else []
+
+
+def _guarantees(findings: Findings) -> str:
     told = [
         f"{site.name} said when it agreed: epsilon {site.guarantee['epsilon']:.3g} at delta "
         f"{site.guarantee['delta']:g} for all that had left it and this run, by {site.guarantee['mechanism']}."

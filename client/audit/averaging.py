@@ -38,7 +38,7 @@ JOBS = 7
 RESTARTS = 4
 """How often the site is started in the course of it."""
 ROUNDING = 1e-6
-"""An error counts as smaller if it is so by more than this share of it."""
+"""An error of no more is none, and one that shrinks by no more than this share of it does not shrink."""
 
 Ask = Callable[[int], NDArray[np.float64]]
 """Asks for the n-th time; returns (samples, K) probabilities."""
@@ -59,10 +59,15 @@ class Averaging(Settings):
         return max(self.errors)
 
     @property
+    def noisy(self) -> bool:
+        """Whether there is anything to average away: a single answer is off by more than rounding."""
+        return self.errors[1] > ROUNDING
+
+    @property
     def gained(self) -> float:
         """The share of the first answer's error that averaging takes away; not above 0 where it takes nothing."""
         first, last = self.errors[1], self.errors[self.repetitions]
-        return 1 - last / first if first > 0 else 0.0
+        return 1 - last / first if self.noisy else 0.0
 
     @property
     def works(self) -> bool:

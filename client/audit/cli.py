@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from consilience.client.audit.auditing import SHADOWS, audit_site
@@ -88,10 +88,11 @@ def _view(found: Audit, folder: Path) -> Group:
 
 def attack_table(audits: list[Audit]) -> Table:
     """Return a table of the attacks on membership, a line each."""
-    table = Table("site", "attack", "pairs told apart", "95 %", "found at 0.1 %", "at 1 % false alarms")
+    heads = ("site", "attack", "pairs told apart, 95 %", "found at 0.1 %", "at 1 % false alarms")
+    table = Table(*(Column(head, no_wrap=at < 3) for at, head in enumerate(heads)))
     for found in audits:
         for key, name in ATTACKS.items():
             if (attack := getattr(found, key)) is not None:
-                interval = f"{attack.low:.1%} to {attack.high:.1%}"
-                table.add_row(found.site, name, f"{attack.auc:.1%}", interval, *shown_rates(attack))
+                apart = f"{attack.auc:.1%} ({attack.low:.1%} to {attack.high:.1%})"
+                table.add_row(found.site, name, apart, *shown_rates(attack))
     return table

@@ -22,8 +22,8 @@ COLOURS = (BLUE, RUST)
 def roc(attacks: Sequence[tuple[str, Membership]]) -> Markup:
     """Draw the share of members found against the share of others taken for members, of up to two named attacks."""
     left, top = 72, 14 + 18 * (len(attacks) + 1)
-    smallest = min(1 / max(found.members, found.others) for _, found in attacks)
-    decades = max(1, math.ceil(-math.log10(smallest)))
+    others = max(found.others for _, found in attacks)
+    decades = max(1, math.ceil(math.log10(others)))
     ends = (10.0**-decades, 1.0)
     with sheet(left + SIDE + 24, top + SIDE + 46, "ROC curves of the attacks on membership") as figure:
         ax = place(figure, left, top, SIDE, SIDE)

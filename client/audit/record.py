@@ -11,6 +11,7 @@ from consilience.client.audit.averaging import Averaging
 from consilience.client.audit.canaries import CanaryAudit
 from consilience.client.audit.membership import FALSE_RATES, Membership
 from consilience.client.audit.shares import Shares
+from consilience.common.pages.numbers import percent
 from consilience.common.settings import Settings
 
 Part = Literal["loss", "shadows", "shares", "averaging"]
@@ -114,23 +115,24 @@ class Audit(Settings):
 def _membership(found: Membership, sure: bool) -> str:
     text = (
         f"Given one image that the teacher learned from and one that it did not, the strongest attack names the right "
-        f"one in {found.auc:.1%} of cases (95 % interval {found.low:.1%} to {found.high:.1%}); guessing, in 50 %."
+        f"one in {percent(found.auc)} of cases (95\u00a0% interval {percent(found.low)} to {percent(found.high)}); "
+        f"guessing, in {percent(0.5)}."
     )
     rate = next((rate for rate in FALSE_RATES if found.found[rate] is not None), None)
     if rate is None or (share := found.found[rate]) is None:
         return text
-    more = f" Where {rate:.1%} of other images are wrongly taken for such, it finds {share.share:.1%} of them"
+    more = f" Where {percent(rate)} of other images are wrongly taken for such, it finds {percent(share.share)} of them"
     if sure and share.low > rate:
         return f"{text}{more}: for these the attack is far surer than the average says."
-    return f"{text}{more} (95 % interval {share.low:.1%} to {share.high:.1%})."
+    return f"{text}{more} (95\u00a0% interval {percent(share.low)} to {percent(share.high)})."
 
 
 def _shares(found: Shares) -> str:
     best = min(found.distance_by_mean, found.distance_by_scaling)
     start = (
         f"From answers about {found.samples:,} pool images the shares of the classes in the private data are guessed "
-        f"with {best:.1%} of the images in a wrong class; without any answer, by equal shares, with "
-        f"{found.distance_uniform:.1%}"
+        f"with {percent(best)} of the images in a wrong class; without any answer, by equal shares, with "
+        f"{percent(found.distance_uniform)}"
     )
     if found.gained > NOTICEABLY:
         return f"{start}: answers tell of the shares."
@@ -144,7 +146,7 @@ def _averaging(found: Averaging) -> str:
             f"Asking the same {found.repetitions:,} times and averaging brings an attacker nearer to what the teacher "
             f"says without noise: the error falls from {first:.4f} to {last:.4f}. This must not be: report it."
         )
-    if first == 0:
+    if not found.noisy:
         return f"Asking the same {found.repetitions:,} times gives the same answer; there is no noise to average away."
     return (
         f"Asking the same {found.repetitions:,} times and averaging gains nothing: the error is {last:.4f} as after "
