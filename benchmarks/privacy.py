@@ -34,13 +34,12 @@ from sklearn.metrics import roc_auc_score
 
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
+from consilience.client.audit.answers import told
 from consilience.client.privacy.plan import RECORDS_A_PART, alternatives
 from consilience.client.privacy.records import places
-from consilience.client.shaping import shape
 from consilience.client.teacher import load_teacher
 from consilience.client.teacher.trained import HOLDOUT, present_classes, private_data, split
 from consilience.common.data import open_data
-from consilience.common.encoding import decode, encode
 from consilience.common.files import read_json, write_json
 from consilience.common.nets.seeding import derive
 from consilience.common.progress import Reporter
@@ -94,6 +93,7 @@ PROTECTIONS = {
     "dp-sgd": Protection("dp-sgd", epsilon=8),
     "pate, 40 a part": Protection("pate", epsilon=3, records_a_part=RECORDS_A_PART),
 }
+QUICK = ("none", "secure sum", "pate, 10 a part", "dp-sgd")
 PART_FIT: dict[str, Any] = {"epochs": 30, "batch_size": 16}
 DP_FIT: dict[str, Any] = {"epochs": 20, "batch_size": 256, "augment": False}
 
@@ -180,8 +180,7 @@ def answering(settings: SiteSettings, encoding: Encoding) -> Callable[[NDArray[n
     def answer(images: NDArray[np.uint8]) -> NDArray[np.float64]:
         parts = []
         for first in range(0, len(images), size):
-            rows = shape(teacher.log_probs(images[first : first + size]), settings.policy)
-            parts.append(decode(encode(rows, encoding), *rows.shape, encoding))
+            parts.append(told(teacher, images[first : first + size], settings.policy, encoding))
         return np.concatenate(parts).astype(np.float64)
 
     return answer
@@ -234,15 +233,15 @@ def measure(name: str, protection: Protection, seed: int, home: Path, *, quick: 
     paths = make_sites(protection, whole, home / protection.sites, quick=quick)
     report = do(protection, name, whole, home / protection.sites, paths)
     auc, right = attack(protection, paths, home / protection.sites / "simulation" / "test.npz")
-    told = [site["guarantee"] for site in report["sites"]]
+    given = [site["guarantee"] for site in report["sites"]]
     samples = report["pool"]["size"]
     return {
         "student": report["student"]["accuracy"],
         # the row `none` also asks about the test images
         "bytes": sum(site["bytes"] / site["answers"] * samples for site in report["sites"]),
         "samples": samples,
-        "epsilon": max(one["epsilon"] for one in told) if all(told) else None,
-        "mechanisms": [one["mechanism"] if one else None for one in told],
+        "epsilon": max(one["epsilon"] for one in given) if all(given) else None,
+        "mechanisms": [one["mechanism"] if one else None for one in given],
         "auc": auc,
         "answers_right": right,
         "naive": report["baselines"]["naive"]["accuracy"],
@@ -266,11 +265,12 @@ def arguments_too(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Measure what is not measured yet, and show everything."""
     arguments = options(__doc__, arguments_too)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.only}
+    names = QUICK if arguments.quick else arguments.only
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         for seed in range(1 if arguments.quick else arguments.seeds):  # seed by seed: a part says something of all
-            for name in arguments.only:
+            for name in names:
                 done = work / f"{name.replace(' ', '-')}-{seed}.json"
                 if not done.exists():
                     home = work / f"seed-{seed}"
