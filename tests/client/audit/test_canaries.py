@@ -180,14 +180,14 @@ def test_a_hosted_teacher_cannot_be_trained_again(tmp_path: Path) -> None:
 
 def test_the_audit_tells_of_canaries_where_it_is_asked_to(found: CanaryAudit) -> None:
     bare: dict[str, Any] = dict.fromkeys(Audit.model_fields) | {"left_out": {}, "notes": (), "mechanism": ""}
-    told = Audit.model_construct(**bare | {"canaries": found}).findings
+    told = Audit.model_construct(None, **bare | {"canaries": found}).findings
     assert len(told) == 1
     assert f"epsilon for a record is {found.lower:.2f} at least" in told[0]
     assert told[0].endswith("No mechanism bounds it from above.")
     allowed = found.model_copy(update={"upper": 50.0, "unit": "record"})
-    (said,) = Audit.model_construct(**bare | {"canaries": allowed}).findings
+    (said,) = Audit.model_construct(None, **bare | {"canaries": allowed}).findings
     assert said.endswith("the accountant says 50 at most, for a record.")
     broken = found.model_copy(update={"upper": 0.1, "unit": "record"})
-    (said,) = Audit.model_construct(**bare | {"canaries": broken}).findings
+    (said,) = Audit.model_construct(None, **bare | {"canaries": broken}).findings
     assert said.endswith("This must not be: report it.")
-    assert Audit.model_construct(**bare).findings == ()
+    assert Audit.model_construct(None, **bare).findings == ()
