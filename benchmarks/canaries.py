@@ -3,7 +3,7 @@
 One site: five classes of the embedded Fashion-MNIST, 300 images each, and `cnn3`. 200 of the images become canaries:
 each gets a wrong label, and a fair coin says whether the teacher learns it. The teacher answers once about each, as its
 answers would leave; from the answers it is guessed which were learned. `overfitted` learns by heart (40 epochs, no
-augmentation, no decay), `as usual` as the embedded job does; neither has a mechanism. `pate` has 10 records a part and
+augmentation, no decay), `as usual` as the embedded job does; neither has a mechanism. `pate` has 20 records a part and
 noise for epsilon 3 over as many answers as there are canaries, `dp-sgd` noise for epsilon 8. `lower` is what the
 guesses refute at 95 % and delta 1e-5, `upper` what the accountant says of the same training and answers.
 """
@@ -63,7 +63,7 @@ def variant(bare: SiteSettings, name: str, canaries: int, *, quick: bool) -> Sit
     kind: type[Pate | DpSgd] = DpSgd
     if name == "pate":
         records = len(open_data(bare.data).need_labels("private")) if bare.data else 0
-        parts = Pate(mechanism="pate", parts=max(2, records // 10), sigma=1.0)
+        parts = Pate(mechanism="pate", parts=max(2, records // 20), sigma=1.0)
         settings, kind = settings.model_copy(update={"privacy": parts}), Pate
     planned = alternatives(settings, EPSILON[name], canaries)
     chosen = next(one.settings for one in planned if isinstance(one.settings, kind) and not one.configured)
