@@ -121,16 +121,22 @@ def test_an_audit_spends_and_releases_nothing_and_leaves_the_state_as_it_was(
 ) -> None:
     source = make_site(privacy, FORGOT).settings
     shutil.copytree(source.state.parent, tmp_path / "site")
-    settings = source.model_copy(update={"state": tmp_path / "site" / "state", "pools": (tmp_path / "site" / "pool",)})
+    settings = source.model_copy(
+        update={
+            "state": tmp_path / "site" / "state",
+            "ledger_head": tmp_path / "site" / "head",
+            "pools": (tmp_path / "site" / "pool",),
+        }
+    )
     site = Site(settings, load_teacher(settings))
     pool = Pool.open(settings.pools[0])
     question = site.question("real", pool.digest, 8, "log-probs", "f32")
     before = site.answer(question).data
     site.close()
-    state = tree(settings.state)
+    state = tree(tmp_path)
     audit_site(site, settings.state / "audit" / "shadows", 4)
     site.close()
-    assert tree(settings.state) == state
+    assert tree(tmp_path) == state
     with closing(Ledger.open(settings)) as ledger:
         assert ledger.spent.lifetime == 8
         assert ledger.count == (1 if privacy["mechanism"] == "none" else 2)
