@@ -22,9 +22,11 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
     [
         "answer_encodings",
         "answering",
+        "canaries",
         "coverage",
         "fuzz_decoders",
         "ledger",
+        "privacy",
         "secure_sums",
         "student",
         "transport",

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from consilience.client.audit.auditing import SHADOWS, audit_site
+from consilience.client.audit.canaries import audit_canaries
 from consilience.client.audit.lira import LEAST_SHADOWS
 from consilience.client.audit.page import ATTACKS, PARTS, render_page, shown_rates
 from consilience.client.audit.record import NO_PROOF, Audit
@@ -33,6 +34,9 @@ def audit(
     shadows: Annotated[
         int, typer.Option(help=f"Shadow teachers, at least {LEAST_SHADOWS}: more make a stronger attack.")
     ] = SHADOWS,
+    canaries: Annotated[
+        int, typer.Option(help="Wrong records for the training of a copy, which show how much epsilon is at least.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Attack the site's own answers: who was learned from, how frequent classes are, whether asking again helps.
@@ -44,19 +48,27 @@ def audit(
         loaded = Site.load(site)
         folder = out or loaded.settings.state / "audit"
         with Reporter() as reporter:
-            found = audit_to(loaded, folder, reporter, shadows)
+            found = audit_to(loaded, folder, reporter, shadows, canaries)
         return {"page": str(folder / "audit.html"), "audit": found.model_dump(mode="json")}, _view(found, folder)
 
     emit(as_json, action)
 
 
-def audit_to(site: Site, folder: Path, reporter: Reporter, shadows: int = SHADOWS) -> Audit:
-    """Audit a site and write audit.json and audit.html into a folder. Raises what `audit_site` raises."""
-    on_epoch = None
+def audit_to(site: Site, folder: Path, reporter: Reporter, shadows: int = SHADOWS, canaries: int = 0) -> Audit:
+    """Audit a site and write audit.json and audit.html into a folder.
+
+    With `canaries` a copy of the teacher is trained for these too. Raises what `audit_site` and `audit_canaries` raise.
+    """
+    planted = on_epoch = None
+    if canaries:
+        name = f"auditing {site.settings.name}: a copy with canaries"
+        told = epoch_task(reporter, name, training_epochs(site.settings))
+        planted = audit_canaries(site.settings, canaries=canaries, on_epoch=told)
     if site.settings.teacher.kind == "train":
         name = f"auditing {site.settings.name}: {shadows} shadows"
         on_epoch = epoch_task(reporter, name, shadows * training_epochs(site.settings))
     found = audit_site(site, site.settings.state / "audit" / "shadows", shadows, on_epoch)
+    found = found.model_copy(update={"canaries": planted})
     write_json(folder / "audit.json", found.model_dump(mode="json"))
     write_bytes(folder / "audit.html", render_page(found).encode())
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from consilience.client.audit.averaging import Averaging
+from consilience.client.audit.canaries import CanaryAudit
 from consilience.client.audit.membership import FALSE_RATES, Membership
 from consilience.client.audit.shares import Shares
 from consilience.common.pages.numbers import percent
@@ -51,6 +52,8 @@ class Audit(Settings):
     """Of the likelihood ratio."""
     shares: Shares | None
     averaging: Averaging | None
+    canaries: CanaryAudit | None = None
+    """None where none were asked for."""
     left_out: dict[Part, str]
     notes: tuple[str, ...]
     """What else is to be known when the figures are read."""
@@ -93,6 +96,8 @@ class Audit(Settings):
             told.append(_shares(self.shares))
         if self.averaging is not None:
             told.append(_averaging(self.averaging))
+        if self.canaries is not None:
+            told.append(_canaries(self.canaries))
         return tuple(told)
 
     @property
@@ -147,3 +152,15 @@ def _averaging(found: Averaging) -> str:
         f"Asking the same {found.repetitions:,} times and averaging gains nothing: the error is {last:.4f} as after "
         f"asking once ({first:.4f})."
     )
+
+
+def _canaries(found: CanaryAudit) -> str:
+    text = (
+        f"Of {found.canaries:,} wrong records {found.planted:,} were planted in the training of a copy of the teacher. "
+        f"Its answers tell a planted one from another in {found.auc:.1%} of pairs, and show that epsilon for a record "
+        f"is {found.lower:.2f} at least (at delta {found.delta:g}, with {found.confidence:.0%} confidence)"
+    )
+    if found.upper is None:
+        return f"{text}. No mechanism bounds it from above."
+    bound = f"; the accountant says {found.upper:.3g} at most, for a {found.unit}."
+    return f"{text}{bound}" if found.holds else f"{text}{bound} This must not be: report it."

@@ -1,0 +1,201 @@
+"""Canaries: wrong records planted in the training of a copy, which show how much epsilon is at least.
+
+Lives here: choosing and planting them, training the copy, asking it about them. Does not live here: what guesses come
+to (one_run), mechanisms and their accounting (client/privacy), the form in which answers leave (answers).
+
+An accountant's epsilon is an upper bound and holds if the code does what it accounts for; this is a lower bound that
+holds whatever the code does. If it is above the other, the mechanism does not do what it says. A lower bound near 0 is
+no guarantee: another attack may find more.
+
+The copy is trained on the site's own private data with the site's own settings, in a folder that is removed at the end.
+Neither the site's teacher nor its secret, its ledger or anything in its state is touched, and nothing leaves.
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.client.audit.answers import told
+from consilience.client.audit.membership import membership
+from consilience.client.audit.one_run import bound_by_guesses
+from consilience.client.privacy import Unit, account, answering_costs, train_private
+from consilience.client.privacy.spending import delta_of
+from consilience.client.shaping import check_floor
+from consilience.client.teacher import calibrate_teacher, load_teacher
+from consilience.client.teacher.trained import present_classes, private_data, wanted
+from consilience.common.data import ImageData
+from consilience.common.errors import SettingsError
+from consilience.common.files import storage_error
+from consilience.common.nets import EpochRecord
+from consilience.common.settings import Encoding, NpzData, Settings, SiteSettings
+
+CONFIDENCE = 0.95
+FEWEST = 10
+"""Canaries with which anything can be said: fewer all guessed rightly refute next to nothing."""
+
+
+class CanaryAudit(Settings):
+    """What the canaries showed."""
+
+    mechanism: str
+    canaries: int
+    planted: int
+    """How many of them the copy could learn from."""
+    encoding: Encoding
+    auc: float
+    """How well answers tell planted canaries from the others; 0.5 for not at all."""
+    guesses: int
+    correct: int
+    lower: float
+    """Epsilon is at least this, at `delta` and with `confidence`."""
+    confidence: float
+    delta: float
+    upper: float | None
+    """The accountant's epsilon of one answer a canary, or of the training; None without a guarantee."""
+    unit: Unit | None
+    """What `upper` speaks of. What bounds the whole model's answers bounds what they say of a record too."""
+    why: str
+    """Why there is no `upper`."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing speaks against the accountant's epsilon."""
+        return self.upper is None or self.lower <= self.upper
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """Private images `ids` (m,) that are taken out, their `true` classes (m,) and the `wrong` ones they are given (m,).
+
+    `planted` (m,): whether the copy gets them, each by a fair coin.
+    """
+
+    ids: NDArray[np.int64]
+    true: NDArray[np.int64]
+    wrong: NDArray[np.int64]
+    planted: NDArray[np.bool_]
+
+
+def audit_canaries(
+    settings: SiteSettings,
+    *,
+    canaries: int = 200,
+    encoding: Encoding | None = None,
+    confidence: float = CONFIDENCE,
+    seed: int | None = None,
+    scratch: Path | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> CanaryAudit:
+    """Train a copy with planted canaries, ask it about each once, and return what that says of epsilon.
+
+    A canary is a private image with a wrong label, and is in the copy's data by a fair coin or not at all; as many of
+    the private images are missing in these. `encoding` is by default the finest that the policy allows. Coins and
+    choices are new each time, or follow from `seed`. The copy lies in a folder in `scratch`, by default beside the
+    site's state. Raises `SettingsError` for a number of canaries that is below 10 or more than half of the private
+    images, `TeacherError` for a hosted teacher or data of a single class, and what training raises.
+    """
+    wanted(settings)
+    data = private_data(settings)
+    labels, classes = present_classes(data)
+    random = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
+    chosen = choose(labels, canaries, random)
+    try:
+        home = tempfile.TemporaryDirectory(prefix=".canaries-", dir=scratch or settings.state.parent)
+    except OSError as error:
+        raise storage_error(error, scratch or settings.state.parent, "write") from error
+    with home as folder:
+        copy = _plant(settings, data, labels, classes, chosen, Path(folder))
+        train_private(copy, on_epoch)
+        if copy.calibration != "off":
+            calibrate_teacher(copy)
+        asked = load_teacher(copy)
+        check_floor(copy.policy, len(asked.classes))
+        used = copy.policy.encodings[0] if encoding is None else encoding
+        parts = [
+            told(asked, data.read(chosen.ids[first : first + copy.batch_size]), copy.policy, used)
+            for first in range(0, canaries, copy.batch_size)
+        ]
+        spent = account(answering_costs(copy, canaries), delta_of(copy))
+    scores = suspicion(np.concatenate(parts), chosen)
+    bound = bound_by_guesses(scores, chosen.planted, random, delta=spent.delta, confidence=confidence)
+    both = chosen.planted.any() and not chosen.planted.all()
+    return CanaryAudit(
+        mechanism=settings.privacy.mechanism,
+        canaries=canaries,
+        planted=int(chosen.planted.sum()),
+        encoding=used,
+        auc=membership(scores[chosen.planted], scores[~chosen.planted]).auc if both else 0.5,
+        guesses=bound.guesses,
+        correct=bound.correct,
+        lower=bound.epsilon,
+        confidence=confidence,
+        delta=spent.delta,
+        upper=spent.epsilon,
+        unit=spent.unit,
+        why=spent.why,
+    )
+
+
+def choose(labels: NDArray[np.int64], canaries: int, random: np.random.Generator) -> Canaries:
+    """Choose canaries among images labelled (n,) and toss their coins. Raises `SettingsError`, as `audit_canaries`.
+
+    An image of every class stays out of them, so that the copy knows the classes that the site's teacher does.
+    """
+    classes = int(labels.max()) + 1
+    order = random.permutation(len(labels))
+    kept = order[np.unique(labels[order], return_index=True)[1]]
+    free = order[~np.isin(order, kept)]
+    most = min(len(labels) // 2, len(free))
+    if not FEWEST <= canaries <= most or classes < 2:
+        raise SettingsError(
+            f"canaries is {canaries}; allowed with {len(labels)} private images of {classes} classes: "
+            + (f"{FEWEST} to {most}" if most >= FEWEST and classes > 1 else "none"),
+            hint="Ask for as many as a tenth of the private images, if that is allowed",
+        )
+    ids = np.sort(free[:canaries])
+    true = labels[ids]
+    wrong = (true + random.integers(1, classes, canaries)) % classes
+    return Canaries(ids, true, wrong, random.random(canaries) < 0.5)
+
+
+def suspicion(log_probs: NDArray[np.float32], canaries: Canaries) -> NDArray[np.float64]:
+    """Return (m,) how much likelier answers (m, K) take each canary's wrong class for than its true one.
+
+    Whoever learned it says the wrong one, and who did not says the true one.
+    """
+    rows, at = log_probs.astype(np.float64), np.arange(len(log_probs))
+    odds: NDArray[np.float64] = rows[at, canaries.wrong] - rows[at, canaries.true]
+    return odds
+
+
+def _plant(
+    settings: SiteSettings,
+    data: ImageData,
+    labels: NDArray[np.int64],
+    classes: tuple[str, ...],
+    canaries: Canaries,
+    folder: Path,
+) -> SiteSettings:
+    """Write the copy's private data into `folder` and return its settings, whose state lies there too."""
+    held = np.delete(np.arange(len(labels)), canaries.ids)
+    planted = canaries.ids[canaries.planted]
+    path = folder / "private.npz"
+    try:
+        np.savez(
+            path,
+            x=data.read(np.concatenate([held, planted])),
+            y=np.concatenate([labels[held], canaries.wrong[canaries.planted]]),
+            names=np.array(classes, np.str_),
+        )
+    except OSError as error:
+        raise storage_error(error, path, "write") from error
+    return settings.model_copy(
+        update={"data": NpzData(kind="npz", path=path), "state": folder / "state", "ledger_head": None}
+    )

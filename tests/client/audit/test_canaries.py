@@ -1,0 +1,193 @@
+"""Canaries sing where a teacher learned them by heart, and behind a mechanism never more than it allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from consilience.client.audit.canaries import CanaryAudit, audit_canaries, choose, suspicion
+from consilience.client.audit.record import Audit
+from consilience.client.privacy import account
+from consilience.client.privacy.events import NoisyOutputs, PateVotes
+from consilience.client.privacy.noise import Secret
+from consilience.common.errors import SettingsError, TeacherError
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import parse_settings
+from helpers.private_site import bars, settings_of, write_data
+
+EAGER = {"epochs": 20, "batch_size": 16, "learning_rate": 0.05}
+NONE: dict[str, Any] = {"mechanism": "none"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 160 private images and a secret, which no audit changes."""
+    folder = tmp_path_factory.mktemp("site")
+    write_data(folder, *bars(160))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(site: Path) -> CanaryAudit:
+    """What an audit of a teacher finds that nothing protects."""
+    before = held(site)
+    done = audit(site, NONE)
+    assert held(site) == before
+    assert sorted(path.name for path in site.iterdir()) == ["private.npz", "state"]
+    return done
+
+
+def audit(folder: Path, privacy: dict[str, Any], canaries: int = 60, **raw: Any) -> CanaryAudit:
+    settings = settings_of(folder, privacy, fit=EAGER, teacher={"holdout": 0.0}, **raw)
+    return audit_canaries(settings, canaries=canaries, seed=7)
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_teacher_that_learned_by_heart_is_found_out(found: CanaryAudit) -> None:
+    assert found.auc > 0.9
+    assert found.lower > 1
+    assert found.correct / found.guesses > 0.8
+    assert 15 < found.planted < 45
+    assert (found.upper, found.unit) == (None, None)
+    assert "no formal guarantee" in found.why
+    assert found.holds
+
+
+def test_a_teacher_that_hardly_learned_tells_nothing(site: Path) -> None:
+    settings = settings_of(site, NONE, fit={"epochs": 1, "learning_rate": 1e-4})
+    found = audit_canaries(settings, canaries=60, seed=7)
+    assert found.auc < 0.7
+    assert found.lower < 0.5
+
+
+@pytest.mark.parametrize(
+    ("privacy", "event"),
+    [
+        ({"mechanism": "pate", "parts": 4, "sigma": 4.0}, PateVotes(sigma=4.0, count=60)),
+        ({"mechanism": "output-noise", "sigma": 2.0}, NoisyOutputs(sigma=2.0, count=60)),
+    ],
+)
+def test_behind_noise_on_answers_it_stays_below_what_a_question_a_canary_costs(
+    site: Path, privacy: dict[str, Any], event: PateVotes | NoisyOutputs
+) -> None:
+    found = audit(site, privacy)
+    spent = account([event], 1e-5)
+    assert (found.upper, found.unit, found.why) == (spent.epsilon, spent.unit, "")
+    assert found.upper is not None
+    assert found.lower < found.upper
+    assert found.holds
+
+
+@pytest.mark.slow
+def test_behind_noisy_gradients_it_stays_below_what_the_training_cost(site: Path) -> None:
+    found = audit(site, {"mechanism": "dp-sgd", "noise_multiplier": 1.0})
+    assert found.unit == "record"
+    assert found.upper is not None
+    assert 1 < found.upper < 100
+    assert found.lower < found.upper
+    # the training's cost, whatever is asked
+    assert audit(site, {"mechanism": "dp-sgd", "noise_multiplier": 1.0}, canaries=12).upper == pytest.approx(
+        found.upper, rel=0.3
+    )
+
+
+def test_a_mechanism_whose_noise_is_missing_is_found_out(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Secret, "normal", lambda self, purpose, images, count: np.zeros((len(images), count)))
+    found = audit(site, {"mechanism": "output-noise", "sigma": 200.0})
+    assert found.upper is not None
+    assert found.lower > found.upper
+    assert not found.holds
+
+
+def test_it_asks_as_the_policy_lets_answers_leave(site: Path, found: CanaryAudit) -> None:
+    """A policy that rounds all answers of a teacher that knows little to the same one leaves nothing to go by."""
+    short = {"epochs": 1, "learning_rate": 1e-4}
+    rounded = settings_of(site, NONE, fit=short, policy={"temperature": 100, "decimals": 1, "precision": "u8"})
+    dull = audit_canaries(rounded, canaries=60, seed=7)
+    assert (found.encoding, dull.encoding) == ("f32", "u8")
+    assert dull.auc == 0.5
+    assert audit_canaries(settings_of(site, NONE, fit=short), canaries=60, seed=7).auc != 0.5
+    votes = audit_canaries(settings_of(site, NONE, fit=short), canaries=60, seed=7, encoding="votes")
+    assert votes.encoding == "votes"
+
+
+def test_all_follows_from_the_seed(site: Path, found: CanaryAudit) -> None:
+    assert audit(site, NONE) == found
+    labels = np.arange(300) % 3
+    first, again = (choose(labels, 60, np.random.default_rng(1)) for _ in range(2))
+    other = choose(labels, 60, np.random.default_rng(2))
+    np.testing.assert_array_equal(first.ids, again.ids)
+    np.testing.assert_array_equal(first.planted, again.planted)
+    assert not np.array_equal(first.ids, other.ids)
+    assert not np.array_equal(first.planted, other.planted)
+
+
+def test_canaries_are_wrong_and_leave_every_class_an_image() -> None:
+    labels = np.array([0] * 50 + [1] * 50 + [2, 3])
+    seen = []
+    for seed in range(20):
+        chosen = choose(labels, 50, np.random.default_rng(seed))
+        assert len(set(chosen.ids)) == 50
+        np.testing.assert_array_equal(chosen.true, labels[chosen.ids])
+        assert (chosen.wrong != chosen.true).all()
+        assert ((chosen.wrong >= 0) & (chosen.wrong < 4)).all()
+        assert set(np.delete(labels, chosen.ids)) == {0, 1, 2, 3}
+        seen.append(chosen.planted.mean())
+    assert 0.4 < np.mean(seen) < 0.6
+    assert len(set(np.concatenate([choose(labels, 50, np.random.default_rng(s)).wrong for s in range(5)]))) == 4
+
+
+def test_suspicion_grows_with_the_wrong_class_and_falls_with_the_true_one() -> None:
+    chosen = choose(np.arange(60) % 3, 30, np.random.default_rng(0))
+    rows = np.full((30, 3), -2.0, np.float32)
+    at = np.arange(30)
+    rows[at, chosen.wrong] = np.where(chosen.planted, -0.5, -3.0)
+    scores = suspicion(rows, chosen)
+    np.testing.assert_allclose(scores, np.where(chosen.planted, 1.5, -1.0))
+
+
+@pytest.mark.parametrize(("canaries", "allowed"), [(9, "10 to 80"), (81, "10 to 80"), (-5, "10 to 80")])
+def test_too_many_or_few_canaries_are_refused(site: Path, canaries: int, allowed: str) -> None:
+    with pytest.raises(SettingsError, match=allowed):
+        audit(site, NONE, canaries=canaries)
+
+
+def test_without_two_classes_there_is_no_wrong_one() -> None:
+    with pytest.raises(SettingsError, match="of 1 classes: none"):
+        choose(np.zeros(100, np.int64), 20, np.random.default_rng(0))
+
+
+def test_a_hosted_teacher_cannot_be_trained_again(tmp_path: Path) -> None:
+    raw = {
+        "name": "site-1",
+        "teacher": {
+            "kind": "onnx",
+            "path": "model.onnx",
+            "classes": ["a", "b"],
+            "preprocessing": {"size": [8, 8], "channels": 1},
+        },
+    }
+    settings = parse_settings(raw, SiteSettings, source="site.yaml", folder=tmp_path)
+    with pytest.raises(TeacherError, match="only 'train' is trained here"):
+        audit_canaries(settings)
+
+
+def test_the_audit_tells_of_canaries_where_it_is_asked_to(found: CanaryAudit) -> None:
+    bare: dict[str, Any] = dict.fromkeys(Audit.model_fields) | {"left_out": {}, "notes": (), "mechanism": ""}
+    told = Audit.model_construct(None, **bare | {"canaries": found}).findings
+    assert len(told) == 1
+    assert f"epsilon for a record is {found.lower:.2f} at least" in told[0]
+    assert told[0].endswith("No mechanism bounds it from above.")
+    allowed = found.model_copy(update={"upper": 50.0, "unit": "record"})
+    (said,) = Audit.model_construct(None, **bare | {"canaries": allowed}).findings
+    assert said.endswith("the accountant says 50 at most, for a record.")
+    broken = found.model_copy(update={"upper": 0.1, "unit": "record"})
+    (said,) = Audit.model_construct(None, **bare | {"canaries": broken}).findings
+    assert said.endswith("This must not be: report it.")
+    assert Audit.model_construct(None, **bare).findings == ()
