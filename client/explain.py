@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consilience.client.policy import RefusedError, check_encoding, check_job, check_open, check_pool, limits
+from consilience.client.policy import (
+    RefusedError,
+    check_encoding,
+    check_job,
+    check_open,
+    check_pool,
+    check_sealed,
+    limits,
+)
 from consilience.client.privacy import Spent
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
@@ -78,6 +86,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         kinds.append(("coverage", site.card.coverage.encodings[0]))
     try:
         check_job(policy, site.ledger, job.name)
+        check_sealed(policy, sealed=job.privacy.sealed)
         if not summed:
             check_open(policy)
         for kind, encoding in kinds:
@@ -122,6 +131,7 @@ def tell_policy(policy: Policy) -> list[str]:
         lines.append(f"no probability below {policy.floor:g} leaves")
     lines.append(f"pools: {', '.join(digest[:12] for digest in policy.pools) or 'those that site.yaml names'}")
     lines += ["answers leave in secure sums alone"] if policy.sums_only else []
+    lines += ["answers leave sealed for the coordinator alone"] if policy.sealed_only else []
     lines.append("each job needs a person's approval" if policy.approval else "no job needs a person's approval")
     lines.append("it has no end" if policy.ends is None else f"the last day is {policy.ends}")
     return lines

@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.ledger import Ledger
-from consilience.client.policy import RefusedError, check_budget, check_encoding, check_job, check_open, check_pool
+from consilience.client.policy import (
+    RefusedError,
+    check_budget,
+    check_encoding,
+    check_job,
+    check_job_key,
+    check_open,
+    check_pool,
+    check_sealed,
+)
 from consilience.client.privacy import Event, answering_costs, describe_privacy
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
 from consilience.client.released import Released
@@ -29,7 +38,7 @@ from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teac
 from consilience.common.data import open_data
 from consilience.common.encoding import coverage_bytes, coverage_problem, decode, encode, encode_coverage, row_bytes
 from consilience.common.errors import DataError, PoolError, StorageError, TeacherError
-from consilience.common.identity import key_fingerprint, load_key
+from consilience.common.identity import key_fingerprint, key_line, load_key
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
@@ -43,6 +52,7 @@ from consilience.common.protocol import (
     Question,
     SiteCard,
 )
+from consilience.common.sealing import seal_answer
 from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, SiteSettings
 from consilience.common.settings_file import load_settings
 from consilience.common.sums.messages import (
@@ -57,6 +67,7 @@ from consilience.common.sums.messages import (
     Terms,
     Unmask,
 )
+from consilience.common.vouching import Signer
 
 log = logging.getLogger(__name__)
 
@@ -133,12 +144,16 @@ class Site:
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
             coverage=self._coverage_card(),
             sums_only=self.settings.policy.sums_only,
-            identity=self._identity(),
+            sealed_only=self.settings.policy.sealed_only,
+            identity=None if self.signer is None else key_fingerprint(self.signer.key.public_key()),
+            public_key=None if self.signer is None else key_line(self.signer.key.public_key()),
         )
 
-    def _identity(self) -> str | None:
+    @cached_property
+    def signer(self) -> Signer | None:
+        """What signs the site's answers; None without a key. Raises `IdentityError`, `StorageError`."""
         key = self.settings.key
-        return key_fingerprint(load_key(key).public_key()) if key.exists() else None
+        return Signer(load_key(key), self.settings.name, self.teacher.classes) if key.exists() else None
 
     def _coverage_card(self) -> CoverageCard | None:
         allowed = self.settings.policy.coverage_encodings
@@ -157,6 +172,7 @@ class Site:
         """
         if contract.teacher != self.teacher.fingerprint:
             raise RefusedError("other-teacher", "the contract names another teacher")
+        check_job_key(self.settings, contract.job, contract.job_key)
         within = all(label < len(contract.labels) for label in contract.class_set)
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
@@ -215,6 +231,7 @@ class Site:
     def answer(self, question: Question) -> Answer:
         """Score the samples a question asks about and encode them as it asks; what left before leaves as it did.
 
+        It is signed, and sealed where the question names a job key; the plain rows are what is kept and counted.
         Teacher and coverage always see the same aligned batches of the pool, whatever range is asked, so that a
         sample's answer is the same bytes however the server cuts its questions. Raises `RefusedError`, `LedgerError`,
         `StorageError`: nothing leaves then.
@@ -224,16 +241,19 @@ class Site:
         if question.teacher != fingerprint or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
         check_open(policy)
+        check_job_key(self.settings, question.job, question.job_key)
         check_encoding(policy, question.kind, question.encoding)
         pool = self._pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         if len(question) * self._width(question) > MOST_ANSWER_BYTES:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
-        began = time.perf_counter()
+        signer, began = self.signer, time.perf_counter()
         with self._lock:
             data = self._given(self.released, question, pool)
-        return Answer(question, data, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
+        return answer if question.job_key is None else seal_answer(answer, self.settings.name)
 
     def _given(self, released: Released, question: Question, pool: Pool) -> bytes:
         """Return the encoded rows of a question, kept and counted among the answers `released`."""
@@ -305,6 +325,7 @@ class Site:
     def _check_job(self, job: str) -> None:
         with self._lock:
             self.ledger.refresh()
+            check_sealed(self.settings.policy, sealed=False)
             check_job(self.settings.policy, self.ledger, job)
 
     def masked_rows(self, question: RowsQuestion) -> MaskedRows:

@@ -336,10 +336,18 @@ class Policy(Settings):
     copy the teacher over many: raise them when you know that you want more."""
     sums_only: bool = False
     """Whether answers leave only in secure sums over several sites (docs/secure_sums.md), and none openly."""
+    sealed_only: bool = False
+    """Whether answers leave only sealed for a key that the authority in the kit has signed (docs/sealed.md)."""
     approval: bool = False
     """Whether each job must be approved by a person at the site first (`consilience site approve`)."""
     ends: datetime.date | None = None
     """Last day (UTC) on which answers leave; by default there is none."""
+
+    @model_validator(mode="after")
+    def _some_way_is_left(self) -> Policy:
+        if self.sums_only and self.sealed_only:
+            raise ValueError("sums_only and sealed_only exclude each other: sums are not sealed; set one to false")
+        return self
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -698,6 +706,15 @@ class JobPrivacy(Settings):
     """Whether the server learns only sums of answers over sites (docs/secure_sums.md). For `unify.method: ce`, without
     coverage, and for `student.learning: soft-labels`. Baselines, which need single answers, are left out. Sites may be
     lost in the middle down to `ask.min_sites`, but not below two thirds."""
+    sealed: bool = False
+    """Whether sites seal answers for this server alone, so that a SuperLink and its database hold ciphertext
+    (docs/sealed.md)."""
+
+    @model_validator(mode="after")
+    def _sums_or_seals(self) -> JobPrivacy:
+        if self.secure_sum and self.sealed:
+            raise ValueError("secure_sum and sealed exclude each other: sums are not sealed; set one to false")
+        return self
 
 
 class JobSettings(Settings):

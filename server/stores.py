@@ -13,6 +13,7 @@ from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
 from consilience.server.answers import About, AnswerStore
 from consilience.server.contract import coverage_encoding
+from consilience.server.trust import signer_of
 
 
 def stores_about(
@@ -61,7 +62,7 @@ def _log_probs(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> Answe
         encoding=job.ask.encoding,
         classes=len(card.classes),
     )
-    return AnswerStore(run / "answers" / card.name / pool.digest[:12], about)
+    return AnswerStore(run / "answers" / card.name / pool.digest[:12], about, signer_of(card))
 
 
 def _coverage(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> AnswerStore | None:
@@ -78,4 +79,4 @@ def _coverage(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> Answer
         encoding=encoding,
         classes=1,
     )
-    return AnswerStore(run / "answers" / card.name / f"{pool.digest[:12]}-coverage", about)
+    return AnswerStore(run / "answers" / card.name / f"{pool.digest[:12]}-coverage", about, signer_of(card))
