@@ -304,6 +304,29 @@ class AnswerStore:
         self._checked.add(entry.offset)
 
 
+def digests_in(folder: Path) -> dict[tuple[int, int], str]:
+    """Return (start, stop) -> salted digest of the bytes that lie in a store, of the records with a signature.
+
+    Changes nothing there, and needs no store to be opened. Raises `StorageError`.
+    """
+    found = {}
+    try:
+        with (folder / "index.jsonl").open("rb") as index, (folder / "answers.bin").open("rb") as data:
+            for line in index:
+                entry = _Entry.model_validate_json(line)
+                if entry.salt is not None:
+                    data.seek(entry.offset)
+                    held = sha256(data.read(entry.bytes))
+                    found[entry.start, entry.stop] = salted(bytes.fromhex(entry.salt), held)
+    except OSError as error:
+        raise storage_error(error, folder, "read") from error
+    except ValidationError as error:
+        raise StorageError(
+            f"{folder / 'index.jsonl'} has a line that is damaged", hint="Restore it from a copy"
+        ) from error
+    return found
+
+
 def _append(path: Path, data: bytes, at: int) -> None:
     """Append durably at position `at`; what a failed attempt left behind it is cut off first."""
     fresh = not path.exists()

@@ -40,6 +40,7 @@ from consilience.server.learning import check_student, direct_loss, learn, oracl
 from consilience.server.progress import Progress
 from consilience.server.publishing import Outcome, gather, publish
 from consilience.server.settings import Home
+from consilience.server.signatures import Signatures
 from consilience.server.stores import all_stores, lacked, stores_about
 from consilience.server.summed_pool import SummedPool
 from consilience.server.trust import Unsealing
@@ -139,7 +140,9 @@ class Job:
                 failures=reasons,
                 summed=None if summed is None else summed.survivors,
             )
-            findings = gather(outcome, self._all_answers(contract))
+            answers = self._all_answers(contract)
+            findings = gather(outcome, answers)
+        Signatures.collect(self.settings.name, contract.sites, answers).write(self.run / "student")
         publish(self.run, findings, self.timing)
         self.progress.stage("done")
         self.events.add("end", job=self.settings.name)

@@ -72,7 +72,10 @@ HOSTED = {"kind": "onnx", "path": "m.onnx", "classes": ["a"], "preprocessing": {
         ({**SITE, "policy": {"coverage": True}}, ["'policy.coverage' is True"]),
         ({**SITE, "teacher": {**HOSTED, "classes": ["a", "a"]}}, ["teacher", "'a' is named twice"]),
         ({**SITE, "teacher": {**HOSTED, "classes": ["\x1b[2J"]}}, ["'teacher.classes.0'"]),
-        ({**SITE, "policy": {"limit": {}}}, ["'policy.limit' is unknown", "limits, sums_only, sealed_only, approval, ends"]),
+        (
+            {**SITE, "policy": {"limit": {}}},
+            ["'policy.limit' is unknown", "limits, sums_only, sealed_only, approval, ends"],
+        ),
         (
             {**SITE, "policy": {"limits": {"per_week": 1}}},
             ["'policy.limits.per_week' is unknown", "per_job"],
