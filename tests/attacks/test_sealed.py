@@ -8,28 +8,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
+from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.common.encoding import encode
-from consilience.common.errors import AskingError, ConsilienceError, SettingsError
-from consilience.common.files import read_json
-from consilience.common.identity import key_fingerprint, key_line
+from consilience.common.errors import AskingError, SettingsError
+from consilience.common.files import canonical_json, read_json
+from consilience.common.identity import key_fingerprint, key_line, words
 from consilience.common.progress import Reporter
 from consilience.common.protocol import ANSWER, CARD, CONTRACT, Question
 from consilience.common.sealing import Secret, seal
-from consilience.common.settings import JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.common.settings import JobSettings, Policy
+from consilience.common.settings_file import parse_settings
 from consilience.common.vouching import Signer
-from consilience.deploy import simulation
 from consilience.deploy.local_grid import LocalGrid
-from consilience.deploy.simulation import prepare, simulate, train_site
+from consilience.deploy.simulation import prepare, train_site
 from consilience.server.authority import ensure_authority, make_job_key
 from consilience.server.job import Job
 from consilience.server.report import comparable
@@ -41,35 +43,27 @@ Change = Callable[[str, Fields], Fields]
 OWN_KEY = ec.generate_private_key(ec.SECP384R1())
 
 
-def job(**changes: Any) -> dict[str, Any]:
-    fit = {"epochs": 1, "precision": "f32", "augment": False}
-    raw: dict[str, Any] = {
-        "name": "small",
-        "simulation": {
-            "data": {"kind": "embedded"},
-            "test": {"kind": "embedded", "split": "test"},
-            "pool_share": 0.02,
-            "partition": {"kind": "class-lists", "classes": [["Bag", "Coat", "Dress"], ["Dress", "Shirt", "Coat"]]},
-            "teachers": [{"kind": "train", "architecture": "cnn3", "fit": fit}],
-        },
-        "ask": {"question_size": 50, "retries": 1},
-        "student": {"architecture": "cnn3", "fit": fit},
-    }
-    return {**raw, **changes}
-
-
+FIT = {"epochs": 1, "precision": "f32", "augment": False}
+SIMULATED = {
+    "name": "small",
+    "simulation": {
+        "data": {"kind": "embedded"},
+        "test": {"kind": "embedded", "split": "test"},
+        "pool_share": 0.02,
+        "partition": {"kind": "class-lists", "classes": [["Bag", "Coat", "Dress"], ["Dress", "Shirt", "Coat"]]},
+        "teachers": [{"kind": "train", "architecture": "cnn3", "fit": FIT}],
+    },
+}
 SEALED = {"privacy": {"sealed": True}}
-
-
-def settings(folder: Path, **changes: Any) -> JobSettings:
-    return parse_settings(job(**changes), JobSettings, source="job.yaml", folder=folder)
+ROWS = np.full((25, 3), -np.log(3), np.float32)
+"""An answer that says nothing, and is one."""
 
 
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sites with trained teachers and kits, in the folder of a simulation."""
+    """Two sites with trained teachers and kits, the server's folder that admitted them, and a pool of 100 images."""
     folder = tmp_path_factory.mktemp("sites")
-    chosen = settings(folder)
+    chosen = parse_settings(SIMULATED, JobSettings, source="job.yaml", folder=folder)
     assert chosen.simulation is not None
     with Reporter(quiet=True) as reporter:
         for path in prepare(chosen.simulation, chosen, folder, reporter):
@@ -78,17 +72,20 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Wire(LocalGrid):
-    """Carries messages as the simulation's own grid does; `seen` keeps the bytes of all that passes."""
+    """Carries messages as the simulation's own grid does; `seen` holds the bytes of all that passes."""
 
-    seen: bytearray
-    question: Change | None = None
-    reply: Change | None = None
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.seen = bytearray()
+        self.question: Change | None = None
+        self.reply: Change | None = None
 
     def _deliver(self, message: Message, node: int) -> Message:
         kind = message.metadata.message_type
-        self._pass(message, kind, type(self).question)
+        self._pass(message, kind, self.question)
         reply = super()._deliver(message, node)
-        self._pass(reply, kind, type(self).reply)
+        reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id  # as if nothing had been changed
+        self._pass(reply, kind, self.reply)
         return reply
 
     def _pass(self, message: Message, kind: str, change: Change | None) -> None:
@@ -96,14 +93,29 @@ class Wire(LocalGrid):
             fields = change(kind, dict(message.content.config_records["record"]))
             message.content = RecordDict({"record": ConfigRecord(fields)})
         for part in get_all_nested_objects(message).values():
-            type(self).seen += part.deflate()
+            self.seen += part.deflate()
 
 
 class World:
-    """One run over a wire that a test changes."""
+    """Runs of one job over a wire that a test changes."""
 
-    def __init__(self, folder: Path, sites: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self._sites, self._patch = folder, sites, monkeypatch
+    def __init__(self, folder: Path, sites: Path) -> None:
+        self.folder, self._sites = folder, sites
+
+    def job(self, name: str, reporter: Reporter, *, home: bool = True, **changes: Any) -> Job:
+        """Return the job of the folder `name`."""
+        place = self.folder / name / "simulation"
+        if not place.exists():
+            shutil.copytree(self._sites, place)
+        raw = {
+            "name": "small",
+            "pool": str(place / "pool"),
+            "ask": {"question_size": 25, "retries": 1, "in_flight": 1},
+            "student": {"architecture": "cnn3", "fit": FIT},
+            **changes,
+        }
+        settings = parse_settings(raw, JobSettings, source="job.yaml", folder=self.folder)
+        return Job(self.folder / name, settings, reporter, Home(place / "server") if home else None)
 
     def run(
         self,
@@ -112,34 +124,36 @@ class World:
         question: Change | None = None,
         reply: Change | None = None,
         policy: Any = None,
+        whole: bool = False,
         **changes: Any,
     ) -> bytes:
-        """Do a job in the folder `name`; return every byte that the wire saw."""
-        run = self.folder / name
-        chosen = settings(self.folder, **changes)
-        if not run.exists():
-            shutil.copytree(self._sites, run / "simulation")
-            dump_settings(chosen, run / "job.yaml")
-            for path in (run / "simulation" / "sites").glob("*/site.yaml"):
+        """Have every question of a job answered, and with `whole` do it to its end; return all that the wire saw."""
+        forget_sites()
+        with Reporter(quiet=True) as reporter:
+            job = self.job(name, reporter, **changes)
+            paths = sorted((self.folder / name / "simulation" / "sites").glob("*/site.yaml"))
+            for path in paths:
                 raw = yaml.safe_load(path.read_text())
                 path.write_text(yaml.safe_dump({**raw, "policy": {**raw["policy"], **(policy or {})}}))
-        wire = type("Wire", (Wire,), {"seen": bytearray(), "question": question, "reply": reply})
-        for hook in ("question", "reply"):
-            if getattr(wire, hook) is not None:
-                setattr(wire, hook, staticmethod(getattr(wire, hook)))
-        self._patch.setattr(simulation, "LocalGrid", wire)
-        with Reporter(quiet=True) as reporter:
-            simulate(chosen, run, reporter, quiet=True)
-        return bytes(wire.seen)
+            with Wire(client_app, [{"site": str(path)} for path in paths], workers=2) as grid:
+                grid.question, grid.reply = question, reply
+                if whole:
+                    job.do(grid)
+                else:
+                    job.participants(*job.answers(grid, False, 0.0))
+            return bytes(grid.seen)
+
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        """Return what the stores of a run say of each answer."""
+        indices = sorted((self.folder / name / "answers").glob("*/*/index.jsonl"))
+        return [
+            {**json.loads(line), "at": index.parent} for index in indices for line in index.read_text().splitlines()
+        ]
 
     def records(self, name: str) -> list[bytes]:
         """Return the rows of every answer that a run stored."""
-        found = []
-        for index in (self.folder / name / "answers").glob("*/*/index.jsonl"):
-            data = (index.parent / "answers.bin").read_bytes()
-            entries = [json.loads(line) for line in index.read_text().splitlines()]
-            found += [data[entry["offset"] : entry["offset"] + entry["bytes"]] for entry in entries]
-        return found
+        held = [(entry, (entry["at"] / "answers.bin").read_bytes()) for entry in self.entries(name)]
+        return [data[entry["offset"] : entry["offset"] + entry["bytes"]] for entry, data in held]
 
     def report(self, name: str) -> dict[str, Any]:
         """Return what a run found, but for the settings that say whether answers were sealed."""
@@ -154,34 +168,34 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, sites: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    forget_sites()
-    return World(tmp_path, sites, monkeypatch)
+def world(tmp_path: Path, sites: Path) -> World:
+    return World(tmp_path, sites)
 
 
-def test_a_sealed_job_finds_what_an_open_one_does_and_shows_no_answer(world: World) -> None:
-    seen_open, seen_sealed = world.run("open"), world.run("sealed", **SEALED)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, sites: Path) -> tuple[World, bytes]:
+    """A world in which the run `open` is done, and what its wire saw."""
+    world = World(tmp_path_factory.mktemp("finished"), sites)
+    return world, world.run("open", whole=True)
+
+
+def test_a_sealed_job_finds_what_an_open_one_does_and_shows_no_answer(finished: tuple[World, bytes]) -> None:
+    world, seen_open = finished
+    seen_sealed = world.run("sealed", whole=True, **SEALED)
     assert world.report("sealed") == world.report("open")
     rows = world.records("open")
-    assert len(rows) == 2 * (2 + 20)
+    assert len(rows) == 2 * 4
     assert sorted(world.records("sealed")) == sorted(rows)
     assert all(row in seen_open for row in rows), "the search finds what is there"
     for row in rows:
         assert row not in seen_sealed
-        assert row[: len(row) // 3] not in seen_sealed
-    for index in (world.folder / "sealed" / "answers").glob("*/*/index.jsonl"):
-        for line in index.read_text().splitlines():
-            entry = json.loads(line)
-            for secret in (entry["signature"], entry["salt"], entry["sha256"]):
-                assert bytes.fromhex(secret) not in seen_sealed
-                assert secret.encode() not in seen_sealed
-    assert not [path for path in (world.folder / "sealed").rglob("*") if b"PRIVATE KEY" in held(path, "server")]
-
-
-def held(path: Path, *apart: str) -> bytes:
-    """Return a file's bytes, but for those of sites and of the folders named."""
-    within = any(part in path.parts for part in ("sites", *apart))
-    return b"" if within or not path.is_file() else path.read_bytes()
+        assert row[:20] not in seen_sealed
+    for entry in world.entries("open"):
+        assert bytes.fromhex(entry["signature"]) in seen_open
+    for entry in world.entries("sealed"):
+        for secret in (entry["signature"], entry["salt"], entry["sha256"]):
+            assert bytes.fromhex(secret) not in seen_sealed
+            assert secret.encode() not in seen_sealed
 
 
 def once(change: Callable[[Fields], Fields], kind: str = ANSWER) -> Change:
@@ -203,10 +217,9 @@ def test_a_changed_answer_is_refused_and_asked_for_again(world: World) -> None:
         data[60] ^= 1
         return {**fields, "data": bytes(data)}
 
-    world.run("open")
     world.run("run", reply=once(flip), **SEALED)
     assert world.failures("run") == ["An answer is not sealed for this question, this site and the job's key"]
-    assert world.report("run") == world.report("open")
+    assert len(world.records("run")) == 2 * 4
 
 
 def test_swapped_and_replayed_answers_are_refused(world: World) -> None:
@@ -217,7 +230,7 @@ def test_swapped_and_replayed_answers_are_refused(world: World) -> None:
         if kind != ANSWER:
             return fields
         held.append(fields)
-        before = held[-2] if len(held) in (2, 5) else fields
+        before = held[-2] if len(held) in (3, 6) else fields
         return {**fields, "data": before["data"]}
 
     world.run("run", reply=swap, **SEALED)
@@ -269,7 +282,7 @@ def test_a_site_that_answers_sealed_alone_is_not_talked_out_of_it(world: World) 
 
 def test_an_unsealed_reply_to_a_sealed_question_is_refused(world: World) -> None:
     """It could come from anybody who carries messages."""
-    rows = encode(pytest.importorskip("numpy").full((50, 3), -1.0986123, "f4"), "f16")
+    rows = encode(ROWS, "f16")
     with pytest.raises(AskingError, match="is not sealed for this question"):
         world.run("run", reply=lambda kind, f: {**f, "data": rows} if kind == ANSWER else f, **SEALED)
     assert not world.records("run")
@@ -280,12 +293,10 @@ def forged(kind: str, fields: Fields) -> Fields:
     if kind != ANSWER:
         return fields
     question = Question.model_validate_json(fields["json"])
-    rows = encode(pytest.importorskip("numpy").full((len(question), 3), -1.0986123, "f4"), question.encoding)
+    rows = encode(ROWS, question.encoding)
     vouch = Signer(OWN_KEY, "site-1", ("Bag", "Coat", "Dress")).vouch(question, rows)
     if question.job_key is None:
         return {**fields, "data": rows, "vouch": vouch}
-    from consilience.common.files import canonical_json
-
     info = b"consilience sealed answer\n" + canonical_json(["site-1", question.model_dump(mode="json")])
     return {**fields, "data": seal(question.job_key.key, info, len(vouch).to_bytes(2, "big") + vouch + rows)}
 
@@ -321,18 +332,20 @@ def test_a_card_with_another_key_than_the_admitted_one_is_refused(world: World, 
 
 
 def test_a_job_without_an_authority_cannot_be_sealed(world: World) -> None:
-    world.run("run", **SEALED)
     with Reporter(quiet=True) as reporter, pytest.raises(SettingsError, match="no authority to sign the job's key"):
-        Job.open(world.folder / "run", reporter)
+        world.job("run", reporter, home=False, **SEALED)
 
 
 def test_sums_and_seals_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="secure_sum and sealed exclude each other"):
-        settings(tmp_path, privacy={"sealed": True, "secure_sum": True})
-    raw = job()
-    raw["simulation"]["policy"] = {"sums_only": True, "sealed_only": True}
-    with pytest.raises(SettingsError, match="sums_only and sealed_only exclude each other"):
-        parse_settings(raw, JobSettings, source="job.yaml", folder=tmp_path)
+        parse_settings(
+            {"name": "small", "privacy": {"sealed": True, "secure_sum": True}},
+            JobSettings,
+            source="job.yaml",
+            folder=tmp_path,
+        )
+    with pytest.raises(ValidationError, match="sums_only and sealed_only exclude each other"):
+        Policy(sums_only=True, sealed_only=True)
 
 
 def verify(student: Path) -> tuple[int, dict[str, Any]]:
@@ -340,22 +353,23 @@ def verify(student: Path) -> tuple[int, dict[str, Any]]:
     return result.exit_code, json.loads(result.stdout)
 
 
-def test_anyone_can_check_who_vouched_for_what(world: World) -> None:
-    world.run("run", **SEALED)
-    student, key = world.folder / "run" / "student", read_json(world.folder / "run" / "contract.json")["sites"][0]
-    code, said = verify(student)
-    assert code == 0
-    first, second = said["data"]["sites"]
-    assert (first["site"], first["key"]) == ("site-1", key["identity"])
-    for site in (first, second):
-        assert (site["vouched"], site["compared"], site["unsigned"], site["problems"]) == (1100, 1100, 0, [])
-    published = world.folder / "published"
-    shutil.copytree(student, published)  # away from the answers
-    code, said = verify(published)
-    assert code == 0
-    assert [(site["vouched"], site["compared"]) for site in said["data"]["sites"]] == [(1100, 0)] * 2
-    card = (world.folder / "run" / "card.md").read_text()
-    assert "1,100 of 1,100" in card
+def test_anyone_can_check_who_vouched_for_what(finished: tuple[World, bytes], tmp_path: Path) -> None:
+    run = finished[0].folder / "open"
+    code, said = verify(run / "student")
+    assert code == 0, said
+    cards = read_json(run / "contract.json")["sites"]
+    assert [(site["site"], site["key"]) for site in said["data"]["sites"]] == [
+        (c["name"], c["identity"]) for c in cards
+    ]
+    for site in said["data"]["sites"]:
+        assert (site["vouched"], site["compared"], site["unsigned"], site["problems"]) == (100, 100, 0, [])
+        assert f"| {site['site']} | {words(site['key'])} | 100 of 100 |" in (run / "card.md").read_text()
+    shutil.copytree(run / "student", tmp_path / "published")  # away from the answers
+    code, said = verify(tmp_path / "published")
+    assert code == 0, said
+    assert [(site["vouched"], site["compared"]) for site in said["data"]["sites"]] == [(100, 0)] * 2
+    shown = CliRunner().invoke(app, ["student", "verify", "--student", str(tmp_path / "published")])
+    assert "site-1" in shown.stdout
 
 
 def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -385,62 +399,55 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, sites: Path) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        World(folder, sites, patch).run("run")
-    return folder / "run"
-
-
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_to_what_was_signed_is_found(finished: Path, tmp_path: Path, name: str) -> None:
-    shutil.copytree(finished / "student", tmp_path / "student")
+def test_a_change_to_what_was_signed_is_found(finished: tuple[World, bytes], tmp_path: Path, name: str) -> None:
+    shutil.copytree(finished[0].folder / "open" / "student", tmp_path / "student")
     changed(tmp_path / "student" / "signatures.json", CHANGES[name])
     code, said = verify(tmp_path / "student")
     assert code == 15, said
     assert "is wrong; site site-" in said["error"]["message"]
-    assert said["data"]["sites"][1]["problems"] == []
+    assert said["data"]["sites"][0]["problems"]
+    assert name == "job" or said["data"]["sites"][1]["problems"] == []
 
 
-def test_changed_answers_and_missing_signatures_are_found(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
+def test_changed_answers_and_missing_signatures_are_found(finished: tuple[World, bytes], tmp_path: Path) -> None:
+    for part in ("answers", "student"):
+        shutil.copytree(finished[0].folder / "open" / part, tmp_path / "run" / part)
     student = tmp_path / "run" / "student"
-    (store, *_) = sorted((tmp_path / "run" / "answers" / "site-2").iterdir())
+    (store,) = (tmp_path / "run" / "answers" / "site-2").iterdir()
     data = bytearray((store / "answers.bin").read_bytes())
     data[3] ^= 1
     (store / "answers.bin").write_bytes(data)
     code, said = verify(student)
     assert code == 15
-    assert "site-2" in said["error"]["message"]
+    assert "site-2: log-probs of samples 0 to 25" in said["error"]["message"]
     assert "the answer here is not the one that was signed" in said["error"]["message"]
-    assert said["data"]["sites"][1]["vouched"] == 1100, "the signatures themselves are good"
+    assert said["data"]["sites"][1]["vouched"] == 100, "the signatures themselves are good"
     shutil.rmtree(tmp_path / "run" / "answers")
     changed(student / "signatures.json", lambda f: f["sites"][1]["answers"][0]["signed"].pop())
     code, said = verify(student)
     assert code == 15
-    assert "Nobody vouches for 50 answers, of: site-2" in said["error"]["message"]
+    assert "Nobody vouches for 25 answers, of: site-2" in said["error"]["message"]
     (student / "signatures.json").write_text("{}")
     assert verify(student)[0] == 12
     (student / "signatures.json").unlink()
     assert verify(student)[0] == 12
 
 
-def test_a_run_that_began_before_sites_signed_goes_on_without(finished: Path, tmp_path: Path) -> None:
+def test_a_run_that_began_before_sites_signed_goes_on_without(finished: tuple[World, bytes], tmp_path: Path) -> None:
     """Its contract knows no key; its records, and those that come, have no signature, and that is said."""
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    world, run = World(tmp_path, tmp_path), tmp_path / "run"
+    shutil.copytree(finished[0].folder / "open", run)
     changed(run / "contract.json", lambda f: [site.pop("public_key") for site in f["sites"]])
     for index in (run / "answers").glob("*/*/index.jsonl"):
         lines = [json.loads(line) for line in index.read_text().splitlines()][:-1]
         kept = [{k: v for k, v in line.items() if k not in ("salt", "signature")} for line in lines]
         index.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    forget_sites()
-    with Reporter(quiet=True) as reporter:
-        simulate(settings(tmp_path), run, reporter, quiet=True)
-    assert "signature" not in next((run / "answers").glob("*/*/index.jsonl")).read_text()
+    world.run("run", whole=True)
+    assert len(world.records("run")) == 2 * 4
+    assert not any("signature" in entry for entry in world.entries("run"))
+    assert world.report("run")["sites"][0]["signed"] == 0
     code, said = verify(run / "student")
     assert code == 12
     assert "No site vouched" in said["error"]["message"]
     assert "vouches" not in (run / "card.md").read_text()
-    assert isinstance(ConsilienceError("x"), Exception)
