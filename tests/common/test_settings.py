@@ -197,6 +197,7 @@ def test_every_field_of_the_policy_enters_its_version() -> None:
         "floor": 0.01,
         "limits": {"per_job": 1},
         "sums_only": True,
+        "sealed_only": True,
         "approval": True,
         "ends": "2030-01-01",
     }
