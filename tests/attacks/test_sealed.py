@@ -54,7 +54,7 @@ SIMULATED = {
         "teachers": [{"kind": "train", "architecture": "cnn3", "fit": FIT}],
     },
 }
-SEALED = {"privacy": {"sealed": True}}
+SEALED: dict[str, Any] = {"privacy": {"sealed": True}}
 ROWS = np.full((25, 3), -np.log(3), np.float32)
 """An answer that says nothing, and is one."""
 
@@ -372,7 +372,7 @@ def test_anyone_can_check_who_vouched_for_what(finished: tuple[World, bytes], tm
     assert "site-1" in shown.stdout
 
 
-def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     whole = json.loads(path.read_text())
     change(whole)
     path.write_text(json.dumps(whole))
@@ -382,7 +382,7 @@ def shift(shard: dict[str, Any]) -> None:
     shard["start"], shard["stop"] = shard["start"] + 1, shard["stop"] + 1
 
 
-CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "signature": lambda f: f["sites"][0]["answers"][0]["signed"][0].update(signature="3003020100"),
     "digest": lambda f: f["sites"][0]["answers"][0]["signed"][0].update(digest="0" * 64),
     "range": lambda f: shift(f["sites"][0]["answers"][0]["signed"][-1]),

@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 
+from consilience.client.explain import explain, tell_policy
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.files import sha256
-from consilience.common.identity import Kit, make_key
 from consilience.common.pool import Pool
 from consilience.common.protocol import Contract
 from consilience.common.sealing import Secret, unseal_answer
+from consilience.common.settings import JobPrivacy, JobSettings
 from consilience.common.vouching import SALT_BYTES, KnownSigner, salted
 from consilience.deploy.simulation import NOWHERE, admit
 from consilience.server.authority import ensure_authority, make_job_key
 from consilience.server.settings import Home
 from helpers.small_site import CLASSES, about, make_pool, make_site
+from helpers.summing import make_terms
 
 
 @pytest.fixture
@@ -125,5 +127,21 @@ def test_a_site_that_seals_only_answers_in_no_other_way(tmp_path: Path, home: Ho
     assert site.ledger.count == 0
     site.agree(contract(site, pool, job_key=key))
     site.answer(about(site, pool, 0, 4, job_key=key))
-    assert Kit.read(tmp_path / "kit.json").site == "site-1"
-    assert not make_key(tmp_path / "another.key").curve.name.startswith("x")
+
+
+def test_a_site_that_seals_only_takes_part_in_no_sum(tmp_path: Path, home: Home, pool: Pool) -> None:
+    terms = make_terms({"site-1": [0, 1, 2], "site-2": [0, 1, 2], "site-3": [0, 1, 2]}, 4, pool=pool.digest)
+    with pytest.raises(RefusedError) as caught:
+        admitted(tmp_path, home, sealed_only=True).sum_keys(terms)
+    assert caught.value.code == "sealed-only"
+
+
+def test_a_person_is_told_beforehand(tmp_path: Path, home: Home, pool: Pool) -> None:
+    site = admitted(tmp_path, home, sealed_only=True)
+    for privacy, refusal in (
+        (JobPrivacy(), "the site answers only jobs that have answers sealed"),
+        (JobPrivacy(secure_sum=True), "the site answers only jobs that have answers sealed"),
+        (JobPrivacy(sealed=True), ""),
+    ):
+        assert explain(JobSettings(name="job", pool=pool.folder, privacy=privacy), site).refusal == refusal
+    assert "answers leave sealed for the coordinator alone" in tell_policy(site.settings.policy)
