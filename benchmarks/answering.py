@@ -1,9 +1,9 @@
 """Claim: answering through the whole path is at least 0.90 as fast as a plain torch loop over the same images.
 
 The whole path: questions through Flower's wire encoding to a site, the site's teacher, f16 encoding, the wire back,
-validation, and the durable store (fsync and checksum per answer); before an answer leaves, the site keeps it and counts
-it in its ledger. The plain loop: the same network over the same memory-mapped pool in the same batches, log-softmax,
-results kept in one array. Both in turn, several times.
+validation, and the durable store (fsync and checksum per answer); before an answer leaves, the site keeps it, counts it
+in its ledger and signs it. The plain loop: the same network over the same memory-mapped pool in the same batches,
+log-softmax, results kept in one array. Both in turn, several times.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.common.data import from_arrays
+from consilience.common.identity import make_key
 from consilience.common.nets import build, save_model
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
@@ -31,6 +32,7 @@ from consilience.server.asking import ask
 from consilience.server.enrolment import at_least, collect_cards
 from consilience.server.events import Events
 from consilience.server.progress import Progress
+from consilience.server.trust import signer_of
 from harness import options, show
 
 BATCH = 256
@@ -62,7 +64,7 @@ def whole_path(grid: LocalGrid, pool: Pool, folder: Path) -> float:
             encoding="f16",
             classes=len(card.classes),
         )
-        store = AnswerStore(folder, about)
+        store = AnswerStore(folder, about, signer_of(card))
         began = time.perf_counter()
         progress = Progress(folder / "progress.json", "benchmark")
         events = Events(folder / "events.jsonl")
@@ -93,6 +95,7 @@ def main() -> None:
             )
             site = SiteSettings(name="site", teacher=teacher, pools=(pool.folder,), batch_size=BATCH)
             dump_settings(site, home / architecture / "site.yaml")
+            make_key(home / architecture / "site.key")
             forget_sites()
             plain, whole = [], []
             with LocalGrid(client_app, [{"site": str(home / architecture / "site.yaml")}], workers=1) as grid:

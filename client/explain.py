@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from consilience.client.policy import Demand, RefusedError, check_demand, limits
+from consilience.client.policy import Demand, RefusedError, check_demand, check_sealed, limits
 from consilience.client.privacy import Spent
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
@@ -80,6 +80,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     )
     held = Explanation(demand, parts, here, "", {})
     try:
+        check_sealed(policy, sealed=job.privacy.sealed)
         check_demand(policy, site.ledger, demand)
         site.permit(job.name, demand.asked, held.new)
     except RefusedError as error:
@@ -110,6 +111,7 @@ def tell_policy(policy: Policy) -> list[str]:
     lines += ["answers leave in secure sums alone"] if policy.sums_only else []
     if policy.sum_owners > 1:
         lines.append(f"sums are of classes that {policy.sum_owners} sites know, this one among them")
+    lines += ["answers leave sealed for the coordinator alone"] if policy.sealed_only else []
     lines.append("each job needs a person's approval" if policy.approval else "no job needs a person's approval")
     lines.append("it has no end" if policy.ends is None else f"the last day is {policy.ends}")
     return lines

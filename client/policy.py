@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked
-from consilience.common.errors import ProtocolError
-from consilience.common.identity import words
+from consilience.common.errors import IdentityError, ProtocolError, StorageError
+from consilience.common.identity import Kit, words
+from consilience.common.job_key import JobKey
 from consilience.common.protocol import Kind, Question, RefusalCode
 from consilience.common.settings import Policy, SiteSettings, allowed_by
 from consilience.common.sums.messages import Terms
@@ -122,6 +123,28 @@ def check_open(policy: Policy) -> None:
     """Refuse to answer openly where the policy lets sums out alone. Raises `RefusedError`."""
     if policy.sums_only:
         raise RefusedError("sums-only", "the site answers in secure sums only", "policy.sums_only is true")
+
+
+def check_sealed(policy: Policy, *, sealed: bool) -> None:
+    """Refuse to answer unsealed where the policy lets sealed answers out alone. Raises `RefusedError`."""
+    if policy.sealed_only and not sealed:
+        raise RefusedError(
+            "sealed-only", "the site answers only jobs that have answers sealed", "policy.sealed_only is true"
+        )
+
+
+def check_job_key(settings: SiteSettings, job: str, key: JobKey | None) -> None:
+    """Refuse a job's key that the authority in the site's kit did not sign for this job, and to do without one where
+    the policy needs one. Raises `RefusedError`."""
+    check_sealed(settings.policy, sealed=key is not None)
+    if key is None:
+        return
+    try:
+        key.check(job, Kit.read(settings.kit).ca)
+    except (ProtocolError, IdentityError, StorageError) as error:
+        raise RefusedError(
+            "job-key", "the authority in the site's kit does not vouch for the job's key", f"job {job}"
+        ) from error
 
 
 def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] = ()) -> None:

@@ -28,9 +28,11 @@ from consilience.client.policy import (
     check_demand,
     check_encoding,
     check_job,
+    check_job_key,
     check_open,
     check_peers,
     check_pool,
+    check_sealed,
 )
 from consilience.client.privacy import Event, answering_costs, describe_privacy
 from consilience.client.privacy.noise import Secret, load_secret
@@ -43,7 +45,7 @@ from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teac
 from consilience.common.data import open_data
 from consilience.common.encoding import coverage_bytes, coverage_problem, decode, encode, encode_coverage, row_bytes
 from consilience.common.errors import DataError, PoolError, StorageError, TeacherError
-from consilience.common.identity import key_fingerprint, load_key
+from consilience.common.identity import key_fingerprint, key_line, load_key
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
@@ -58,6 +60,7 @@ from consilience.common.protocol import (
     SiteCard,
     SumNoiseCard,
 )
+from consilience.common.sealing import seal_answer
 from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, SiteSettings, SumNoise
 from consilience.common.settings_file import load_settings
 from consilience.common.sums.messages import (
@@ -73,6 +76,7 @@ from consilience.common.sums.messages import (
     Unmask,
 )
 from consilience.common.sums.revealed import determined
+from consilience.common.vouching import Signer
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +154,9 @@ class Site:
             coverage=self._coverage_card(),
             sums_only=self.settings.policy.sums_only,
             sum_noise=self._sum_noise,
-            identity=self._identity(),
+            sealed_only=self.settings.policy.sealed_only,
+            identity=None if self.signer is None else key_fingerprint(self.signer.key.public_key()),
+            public_key=None if self.signer is None else key_line(self.signer.key.public_key()),
         )
 
     @property
@@ -158,9 +164,11 @@ class Site:
         private = self.settings.privacy
         return SumNoiseCard(sigma=private.sigma, honest=private.honest) if isinstance(private, SumNoise) else None
 
-    def _identity(self) -> str | None:
+    @cached_property
+    def signer(self) -> Signer | None:
+        """What signs the site's answers; None without a key. Raises `IdentityError`, `StorageError`."""
         key = self.settings.key
-        return key_fingerprint(load_key(key).public_key()) if key.exists() else None
+        return Signer(load_key(key), self.settings.name, self.teacher.classes) if key.exists() else None
 
     def _coverage_card(self) -> CoverageCard | None:
         allowed = self.settings.policy.coverage_encodings
@@ -179,6 +187,7 @@ class Site:
         """
         if contract.teacher != self.teacher.fingerprint:
             raise RefusedError("other-teacher", "the contract names another teacher")
+        check_job_key(self.settings, contract.job, contract.job_key)
         within = all(label < len(contract.labels) for label in contract.class_set)
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
@@ -251,6 +260,7 @@ class Site:
     def answer(self, question: Question) -> Answer:
         """Score the samples a question asks about and encode them as it asks; what left before leaves as it did.
 
+        It is signed, and sealed where the question names a job key; the plain rows are what is kept and counted.
         Teacher and coverage always see the same aligned batches of the pool, whatever range is asked, so that a
         sample's answer is the same bytes however the server cuts its questions. Raises `RefusedError`, `LedgerError`,
         `StorageError`: nothing leaves then.
@@ -260,16 +270,19 @@ class Site:
         if question.teacher != fingerprint or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
         check_open(policy)
+        check_job_key(self.settings, question.job, question.job_key)
         check_encoding(policy, question.kind, question.encoding)
         pool = self._pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         if len(question) * self._width(question) > MOST_ANSWER_BYTES:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
-        began = time.perf_counter()
+        signer, began = self.signer, time.perf_counter()
         with self._lock:
             data = self._given(self.released, question, pool)
-        return Answer(question, data, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
+        return answer if question.job_key is None else seal_answer(answer, self.settings.name)
 
     def _given(self, released: Released, question: Question, pool: Pool) -> bytes:
         """Return the encoded rows of a question, kept and counted among the answers `released`."""
@@ -358,6 +371,7 @@ class Site:
     def _check_job(self, job: str, asked: Iterable[Asked] = ()) -> None:
         with self._lock:
             self.ledger.refresh()
+            check_sealed(self.settings.policy, sealed=False)
             check_job(self.settings.policy, self.ledger, job, asked)
 
     def masked_rows(self, question: RowsQuestion) -> MaskedRows:

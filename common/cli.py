@@ -55,6 +55,15 @@ def emit_findings(as_json: bool, result: Result, error: ConsilienceError | None)
         _fail(as_json, error, data)
 
 
+def emit_checked(as_json: bool, check: Callable[[], tuple[Result, ConsilienceError | None]]) -> None:
+    """As `emit_findings`, of a check that may itself fail before it has found anything."""
+    try:
+        result, error = check()
+    except ConsilienceError as failure:
+        _fail(as_json, failure)
+    emit_findings(as_json, result, error)
+
+
 def _show(as_json: bool, data: dict[str, Any], view: RenderableType) -> None:
     if as_json:
         typer.echo(json.dumps({"ok": True, "data": data, "error": None}))

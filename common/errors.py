@@ -182,7 +182,8 @@ class IdentityError(ConsilienceError):
     explanation = (
         "A key, a certificate, a request or a kit could not be used: the file is missing or damaged, its signature is "
         "not the site's, its words are not the ones that were compared, or other users of the machine may read a "
-        "private key. The message names the file; `chmod 600` mends a key that is open too wide."
+        "private key; or what sites are said to have signed of their answers is not what they signed. The message "
+        "names the file; `chmod 600` mends a key that is open too wide."
     )
 
 

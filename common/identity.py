@@ -143,6 +143,20 @@ def key_fingerprint(key: PublicKey) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
+def sign(key: PrivateKey, data: bytes) -> bytes:
+    """Return the signature (ECDSA with SHA-384, DER) over `data`, which begins with what it is for."""
+    return key.sign(data, ec.ECDSA(hashes.SHA384()))
+
+
+def verify(key: PublicKey, signature: bytes, data: bytes) -> bool:
+    """Whether the owner of `key` signed `data`."""
+    try:
+        key.verify(signature, data, ec.ECDSA(hashes.SHA384()))
+    except InvalidSignature:
+        return False
+    return True
+
+
 def certificate_fingerprint(pem: str) -> str:
     """Return SHA-256 (hex) of a certificate's DER form. Raises `IdentityError`."""
     return read_certificate(pem).fingerprint(hashes.SHA256()).hex()
@@ -213,8 +227,7 @@ class Request(_Paper):
             made=datetime.now(UTC).replace(microsecond=0),
             signature="00",
         )
-        signature = key.sign(draft._signed(), ec.ECDSA(hashes.SHA384()))
-        return draft.model_copy(update={"signature": signature.hex()})
+        return draft.model_copy(update={"signature": sign(key, draft._signed()).hex()})
 
     def _signed(self) -> bytes:
         return b"consilience request\n" + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
@@ -222,11 +235,13 @@ class Request(_Paper):
     def check(self) -> None:
         """Raise `IdentityError` when the signature is not the key's."""
         try:
-            self.key.verify(bytes.fromhex(self.signature), self._signed(), ec.ECDSA(hashes.SHA384()))
-        except (InvalidSignature, ValueError):
+            signed = verify(self.key, bytes.fromhex(self.signature), self._signed())
+        except ValueError:
+            signed = False
+        if not signed:
             raise IdentityError(
                 "the request's signature is not that of its key", hint="Let the site make its request anew"
-            ) from None
+            )
 
     @property
     def key(self) -> PublicKey:

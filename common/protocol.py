@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from consilience.common.errors import ProtocolError
+from consilience.common.errors import IdentityError, ProtocolError
+from consilience.common.identity import key_fingerprint, read_key_line
+from consilience.common.job_key import JobKey
 from consilience.common.settings import ENCODINGS, NAME_PATTERN, ClassName, CoverageEncoding, Encoding
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
@@ -25,6 +27,8 @@ _VALUE_BYTES, _GROUP_BYTES = 80, 720
 """What a value, and an array or object, take at most while JSON is read and checked, as measured."""
 _MOST_MISTAKES = 1000
 """Mistakes in a record that are looked at: a list of them takes far more than the record."""
+MOST_VOUCH_BYTES = 200
+"""Salt and signature of an answer."""
 
 Kind = Literal["log-probs", "coverage"]
 """What an answer tells of a pool sample: the teacher's log-probabilities, or how likely it is of the site's classes."""
@@ -42,6 +46,8 @@ RefusalCode = Literal[
     "teacher-failed",
     "pool-not-allowed",
     "sums-only",
+    "sealed-only",
+    "job-key",
     "not-approved",
     "policy-ended",
     "budget-exhausted",
@@ -54,6 +60,8 @@ FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
     {
         "pool-not-allowed",
         "sums-only",
+        "sealed-only",
+        "job-key",
         "not-approved",
         "policy-ended",
         "budget-exhausted",
@@ -163,11 +171,15 @@ class SiteCard(Record):
     coverage: CoverageCard | None = None
     """The site's coverage, if it has learned one and the policy lets it out."""
     identity: Digest | None = None
-    """Fingerprint of the site's key, with which it signs in secure sums; None for a site that has none."""
+    """Fingerprint of the site's key, with which it signs; None for a site that has none."""
+    public_key: Annotated[str, Field(max_length=1000)] | None = None
+    """That key, as OpenSSH writes it: with it anyone can check what the site signed."""
     sums_only: bool = False
     """Whether it answers in secure sums alone."""
     sum_noise: SumNoiseCard | None = None
     """The noise that it adds a share of in secure sums; None: it adds none."""
+    sealed_only: bool = False
+    """Whether it answers sealed for the coordinator alone."""
 
     @model_validator(mode="after")
     def _priors_fit(self) -> SiteCard:
@@ -175,6 +187,16 @@ class SiteCard(Record):
             len(self.class_priors) != len(self.classes) or abs(sum(self.class_priors) - 1) > 1e-6
         ):
             raise ValueError("class_priors are not one share per class")
+        return self
+
+    @model_validator(mode="after")
+    def _one_key(self) -> SiteCard:
+        try:
+            own = self.public_key is None or key_fingerprint(read_key_line(self.public_key)) == self.identity
+        except IdentityError:
+            own = False
+        if not own:
+            raise ValueError("public_key is not the key of this identity")
         return self
 
 
@@ -198,6 +220,8 @@ class Contract(Record):
     """Whether coverage of the pools will be asked for too."""
     secure_sum: bool = False
     """Whether answers will be asked for in secure sums alone; these are about the first of the pools."""
+    job_key: JobKey | None = None
+    """What answers are to be sealed for; None: they are not."""
 
 
 class Guarantee(BaseModel):
@@ -238,6 +262,8 @@ class Question(Record):
     teacher: Digest
     """Fingerprint of what is to answer: of the teacher, or, for kind `coverage`, of the coverage."""
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
+    job_key: JobKey | None = None
+    """What the answer is to be sealed for; None: it is not."""
 
     @model_validator(mode="after")
     def _range(self) -> Question:
@@ -257,18 +283,28 @@ class Question(Record):
 
 @dataclass(frozen=True)
 class Answer:
-    """A site's answer: the question it repeats, the encoded rows, and the seconds the teacher took."""
+    """A site's answer: the question it repeats, the encoded rows, and the seconds the teacher took.
+
+    `vouch`: salt and signature (common/vouching), empty from a site without a key. In a sealed answer (common/sealing)
+    rows and vouch are ciphertext in `data`.
+    """
 
     question: Question
     data: bytes
     seconds: float
+    vouch: bytes = b""
 
     def to_content(self) -> RecordDict:
         """Return the message content: one record, since each costs a round trip to carry."""
         return RecordDict(
             {
                 "record": ConfigRecord(
-                    {"json": self.question.model_dump_json(), "seconds": float(self.seconds), "data": self.data}
+                    {
+                        "json": self.question.model_dump_json(),
+                        "seconds": float(self.seconds),
+                        "data": self.data,
+                        "vouch": self.vouch,
+                    }
                 )
             }
         )
@@ -291,7 +327,10 @@ class Answer:
             raise ProtocolError("An answer's seconds are no time")
         if not isinstance(data, bytes):
             raise ProtocolError("An answer carries no data")
-        return cls(question, data, seconds)
+        vouch = record.get("vouch", b"")
+        if not isinstance(vouch, bytes) or len(vouch) > MOST_VOUCH_BYTES:
+            raise ProtocolError("An answer's signature is none")
+        return cls(question, data, seconds, vouch)
 
 
 class Refusal(Record):

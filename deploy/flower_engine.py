@@ -20,7 +20,7 @@ from consilience.common.errors import MissingExtraError
 from consilience.common.files import lock
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings
-from consilience.deploy.simulation import prepare_run
+from consilience.deploy.simulation import prepare_run, server_home
 from consilience.server.job import Job
 
 
@@ -60,7 +60,7 @@ def simulate_on_flower(job: JobSettings, run: Path, reporter: Reporter) -> None:
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            Job.open(run, reporter).do(grid)
+            Job.open(run, reporter, server_home(run)).do(grid)
         except BaseException as error:  # the engine would tell its own story of it
             failures.append(error)
 

@@ -18,13 +18,11 @@ from consilience.client.fleet import SPEAKS_GRPC
 from consilience.common.child import child_command, end_all
 from consilience.common.errors import ServerError
 from consilience.common.files import lock
-from consilience.common.identity import Request, load_key, make_key
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings, SiteSettings
 from consilience.common.settings_file import dump_settings, load_settings
-from consilience.deploy.simulation import prepare_run
-from consilience.server.admission import Register
-from consilience.server.authority import authority_pem, ensure_authority, renew_if_due
+from consilience.deploy.simulation import admit, prepare_run
+from consilience.server.authority import ensure_authority, renew_if_due
 from consilience.server.runs import submit
 from consilience.server.service import read_service
 from consilience.server.settings import Home, ServerSettings
@@ -69,17 +67,11 @@ def make_server(folder: Path) -> Home:
 
 
 def join(home: Home, site: Path, folder: Path) -> Path:
-    """Give the site of a site.yaml a key and a kit below `folder`; returns the settings that name them.
-
-    All three parts of admission in one place: only a simulation holds both sides.
-    """
+    """Give a site a kit below `folder`, and a key if it has none; returns the file of settings that name them."""
     settings = load_settings(site, SiteSettings)
     place = folder / settings.name
-    settings = settings.model_copy(update={"key": place / "site.key", "kit": place / "kit.json"})
-    key = load_key(settings.key) if settings.key.exists() else make_key(settings.key)
-    register = Register(home)
-    record = register.approve(Request.make(key, settings.name, "this machine"))
-    register.kit(record, home.settings(), authority_pem(home)).write(settings.kit)
+    settings = settings.model_copy(update={"kit": place / "kit.json"})
+    admit(home, settings, home.settings())
     dump_settings(settings, place / "site.yaml")
     return place / "site.yaml"
 

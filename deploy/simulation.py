@@ -1,8 +1,8 @@
 """The whole job on one machine: sites that exist only here, in one process, the real apps at both ends.
 
-Lives here: making the sites (data, pools, site.yaml), training their teachers, and running ServerApp and ClientApp
-over the in-process Grid. Does not live here: anything a real job would do otherwise. RUN/simulation holds what in
-production lies at the sites.
+Lives here: making the sites (data, pools, site.yaml, key and kit), training their teachers, and running ServerApp and
+ClientApp over the in-process Grid. Does not live here: anything a real job would do otherwise. RUN/simulation holds
+what in production lies at the sites and in the server's folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from consilience.client.teacher import calibrate_teacher
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
-from consilience.common.identity import make_key
+from consilience.common.identity import Request, load_key, make_key
 from consilience.common.nets import epoch_task
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
@@ -31,11 +31,16 @@ from consilience.common.settings import JobSettings, Judge, NpzData, Simulation,
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.partition import Partition, partition
+from consilience.server.admission import Register
 from consilience.server.app import app as server_app
+from consilience.server.authority import authority_pem, ensure_authority
 from consilience.server.learning import check_student
+from consilience.server.settings import Home, ServerSettings
 
 WORKERS = 4
 """Sites that answer at the same time."""
+NOWHERE = ServerSettings(address="localhost:9092")
+"""What kits name as the server's address, where messages do not travel."""
 
 
 def embedded_job() -> JobSettings:
@@ -54,15 +59,22 @@ def simulate(job: JobSettings, run: Path, reporter: Reporter, *, quiet: bool = F
         _, paths = prepare_run(job, run, reporter)
         forget_sites()
         nodes = [{"site": str(path)} for path in paths]
+        home = server_home(run)
         with LocalGrid(client_app, nodes, workers=WORKERS) as grid:
             context = Context(
                 run_id=1,
                 node_id=SERVER_NODE,
                 node_config={},
                 state=RecordDict(),
-                run_config={"run": str(run), "quiet": quiet},
+                run_config={"run": str(run), "quiet": quiet, "home": "" if home is None else str(home.folder)},
             )
             server_app(grid=grid, context=context)
+
+
+def server_home(run: Path) -> Home | None:
+    """Return the folder in which a simulation admitted its sites; None for a run that began before it did so."""
+    home = Home(run / "simulation" / "server")
+    return home if home.sites.exists() else None
 
 
 def prepare_run(job: JobSettings, run: Path, reporter: Reporter) -> tuple[JobSettings, list[Path]]:
@@ -172,10 +184,21 @@ def _make_site(
         pools=(Path("../../pool"), Path("../../test-pool")),
         seed=int(np.random.SeedSequence([job.seed, index]).generate_state(1)[0]),
     )
-    if job.privacy.secure_sum and not (folder / "site.key").exists():
-        make_key(folder / "site.key")
     dump_settings(settings, folder / "site.yaml")
+    admit(Home(home / "server"), load_settings(folder / "site.yaml", SiteSettings), NOWHERE)
     return folder / "site.yaml"
+
+
+def admit(home: Home, site: SiteSettings, server: ServerSettings) -> None:
+    """Give a site a key, where it has none, and a kit; the server's folder then knows its key.
+
+    All parts of admission in one place: only a simulation holds both sides.
+    """
+    ensure_authority(home)
+    key = load_key(site.key) if site.key.exists() else make_key(site.key)
+    register = Register(home)
+    record = register.approve(Request.make(key, site.name, "this machine"))
+    register.kit(record, server, authority_pem(home)).write(site.kit)
 
 
 def _write_npz(path: Path, data: ImageData) -> None:

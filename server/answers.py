@@ -3,7 +3,8 @@
 A folder with three files. `about.json`: what the answers are about (pool, teacher, policy, kind, encoding, classes).
 Each kind of answer, log-probabilities or coverage, has a store of its own.
 `answers.bin`: encoded rows, one record after another, append-only. `index.jsonl`: one line a record, append-only:
-range of samples, offset, length, SHA-256, the teacher's seconds. A record is stored when its index line is complete;
+range of samples, offset, length, SHA-256, the teacher's seconds, and where the site signed it salt and signature
+(common/vouching). A record is stored when its index line is complete;
 whatever a crash left behind it is cut off on opening. Rows are read by memory map, checked against the SHA-256 when
 first touched.
 """
@@ -14,6 +15,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +28,7 @@ from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageE
 from consilience.common.files import read_json, sha256, storage_error, sync_folder, write_json
 from consilience.common.protocol import Answer, Digest, Kind
 from consilience.common.settings import CoverageEncoding, Encoding
+from consilience.common.vouching import SALT_BYTES, KnownSigner, salted
 
 
 class About(BaseModel):
@@ -64,14 +67,30 @@ class _Entry(BaseModel):
     bytes: int = Field(ge=0)
     sha256: Digest
     seconds: float = Field(ge=0)
+    salt: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
+    """None, as `signature`, in a record that no site signed."""
+    signature: str | None = Field(default=None, pattern=r"^[0-9a-f]+$")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a site vouched for in one record: samples start..stop-1, the salted digest of their rows, its signature."""
+
+    start: int
+    stop: int
+    digest: str
+    signature: str
 
 
 class AnswerStore:
     """One site's answers about one pool, on disk. Written by one thread of one process (the run's lock sees to it)."""
 
-    def __init__(self, folder: Path, about: About) -> None:
-        """Open or create the store in `folder`. Raises `RunError` when it is about something else, `StorageError`."""
-        self.folder, self.about = folder, about
+    def __init__(self, folder: Path, about: About, signer: KnownSigner | None = None) -> None:
+        """Open or create the store in `folder`. Raises `RunError` when it is about something else, `StorageError`.
+
+        `signer`: who must have signed what is stored from now on; None: signatures are neither asked for nor kept.
+        """
+        self.folder, self.about, self._signer = folder, about, signer
         self._entries: list[_Entry] = []  # sorted by start
         self._starts: list[int] = []
         self._checked: set[int] = set()  # offsets of records whose bytes were compared with their SHA-256
@@ -144,21 +163,23 @@ class AnswerStore:
     def append(self, answer: Answer) -> None:
         """Store an answer durably: when this returns, a crash no longer loses it.
 
-        Raises `ProtocolError` when its rows are not what the store holds or its samples were answered already,
-        `StorageError` when the disk refuses (what was stored before stays).
+        Raises `ProtocolError` when its rows are not what the store holds, its samples were answered already, or the
+        signer has not signed it, `StorageError` when the disk refuses (what was stored before stays).
         """
         question = answer.question
         self._need_rows(answer.data, len(question))
+        digest = sha256(answer.data)
         entry = _Entry(
             start=question.start,
             stop=question.stop,
             offset=self._end,
             bytes=len(answer.data),
-            sha256=sha256(answer.data),
+            sha256=digest,
             seconds=answer.seconds,
+            **self._signed(answer, digest),
         )
         place = self._place(entry)
-        line = (json.dumps(entry.model_dump()) + "\n").encode()
+        line = (json.dumps(entry.model_dump(exclude_none=True)) + "\n").encode()
         try:
             _append(self.folder / "answers.bin", answer.data, self._end)
             _append(self.folder / "index.jsonl", line, self._index_end)
@@ -172,6 +193,21 @@ class AnswerStore:
             decode_coverage(data, rows, cast(CoverageEncoding, self.about.encoding))
         else:
             check(data, rows, self.about.classes, self.about.encoding)
+
+    def _signed(self, answer: Answer, digest: str) -> dict[str, str]:
+        """Return salt and signature of an answer. Raises `ProtocolError` when they are not the signer's."""
+        if self._signer is None:
+            return {}
+        salt, signature = answer.vouch[:SALT_BYTES], answer.vouch[SALT_BYTES:]
+        self._signer.check(answer.question, salted(salt, digest), signature)
+        return {"salt": salt.hex(), "signature": signature.hex()}
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield what the site vouched for, in order; records without a signature are left out."""
+        for entry in self._entries:
+            if entry.salt is not None and entry.signature is not None:
+                digest = salted(bytes.fromhex(entry.salt), entry.sha256)
+                yield Shard(entry.start, entry.stop, digest, entry.signature)
 
     def __len__(self) -> int:
         """Samples answered."""
@@ -266,6 +302,29 @@ class AnswerStore:
                 hint=f"Remove {self.folder} and run the same command again: only this site is asked again",
             )
         self._checked.add(entry.offset)
+
+
+def digests_in(folder: Path) -> dict[tuple[int, int], str]:
+    """Return (start, stop) -> salted digest of the bytes that lie in a store, of the records with a signature.
+
+    Changes nothing there, and needs no store to be opened. Raises `StorageError`.
+    """
+    found = {}
+    try:
+        with (folder / "index.jsonl").open("rb") as index, (folder / "answers.bin").open("rb") as data:
+            for line in index:
+                entry = _Entry.model_validate_json(line)
+                if entry.salt is not None:
+                    data.seek(entry.offset)
+                    held = sha256(data.read(entry.bytes))
+                    found[entry.start, entry.stop] = salted(bytes.fromhex(entry.salt), held)
+    except OSError as error:
+        raise storage_error(error, folder, "read") from error
+    except ValidationError as error:
+        raise StorageError(
+            f"{folder / 'index.jsonl'} has a line that is damaged", hint="Restore it from a copy"
+        ) from error
+    return found
 
 
 def _append(path: Path, data: bytes, at: int) -> None:

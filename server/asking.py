@@ -17,14 +17,17 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from consilience.common.errors import ProtocolError
+from consilience.common.job_key import JobKey
 from consilience.common.progress import Reporter, Task
 from consilience.common.protocol import ANSWER, Answer, Question, RefusedReplyError
+from consilience.common.sealing import unseal_answer
 from consilience.common.settings import Ask
 from consilience.server.answers import AnswerStore
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 from consilience.server.progress import Progress, SiteProgress
 from consilience.server.question_size import QuestionSize
+from consilience.server.trust import Unsealing
 
 TTL_SECONDS = 300.0
 """How long a question waits for its answer before it counts as lost on the way (its site was restarted, or the grid
@@ -59,6 +62,7 @@ def ask(
     progress: Progress,
     tried: Mapping[str, tuple[int, float]] = MappingProxyType({}),
     passed: float = 0.0,
+    unsealing: Unsealing | None = None,
 ) -> list[SiteState]:
     """Ask until every store is complete, its site is given up, or `settings.deadline` has passed.
 
@@ -68,10 +72,10 @@ def ask(
     is back, as another node if need be; without a deadline it is given up after `settings.wait` seconds, as is one
     that is there and says nothing (but not before `TTL_SECONDS`). `tried` says for some sites how many samples took
     their teacher how many seconds: questions are sized by it. `passed` seconds of the deadline went by before, as when
-    the server was killed while it asked. Raises `StorageError` when an answer cannot be stored: what had arrived before
-    is safe, and nothing more is asked.
+    the server was killed while it asked. `unsealing`: what answers are to be sealed for. Raises `StorageError` when an
+    answer cannot be stored: what had arrived before is safe, and nothing more is asked.
     """
-    asking = _Asking(grid, job, settings, events, reporter, progress, time.monotonic() - passed)
+    asking = _Asking(grid, job, settings, events, reporter, progress, time.monotonic() - passed, unsealing)
     held: dict[int, list[AnswerStore]] = {}
     for node, store in stores:
         held.setdefault(node, []).append(store)
@@ -117,7 +121,7 @@ class _Site:
         self.ttl = TTL_SECONDS
         self.task: Task | None = None
 
-    def take(self, job: str) -> _Pending | None:
+    def take(self, job: str, job_key: JobKey | None) -> _Pending | None:
         """Return the next question to send."""
         if self.first:
             return self.first.popleft()
@@ -134,6 +138,7 @@ class _Site:
             encoding=about.encoding,
             teacher=about.teacher,
             policy=about.policy,
+            job_key=job_key,
         )
         span.low = stop
         if span.low == span.high:
@@ -167,11 +172,13 @@ class _Asking:
         reporter: Reporter,
         progress: Progress,
         began: float,
+        unsealing: Unsealing | None,
     ) -> None:
         self._grid, self._job, self._settings = grid, job, settings
         self._events, self._reporter, self._progress = events, reporter, progress
         self._looked = float("-inf")
-        self._began = began
+        self._began, self._unsealing = began, unsealing
+        self._job_key = None if unsealing is None else unsealing.key
         self.sites: dict[int, _Site] = {}
 
     def add(self, node: int, stores: Sequence[AnswerStore]) -> None:
@@ -242,7 +249,7 @@ class _Asking:
             return
         batch: list[_Pending] = []
         most = site.size.at_once(self._settings.in_flight, TTL_SECONDS / 2)
-        while len(site.flying) + len(batch) < most and (pending := site.take(self._job)):
+        while len(site.flying) + len(batch) < most and (pending := site.take(self._job, self._job_key)):
             batch.append(pending)
         for pending in batch:
             pending.sent, pending.ttl = now, max(min(site.ttl, left), 1.0)
@@ -267,6 +274,8 @@ class _Asking:
         site.heard = time.monotonic()
         try:
             answer = Answer.from_content(content_of(message), pending.question)
+            if self._unsealing is not None:
+                answer = unseal_answer(answer, site.state.name, self._unsealing.secret)
             pending.store.append(answer)
         except ProtocolError as error:
             final = isinstance(error, RefusedReplyError) and error.final

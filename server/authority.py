@@ -1,6 +1,6 @@
-"""The server's certificate authority and the one certificate that it signs.
+"""The server's certificate authority, the one certificate that it signs, and the keys of jobs.
 
-Lives here: making both, and renewing the server's under the same authority, so that sites' kits stay good. Does not
+Lives here: making them, and renewing the server's under the same authority, so that sites' kits stay good. Does not
 live here: sites' keys (admission) and TLS connections. Private keys stay in the server's folder, mode 0600.
 
 The server's key and certificate are two files, and a crash can come between them. So a pair is checked before it is
@@ -22,6 +22,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from consilience.common.errors import ConsilienceError, IdentityError
 from consilience.common.files import storage_error, sync_folder, write_bytes
 from consilience.common.identity import PrivateKey, read_certificate, read_secret, write_secret
+from consilience.common.job_key import JobKey
 from consilience.server.settings import Home, ServerSettings, split_address
 
 CA_LIFE = timedelta(days=3652)
@@ -105,13 +106,25 @@ def renew_if_due(home: Home, settings: ServerSettings, now: datetime | None = No
     return reason
 
 
-def _issue(home: Home, settings: ServerSettings, now: datetime) -> None:
+def make_job_key(home: Home, job: str, public: str) -> JobKey:
+    """Sign a job's public key (hex), so that sites know it by their kits. Raises `IdentityError`, `StorageError`."""
+    _, key = _authority(home)
+    return JobKey(job=job, key=public, signature=key.sign(JobKey.signed(job, public), ec.ECDSA(hashes.SHA256())).hex())
+
+
+def _authority(home: Home) -> tuple[x509.Certificate, PrivateKey]:
+    """Return certificate and key of the authority. Raises `IdentityError` when they do not belong together."""
     authority = _certificate(authority_pem(home), home.ca_certificate, "")
     ca_key = _load_key(home.ca_key)
     if ca_key.public_key() != authority.public_key():
         raise IdentityError(
             f"{home.ca_key} is not the key of {home.ca_certificate}", hint="Restore both from the same copy"
         )
+    return authority, ca_key
+
+
+def _issue(home: Home, settings: ServerSettings, now: datetime) -> None:
+    authority, ca_key = _authority(home)
     end = min(now + SERVER_LIFE, authority.not_valid_after_utc)
     if end <= now:
         raise IdentityError(

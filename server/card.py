@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from consilience.common.identity import words
 from consilience.common.pages.numbers import MISSING, count, decimal, number_of, percent, size
 from consilience.common.settings import largest_sent
 from consilience.server.report_coverage import coverage_summary
@@ -31,7 +32,7 @@ def card_markdown(findings: Findings, report: Mapping[str, Any]) -> str:
     """Return card.md. `report` is `report_dict(findings)`; scores in the card are the report's.
 
     `findings.card` is the coordinator's own Markdown and goes in as it is; every other text is escaped. Two runs of
-    one seed and one software have the same card: no time stands in it.
+    one seed, one software and the same keys of sites have the same card: no time stands in it.
     """
     parts = [
         _about(findings, report),
@@ -40,6 +41,7 @@ def card_markdown(findings: Findings, report: Mapping[str, Any]) -> str:
         _made_of(findings, report),
         _scores(findings, report),
         _privacy(findings),
+        *_signatures(findings),
         _how_to(findings),
     ]
     return "\n\n".join(parts) + "\n"
@@ -208,6 +210,23 @@ def _privacy(findings: Findings) -> str:
             table(head, rows, right=4),
         ]
     )
+
+
+def _signatures(findings: Findings) -> list[str]:
+    """Say who vouched for how many answers; nothing where nobody signed any."""
+    rows = [
+        [escape(site.name), words(site.key), f"{site.signed:,} of {site.answers + site.coverage.answers:,}"]
+        for site in findings.sites
+        if site.signed and site.key is not None
+    ]
+    if not rows:
+        return []
+    return [
+        "## Who vouches for the answers\n\nEach site signed its answers with its own key. `signatures.json`, beside "
+        "the weights, holds the signatures, and `consilience student verify` checks them. A key is a site's if the "
+        "site says that its words are these:",
+        table(("Site", "Words of its key", "Answers signed"), rows, right=1),
+    ]
 
 
 def _answer(findings: Findings) -> str:

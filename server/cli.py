@@ -9,12 +9,14 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from consilience.common.cli import AsJson, Result, emit
+from consilience.common.cli import AsJson, Result, emit, emit_checked
 from consilience.common.data import ImageData, load_image, open_data
-from consilience.common.errors import DataError, StudentError
+from consilience.common.errors import ConsilienceError, DataError, StudentError
+from consilience.common.identity import words
 from consilience.common.settings import DataSource, FolderData, NpzData
 from consilience.server.export import export_student
 from consilience.server.learning import StudentModel
+from consilience.server.signatures import Signatures, check_signatures, complaint
 
 app = typer.Typer(help="The trained student.", no_args_is_help=True)
 
@@ -105,6 +107,28 @@ def export(
         return {"file": str(file), "labels": list(model.labels)}, f"Wrote {file}"
 
     emit(as_json, action)
+
+
+@app.command()
+def verify(student: StudentFolder = None, as_json: AsJson = False) -> None:
+    """Check which site vouched for what: every signature over the answers that the student learnt from.
+
+    Where the run's answers lie beside the student, also that they are those that were signed.
+    """
+
+    def check() -> tuple[Result, ConsilienceError | None]:
+        folder = student or newest_student()
+        answers = folder.parent / "answers"
+        verdicts = check_signatures(Signatures.read(folder), answers if answers.exists() else None)
+        table = Table("site", "words of its key", "vouched for", "compared", "unsigned", "wrong")
+        for found in verdicts:
+            who = "-" if found.key is None else words(found.key)
+            numbers = (found.vouched, found.compared, found.unsigned, len(found.problems))
+            table.add_row(found.site, who, *(f"{number:,}" for number in numbers))
+        data = {"student": str(folder), "sites": [vars(found) for found in verdicts]}
+        return (data, table), complaint(verdicts)
+
+    emit_checked(as_json, check)
 
 
 def _truth(data: ImageData, model: StudentModel) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

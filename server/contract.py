@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsError
 from consilience.common.files import read_json, write_json
+from consilience.common.job_key import JobKey
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard
 from consilience.common.settings import CoverageEncoding, JobSettings, allowed_by, encoding_names
@@ -71,8 +72,11 @@ class RunContract(BaseModel):
         """The label space."""
         return LabelSpace(self.labels, tuple(card.name for card in self.sites), self.class_sets)
 
-    def for_site(self, name: str, job: JobSettings) -> Contract:
-        """Return the part that site `name` is asked to agree to, and how `job` will ask."""
+    def for_site(self, name: str, job: JobSettings, job_key: JobKey | None = None) -> Contract:
+        """Return the part that site `name` is asked to agree to, and how `job` will ask.
+
+        `job_key`: what its answers are to be sealed for.
+        """
         at = [card.name for card in self.sites].index(name)
         return Contract(
             job=self.job,
@@ -83,6 +87,7 @@ class RunContract(BaseModel):
             encoding=job.ask.encoding,
             coverage=coverage_encoding(job, self.sites[at]) is not None,
             secure_sum=job.privacy.secure_sum,
+            job_key=job_key,
         )
 
     def write(self, path: Path) -> None:
@@ -100,7 +105,10 @@ class RunContract(BaseModel):
 
     def differs(self, card: SiteCard) -> bool:
         """Whether a site of this contract presents another card now."""
-        return any(held.name == card.name and held != card for held in self.sites)
+        return any(
+            held.name == card.name and held != card.model_copy(update={"public_key": held.public_key})
+            for held in self.sites  # `identity` tells the key; runs that began before cards held it go on unsigned
+        )
 
     def check_unchanged(self, cards: Iterable[SiteCard], path: Path) -> None:
         """Compare cards with those of the same sites here. Raises `RunError` when one has changed."""
@@ -141,6 +149,11 @@ def _check_policy(job: JobSettings, card: SiteCard) -> None:
         raise SettingsError(
             f"job.yaml: field 'privacy.secure_sum' is False; site {card.name} answers in secure sums only",
             hint="Set privacy.secure_sum: true, or leave that site out with ask.min_sites",
+        )
+    if card.sealed_only and not job.privacy.sealed:
+        raise SettingsError(
+            f"job.yaml: field 'privacy.sealed' is False; site {card.name} answers only jobs that have answers sealed",
+            hint="Set privacy.sealed: true, or leave that site out with ask.min_sites",
         )
     if not allowed_by(card.encodings, job.ask.encoding):
         raise SettingsError(

@@ -15,6 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from consilience.common.errors import AskingError, ProtocolError
+from consilience.common.job_key import JobKey
 from consilience.common.progress import Reporter
 from consilience.common.protocol import (
     CARD,
@@ -30,6 +31,8 @@ from consilience.common.settings import Ask, JobSettings
 from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
+from consilience.server.settings import Home
+from consilience.server.trust import need_admitted
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at who is back."""
@@ -75,12 +78,20 @@ def at_least(needed: int) -> Lacking:
 
 
 def collect_cards(
-    grid: Grid, job: str, *, lacking: Lacking, wait: float, strict: bool, reporter: Reporter | None = None
+    grid: Grid,
+    job: str,
+    *,
+    lacking: Lacking,
+    wait: float,
+    strict: bool,
+    reporter: Reporter | None = None,
+    home: Home | None = None,
 ) -> tuple[dict[int, SiteCard], dict[str, str]]:
     """Ask every node that is there for its card until nothing is lacking and every node there has spoken.
 
     Returns the cards by node, and the reasons why others could not present themselves by the name they were admitted
-    under (by "node N" where nobody is admitted). Raises `AskingError`: something is still lacking after `wait`
+    under (by "node N" where nobody is admitted). `home`: the server's folder, which says with which key each site was
+    admitted. Raises `AskingError`: something is still lacking after `wait`
     seconds; two sites have one name; `strict`, and a node fails.
     """
     cards: dict[int, SiteCard] = {}
@@ -112,6 +123,7 @@ def collect_cards(
             try:
                 card = read_reply(content_of(message), SiteCard)
                 _need_own_name(card, names_of[spoke])
+                need_admitted(card, home)
                 cards[spoke] = card
                 failed.pop(spoke, None)
             except ProtocolError as error:
@@ -211,12 +223,15 @@ def enrol(
     wait_for_new: bool,
     events: Events,
     reporter: Reporter,
+    home: Home | None = None,
+    job_key: JobKey | None = None,
 ) -> Enrolment:
     """Make, resume or (with `fold_in`) grow the contract in the file `path`.
 
     `complete` names the sites of a contract whose stores are complete: they need not be there. A resumed run needs
     as many of its sites, complete or there, as `min_sites` says, by default all. `wait_for_new`: a run that folds in
-    has nothing else to do, so it waits for a new site. Raises `AskingError`, `RunError`, `LabelError`, `SettingsError`.
+    has nothing else to do, so it waits for a new site. `home`: as for `collect_cards`; `job_key`: what sites are to
+    seal their answers for. Raises `AskingError`, `RunError`, `LabelError`, `SettingsError`.
     """
     asking = settings.ask
     strict = is_strict(asking)
@@ -231,7 +246,7 @@ def enrol(
         lacking = _resumed(earlier, done, asking.min_sites or len(earlier.sites), fold_in and wait_for_new)
         enough = lacking
     cards, reasons = collect_cards(
-        grid, settings.name, lacking=lacking, wait=asking.wait, strict=strict, reporter=reporter
+        grid, settings.name, lacking=lacking, wait=asking.wait, strict=strict, reporter=reporter, home=home
     )
     left_out = dict(reasons)
     known: set[str] = set()
@@ -257,7 +272,7 @@ def enrol(
         asked = {node: card for node, card in cards.items() if card.name not in done}
         agreements, refusals = agree(
             grid,
-            {node: contract.for_site(card.name, settings) for node, card in asked.items()},
+            {node: contract.for_site(card.name, settings, job_key) for node, card in asked.items()},
             asking.wait,
         )
         if not refusals:

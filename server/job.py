@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,27 @@ from consilience.server.labelling import Diagnostics, labels_key, load_other, un
 from consilience.server.learning import check_student, direct_loss, learn, oracle_loss, soft_label_loss
 from consilience.server.progress import Progress
 from consilience.server.publishing import Outcome, gather, publish
+from consilience.server.settings import Home
+from consilience.server.signatures import Signatures
 from consilience.server.stores import all_stores, lacked, stores_about
 from consilience.server.summed_pool import SummedPool
+from consilience.server.trust import Unsealing
 from consilience.server.truth import check_test, pool_truth
 
 
 class Job:
     """One job in one run folder."""
 
-    def __init__(self, run: Path, settings: JobSettings, reporter: Reporter) -> None:
+    def __init__(self, run: Path, settings: JobSettings, reporter: Reporter, home: Home | None = None) -> None:
+        """`home`: the server's folder, which says whom it admitted; None: nobody's key is known, nothing is sealed."""
         if settings.pool is None:
             raise SettingsError("job.yaml: field 'pool' is missing", hint="Name the folder of the public pool")
-        self.run, self.settings, self.reporter = run, settings, reporter
+        if settings.privacy.sealed and home is None:
+            raise SettingsError(
+                "job.yaml: field 'privacy.sealed' is True, and there is no authority to sign the job's key",
+                hint="Submit the job to a server, or simulate it in a new folder",
+            )
+        self.run, self.settings, self.reporter, self.home = run, settings, reporter, home
         self.events = Events(run / "events.jsonl")
         self.pool = Pool.open(settings.pool)
         self.test = open_data(settings.judge.test) if settings.judge.test else None
@@ -61,9 +71,16 @@ class Job:
         self.progress = Progress(run / "progress.json", settings.name)
 
     @classmethod
-    def open(cls, run: Path, reporter: Reporter) -> Job:
+    def open(cls, run: Path, reporter: Reporter, home: Home | None = None) -> Job:
         """Open the job of a run folder. Raises `SettingsError`, `PoolError`, `DataError`."""
-        return cls(run, load_settings(run / "job.yaml", JobSettings), reporter)
+        return cls(run, load_settings(run / "job.yaml", JobSettings), reporter, home)
+
+    @cached_property
+    def unsealing(self) -> Unsealing | None:
+        """What sites seal answers for; None where they do not. Raises `IdentityError`, `StorageError`."""
+        if not self.settings.privacy.sealed or self.home is None:
+            return None
+        return Unsealing.make(self.home, self.settings.name)
 
     def do(self, grid: Grid, *, fold_in: bool = False, submission: float = 0.0) -> None:
         """Do every stage that is not done. Raises any `ConsilienceError`; what had arrived stays.
@@ -123,7 +140,9 @@ class Job:
                 failures=reasons,
                 summed=None if summed is None else summed.survivors,
             )
-            findings = gather(outcome, self._all_answers(contract))
+            answers = self._all_answers(contract)
+            findings = gather(outcome, answers)
+        Signatures.collect(self.settings.name, contract.sites, answers).write(self.run / "student")
         publish(self.run, findings, self.timing)
         self.progress.stage("done")
         self.events.add("end", job=self.settings.name)
@@ -180,6 +199,8 @@ class Job:
             wait_for_new=finished and reported,
             events=self.events,
             reporter=self.reporter,
+            home=self.home,
+            job_key=None if self.unsealing is None else self.unsealing.key,
         )
 
     def _complete(self, contract: RunContract) -> set[str]:
@@ -222,6 +243,7 @@ class Job:
             progress=self.progress,
             tried=enrolment.tried,
             passed=passed,
+            unsealing=self.unsealing,
         )
         return {state.name: state.failures[-1] for state in states if state.lost}
 

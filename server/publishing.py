@@ -240,6 +240,8 @@ def _site(
         ),
         coverage_auroc=coverage_auroc,
         guarantee=None if guarantee is None else guarantee.model_dump(),
+        signed=sum(shard.stop - shard.start for store in held for shard in store.shards()),
+        key=None if card.public_key is None else card.identity,
     )
 
 

@@ -92,13 +92,15 @@ def report_dict(findings: Findings) -> dict[str, Any]:
 def comparable(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of report.json without what may differ between two runs of one seed.
 
-    Dropped: `timing`, `versions`, `unify.seconds`, `sites[].seconds` and `learning.*[].seconds`. All else is equal
-    when job, seed, pool, sites and software are.
+    Dropped: `timing`, `versions`, `unify.seconds`, `sites[].seconds`, `learning.*[].seconds`, and `sites[].key`, which
+    a simulation makes anew. All else is equal when job, seed, pool, sites and software are.
     """
     kept = copy.deepcopy({name: value for name, value in report.items() if name not in ("timing", "versions")})
     curves = [epoch for curve in kept.get("learning", {}).values() for epoch in curve or ()]
     for part in (kept.get("unify", {}), *kept.get("sites", ()), *curves):
         part.pop("seconds", None)
+    for site in kept.get("sites", ()):
+        site.pop("key", None)
     return kept
 
 

@@ -83,6 +83,8 @@ class SiteFindings:
     claims about its teacher, where it makes them. All these are about log-probabilities; `coverage` is about coverage.
     `coverage_auroc`: AUROC of its coverage as a score for "this image is of one of my classes", None where that is not
     known. `guarantee` (the fields of `Guarantee`): what its answers come to, by its own word, where it has a mechanism.
+    `signed`: of how many samples it signed what it answered, coverage included; `key`: fingerprint of the key that it
+    signs with.
     """
 
     name: str
@@ -101,6 +103,8 @@ class SiteFindings:
     coverage: CoverageFindings = CoverageFindings()
     coverage_auroc: float | None = None
     guarantee: Mapping[str, Any] | None = None
+    signed: int = 0
+    key: str | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def do_run(endpoint: Endpoint, run: Run, submitted: Submitted) -> None:
     """Do what was submitted to its end, over as many Flower runs as it takes. Raises any `ConsilienceError`."""
     configuration: dict[str, bool | float | int | str] = {
         "run": str(run.folder),
+        "home": str(endpoint.home.folder),
         "quiet": not sys.stderr.isatty(),
         "fold-in": submitted.fold_in,
         "submission": submitted.time,

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consilience.common.pool import Pool
-from consilience.common.protocol import SiteCard
+from consilience.common.protocol import Kind, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.server.answers import About, AnswerStore
 from consilience.server.contract import coverage_encoding
+from consilience.server.trust import signer_of
 
 
 def stores_about(
@@ -40,6 +41,11 @@ def all_stores(
     return held
 
 
+def store_folder(answers: Path, site: str, pool: str, kind: Kind) -> Path:
+    """Return where, in the folder RUN/answers, a site's answers of one kind about a pool lie."""
+    return answers / site / (pool[:12] if kind == "log-probs" else f"{pool[:12]}-{kind}")
+
+
 def lacked(stores: Sequence[AnswerStore]) -> str:
     """Say how much is missing from a site's stores."""
     samples, covered = (
@@ -61,7 +67,7 @@ def _log_probs(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> Answe
         encoding=job.ask.encoding,
         classes=len(card.classes),
     )
-    return AnswerStore(run / "answers" / card.name / pool.digest[:12], about)
+    return _store(run, card, about)
 
 
 def _coverage(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> AnswerStore | None:
@@ -78,4 +84,8 @@ def _coverage(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> Answer
         encoding=encoding,
         classes=1,
     )
-    return AnswerStore(run / "answers" / card.name / f"{pool.digest[:12]}-coverage", about)
+    return _store(run, card, about)
+
+
+def _store(run: Path, card: SiteCard, about: About) -> AnswerStore:
+    return AnswerStore(store_folder(run / "answers", card.name, about.pool, about.kind), about, signer_of(card))

@@ -184,6 +184,15 @@ class JobPrivacy(Settings):
     """Whether the server learns only sums of answers over sites (docs/secure_sums.md). For `unify.method: ce`, without
     coverage, and for `student.learning: soft-labels`. Baselines, which need single answers, are left out. Sites may be
     lost in the middle down to `ask.min_sites`, but not below two thirds."""
+    sealed: bool = False
+    """Whether sites seal answers for this server alone, so that a SuperLink and its database hold ciphertext
+    (docs/sealed.md)."""
+
+    @model_validator(mode="after")
+    def _sums_or_seals(self) -> JobPrivacy:
+        if self.secure_sum and self.sealed:
+            raise ValueError("secure_sum and sealed exclude each other: sums are not sealed; set one to false")
+        return self
 
 
 class JobSettings(Settings):

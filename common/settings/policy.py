@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from consilience.common.files import canonical_json, sha256
 from consilience.common.settings.base import ENCODINGS, CoverageEncoding, Encoding, Settings
@@ -73,10 +73,18 @@ class Policy(Settings):
     """How many sites, this one among them, must know each of its classes, and still do if as many are lost as may be,
     for its answers to be summed. With 1 they are summed also for a class that it alone knows, where the sum is its
     answer."""
+    sealed_only: bool = False
+    """Whether answers leave only sealed for a key that the authority in the kit has signed (docs/sealed.md)."""
     approval: bool = False
     """Whether each job must be approved by a person at the site first (`consilience site approve`)."""
     ends: datetime.date | None = None
     """Last day (UTC) on which answers leave; by default there is none."""
+
+    @model_validator(mode="after")
+    def _some_way_is_left(self) -> Policy:
+        if self.sums_only and self.sealed_only:
+            raise ValueError("sums_only and sealed_only exclude each other: sums are not sealed; set one to false")
+        return self
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:

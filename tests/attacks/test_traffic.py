@@ -10,6 +10,7 @@ import base64
 import gzip
 import re
 import struct
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from consilience.client.teacher import load_teacher
 from consilience.common.identity import Kit, key_line, load_key
 from consilience.common.nets import build
 from consilience.common.protocol import ANSWER, CARD, CONTRACT, Agreement, Answer, Question, SiteCard, read_reply
-from consilience.common.settings import NpzData, Preprocessing, SiteSettings, StateDictTeacher
+from consilience.common.settings import NpzData, Policy, Preprocessing, SiteSettings, StateDictTeacher
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.processes import join
 from consilience.server.superlink import key_pem
@@ -290,3 +291,43 @@ def test_the_search_would_find_them(recording: Recording) -> None:
 def test_the_card_s_name_does_travel_so_the_recording_is_whole(recording: Recording) -> None:
     assert b"hospital-a" in everything(recording)
     assert "connected to" in recording.log
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_sealed_answers_are_nowhere_on_the_wire_or_in_the_superlink_s_database(tmp_path: Path, sealed: bool) -> None:
+    place = Deployment(tmp_path)
+    place.start()
+    place.add("hospital-a", policy=Policy(sealed_only=sealed))
+    settings = load_settings(place.files["hospital-a"], SiteSettings)
+    kit = Kit.read(settings.kit)
+    peer = Recorder(place.folder / "peer", kit, (place.home.server_certificate, place.home.server_key))
+    kit.model_copy(update={"address": peer.address}).write(settings.kit)
+    pages, done = set[bytes](), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            for path in place.home.folder.glob("superlink.db*"):
+                with suppress(FileNotFoundError):
+                    held = path.read_bytes()
+                    pages.update(held[at : at + 4096] for at in range(0, len(held), 4096))
+
+    watcher = threading.Thread(target=watch)
+    try:
+        place.agent("hospital-a")
+        place.wait_online("hospital-a")
+        watcher.start()
+        run = place.submit(place.job(privacy={"sealed": sealed}))
+        assert place.ended(run) == "done", place.done("status", run)
+    finally:
+        done.set()
+        watcher.join()
+        place.stop()
+        peer.close()
+    wire = b"".join(call.request for call in peer.calls)
+    (store,) = (place.home.runs / run / "answers").glob("*/*/answers.bin")
+    rows = store.read_bytes()
+    parts = [rows[at : at + 96] for at in range(0, len(rows), 96)]
+    assert len(parts) == 4
+    for part in parts:
+        assert (part in wire) is not sealed
+    assert any(part in page for part in parts for page in pages) is not sealed

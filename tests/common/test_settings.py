@@ -74,7 +74,7 @@ HOSTED = {"kind": "onnx", "path": "m.onnx", "classes": ["a"], "preprocessing": {
         ({**SITE, "teacher": {**HOSTED, "classes": ["\x1b[2J"]}}, ["'teacher.classes.0'"]),
         (
             {**SITE, "policy": {"limit": {}}},
-            ["'policy.limit' is unknown", "limits, sums_only, sum_owners, approval, ends"],
+            ["'policy.limit' is unknown", "limits, sums_only, sum_owners, sealed_only, approval, ends"],
         ),
         (
             {**SITE, "policy": {"limits": {"per_week": 1}}},
@@ -201,6 +201,7 @@ def test_every_field_of_the_policy_enters_its_version() -> None:
         "limits": {"per_job": 1},
         "sums_only": True,
         "sum_owners": 2,
+        "sealed_only": True,
         "approval": True,
         "ends": "2030-01-01",
     }

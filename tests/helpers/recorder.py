@@ -35,12 +35,15 @@ class Call:
 class Recorder(grpc.GenericRpcHandler):  # type: ignore[misc]
     """The peer. `calls` grows as the agent speaks; `sent` counts the bytes of its side of the TCP streams."""
 
-    def __init__(self, folder: Path, kit: Kit) -> None:
-        """`kit` is the one of the site: it says where the SuperLink is and who signs its certificate."""
+    def __init__(self, folder: Path, kit: Kit, own: tuple[Path, Path] | None = None) -> None:
+        """`kit` is the one of the site: it says where the SuperLink is and who signs its certificate.
+
+        `own`: the SuperLink's certificate and key, to stand in its place; by default an authority of the peer's own.
+        """
         self.authority = Authority()
         self.calls: list[Call] = []
         self.sent = 0
-        certificate, key = self.authority.issue(folder)
+        certificate, key = own or self.authority.issue(folder)
         self._onward = grpc.secure_channel(kit.address, grpc.ssl_channel_credentials(kit.ca.encode()), UNLIMITED)
         self._server = grpc.server(ThreadPoolExecutor(16), [self], options=UNLIMITED)
         credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])

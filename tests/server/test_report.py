@@ -274,7 +274,7 @@ class TestComparable:
             timing={"ask": 99.0, "oracle": 1.0},
             versions={"consilience": "0.2.0"},
             unify=replace(first.unify, seconds=77.0),
-            sites=[replace(site, seconds=88.0) for site in first.sites],
+            sites=[replace(site, seconds=88.0, key="a" * 64) for site in first.sites],
             learning={k: [{**epoch, "seconds": 5.0} for epoch in curve] for k, curve in first.learning.items()},
         )
         assert report_dict(first) != report_dict(slower)
@@ -303,7 +303,7 @@ class TestComparable:
         assert json.dumps(report) == before
         assert report.keys() - kept.keys() == {"timing", "versions"}
         assert report["unify"].keys() - kept["unify"].keys() == {"seconds"}
-        assert report["sites"][1].keys() - kept["sites"][1].keys() == {"seconds"}
+        assert report["sites"][1].keys() - kept["sites"][1].keys() == {"seconds", "key"}
         assert report["learning"]["oracle"][2].keys() - kept["learning"]["oracle"][2].keys() == {"seconds"}
         assert strict(report) == report
 
