@@ -60,18 +60,18 @@ def seal_answer(answer: Answer, site: str) -> Answer:
     key = answer.question.job_key
     assert key is not None
     plain = len(answer.vouch).to_bytes(_LENGTH_BYTES, "big") + answer.vouch + answer.data
-    return replace(answer, data=seal(key.key, _info(answer.question, site), plain), vouch=b"")
+    return replace(answer, data=seal(key.key, info_of(answer.question, site), plain), vouch=b"")
 
 
 def unseal_answer(answer: Answer, site: str, secret: Secret) -> Answer:
     """Return what `site` sealed. Raises `ProtocolError` when it is no sealed answer of this site to its question."""
-    plain = secret.unseal(_info(answer.question, site), answer.data)
+    plain = secret.unseal(info_of(answer.question, site), answer.data)
     start = _LENGTH_BYTES + int.from_bytes(plain[:_LENGTH_BYTES], "big")
     if answer.vouch or not _LENGTH_BYTES <= start <= len(plain):
         raise ProtocolError("A sealed answer does not hold a signature and rows")
     return replace(answer, data=plain[start:], vouch=plain[_LENGTH_BYTES:start])
 
 
-def _info(question: Question, site: str) -> bytes:
+def info_of(question: Question, site: str) -> bytes:
     """What a sealed answer is bound to: job, its key, pool, range, kind, encoding, teacher, policy, and the site."""
     return b"consilience sealed answer\n" + canonical_json([site, question.model_dump(mode="json")])

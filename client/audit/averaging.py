@@ -120,7 +120,9 @@ def asked_in_vain(site: Site) -> Iterator[Callable[[], Site]]:
     """
     with TemporaryDirectory(prefix="consilience-audit-") as folder:
         gates = {"limits": Limits(per_job=None, per_month=None, lifetime=None), "approval": False, "ends": None}
-        policy = site.settings.policy.model_copy(update={**gates, "pools": (), "sums_only": False})
+        policy = site.settings.policy.model_copy(
+            update={**gates, "pools": (), "sums_only": False, "sealed_only": False}
+        )
         changes: dict[str, Any] = {"state": Path(folder), "ledger_head": None, "policy": policy}
         if isinstance(site.settings.privacy, DpSgd):  # paid by its training, which the copy does not have
             changes["privacy"] = NoPrivacy()

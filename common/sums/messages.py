@@ -17,16 +17,13 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from consilience.common.errors import IdentityError, ProtocolError, SettingsError
 from consilience.common.files import canonical_json, sha256
-from consilience.common.identity import PrivateKey, key_fingerprint, key_line, read_key_line
+from consilience.common.identity import PrivateKey, key_fingerprint, key_line, read_key_line, sign, verify
 from consilience.common.protocol import MOST_CLASSES, Digest, Record, SiteName, SumNoiseCard, read_reply
 from consilience.common.settings import ClassName
 from consilience.common.sums.masks import SEED_BYTES
@@ -59,14 +56,12 @@ def default_threshold(sites: int) -> int:
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{2,400}$")]
 
 
-def _sign(identity: PrivateKey, data: bytes) -> str:
-    """Return a site's signature over `data`, in hexadecimal."""
-    return identity.sign(data, ec.ECDSA(hashes.SHA384())).hex()
-
-
-def _verify(key: ec.EllipticCurvePublicKey, signature: str, data: bytes) -> None:
-    """Raise `InvalidSignature` unless `signature` is over `data` by the owner of `key`, `ValueError` if not hex."""
-    key.verify(bytes.fromhex(signature), data, ec.ECDSA(hashes.SHA384()))
+def _signed_by(line: str, signature: str, data: bytes) -> bool:
+    """Whether the owner of the public key `line` signed `data`; `signature` in hexadecimal."""
+    try:
+        return verify(read_key_line(line), bytes.fromhex(signature), data)
+    except (ValueError, IdentityError):
+        return False
 
 
 class Part(BaseModel):
@@ -212,7 +207,7 @@ class Advert(Record):
             public_key=key_line(identity.public_key()),
             signature="00",
         )
-        return draft.model_copy(update={"signature": _sign(identity, draft._signed())})
+        return draft.model_copy(update={"signature": sign(identity, draft._signed()).hex()})
 
     def _signed(self) -> bytes:
         return b"consilience sum keys\n" + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
@@ -222,13 +217,10 @@ class Advert(Record):
         member = terms.by_name.get(self.site)
         if self.terms != terms.digest or member is None:
             raise ProtocolError("An advert is for another sum, or from a site that is no member of it")
-        try:
-            key = read_key_line(self.public_key)
-            if key_fingerprint(key) != member.identity:
-                raise ProtocolError(f"The advert of site {self.site} is signed with another key than its own")
-            _verify(key, self.signature, self._signed())
-        except (InvalidSignature, ValueError, IdentityError):
-            raise ProtocolError(f"The advert of site {self.site} does not carry its signature") from None
+        if not _signed_by(self.public_key, self.signature, self._signed()):
+            raise ProtocolError(f"The advert of site {self.site} does not carry its signature")
+        if key_fingerprint(read_key_line(self.public_key)) != member.identity:
+            raise ProtocolError(f"The advert of site {self.site} is signed with another key than its own")
 
 
 def commit(seed: bytes, terms: str, site: str) -> str:
@@ -317,7 +309,7 @@ class Delivered(Record):
     def make(cls, identity: PrivateKey, roster: Roster, site: str, holds: tuple[str, ...]) -> Delivered:
         """Fill in and sign."""
         draft = cls(terms=roster.terms, roster=roster.digest, site=site, holds=holds, signature="00")
-        return draft.model_copy(update={"signature": _sign(identity, draft._signed())})
+        return draft.model_copy(update={"signature": sign(identity, draft._signed()).hex()})
 
     def _signed(self) -> bytes:
         return b"consilience sum shares\n" + canonical_json(self.model_dump(mode="json", exclude={"signature"}))
@@ -327,10 +319,8 @@ class Delivered(Record):
         advert = roster.by_name.get(self.site)
         if advert is None or (self.terms, self.roster) != (roster.terms, roster.digest):
             raise ProtocolError("Word of delivered shares is of another sum, or of a site that is not in its roster")
-        try:
-            _verify(read_key_line(advert.public_key), self.signature, self._signed())
-        except (InvalidSignature, ValueError, IdentityError):
-            raise ProtocolError(f"Site {self.site} has not signed that it holds the shares of these sites") from None
+        if not _signed_by(advert.public_key, self.signature, self._signed()):
+            raise ProtocolError(f"Site {self.site} has not signed that it holds the shares of these sites")
 
 
 class RowsQuestion(Record):

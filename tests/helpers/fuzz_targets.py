@@ -31,7 +31,9 @@ from consilience.client.bundle import APP, bundle_problem
 from consilience.common.encoding import check, decode, encode, row_bytes
 from consilience.common.encoding.coverage import decode_coverage, encode_coverage
 from consilience.common.errors import ConsilienceError, ProtocolError
+from consilience.common.files import sha256
 from consilience.common.identity import Kit, PrivateKey, Request, key_fingerprint
+from consilience.common.job_key import JobKey
 from consilience.common.pool import Pool
 from consilience.common.protocol import (
     Agreement,
@@ -45,6 +47,8 @@ from consilience.common.protocol import (
     SumNoiseCard,
     read_reply,
 )
+from consilience.common.sealing import Secret, info_of, seal_answer, unseal_answer
+from consilience.common.sealing import seal as seal_hpke
 from consilience.common.sums.masks import public_hex
 from consilience.common.sums.messages import (
     Advert,
@@ -62,6 +66,7 @@ from consilience.common.sums.messages import (
     Unmask,
 )
 from consilience.common.sums.shares import seal, unseal
+from consilience.common.vouching import SALT_BYTES, KnownSigner, Signer, salted
 
 DIGEST, POLICY = "a" * 64, "c" * 16
 MOST_TIMES, MOST_SPARE = 4, 8 * 2**20
@@ -200,6 +205,16 @@ _SEALED = tuple(Sealed(sender="site-0", holder=f"site-{k}", data=_BOX) for k in 
 _DELIVERED = Delivered.make(_key(0), ROSTER, "site-0", ("site-0", "site-1", "site-2"))
 
 
+JOB_SECRET = Secret()
+SEALED_QUESTION = QUESTION.model_copy(update={"job_key": JobKey(job="job", key=JOB_SECRET.public, signature="00")})
+_SIGNER = KnownSigner(_key(0).public_key(), "site-0", ("a", "b", "c"))
+_VOUCH = Signer(_key(0), "site-0", ("a", "b", "c")).vouch(SEALED_QUESTION, b"rows")
+_SEALED_ANSWERS = (
+    b"\0" + seal_answer(Answer(SEALED_QUESTION, b"rows", 0.1, vouch=_VOUCH), "site-0").data,
+    b"\1" + len(_VOUCH).to_bytes(2, "big") + _VOUCH + b"rows",
+)
+
+
 def _content(key: str, text: bytes, data: bytes | None, seconds: float = 0.1) -> RecordDict:
     held: dict[str, Any] = {"json": text.decode("utf-8", "replace"), "seconds": seconds}
     return RecordDict({key: ConfigRecord(held if data is None else {**held, "data": data})})
@@ -285,6 +300,20 @@ def _unseal(data: bytes) -> bool:
     return True
 
 
+def _sealed_answer(data: bytes) -> bool:
+    """A sealed answer: after a first byte that is odd, what its seal holds, since a site may seal anything."""
+    sealed = data[1:]
+    if data[:1] and data[0] % 2:
+        sealed = seal_hpke(JOB_SECRET.public, info_of(SEALED_QUESTION, "site-0"), sealed)
+    try:
+        answer = unseal_answer(Answer(SEALED_QUESTION, sealed, 0.1), "site-0", JOB_SECRET)
+        salt, signature = answer.vouch[:SALT_BYTES], answer.vouch[SALT_BYTES:]
+        _SIGNER.check(SEALED_QUESTION, salted(salt, sha256(answer.data)), signature)
+    except ProtocolError:
+        return False
+    return True
+
+
 def _file(read: Callable[[Path], object], name: str) -> Callable[[bytes], bool]:
     folder = Path(tempfile.mkdtemp(prefix="consilience-fuzz-"))
     (folder / "shard-00000.bin").write_bytes(bytes(4))
@@ -340,6 +369,7 @@ TARGETS: dict[str, Target] = {
     "sums-from-sites": SUMS_FROM_SITES,
     "sums-to-sites": SUMS_TO_SITES,
     "sealed-share": Target(_unseal, (public_hex(_SEALS[0]).encode() + _TEXT_END + _BOX.encode(),)),
+    "sealed-answer": Target(_sealed_answer, _SEALED_ANSWERS),
     "bundle": Target(_bundle, (_good_bundle(zipfile.ZIP_DEFLATED), _good_bundle(zipfile.ZIP_STORED))),
     **_paper_targets(),
 }
