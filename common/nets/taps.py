@@ -16,6 +16,7 @@ convolution of its channels that afterwards goes into the weights before it (met
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,10 +107,9 @@ def features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def one_layout(networks: Mapping[str, Sequence[Tap]]) -> None:
     """Check that networks, by owner, correspond layer by layer: the same units in the same order, of any width.
 
-    Raises `StudentError` that names the first two owners that differ and where.
+    Raises `StudentError` that names two owners that differ and where.
     """
-    first, *others = networks
-    for other in others:
+    for first, other in itertools.pairwise(networks):
         pairs = zip(networks[first], networks[other], strict=False)
         differing = next((pair for pair in pairs if pair[0].unit != pair[1].unit), None)
         if differing is not None:

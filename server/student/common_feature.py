@@ -81,7 +81,7 @@ class CommonFeature(nn.Module):
         """Raises `StudentError` without teachers, for widths or sizes below 1 and bandwidths that are not above 0."""
         super().__init__()
         sizes = (*teachers, student, width, *(size or ()))
-        if not teachers or min(sizes) < 1 or (bandwidths is not None and not all(0 < b for b in bandwidths)):
+        if not teachers or min(sizes) < 1 or (bandwidths is not None and not all(b > 0 for b in bandwidths)):
             raise StudentError(
                 f"A common space needs one teacher or more, channels and sizes of at least 1 and bandwidths above 0; "
                 f"given: teachers {list(teachers)}, student {student}, width {width}, size {size}, bandwidths "
@@ -133,9 +133,10 @@ class CommonFeature(nn.Module):
             for adapt, each in zip(wanted, features, strict=True)
         )
         if not fitting:
+            allowed = "(n, C)" if self.vectors else "(n, C, H, W)"
             raise StudentError(
-                f"Features of student and teachers have shapes {shapes}; allowed: one sample or more, as many each, of "
-                f"{[adapt[0].weight.shape[1] for adapt in wanted]} channels, {'(n, C)' if self.vectors else '(n, C, H, W)'}",
+                f"Features of student and teachers have shapes {shapes}; allowed: {allowed} with one sample or more, "
+                f"as many each, and {[adapt[0].weight.shape[1] for adapt in wanted]} channels",
                 hint="Take the features from the taps that were declared",
             )
         if self.vectors:
@@ -157,7 +158,7 @@ class CommonFeatureLearning(nn.Module):
 
     def __init__(self, taps: Mapping[str, CommonFeature], weights: Weights = Weights()) -> None:
         super().__init__()
-        self.taps, self.weights = nn.ModuleDict(dict(taps)), weights
+        self.names, self.taps, self.weights = tuple(taps), nn.ModuleList(taps.values()), weights
 
     def forward(self, soft: Tensor, student: Mapping[str, Tensor], teachers: Mapping[str, Sequence[Tensor]]) -> Terms:
         """Return the batch's loss; `soft` is L_D, a scalar, and features are as in `CommonFeature`, by tap.
@@ -165,13 +166,13 @@ class CommonFeatureLearning(nn.Module):
         L_D comes from the caller: unified soft labels, or the softmax of concatenated scores as in the paper. MMD and
         reconstruction are sums over taps. Raises `StudentError` as `CommonFeature`, and when a tap is missing.
         """
-        missing = [name for name in self.taps if name not in student or name not in teachers]
+        missing = [name for name in self.names if name not in student or name not in teachers]
         if missing:
             raise StudentError(
                 f"Features of tap {missing[0]} are missing", hint="Give the student's and the teachers' for every tap"
             )
         apart = lost = torch.zeros((), device=soft.device)
-        for name, tap in self.taps.items():
+        for name, tap in zip(self.names, self.taps, strict=True):
             each = tap(student[name], teachers[name], self.weights)
             apart, lost = apart + each[0], lost + each[1]
         total = self.weights.mmd * apart + self.weights.reconstruction * lost

@@ -119,12 +119,14 @@ def _fold_residual(adapter: Affine, block: Residual) -> None:
     fold(adapter, block.body)
     linear = Affine(adapter.weight, np.zeros_like(adapter.bias))  # a goes in once
     if isinstance(block.shortcut, nn.Identity):
-        norm = block.body[-1]
-        assert isinstance(norm, nn.BatchNorm2d)
-        channels = norm.num_features
-        convolution = nn.Conv2d(channels, channels, 1, bias=False).to(norm.weight)
+        last = block.body[-1]
+        assert isinstance(last, nn.BatchNorm2d)
+        channels = last.num_features
+        convolution, norm = nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels, eps=last.eps)
         nn.init.dirac_(convolution.weight)
-        block.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels).to(norm.weight)).eval()
+        block.shortcut = nn.Sequential(convolution, norm).to(last.weight).eval()
+        ones = np.ones(channels)
+        _write(norm, 0 * ones, ones - norm.eps, ones, 0 * ones)
     fold(linear, block.shortcut)
 
 
@@ -171,6 +173,7 @@ def _as_map(norm: _Norm) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return scale, (_array(norm.bias) if norm.affine else 0.0) - scale * _array(norm.running_mean)
 
 
+@torch.no_grad()
 def _write(norm: _Norm, *parts: NDArray[np.float64]) -> None:
     """Put mean, variance, gamma and beta (C,) into `norm`; the last two where it has them."""
     for tensor, part in zip((norm.running_mean, norm.running_var, norm.weight, norm.bias), parts, strict=True):
