@@ -69,8 +69,8 @@ def settle(network: nn.Module, images: Iterable[Features]) -> None:
     images, and for batch normalisation without gamma and beta.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    sums = {norm: _Sums(norm.num_features) for norm in norms}
-    hooks = [norm.register_forward_pre_hook(lambda norm, given: sums[norm].add(given[0])) for norm in norms]
+    sums = [_Sums(norm.num_features) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(each.hook) for norm, each in zip(norms, sums, strict=True)]
     parameter = next(network.parameters())
     network.eval()
     try:
@@ -80,8 +80,8 @@ def settle(network: nn.Module, images: Iterable[Features]) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    for norm in norms:
-        count, mean, variance = sums[norm].found()
+    for norm, each in zip(norms, sums, strict=True):
+        count, mean, variance = each.found()
         if not count or not norm.affine:
             raise StudentError(
                 "Batch normalisation cannot be given other statistics: "
@@ -99,9 +99,9 @@ class _Sums:
     def __init__(self, channels: int) -> None:
         self._count, self._mean, self._squares = 0, np.zeros(channels), np.zeros(channels)
 
-    def add(self, given: Tensor) -> None:
-        """Take in (b, C, H, W)."""
-        rows = given.double().transpose(0, 1).flatten(1)
+    def hook(self, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """Take in what a module is given, (b, C, H, W)."""
+        rows = given[0].double().transpose(0, 1).flatten(1)
         count, mean = rows.shape[1], rows.mean(dim=1).cpu().numpy()
         squares = rows.var(dim=1, correction=0).cpu().numpy() * count
         total = self._count + count

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.linalg import subspace_angles
@@ -37,6 +37,7 @@ def brute_error(fitted: Autoencoder, rows: Floats) -> float:
     return float(np.square(fitted.decoder(fitted.encoder(rows)) - rows).sum(axis=1).mean())
 
 
+@settings(max_examples=50)
 @given(
     sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6),
     order=st.randoms(use_true_random=False),
@@ -171,6 +172,7 @@ def test_no_samples() -> None:
         descended([np.ones((0, 4))], 4, 2, epochs=1, learning_rate=0.1, seed=0)
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000))
 def test_measured_error_is_the_mean_over_rows(seed: int) -> None:
     rng = np.random.default_rng(seed)

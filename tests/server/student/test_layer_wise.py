@@ -83,7 +83,9 @@ def test_the_joined_student_does_what_its_layers_do(name: str) -> None:
             expected = problem(expected)
         unfolded = student(torch.from_numpy(IMAGES))
         join(found)
-        assert torch.allclose(student(torch.from_numpy(IMAGES)), expected, atol=1e-5 * max(1, expected.abs().max()))
+        assert torch.allclose(
+            student(torch.from_numpy(IMAGES)), expected, atol=1e-5 * max(1.0, expected.abs().max().item())
+        )
     assert not torch.allclose(unfolded, expected, atol=1e-2)
 
 
