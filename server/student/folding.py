@@ -76,7 +76,7 @@ def settle(network: nn.Module, images: Iterable[Features]) -> None:
     try:
         for block in images:
             if len(block):
-                network(torch.from_numpy(block).to(parameter))
+                network(torch.tensor(block).to(parameter))
     finally:
         for hook in hooks:
             hook.remove()

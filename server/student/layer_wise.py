@@ -20,9 +20,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
@@ -190,5 +188,4 @@ def _epoch_loss(layer: Layer, total: Tensor, steps: int, when: str, schedule: Sc
 
 
 def _tensor(features: Features, device: torch.device | None) -> Tensor:
-    rows: NDArray[np.float32] = np.ascontiguousarray(features, np.float32)
-    return torch.from_numpy(rows).to(device)
+    return torch.tensor(features, dtype=torch.float32, device=device)  # a copy: a memory map may be read-only

@@ -132,6 +132,9 @@ def test_signs_do_not_depend_on_blocks() -> None:
     one, other = principal(moments_of(rows), 4), principal(moments_of(*rows[::-1, None]), 4)
     assert np.allclose(one.encoder.weight, other.encoder.weight, atol=1e-8)
     assert np.allclose(one.encoder.bias, other.encoder.bias, atol=1e-8)
+    for seed in range(10):
+        weight = principal(moments_of(spread(50, 5, seed)), 4).encoder.weight
+        assert (weight[range(4), np.abs(weight).argmax(axis=1)] > 0).all()
 
 
 def test_width_beyond_the_rank() -> None:

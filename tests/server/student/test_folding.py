@@ -166,7 +166,10 @@ def test_settling_changes_nothing_in_evaluation_and_makes_training_like_it(folde
 
 def test_settled_statistics_are_those_of_all_blocks(folded: nn.Module) -> None:
     images = torch.randn(10, 1, 16, 16)
-    settle(folded, [np.zeros((0, 1, 16, 16), np.float32), *(block.numpy() for block in images.split(3))])
+    blocks = [np.zeros((0, 1, 16, 16), np.float32), *(block.numpy() for block in images.split(3))]
+    for block in blocks:
+        block.flags.writeable = False  # as of a memory map
+    settle(folded, blocks)
     convolution, norm, *_ = cast(Any, folded)
     given = convolution(images).double()
     assert torch.allclose(norm.running_mean.double(), given.mean(dim=(0, 2, 3)), atol=1e-5)

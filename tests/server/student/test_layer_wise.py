@@ -61,6 +61,7 @@ def problems(teachers: list[nn.Module], student: nn.Module) -> list[Blocks]:
             moments = Moments(held.shape[1])
             moments.update(held)
             target = direct(moments, tap.channels).encoder(held)
+        target.flags.writeable = False  # as of a memory map
         blocks.append([(inputs[cut : cut + 8], target[cut : cut + 8]) for cut in range(0, len(IMAGES), 8)])
         inputs = target
     return blocks
