@@ -16,7 +16,7 @@ from consilience.common.errors import StudentError
 Features = NDArray[np.floating]
 """(n, C) or (n, C, H, W) floating: n samples' features of C channels."""
 
-_ROWS = 65_536
+_ROWS = 16_384
 """Rows widened to fp64 at once: bounds the memory beside a block."""
 
 

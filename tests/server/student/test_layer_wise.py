@@ -125,6 +125,18 @@ def test_results_do_not_depend_on_workers(trained: tuple[nn.Module, list[Blocks]
     assert all(torch.equal(held, trained[0].state_dict()[key]) for key, held in student.state_dict().items())
 
 
+def test_the_student_is_its_trained_layers_in_turn(
+    trained: tuple[nn.Module, list[Blocks], list[list[float]]],
+) -> None:
+    expected = torch.from_numpy(IMAGES)
+    alone = layers(build("cnn3@1.2", classes=6, channels=1, seed=0))
+    for problem, blocks in zip(alone, trained[1], strict=True):
+        train_layer(problem, blocks, Schedule(12, 0.02))
+        with torch.no_grad():
+            expected = problem(expected)
+    assert np.allclose(numbers(trained[0], IMAGES)[-1], expected.numpy(), atol=1e-5)
+
+
 def test_a_layer_does_not_see_the_others(trained: tuple[nn.Module, list[Blocks], list[list[float]]]) -> None:
     student = build("cnn3@1.2", classes=6, channels=1, seed=0)
     assert train_layer(layers(student)[2], trained[1][2], Schedule(12, 0.02)) == trained[2][2]
