@@ -1,1 +1,4 @@
-"""The student: one module per way of learning; the training loop is common/nets's."""
+"""The student: one module per way of learning, and what amalgamated features need.
+
+The training loop is common/nets's.
+"""

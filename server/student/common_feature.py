@@ -1,0 +1,233 @@
+"""Common-feature learning (Luo et al., IJCAI 2019; methods.md section 2): teachers of any architecture.
+
+Lives here: the networks that bring teachers' and student's features of a tap into one space, and their loss. Does not
+live here: MMD (mmd), the soft-target term (soft_labels) and where a tap lies.
+
+    F_Ti --adaptation_i--> f_Ti --extractor--> fhat_Ti --decoder_i--> F'_Ti       L_M = sum_i MMD^2(fhat_S, fhat_Ti)
+    F_S  --adaptation_S--> f_S  --extractor--> fhat_S                             L_R = sum_i MSE(F'_Ti, F_Ti)
+
+The extractor is one for all. Gradients reach everything but the teachers' features themselves: MMD moves their
+projections too, and reconstruction keeps the common space from collapsing to a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from consilience.common.errors import StudentError
+from consilience.common.nets.seeding import derive, seeded
+from consilience.server.student.mmd import BANDWIDTHS, mmd
+
+WIDTH = 128
+"""h, the channels of the common space."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each term counts in L = soft L_D + mmd L_M + reconstruction L_R. A term of weight 0 is not computed.
+
+    The paper's code: 1, 10, 10.
+    """
+
+    soft: float = 1.0
+    mmd: float = 10.0
+    reconstruction: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Raises `StudentError` for a weight that is negative or not finite."""
+        for name, weight in vars(self).items():
+            if not 0 <= weight < float("inf"):
+                raise StudentError(
+                    f"Weight {name} of common-feature learning is {weight}; allowed: finite numbers from 0",
+                    hint="Correct the weight; 0 switches the term off",
+                )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The loss and its parts, scalars: `total` is weighted, the parts are not; a part switched off is 0."""
+
+    total: Tensor
+    soft: Tensor
+    mmd: Tensor
+    reconstruction: Tensor
+
+
+class CommonFeature(nn.Module):
+    """The common space of one tap: adaptations, the shared extractor and the teachers' decoders.
+
+    `teachers[i]` and `student` are channels. `size` (h, w) says what maps are brought to first: averaged where they
+    are larger (adaptive pooling), interpolated where they are smaller (bilinear), each direction by itself; None for
+    maps that have one size already. With `vectors` features are (n, C) and convolutions are linear layers. Weights
+    depend on the arguments alone (`seed`); He et al. (ICCV 2015), no biases.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[int],
+        student: int,
+        *,
+        width: int = WIDTH,
+        size: tuple[int, int] | None = None,
+        vectors: bool = False,
+        bandwidths: Sequence[float] | None = BANDWIDTHS,
+        seed: int,
+    ) -> None:
+        """Raises `StudentError` without teachers, for widths or sizes below 1 and bandwidths that are not above 0."""
+        super().__init__()
+        sizes = (*teachers, student, width, *(size or ()))
+        if not teachers or min(sizes) < 1 or (bandwidths is not None and not all(b > 0 for b in bandwidths)):
+            raise StudentError(
+                f"A common space needs one teacher or more, channels and sizes of at least 1 and bandwidths above 0; "
+                f"given: teachers {list(teachers)}, student {student}, width {width}, size {size}, bandwidths "
+                f"{bandwidths}",
+                hint="Correct these",
+            )
+        self.size, self.vectors, self.bandwidths = size, vectors, bandwidths
+        with seeded(derive(seed, "common feature")):
+            self.adaptations = nn.ModuleList(_adaptation(channels, width, vectors) for channels in teachers)
+            self.adaptation = _adaptation(student, width, vectors)
+            self.extractor = _extractor(width, vectors)
+            self.decoders = nn.ModuleList(_decoder(width, channels, vectors) for channels in teachers)
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def forward(
+        self, student: Tensor, teachers: Sequence[Tensor], weights: Weights = Weights()
+    ) -> tuple[Tensor, Tensor]:
+        """Return L_M and L_R of a batch, scalars in fp32 at least: unweighted sums over the teachers.
+
+        `student` (b, C_S, H, W) and `teachers[i]` (b, C_i, H_i, W_i), of the same b >= 1 samples, or (b, C) each;
+        floating. L_R compares with the teachers' features at `size`. A term of weight 0 is 0. Raises `StudentError` for
+        other shapes, and for maps of unequal size without `size`.
+        """
+        student, *brought = self._brought([student, *teachers])
+        zero = torch.zeros((), device=student.device)
+        if not weights.mmd and not weights.reconstruction:
+            return zero, zero
+        common = [self.extractor(adapt(each)) for adapt, each in zip(self.adaptations, brought, strict=True)]
+        apart = lost = zero
+        if weights.mmd:
+            own = self.extractor(self.adaptation(student))
+            apart = torch.stack([mmd(own, each, self.bandwidths) for each in common]).sum()
+        if weights.reconstruction:
+            decoded = [decode(each) for decode, each in zip(self.decoders, common, strict=True)]
+            lost = torch.stack([_mse(*pair) for pair in zip(decoded, brought, strict=True)]).sum()
+        return apart, lost
+
+    def _brought(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return student's and teachers' features, checked and at one size."""
+        wanted = [self.adaptation, *self.adaptations]
+        shapes = [tuple(each.shape) for each in features]
+        fitting = len(features) == len(wanted) and all(
+            each.ndim == (2 if self.vectors else 4)
+            and len(each) == len(features[0]) > 0
+            and each.shape[1] == adapt[0].weight.shape[1]
+            and each.numel()
+            for adapt, each in zip(wanted, features, strict=True)
+        )
+        if not fitting:
+            allowed = "(n, C)" if self.vectors else "(n, C, H, W)"
+            raise StudentError(
+                f"Features of student and teachers have shapes {shapes}; allowed: {allowed} with one sample or more, "
+                f"as many each, and {[adapt[0].weight.shape[1] for adapt in wanted]} channels",
+                hint="Take the features from the taps that were declared",
+            )
+        if self.vectors:
+            return list(features)
+        if self.size is None and len({shape[2:] for shape in shapes}) > 1:
+            raise StudentError(
+                f"Features of student and teachers have sizes {[shape[2:] for shape in shapes]}; without a declared "
+                "size they must be equal",
+                hint="Declare the size that all are brought to",
+            )
+        return [each if self.size is None else _resized(each, self.size) for each in features]
+
+
+class CommonFeatureLearning(nn.Module):
+    """The whole loss: soft targets, and common features at any number of taps by name.
+
+    Its parameters are trained with the student's (in the paper at another rate) and thrown away with the teachers.
+    """
+
+    def __init__(self, taps: Mapping[str, CommonFeature], weights: Weights = Weights()) -> None:
+        super().__init__()
+        self.names, self.taps, self.weights = tuple(taps), nn.ModuleList(taps.values()), weights
+
+    def forward(self, soft: Tensor, student: Mapping[str, Tensor], teachers: Mapping[str, Sequence[Tensor]]) -> Terms:
+        """Return the batch's loss; `soft` is L_D, a scalar, and features are as in `CommonFeature`, by tap.
+
+        L_D comes from the caller: unified soft labels, or the softmax of concatenated scores as in the paper. MMD and
+        reconstruction are sums over taps. Raises `StudentError` as `CommonFeature`, and when a tap is missing.
+        """
+        missing = [name for name in self.names if name not in student or name not in teachers]
+        if missing:
+            raise StudentError(
+                f"Features of tap {missing[0]} are missing", hint="Give the student's and the teachers' for every tap"
+            )
+        apart = lost = torch.zeros((), device=soft.device)
+        for name, tap in zip(self.names, self.taps, strict=True):
+            each = tap(student[name], teachers[name], self.weights)
+            apart, lost = apart + each[0], lost + each[1]
+        total = self.weights.mmd * apart + self.weights.reconstruction * lost
+        if self.weights.soft:
+            total = total + self.weights.soft * soft
+        else:
+            soft = torch.zeros_like(soft)
+        return Terms(total, soft, apart, lost)
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions around a shortcut, no normalisation; a 1x1 shortcut where the channels change."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_convolution(inputs, outputs, 3), nn.ReLU(), _convolution(outputs, outputs, 3))
+        self.shortcut = nn.Identity() if inputs == outputs else _convolution(inputs, outputs, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.relu(self.body(features) + self.shortcut(features))
+
+
+def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Module:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def _adaptation(channels: int, width: int, vectors: bool) -> nn.Sequential:
+    return nn.Sequential(_linear(channels, 2 * width) if vectors else _convolution(channels, 2 * width, 1), nn.ReLU())
+
+
+def _extractor(width: int, vectors: bool) -> nn.Sequential:
+    if vectors:
+        return nn.Sequential(_linear(2 * width, width), nn.ReLU(), _linear(width, width))
+    return nn.Sequential(_Block(2 * width, width), _Block(width, width), _Block(width, width))
+
+
+def _decoder(width: int, channels: int, vectors: bool) -> nn.Sequential:
+    if vectors:
+        return nn.Sequential(_linear(width, channels), nn.ReLU(), _linear(channels, channels))
+    return nn.Sequential(_convolution(width, channels, 3), nn.ReLU(), _convolution(channels, channels, 1))
+
+
+def _resized(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring (n, C, H, W) to (n, C, *size)."""
+    smaller = min(features.shape[2], size[0]), min(features.shape[3], size[1])
+    features = F.adaptive_avg_pool2d(features, smaller)
+    return features if smaller == size else F.interpolate(features, size, mode="bilinear", align_corners=False)
+
+
+def _mse(decoded: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean over all elements, in fp32 at least, whatever the arithmetic of the networks."""
+    kind = torch.promote_types(torch.promote_types(decoded.dtype, wanted.dtype), torch.float32)
+    with torch.autocast(decoded.device.type, enabled=False):
+        return F.mse_loss(decoded.to(kind), wanted.to(kind))

@@ -1,0 +1,191 @@
+"""Layer-wise parameter learning (Shen et al., AAAI 2019; methods.md 1.3): the student's layers, each by itself.
+
+Lives here: one layer's problem, its training, and making one network of the layers. Does not live here: amalgamated
+features (amalgamate), folding (folding) and the joint phase after it, which is the training loop under a loss of
+soft_labels or scores.
+
+    Fhat_a^l = layer_l(pool(activation(FAM^{l-1}(F_a^{l-1}))))      L = 1/2 |Fhat_a^l - F_a^l|^2
+
+F_a^{l-1} is the *amalgamated* feature, not what the student's own layers give, so no layer waits for another. The
+first layer takes the images and has no FAM. FAM, an affine map of channels, stands before the activation: an encoder's
+output has no reason to survive a ReLU as it is. Afterwards it is folded into the layer before, and the student is a
+plain network of its layout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from consilience.common.errors import StudentError
+from consilience.common.nets.taps import Unit, units
+from consilience.server.student.autoencoder import MOMENTUM, Affine, check_again
+from consilience.server.student.folding import fold
+from consilience.server.student.moments import Features
+
+Blocks = Iterable[tuple[Features, Features]]
+"""Re-iterable pairs of a layer's input (b, C, H, W) and target (b, C', H', W') or, for the scores, (b, L); floating."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one layer is trained: epochs and the constant learning rate of SGD with momentum 0.9."""
+
+    epochs: int
+    learning_rate: float
+
+
+class Adapter(nn.Module):
+    """FAM: an affine map of channels of (n, C, H, W), the identity to begin with."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (n, C, H, W) to the same shape."""
+        return nn.functional.conv2d(features, self.weight[:, :, None, None], self.bias)
+
+    def affine(self) -> Affine:
+        """Return the map as it is now."""
+        return Affine(*(held.detach().double().cpu().numpy() for held in (self.weight, self.bias)))
+
+
+class Layer(nn.Module):
+    """One layer's problem: FAM, None for the first layer, and the unit of the student that it belongs to."""
+
+    def __init__(self, adapter: Adapter | None, unit: Unit) -> None:
+        super().__init__()
+        self.adapter, self.unit = adapter, unit
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map the amalgamated feature before, or images, (n, C, H, W) to this one's estimate."""
+        estimate: Tensor = self.unit(features if self.adapter is None else self.adapter(features))
+        return estimate
+
+
+def layers(student: nn.Module) -> list[Layer]:
+    """Return the problems of `student`, one of ours (NAME@TIMES): one a tap, in order.
+
+    They share the student's weights. Raises `StudentError` for a network that is none of ours.
+    """
+    found = units(student)
+    adapters = [None, *(Adapter(unit.tap.channels) for unit in found[:-1])]
+    return [Layer(adapter, unit) for adapter, unit in zip(adapters, found, strict=True)]
+
+
+def train_layer(layer: Layer, blocks: Blocks, schedule: Schedule, *, device: torch.device | None = None) -> list[float]:
+    """Train `layer` on `blocks`, read once an epoch; return each epoch's mean loss, in the blocks' order.
+
+    Each block is one step on 1/2 |estimate - target|^2, summed over channels, mean over samples and positions. The
+    layer is left on `device` (the CPU when None) in evaluation mode. Raises `StudentError` for blocks that can be read
+    only once or hold no sample, for a target that the layer does not fit, and when the loss or a weight is no longer
+    finite; each names the layer.
+    """
+    check_again(blocks)
+    layer.to(device or torch.device("cpu")).train()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=schedule.learning_rate, momentum=MOMENTUM)
+    losses = []
+    for epoch in range(schedule.epochs):
+        total, steps = torch.zeros((), device=device), 0
+        for given, wanted in blocks:
+            if not len(given):
+                continue
+            loss = _loss(layer, given, wanted, device)
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            total, steps = total + loss.detach(), steps + 1
+        losses.append(_epoch_loss(layer, total, steps, f"epoch {epoch + 1} of {schedule.epochs}", schedule))
+    layer.eval()
+    return losses
+
+
+def train_layers(
+    student: nn.Module,
+    blocks: Sequence[Blocks],
+    schedules: Sequence[Schedule],
+    *,
+    device: torch.device | None = None,
+    workers: int = 1,
+) -> list[list[float]]:
+    """Train every layer of `student`, `workers` at a time, and join them; return each layer's losses by epoch.
+
+    `blocks[l]` and `schedules[l]` belong to tap l of `taps.taps(student)`; widths and sizes of the targets are the
+    student's. The result does not depend on `workers`. The student is left on `device` in evaluation mode, every FAM
+    folded: before a joint phase, call `folding.settle`. Raises `StudentError` as `train_layer`, for a student that is
+    none of ours, and unless there is one of each a layer.
+    """
+    problems = layers(student)
+    if not len(blocks) == len(schedules) == len(problems):
+        raise StudentError(
+            f"The student has {len(problems)} layers; given: blocks for {len(blocks)} and schedules for "
+            f"{len(schedules)}",
+            hint="Give one of each for every tap, the scores among them",
+        )
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        started = [
+            pool.submit(train_layer, layer, pairs, schedule, device=device)
+            for layer, pairs, schedule in zip(problems, blocks, schedules, strict=True)
+        ]
+        losses = [each.result() for each in started]
+    student.eval()
+    join(problems)
+    return losses
+
+
+def join(problems: Sequence[Layer]) -> None:
+    """Fold every FAM into the layer before it: the student that `problems` were made of then computes what they do.
+
+    To be called once, with the layers in evaluation mode.
+    """
+    for before, layer in itertools.pairwise(problems):
+        if layer.adapter is not None:
+            fold(layer.adapter.affine(), before.unit)
+
+
+def _loss(layer: Layer, given: Features, wanted: Features, device: torch.device | None) -> Tensor:
+    inputs, target = (_tensor(each, device) for each in (given, wanted))
+    try:
+        estimate = layer(inputs)
+    except (RuntimeError, ValueError) as error:
+        raise StudentError(
+            f"The student's {layer.unit.tap.name} does not take features {tuple(inputs.shape)}: "
+            f"{str(error).splitlines()[0]}",
+            hint="Amalgamate the layer before into as many channels as the student has there, in blocks of two or more",
+        ) from error
+    if estimate.shape != target.shape:
+        raise StudentError(
+            f"The student's {layer.unit.tap.name} gives features {tuple(estimate.shape)}; the amalgamated ones are "
+            f"{tuple(target.shape)}",
+            hint="Amalgamate into as many channels as the student has there, from images of the student's size",
+        )
+    loss: Tensor = (estimate - target).square().sum(dim=1).mean() / 2
+    return loss
+
+
+def _epoch_loss(layer: Layer, total: Tensor, steps: int, when: str, schedule: Schedule) -> float:
+    """Return the mean loss of an epoch, after a look at it and at the weights."""
+    name = layer.unit.tap.name
+    if not steps:
+        raise StudentError(f"There are no features to train the student's {name} on", hint="Give at least one block")
+    mean = total.item() / steps
+    if not math.isfinite(mean) or not all(bool(p.isfinite().all()) for p in layer.parameters()):
+        rate = schedule.learning_rate
+        raise StudentError(
+            f"Training of the student's {name} failed in {when}: the loss is {mean:.4g} at learning rate {rate:.4g}, "
+            "and it or the weights are not finite",
+            hint=f"Lower this layer's learning rate, for example to {rate / 4:.2g}",
+        )
+    return mean
+
+
+def _tensor(features: Features, device: torch.device | None) -> Tensor:
+    return torch.tensor(features, dtype=torch.float32, device=device)  # a copy: a memory map may be read-only
