@@ -108,6 +108,7 @@ class Student(Settings):
     """The classifier the server trains."""
 
     architecture: str = "resnet8"
+    """Named as a trained teacher's."""
     learning: Literal["soft-labels", "direct-ce", "direct-mf-lf"] = "soft-labels"
     preprocessing: Preprocessing = Preprocessing()
     fit: Fit = Fit()

@@ -43,6 +43,8 @@ class TrainTeacher(Settings):
 
     kind: Literal["train"]
     architecture: str
+    """cnn3, resnet8, resnet20, vgg6 or mobilenet-small, or `vgg6@1.25` for layers 1.25 times as wide; or the name of
+    one of torchvision's classifiers."""
     fit: Fit = Fit()
     preprocessing: Preprocessing = Preprocessing()
     holdout: float = Field(default=0.1, ge=0, lt=0.9)
