@@ -95,13 +95,21 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote. Raises `StorageError` when the file is missing or damaged."""
+def read_json(path: Path, most: int | None = None) -> Any:
+    """Read what `write_json` wrote. Raises `StorageError` when the file is missing or damaged.
+
+    `most`: a file from a stranger has at most so many bytes; a longer one is a `StorageError` too, and is not parsed.
+    """
     try:
-        return json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(-1 if most is None else most + 1)
     except OSError as error:
         raise storage_error(error, path, "read") from error
-    except ValueError as error:
+    if most is not None and len(data) > most:
+        raise StorageError(f"{path} has more than {most:,} bytes", hint="Get it anew from whoever made it")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # the latter: brackets within brackets, thousands deep
         raise StorageError(
             f"{path} is not JSON", hint="Remove it and run the same command again to write it anew"
         ) from error

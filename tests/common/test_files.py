@@ -42,6 +42,13 @@ def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("{")
     with pytest.raises(StorageError, match="is not JSON"):
         files.read_json(tmp_path / "bad")
+    (tmp_path / "deep").write_bytes(b"[" * 100_000)
+    with pytest.raises(StorageError, match="deep is not JSON"):
+        files.read_json(tmp_path / "deep")
+    (tmp_path / "long").write_bytes(b"[1, 2]")
+    assert files.read_json(tmp_path / "long", 6) == [1, 2]
+    with pytest.raises(StorageError, match="long has more than 5 bytes"):
+        files.read_json(tmp_path / "long", 5)
     with pytest.raises(StorageError, match="Cannot read"):
         files.sha256_file(tmp_path / "missing")
 
