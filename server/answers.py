@@ -115,34 +115,14 @@ class AnswerStore:
         try:
             raw = index.read_bytes() if index.exists() else b""
             held = data.stat().st_size if data.exists() else 0
-            for line in raw.splitlines(keepends=True):
-                entry = self._parse(line)
-                if entry is None or entry.offset != self._end or self._end + entry.bytes > held:
-                    break
+            for entry, length in _whole(index, raw, held, self.about.row_bytes):
                 self._insert(entry, self._place(entry))
-                self._index_end += len(line)
-            good = self._index_end
-            if good < len(raw) and raw.count(b"\n", good) > 1:
-                line_number = raw.count(b"\n", 0, good) + 1
-                raise StorageError(
-                    f"{index}: line {line_number} is damaged, and more lines follow",
-                    hint=f"Remove {self.folder} and run the same command again: only this site is asked again",
-                )
-            for path, size in ((index, good), (data, self._end)):
+                self._index_end += length
+            for path, size in ((index, self._index_end), (data, self._end)):
                 if path.exists() and path.stat().st_size > size:
                     os.truncate(path, size)
         except OSError as error:
             raise storage_error(error, self.folder, "recover") from error
-
-    def _parse(self, line: bytes) -> _Entry | None:
-        if not line.endswith(b"\n"):
-            return None
-        try:
-            entry = _Entry.model_validate_json(line)
-        except ValidationError:
-            return None
-        expected = (entry.stop - entry.start) * self.about.row_bytes
-        return entry if entry.bytes == expected else None
 
     def _place(self, entry: _Entry) -> int:
         """Return where `entry` belongs. Raises `ProtocolError` when its samples overlap stored ones or do not exist."""
@@ -304,27 +284,57 @@ class AnswerStore:
         self._checked.add(entry.offset)
 
 
-def digests_in(folder: Path) -> dict[tuple[int, int], str]:
-    """Return (start, stop) -> salted digest of the bytes that lie in a store, of the records with a signature.
+def digests_in(folder: Path) -> dict[tuple[int, int], str | None]:
+    """Return (start, stop) -> salted digest of the bytes that lie in a store; None for a record without a signature.
 
-    Changes nothing there, and needs no store to be opened. Raises `StorageError`.
+    Changes nothing there, and needs no store to be opened. What a crash left behind the last record does not count.
+    Raises `StorageError`.
     """
-    found = {}
+    found: dict[tuple[int, int], str | None] = {}
+    index = folder / "index.jsonl"
+    if not index.exists():  # nothing was answered yet
+        return found
     try:
-        with (folder / "index.jsonl").open("rb") as index, (folder / "answers.bin").open("rb") as data:
-            for line in index:
-                entry = _Entry.model_validate_json(line)
-                if entry.salt is not None:
-                    data.seek(entry.offset)
-                    held = sha256(data.read(entry.bytes))
-                    found[entry.start, entry.stop] = salted(bytes.fromhex(entry.salt), held)
+        with (folder / "answers.bin").open("rb") as data:
+            for entry, _ in _whole(index, index.read_bytes(), os.fstat(data.fileno()).st_size):
+                held = sha256(data.read(entry.bytes))
+                salt = None if entry.salt is None or entry.signature is None else bytes.fromhex(entry.salt)
+                found[entry.start, entry.stop] = None if salt is None else salted(salt, held)
     except OSError as error:
         raise storage_error(error, folder, "read") from error
-    except ValidationError as error:
-        raise StorageError(
-            f"{folder / 'index.jsonl'} has a line that is damaged", hint="Restore it from a copy"
-        ) from error
     return found
+
+
+def _whole(index: Path, raw: bytes, held: int, row_bytes: int | None = None) -> Iterator[tuple[_Entry, int]]:
+    """Yield the records of the index `raw` that are whole, one after another, and the length of their lines.
+
+    `held`: bytes of answers.bin; `row_bytes`: those of a sample, where they are known. What a crash left after them is
+    at most one line. Raises `StorageError` when more follow.
+    """
+    good = end = 0
+    for line in raw.splitlines(keepends=True):
+        entry = _parse(line, row_bytes)
+        if entry is None or entry.offset != end or end + entry.bytes > held:
+            break
+        yield entry, len(line)
+        good, end = good + len(line), end + entry.bytes
+    if good < len(raw) and raw.count(b"\n", good) > 1:
+        line_number = raw.count(b"\n", 0, good) + 1
+        raise StorageError(
+            f"{index}: line {line_number} is damaged, and more lines follow",
+            hint=f"Remove {index.parent} and run the same command again: only this site is asked again",
+        )
+
+
+def _parse(line: bytes, row_bytes: int | None) -> _Entry | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        entry = _Entry.model_validate_json(line)
+    except ValidationError:
+        return None
+    expected = entry.bytes if row_bytes is None else (entry.stop - entry.start) * row_bytes
+    return entry if entry.stop > entry.start and entry.bytes == expected else None
 
 
 def _append(path: Path, data: bytes, at: int) -> None:

@@ -113,7 +113,7 @@ def export(
 def verify(student: StudentFolder = None, as_json: AsJson = False) -> None:
     """Check which site vouched for what: every signature over the answers that the student learnt from.
 
-    Where the run's answers lie beside the student, also that they are those that were signed.
+    Where the run's answers lie beside the student, also that they are those that were signed, and no others.
     """
 
     def check() -> tuple[Result, ConsilienceError | None]:
@@ -125,7 +125,8 @@ def verify(student: StudentFolder = None, as_json: AsJson = False) -> None:
             who = "-" if found.key is None else words(found.key)
             numbers = (found.vouched, found.compared, found.unsigned, len(found.problems))
             table.add_row(found.site, who, *(f"{number:,}" for number in numbers))
-        data = {"student": str(folder), "sites": [vars(found) for found in verdicts]}
+        sites = [{**vars(found), "damage": found.damage and found.damage.message} for found in verdicts]
+        data = {"student": str(folder), "sites": sites}
         return (data, table), complaint(verdicts)
 
     emit_checked(as_json, check)

@@ -7,15 +7,15 @@ anybody: every field is checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from consilience.common.errors import ConsilienceError, IdentityError, ProtocolError, StorageError, StudentError
-from consilience.common.files import read_json, write_json
+from consilience.common.files import read_json, storage_error, write_json
 from consilience.common.identity import key_fingerprint, read_key_line
 from consilience.common.protocol import MOST_CLASSES, Digest, Kind, Question, SiteCard, SiteName
 from consilience.common.settings import ClassName, Encoding
@@ -24,6 +24,12 @@ from consilience.server.answers import AnswerStore, digests_in
 from consilience.server.stores import store_folder
 
 FILE = "signatures.json"
+MOST_BYTES = 256 * 2**20
+"""Anybody may have made the file: a longer one is not read. An answer takes about 400 bytes of it."""
+MOST_SAMPLES = 2**40
+"""No pool has more; numbers above are refused before they are added up or shown."""
+
+Count = Annotated[int, Field(ge=0, le=MOST_SAMPLES)]
 
 
 class _Part(BaseModel):
@@ -33,8 +39,8 @@ class _Part(BaseModel):
 class Signed(_Part):
     """One answer that a site vouched for: samples start..stop-1."""
 
-    start: int = Field(ge=0)
-    stop: int = Field(ge=1)
+    start: Count
+    stop: Count
     digest: Digest
     """Salted, so that nobody can guess the answer from it."""
     signature: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=400)]
@@ -44,12 +50,12 @@ class SignedAnswers(_Part):
     """A site's answers of one kind about one pool; of `answers` samples there are some, signed or not."""
 
     pool: Digest
-    size: int = Field(ge=0)
+    size: Count
     kind: Kind
     encoding: Encoding
     teacher: Digest
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
-    answers: int = Field(ge=0)
+    answers: Count
     signed: tuple[Signed, ...]
 
 
@@ -61,6 +67,12 @@ class SignedSite(_Part):
     public_key: Annotated[str, Field(max_length=1000)] | None
     answers: tuple[SignedAnswers, ...]
 
+    @model_validator(mode="after")
+    def _no_part_twice(self) -> SignedSite:
+        if len({_place(self.site, part) for part in self.answers}) < len(self.answers):
+            raise ValueError("answers of one kind about one pool are listed twice")
+        return self
+
 
 class Signatures(_Part):
     """The file."""
@@ -68,6 +80,12 @@ class Signatures(_Part):
     consilience_signatures: Literal[1] = 1
     job: SiteName
     sites: tuple[SignedSite, ...]
+
+    @model_validator(mode="after")
+    def _no_site_twice(self) -> Signatures:
+        if len({site.site for site in self.sites}) < len(self.sites):
+            raise ValueError("a site is listed twice")
+        return self
 
     @classmethod
     def collect(cls, job: str, cards: Sequence[SiteCard], stores: Mapping[str, Sequence[AnswerStore]]) -> Signatures:
@@ -99,7 +117,7 @@ class Signatures(_Part):
                 hint="Name a student's folder with --student; students made before sites signed have no such file",
             )
         try:
-            return cls.model_validate(read_json(path))
+            return cls.model_validate(read_json(path, MOST_BYTES))
         except (ValidationError, StorageError) as error:
             raise StudentError(
                 f"{path} is not as it must be, or damaged", hint="Get it anew from whoever published the student"
@@ -116,15 +134,26 @@ class Verdict:
     vouched: int
     """Answered samples with a good signature."""
     unsigned: int
-    """Answered samples without a signature."""
+    """Answered samples without a signature that was checked."""
     compared: int
     """Vouched samples whose answers are at hand, and are the ones that were signed."""
     problems: tuple[str, ...]
+    damage: StorageError | None = None
+    """Why the answers at hand could not be compared, or not all of them."""
 
 
 def check_signatures(signatures: Signatures, answers: Path | None = None) -> list[Verdict]:
-    """Check every signature; with the folder RUN/answers, also that the answers there are those that were signed."""
-    return [_check_site(signatures.job, site, answers) for site in signatures.sites]
+    """Check every signature; with the folder RUN/answers, also that the answers there are those that were signed.
+
+    Answers there that the file does not claim count as unsigned; a site that it does not name has a verdict of its own.
+    Raises `StorageError` when the folder cannot be listed.
+    """
+    verdicts = [_check_site(signatures.job, site, answers) for site in signatures.sites]
+    if answers is not None:
+        known = {site.site for site in signatures.sites}
+        strangers = [_stranger(place) for place in _folders(answers) if place.name not in known]
+        verdicts += [found for found in strangers if found.unsigned or found.damage is not None]
+    return verdicts
 
 
 def complaint(verdicts: Sequence[Verdict]) -> ConsilienceError | None:
@@ -135,6 +164,9 @@ def complaint(verdicts: Sequence[Verdict]) -> ConsilienceError | None:
             f"{len(wrong):,} of what the sites are said to have signed is wrong; {wrong[0]}",
             hint="Get the file anew from whoever published the student; if it stays so, ask that site",
         )
+    for found in verdicts:
+        if found.damage is not None:
+            return found.damage
     if not any(found.vouched for found in verdicts):
         return StudentError(
             "No site vouched for an answer that this student learnt from",
@@ -149,60 +181,110 @@ def complaint(verdicts: Sequence[Verdict]) -> ConsilienceError | None:
     return None
 
 
+class _Held:
+    """What lies in a site's folder of RUN/answers; nothing where there is no such folder."""
+
+    def __init__(self, place: Path | None) -> None:
+        self.stores: dict[str, Mapping[tuple[int, int], str | None]] = {}
+        self.damage: StorageError | None = None
+        for store in () if place is None or not place.exists() else _folders(place):
+            try:
+                self.stores[store.name] = digests_in(store)
+            except StorageError as error:
+                self.damage = self.damage or error
+
+
 def _check_site(job: str, site: SignedSite, folder: Path | None) -> Verdict:
     problems: list[str] = []
-    vouched = compared = 0
-    signer, total = None, sum(part.answers for part in site.answers)
+    signer = None
     try:
         if site.public_key is not None:
             signer = KnownSigner(read_key_line(site.public_key), site.site, site.classes)
     except IdentityError as error:
         problems.append(error.message)
-    for part in site.answers if signer is not None else ():
-        assert signer is not None
-        held = _held(part, site.site, folder, problems)
-        at = 0
-        for signed in sorted(part.signed, key=lambda each: each.start):
-            where = f"{part.kind} of samples {signed.start} to {signed.stop} of pool {part.pool[:12]}"
-            if not at <= signed.start < signed.stop <= part.size:
-                problems.append(f"{where}: they are signed twice, or do not exist")
-                continue
-            at = signed.stop
-            try:
-                signer.check(_question(job, part, signed), signed.digest, bytes.fromhex(signed.signature))
-            except (ProtocolError, ValidationError):
-                problems.append(f"{where}: the signature is not the site's")
-                continue
-            vouched += signed.stop - signed.start
-            if held is None:
-                continue
-            if held.get((signed.start, signed.stop)) == signed.digest:
-                compared += signed.stop - signed.start
+    held = _Held(None if folder is None else folder / site.site)
+    vouched = compared = unsigned = 0
+    for part in site.answers:
+        good, bad = _check_part(job, part, signer, problems)
+        here = held.stores.pop(_place(site.site, part).name, {})
+        for start, stop in sorted(good.keys() & here.keys()):
+            if here[start, stop] == good[start, stop]:
+                compared += stop - start
             else:
-                problems.append(f"{where}: the answer here is not the one that was signed")
-    claimed = sum(signed.stop - signed.start for part in site.answers for signed in part.signed)
+                problems.append(f"{_where(part, start, stop)}: the answer here is not the one that was signed")
+        vouched += _samples(good)
+        claimed = part.answers - _samples(good) - _samples(bad)
+        unsigned += max(0, claimed, _samples(here.keys() - good.keys() - bad))
     return Verdict(
         site=site.site,
         key=None if signer is None else key_fingerprint(signer.key),
         vouched=vouched,
-        unsigned=max(0, total - claimed),
+        unsigned=unsigned + sum(map(_samples, held.stores.values())),  # the stores left: no part claims them
         compared=compared,
         problems=tuple(problems),
+        damage=held.damage,
     )
 
 
-def _held(
-    part: SignedAnswers, site: str, folder: Path | None, problems: list[str]
-) -> Mapping[tuple[int, int], str] | None:
-    """Return the digests of the answers at hand by range; None where there are none."""
-    place = None if folder is None else store_folder(folder, site, part.pool, part.kind)
-    if place is None or not place.exists():
-        return None
+def _check_part(
+    job: str, part: SignedAnswers, signer: KnownSigner | None, problems: list[str]
+) -> tuple[dict[tuple[int, int], str], set[tuple[int, int]]]:
+    """Return the ranges with a good signature, with their digests, and those with a wrong one."""
+    good: dict[tuple[int, int], str] = {}
+    bad: set[tuple[int, int]] = set()
+    if signer is None:
+        if part.signed:
+            problems.append(f"{part.kind} of pool {part.pool[:12]}: they are signed, and there is no key to check with")
+        return good, bad
+    at = 0
+    for signed in sorted(part.signed, key=lambda each: each.start):
+        where = _where(part, signed.start, signed.stop)
+        if not at <= signed.start < signed.stop <= part.size:
+            problems.append(f"{where}: they are signed twice, or do not exist")
+            continue
+        at = signed.stop
+        try:
+            signer.check(_question(job, part, signed), signed.digest, bytes.fromhex(signed.signature))
+        except (ProtocolError, ValidationError):
+            problems.append(f"{where}: the signature is not the site's")
+            bad.add((signed.start, signed.stop))
+        else:
+            good[signed.start, signed.stop] = signed.digest
+    return good, bad
+
+
+def _stranger(place: Path) -> Verdict:
+    """Return the verdict on answers of a site that the file does not name."""
+    held = _Held(place)
+    return Verdict(
+        site=place.name if place.name.isprintable() else ascii(place.name),
+        key=None,
+        vouched=0,
+        unsigned=sum(map(_samples, held.stores.values())),
+        compared=0,
+        problems=(f"answers of it lie in the run's folder, and {FILE} does not name it",),
+        damage=held.damage,
+    )
+
+
+def _folders(place: Path) -> list[Path]:
     try:
-        return digests_in(place)
-    except StorageError as error:
-        problems.append(error.message)
-        return {}
+        return sorted(path for path in place.iterdir() if path.is_dir())
+    except OSError as error:
+        raise storage_error(error, place, "read") from error
+
+
+def _samples(ranges: Iterable[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+def _place(site: str, part: SignedAnswers) -> Path:
+    """Return where, in the folder RUN/answers, the part's answers lie."""
+    return store_folder(Path(), site, part.pool, part.kind)
+
+
+def _where(part: SignedAnswers, start: int, stop: int) -> str:
+    return f"{part.kind} of samples {start} to {stop} of pool {part.pool[:12]}"
 
 
 def _question(job: str, part: SignedAnswers, signed: Signed) -> Question:

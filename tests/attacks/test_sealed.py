@@ -32,6 +32,7 @@ from consilience.common.settings_file import parse_settings
 from consilience.common.vouching import Signer
 from consilience.deploy.local_grid import LocalGrid
 from consilience.deploy.simulation import prepare, train_site
+from consilience.server import signatures
 from consilience.server.authority import ensure_authority, make_job_key
 from consilience.server.job import Job
 from consilience.server.report import comparable
@@ -396,6 +397,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "job": lambda f: f.update(job="large"),
     "key": lambda f: f["sites"][0].update(public_key=key_line(OWN_KEY.public_key())),
     "no key": lambda f: f["sites"][0].update(public_key="nonsense"),
+    "key removed": lambda f: f["sites"][0].update(public_key=None),
 }
 
 
@@ -406,7 +408,10 @@ def test_a_change_to_what_was_signed_is_found(finished: tuple[World, bytes], tmp
     code, said = verify(tmp_path / "student")
     assert code == 15, said
     assert "is wrong; site site-" in said["error"]["message"]
-    assert said["data"]["sites"][0]["problems"]
+    first = said["data"]["sites"][0]
+    assert first["problems"]
+    if name in ("no key", "key removed"):
+        assert (first["vouched"], first["unsigned"]) == (0, 100), "no signature of them could be checked"
     assert name == "job" or said["data"]["sites"][1]["problems"] == []
 
 
@@ -432,6 +437,101 @@ def test_changed_answers_and_missing_signatures_are_found(finished: tuple[World,
     assert verify(student)[0] == 12
     (student / "signatures.json").unlink()
     assert verify(student)[0] == 12
+
+
+@pytest.fixture
+def copied(finished: tuple[World, bytes], tmp_path: Path) -> Path:
+    """A copy of the run `open`: its answers and its student."""
+    for part in ("answers", "student"):
+        shutil.copytree(finished[0].folder / "open" / part, tmp_path / "run" / part)
+    return tmp_path / "run"
+
+
+HIDINGS: dict[str, tuple[Callable[[dict[str, Any]], object], str, int]] = {
+    "range": (
+        lambda f: f["sites"][1]["answers"][0].update(answers=75, signed=f["sites"][1]["answers"][0]["signed"][1:]),
+        "Nobody vouches for 25 answers, of: site-2",
+        25,
+    ),
+    "part": (lambda f: f["sites"][1].update(answers=[]), "Nobody vouches for 100 answers, of: site-2", 100),
+    "site": (lambda f: f["sites"].pop(), "site site-2: answers of it lie in the run's folder", 100),
+}
+
+
+@pytest.mark.parametrize("name", HIDINGS)
+def test_answers_at_hand_that_the_file_does_not_claim_are_found(copied: Path, name: str) -> None:
+    change, message, unsigned = HIDINGS[name]
+    assert verify(copied / "student")[0] == 0
+    changed(copied / "student" / "signatures.json", change)
+    code, said = verify(copied / "student")
+    assert code == 15, said
+    assert message in said["error"]["message"]
+    assert [(site["site"], site["unsigned"]) for site in said["data"]["sites"]] == [("site-1", 0), ("site-2", unsigned)]
+    shutil.rmtree(copied / "answers")
+    assert verify(copied / "student")[0] == 0, "away from the answers nobody can tell"
+
+
+def test_a_record_at_hand_without_a_signature_is_not_the_signed_one(copied: Path) -> None:
+    (store,) = (copied / "answers" / "site-2").iterdir()
+    lines = [json.loads(line) for line in (store / "index.jsonl").read_text().splitlines()]
+    lines[0] = {k: v for k, v in lines[0].items() if k not in ("salt", "signature")}
+    (store / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, said = verify(copied / "student")
+    assert code == 15
+    assert "samples 0 to 25" in said["error"]["message"], "what was signed is not what lies here"
+
+
+def test_an_empty_store_of_a_site_that_is_coming_is_no_answer(copied: Path) -> None:
+    (copied / "answers" / "site-3" / "0123456789ab").mkdir(parents=True)
+    (copied / "answers" / "site-3" / "0123456789ab" / "about.json").write_text("{}")
+    assert verify(copied / "student")[0] == 0
+
+
+def test_a_damaged_index_is_told_as_storage_and_a_torn_one_is_read(copied: Path) -> None:
+    (store,) = (copied / "answers" / "site-2").iterdir()
+    index = store / "index.jsonl"
+    lines = index.read_bytes().splitlines(keepends=True)
+    index.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])  # as a crash while it was appended leaves it
+    code, said = verify(copied / "student")
+    assert code == 0, said
+    assert [site["compared"] for site in said["data"]["sites"]] == [100, 75]
+    index.write_bytes(lines[0] + b"nonsense\n" + b"".join(lines[2:]))
+    code, said = verify(copied / "student")
+    assert code == 10, said
+    assert "index.jsonl: line 2 is damaged" in said["error"]["message"]
+    assert said["error"]["hint"].startswith(f"Remove {store} and run the same command again")
+    second = said["data"]["sites"][1]
+    assert (second["vouched"], second["compared"], second["unsigned"], second["problems"]) == (100, 0, 0, [])
+    assert "line 2 is damaged" in second["damage"]
+
+
+REFUSED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "site twice": lambda f: f["sites"].append(f["sites"][0]),
+    "part twice": lambda f: f["sites"][0]["answers"].append(f["sites"][0]["answers"][0]),
+    "size": lambda f: f["sites"][0]["answers"][0].update(size=10**400),
+    "answers": lambda f: f["sites"][0]["answers"][0].update(answers=10**400),
+    "stop": lambda f: f["sites"][0]["answers"][0]["signed"][-1].update(stop=10**400),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_counts_twice_or_beyond_all_pools_is_refused(copied: Path, name: str) -> None:
+    changed(copied / "student" / "signatures.json", REFUSED[name])
+    code, said = verify(copied / "student")
+    assert code == 12, said
+    assert "is not as it must be, or damaged" in said["error"]["message"]
+
+
+def test_a_file_of_brackets_or_without_end_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copied / "student" / "signatures.json"
+    whole = path.read_bytes()
+    path.write_bytes(b"[" * 100_000)
+    assert verify(copied / "student")[0] == 12
+    monkeypatch.setattr(signatures, "MOST_BYTES", len(whole))
+    path.write_bytes(whole)
+    assert verify(copied / "student")[0] == 0
+    path.write_bytes(whole + b" ")
+    assert verify(copied / "student")[0] == 12
 
 
 def test_a_run_that_began_before_sites_signed_goes_on_without(finished: tuple[World, bytes], tmp_path: Path) -> None:
