@@ -102,11 +102,12 @@ def read_json(path: Path, most: int | None = None) -> Any:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(-1 if most is None else most + 1)
+            size = os.fstat(file.fileno()).st_size
+            if most is not None and size > most:
+                raise StorageError(f"{path} has more than {most:,} bytes", hint="Get it anew from whoever made it")
+            data = file.read(-1 if most is None else size)  # not `most`: that many bytes would be taken at once
     except OSError as error:
         raise storage_error(error, path, "read") from error
-    if most is not None and len(data) > most:
-        raise StorageError(f"{path} has more than {most:,} bytes", hint="Get it anew from whoever made it")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # the latter: brackets within brackets, thousands deep
