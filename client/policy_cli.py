@@ -111,6 +111,7 @@ def explain(
             held.close()
         lines = [f"Job {wanted.name} would take from {held.settings.name}:"]
         lines += _parts(found)
+        lines.append(_sealing(wanted))
         lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
         for name, (before, after) in found.left.items():
             lines.append(f"- {name}: {_left(before, after)}")
@@ -124,6 +125,7 @@ def explain(
             "policy": held.settings.policy.version,
             "parts": [{**vars(part)} for part in found.parts],
             "pools_are_the_job_s": found.here,
+            "sealed": wanted.privacy.sealed,
             "new": found.new,
             "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},
             "privacy": None if found.loss is None else [spent.model_dump(mode="json") for spent in found.loss],
@@ -132,6 +134,15 @@ def explain(
         return data, "\n".join(lines)
 
     emit(as_json, action)
+
+
+def _sealing(job: JobSettings) -> str:
+    """Say who could read the job's answers on their way."""
+    if job.privacy.secure_sum:
+        return "They would leave masked, in secure sums, which are not sealed."
+    if job.privacy.sealed:
+        return "They would leave sealed: encrypted for the coordinator alone."
+    return "They would leave unsealed: a SuperLink that carries them could read them."
 
 
 def _left(before: int | None, after: int | None) -> str:

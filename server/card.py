@@ -16,7 +16,7 @@ from consilience.common.settings import largest_sent
 from consilience.server.report_coverage import coverage_summary
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_page import CONTENDERS
-from consilience.server.report_privacy import privacy_summary
+from consilience.server.report_privacy import privacy_summary, sealing_line
 
 _SPECIAL = re.compile(
     r"[\\`*\[\]<>|~&$@]"  # emphasis, code, links, HTML, entities, cells of a table, formulas, mentions
@@ -202,8 +202,8 @@ def _privacy(findings: Findings) -> str:
         [
             "## Privacy",
             f"{escape(privacy_summary(findings))} Soft labels over the pool left the sites. No private sample, weight "
-            f"or gradient did, and no code of the server ran at a site. {_answer(findings)}; answers can tell "
-            "something about the data that a teacher was trained on, and so can this student, "
+            f"or gradient did, and no code of the server ran at a site. {sealing_line(findings)} {_answer(findings)}; "
+            "answers can tell something about the data that a teacher was trained on, and so can this student, "
             f"which was trained from them. {coverage}Beside its site card (name, class names, the teacher in words and "
             "its fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and calibration "
             "on held-out private images and the shares of the classes) each site let out:",

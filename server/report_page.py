@@ -22,6 +22,7 @@ from consilience.server import plots
 from consilience.server.judge import Judgement
 from consilience.server.report_coverage import coverage_views
 from consilience.server.report_findings import Findings
+from consilience.server.report_privacy import sealing_line
 from consilience.server.report_samples import sample_views
 
 CONTENDERS = (
@@ -64,6 +65,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "legend": legend(findings.space.sites),
         "coloured": len(findings.space.sites) <= len(SITE_COLOURS),
         "colours": {site: site_colour(i) for i, site in enumerate(findings.space.sites)},
+        "sealing": sealing_line(findings),
         "settings": yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True),
         "most_sites": MOST_SITES,
     }

@@ -1,9 +1,11 @@
-"""What the report and the card say of differential privacy.
+"""What the report and the card say of differential privacy, and of who could read answers on their way.
 
 Does not live here: what sites said (server/guarantees), what left them (server/card).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from consilience.common.pages.numbers import listing
 from consilience.server.report_findings import Findings
@@ -18,6 +20,17 @@ def audit_lines(findings: Findings) -> list[str]:
     """Return what each site's audit of its own answers says, a sentence each, and that it proves nothing."""
     lines = [f"Audit by {name}: {audit.sentence}" for name, audit in findings.audits.items()]
     return [*lines, "An attack that fails is no guarantee."] if lines else []
+
+
+def sealing_line(findings: Findings) -> str:
+    """Say whether the job's answers left the sites sealed: what a run asks does not change while it lasts."""
+    privacy = findings.settings.get("privacy")
+    chosen = privacy if isinstance(privacy, Mapping) else {}
+    if chosen.get("secure_sum") is True:
+        return "Answers left the sites masked, in secure sums, which are not sealed."
+    if chosen.get("sealed") is True:
+        return "Answers left the sites sealed: encrypted for the coordinator alone."
+    return "Answers left the sites unsealed: a SuperLink that carried them could read them."
 
 
 def _guarantees(findings: Findings) -> str:

@@ -334,6 +334,24 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
 
 
 @pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        ({}, "They would leave unsealed: a SuperLink that carries them could read them."),
+        ({"sealed": True}, "They would leave sealed: encrypted for the coordinator alone."),
+        ({"secure_sum": True}, "They would leave masked, in secure sums, which are not sealed."),
+    ],
+)
+def test_explain_says_whether_the_job_s_answers_would_be_sealed(
+    file: Path, privacy: dict[str, bool], words: str
+) -> None:
+    write(file)
+    job = file.with_name("job.yaml")
+    job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "privacy": privacy}))
+    assert words in said("explain", job, file)
+    assert call("explain", job, file)["sealed"] is privacy.get("sealed", False)
+
+
+@pytest.mark.parametrize(
     ("changes", "kinds"),
     [
         ({}, ["log-probs", "coverage"]),

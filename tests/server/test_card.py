@@ -12,7 +12,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import MISSING, percent
 from consilience.server.card import card_markdown, code, escape
 from consilience.server.judge import BASELINES, ClassScore, Judgement, Score, SiteScore
-from consilience.server.report import report_dict
+from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
     CardTexts,
     Findings,
@@ -130,6 +130,21 @@ def test_privacy_has_the_exact_numbers_of_every_site() -> None:
     assert "| s02 | 1,434 | 2 | 16-bit (f16) | 5,736 (5.7 kB) |" in privacy
     assert "| south | 1,001 | 1 | 32-bit (f32) | 4,004 (4.0 kB) |" in privacy
     assert "south (left out)" in card(replace(findings, sites=[*findings.sites, gone]))
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        (None, "Answers left the sites unsealed: a SuperLink that carried them could read them."),
+        ({"sealed": False, "secure_sum": False}, "Answers left the sites unsealed"),
+        ({"sealed": True, "secure_sum": False}, "Answers left the sites sealed: encrypted for the coordinator alone."),
+        ({"sealed": False, "secure_sum": True}, "Answers left the sites masked, in secure sums, which are not sealed."),
+    ],
+)
+def test_card_and_report_say_whether_answers_were_sealed(privacy: dict[str, bool] | None, words: str) -> None:
+    findings = replace(make(), settings={} if privacy is None else {"privacy": privacy})
+    assert words in section(card(findings), "Privacy")
+    assert words in render_html(findings, report_dict(findings))
 
 
 def test_texts_of_people_take_the_place_of_ours() -> None:
