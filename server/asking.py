@@ -178,7 +178,6 @@ class _Asking:
         self._events, self._reporter, self._progress = events, reporter, progress
         self._looked = float("-inf")
         self._began, self._unsealing = began, unsealing
-        self._job_key = None if unsealing is None else unsealing.key
         self.sites: dict[int, _Site] = {}
 
     def add(self, node: int, stores: Sequence[AnswerStore]) -> None:
@@ -249,7 +248,10 @@ class _Asking:
             return
         batch: list[_Pending] = []
         most = site.size.at_once(self._settings.in_flight, TTL_SECONDS / 2)
-        while len(site.flying) + len(batch) < most and (pending := site.take(self._job, self._job_key)):
+        job_key = None if self._unsealing is None else self._unsealing.key()
+        while len(site.flying) + len(batch) < most and (pending := site.take(self._job, job_key)):
+            if pending.question.job_key != job_key:  # it was asked before, for a key that is no longer given out
+                pending.question = pending.question.model_copy(update={"job_key": job_key})
             batch.append(pending)
         for pending in batch:
             pending.sent, pending.ttl = now, max(min(site.ttl, left), 1.0)
@@ -274,8 +276,8 @@ class _Asking:
         site.heard = time.monotonic()
         try:
             answer = Answer.from_content(content_of(message), pending.question)
-            if self._unsealing is not None:
-                answer = unseal_answer(answer, site.state.name, self._unsealing.secret)
+            if self._unsealing is not None and (job_key := pending.question.job_key) is not None:
+                answer = unseal_answer(answer, site.state.name, self._unsealing.secret_of(job_key))
             pending.store.append(answer)
         except ProtocolError as error:
             final = isinstance(error, RefusedReplyError) and error.final

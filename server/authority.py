@@ -22,14 +22,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from consilience.common.errors import ConsilienceError, IdentityError
 from consilience.common.files import storage_error, sync_folder, write_bytes
 from consilience.common.identity import PrivateKey, read_certificate, read_secret, write_secret
-from consilience.common.job_key import JobKey
+from consilience.common.job_key import CLOCK_SKEW, LIFE, JobKey
 from consilience.server.settings import Home, ServerSettings, split_address
 
 CA_LIFE = timedelta(days=3652)
 SERVER_LIFE = timedelta(days=397)
 RENEW_BEFORE = timedelta(days=30)
-CLOCK_SKEW = timedelta(hours=1)
-"""Certificates begin that much in the past, for sites whose clocks are behind."""
 
 
 def ensure_authority(home: Home) -> str:
@@ -106,10 +104,12 @@ def renew_if_due(home: Home, settings: ServerSettings, now: datetime | None = No
     return reason
 
 
-def make_job_key(home: Home, job: str, public: str) -> JobKey:
+def make_job_key(home: Home, job: str, public: str, now: datetime | None = None) -> JobKey:
     """Sign a job's public key (hex), so that sites know it by their kits. Raises `IdentityError`, `StorageError`."""
     _, key = _authority(home)
-    return JobKey(job=job, key=public, signature=key.sign(JobKey.signed(job, public), ec.ECDSA(hashes.SHA256())).hex())
+    not_after = int(((now or datetime.now(UTC)) + LIFE).timestamp())
+    signature = key.sign(JobKey.signed(job, public, not_after), ec.ECDSA(hashes.SHA256())).hex()
+    return JobKey(job=job, key=public, not_after=not_after, signature=signature)
 
 
 def _authority(home: Home) -> tuple[x509.Certificate, PrivateKey]:
@@ -178,7 +178,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_before(now - CLOCK_SKEW)  # for sites whose clocks are behind
         .not_valid_after(end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )

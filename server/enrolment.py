@@ -15,7 +15,6 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from consilience.common.errors import AskingError, ProtocolError
-from consilience.common.job_key import JobKey
 from consilience.common.progress import Reporter
 from consilience.common.protocol import (
     CARD,
@@ -32,7 +31,7 @@ from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 from consilience.server.settings import Home
-from consilience.server.trust import need_admitted
+from consilience.server.trust import Unsealing, need_admitted
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at who is back."""
@@ -224,13 +223,13 @@ def enrol(
     events: Events,
     reporter: Reporter,
     home: Home | None = None,
-    job_key: JobKey | None = None,
+    unsealing: Unsealing | None = None,
 ) -> Enrolment:
     """Make, resume or (with `fold_in`) grow the contract in the file `path`.
 
     `complete` names the sites of a contract whose stores are complete: they need not be there. A resumed run needs
     as many of its sites, complete or there, as `min_sites` says, by default all. `wait_for_new`: a run that folds in
-    has nothing else to do, so it waits for a new site. `home`: as for `collect_cards`; `job_key`: what sites are to
+    has nothing else to do, so it waits for a new site. `home`: as for `collect_cards`; `unsealing`: what sites are to
     seal their answers for. Raises `AskingError`, `RunError`, `LabelError`, `SettingsError`.
     """
     asking = settings.ask
@@ -270,6 +269,7 @@ def enrol(
         sites = [*(earlier.sites if earlier else ()), *(c for c in cards.values() if c.name not in known)]
         contract = RunContract.build(settings, sites, pools)
         asked = {node: card for node, card in cards.items() if card.name not in done}
+        job_key = None if unsealing is None else unsealing.key()  # now: sites may have been long in coming
         agreements, refusals = agree(
             grid,
             {node: contract.for_site(card.name, settings, job_key) for node, card in asked.items()},

@@ -80,7 +80,7 @@ class Job:
         """What sites seal answers for; None where they do not. Raises `IdentityError`, `StorageError`."""
         if not self.settings.privacy.sealed or self.home is None:
             return None
-        return Unsealing.make(self.home, self.settings.name)
+        return Unsealing(self.home, self.settings.name)
 
     def do(self, grid: Grid, *, fold_in: bool = False, submission: float = 0.0) -> None:
         """Do every stage that is not done. Raises any `ConsilienceError`; what had arrived stays.
@@ -200,7 +200,7 @@ class Job:
             events=self.events,
             reporter=self.reporter,
             home=self.home,
-            job_key=None if self.unsealing is None else self.unsealing.key,
+            unsealing=self.unsealing,
         )
 
     def _complete(self, contract: RunContract) -> set[str]:

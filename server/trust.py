@@ -6,11 +6,11 @@ itself (server/admission), the authority (server/authority), what sites sign (co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from consilience.common.errors import ProtocolError
 from consilience.common.identity import key_fingerprint, read_key_line
-from consilience.common.job_key import JobKey
+from consilience.common.job_key import LIFE, JobKey
 from consilience.common.protocol import SiteCard
 from consilience.common.sealing import Secret
 from consilience.common.vouching import KnownSigner
@@ -19,18 +19,34 @@ from consilience.server.authority import make_job_key
 from consilience.server.settings import Home
 
 
-@dataclass(frozen=True)
 class Unsealing:
-    """A job's key and its secret half, which is nowhere but in memory: a run that is begun again makes another."""
+    """A job's keys and their secret halves, which are nowhere but in memory: a run that is begun again makes others."""
 
-    key: JobKey
-    secret: Secret
-
-    @classmethod
-    def make(cls, home: Home, job: str) -> Unsealing:
+    def __init__(self, home: Home, job: str) -> None:
         """Make a key that the authority of `home` signs. Raises `IdentityError`, `StorageError`."""
+        self._home, self._job = home, job
+        self._secrets: dict[JobKey, Secret] = {}  # the oldest first
+        self._key = self._make(datetime.now(UTC))
+
+    def key(self, now: datetime | None = None) -> JobKey:
+        """Return the key for what is asked from now on: another one when half of the last one's life is over.
+
+        Raises `IdentityError`, `StorageError`.
+        """
+        now = now or datetime.now(UTC)
+        if not LIFE / 2 <= self._key.left(now) <= LIFE:  # more than all of it: the clock was put back
+            self._key = self._make(now)
+        return self._key
+
+    def secret_of(self, key: JobKey) -> Secret:
+        """Return the secret half of a key that `key` gave. It is kept while the process lives: answers may be slow."""
+        return self._secrets[key]
+
+    def _make(self, now: datetime) -> JobKey:
         secret = Secret()
-        return cls(make_job_key(home, job, secret.public), secret)
+        key = make_job_key(self._home, self._job, secret.public, now)
+        self._secrets[key] = secret
+        return key
 
 
 def need_admitted(card: SiteCard, home: Home | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from consilience.common.settings_file import parse_settings
 from consilience.common.vouching import Signer
 from consilience.deploy.local_grid import LocalGrid
 from consilience.deploy.simulation import prepare, train_site
-from consilience.server import signatures
+from consilience.server import signatures, trust
 from consilience.server.authority import ensure_authority, make_job_key
 from consilience.server.job import Job
 from consilience.server.report import comparable
@@ -335,6 +336,35 @@ def test_a_card_with_another_key_than_the_admitted_one_is_refused(world: World, 
 def test_a_job_without_an_authority_cannot_be_sealed(world: World) -> None:
     with Reporter(quiet=True) as reporter, pytest.raises(SettingsError, match="no authority to sign the job's key"):
         world.job("run", reporter, home=False, **SEALED)
+
+
+def test_a_run_that_lasts_longer_than_a_key_goes_on_with_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question is asked a day after the one before, by the server's clock; answers come after the next key."""
+    real, now = trust.datetime.now, [trust.datetime.now(UTC)]
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            now[0] += timedelta(days=1)
+            return now[0]
+
+    monkeypatch.setattr(trust, "datetime", Later)
+    keys: list[str] = []
+
+    def look(kind: str, fields: Fields) -> Fields:
+        if kind == ANSWER:
+            keys.append(json.loads(fields["json"])["job_key"]["key"])
+        return fields
+
+    fail = once(lambda fields: {**fields, "data": b"nonsense"})
+    world.run("run", question=look, reply=fail, **SEALED)
+    assert len(world.records("run")) == 2 * 4
+    assert len(world.failures("run")) == 1, "and what failed is asked again for the key of that day"
+    assert len(keys) == 2 * 4 + 1
+    assert len(set(keys)) > 2
+    assert real(UTC) < now[0] - timedelta(days=2)
 
 
 def test_sums_and_seals_exclude_each_other(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def test_a_job_s_key_that_the_kit_does_not_vouch_for_is_refused(tmp_path: Path, 
         make_job_key(other, "job", public),
         make_job_key(home, "shoes", public),
         good.model_copy(update={"key": Secret().public}),
+        make_job_key(home, "job", public, datetime.now(UTC) - timedelta(days=3)),
     ):
         with pytest.raises(RefusedError) as agreeing:
             site.agree(contract(site, pool, job_key=key))

@@ -24,7 +24,7 @@ VOUCH = b"v" * 110
 
 
 def question(**changes: Any) -> Question:
-    key = JobKey(job="clothes", key=SECRET.public, signature="00")
+    key = JobKey(job="clothes", key=SECRET.public, not_after=1, signature="00")
     fields = {"job": "clothes", "pool": "a" * 64, "start": 3, "stop": 9, "kind": "coverage", "encoding": "u8"}
     return Question(**{**fields, "teacher": "b" * 64, "policy": "c" * 16, "job_key": key, **changes})  # type: ignore[arg-type]
 
@@ -80,7 +80,7 @@ def test_the_same_answer_is_never_sealed_alike() -> None:
         {"kind": "log-probs"},
         {"teacher": "e" * 64},
         {"policy": "f" * 16},
-        {"job_key": JobKey(job="clothes", key=SECRET.public, signature="01")},
+        {"job_key": JobKey(job="clothes", key=SECRET.public, not_after=1, signature="01")},
     ],
 )
 def test_a_sealed_answer_is_the_answer_to_no_other_question(other: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def known(**changes: Any) -> KnownSigner:
 def test_a_good_signature_is_good_whether_the_answer_was_sealed_or_not() -> None:
     digest, signature = signed()
     known().check(question(), digest, signature)
-    known().check(question(job_key=JobKey(job="clothes", key="0" * 64, signature="00")), digest, signature)
+    known().check(question(job_key=JobKey(job="clothes", key="0" * 64, not_after=1, signature="00")), digest, signature)
 
 
 @pytest.mark.parametrize(

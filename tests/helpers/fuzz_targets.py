@@ -32,7 +32,7 @@ from consilience.common.encoding import check, decode, encode, row_bytes
 from consilience.common.encoding.coverage import decode_coverage, encode_coverage
 from consilience.common.errors import ConsilienceError, ProtocolError
 from consilience.common.files import sha256
-from consilience.common.identity import Kit, PrivateKey, Request, key_fingerprint
+from consilience.common.identity import Kit, PrivateKey, Request, key_fingerprint, key_line
 from consilience.common.job_key import JobKey
 from consilience.common.pool import Pool
 from consilience.common.protocol import (
@@ -67,6 +67,14 @@ from consilience.common.sums.messages import (
 )
 from consilience.common.sums.shares import seal, unseal
 from consilience.common.vouching import SALT_BYTES, KnownSigner, Signer, salted
+from consilience.server.signatures import (
+    Signatures,
+    Signed,
+    SignedAnswers,
+    SignedSite,
+    check_signatures,
+    complaint,
+)
 
 DIGEST, POLICY = "a" * 64, "c" * 16
 MOST_TIMES, MOST_SPARE = 4, 8 * 2**20
@@ -206,7 +214,9 @@ _DELIVERED = Delivered.make(_key(0), ROSTER, "site-0", ("site-0", "site-1", "sit
 
 
 JOB_SECRET = Secret()
-SEALED_QUESTION = QUESTION.model_copy(update={"job_key": JobKey(job="job", key=JOB_SECRET.public, signature="00")})
+SEALED_QUESTION = QUESTION.model_copy(
+    update={"job_key": JobKey(job="job", key=JOB_SECRET.public, not_after=1, signature="00")}
+)
 _SIGNER = KnownSigner(_key(0).public_key(), "site-0", ("a", "b", "c"))
 _VOUCH = Signer(_key(0), "site-0", ("a", "b", "c")).vouch(SEALED_QUESTION, b"rows")
 _SEALED_ANSWERS = (
@@ -317,6 +327,7 @@ def _sealed_answer(data: bytes) -> bool:
 def _file(read: Callable[[Path], object], name: str) -> Callable[[bytes], bool]:
     folder = Path(tempfile.mkdtemp(prefix="consilience-fuzz-"))
     (folder / "shard-00000.bin").write_bytes(bytes(4))
+    (folder / "answers" / "site-0" / DIGEST[:12]).mkdir(parents=True)
 
     def run(data: bytes) -> bool:
         (folder / name).write_bytes(data)
@@ -327,6 +338,32 @@ def _file(read: Callable[[Path], object], name: str) -> Callable[[bytes], bool]:
         return True
 
     return run
+
+
+def _check_signatures(path: Path) -> None:
+    """Read a student's signatures, with answers at hand that are none of its own, and check them."""
+    verdicts = check_signatures(Signatures.read(path.parent), path.parent / "answers")
+    complaint(verdicts)
+    if any(min(found.vouched, found.unsigned, found.compared) < 0 for found in verdicts):
+        raise DecoderError("a number of samples is negative")
+    if any(found.key is None and found.vouched for found in verdicts):
+        raise DecoderError("samples are vouched for without a key")
+
+
+def _signatures_file() -> bytes:
+    """Return the file of a site that signed one answer; another answer of it, and another site's, were not signed."""
+    signed = Signed(
+        start=0, stop=2, digest=salted(_VOUCH[:SALT_BYTES], sha256(b"rows")), signature=_VOUCH[SALT_BYTES:].hex()
+    )
+    about = QUESTION.model_dump(include={"pool", "kind", "encoding", "teacher", "policy"})
+    part = SignedAnswers(**about, size=4, answers=3, signed=(signed,))
+    first = SignedSite(
+        site="site-0", classes=("a", "b", "c"), public_key=key_line(_key(0).public_key()), answers=(part,)
+    )
+    second = SignedSite(
+        site="site-1", classes=("d",), public_key=None, answers=(part.model_copy(update={"signed": ()}),)
+    )
+    return Signatures(job="job", sites=(first, second)).model_dump_json().encode()
 
 
 def _bundle(data: bytes) -> bool:
@@ -349,6 +386,7 @@ def _paper_targets() -> dict[str, Target]:
     return {
         "request": Target(_file(Request.read, "request.json"), (request.model_dump_json().encode(),)),
         "kit": Target(_file(Kit.read, "kit.json"), (kit.model_dump_json().encode(),)),
+        "signatures": Target(_file(_check_signatures, "signatures.json"), (_signatures_file(),)),
         "manifest": Target(_file(lambda path: Pool.open(path.parent), "manifest.json"), (manifest.encode(),)),
     }
 

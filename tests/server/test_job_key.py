@@ -12,10 +12,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from consilience.common.errors import IdentityError, ProtocolError
-from consilience.common.job_key import JobKey
+from consilience.common.job_key import CLOCK_SKEW, LIFE
 from consilience.common.sealing import Secret
 from consilience.server.authority import authority_pem, ensure_authority, make_job_key
 from consilience.server.settings import Home
+from consilience.server.trust import Unsealing
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def test_a_key_of_another_job_authority_or_owner_is_not(home: Home, tmp_path: Pa
         key.check("shoes", pem)
     forged = [
         make_job_key(other, "clothes", key.key),
-        JobKey(job="clothes", key=Secret().public, signature=key.signature),
+        key.model_copy(update={"key": Secret().public}),
+        key.model_copy(update={"not_after": key.not_after + 1}),
         make_job_key(home, "shoes", key.key).model_copy(update={"job": "clothes"}),
         key.model_copy(update={"signature": key.signature[:-2]}),
         key.model_copy(update={"signature": "0"}),
@@ -46,6 +48,33 @@ def test_a_key_of_another_job_authority_or_owner_is_not(home: Home, tmp_path: Pa
     for each in forged:
         with pytest.raises(ProtocolError, match="not signed by the authority in the kit"):
             each.check("clothes", pem)
+
+
+def test_a_key_ends_and_clocks_may_differ_a_little(home: Home) -> None:
+    made = datetime(2026, 1, 1, tzinfo=UTC)
+    key, pem = make_job_key(home, "clothes", Secret().public, made), authority_pem(home)
+    end = made + LIFE
+    for now in (made - timedelta(days=1), made, end, end + CLOCK_SKEW):  # a site's clock may be behind, too
+        key.check("clothes", pem, now)
+    for now in (end + CLOCK_SKEW + timedelta(seconds=1), end + timedelta(days=365)):
+        with pytest.raises(ProtocolError, match="has ended by this machine's clock"):
+            key.check("clothes", pem, now)
+    with pytest.raises(ProtocolError, match="has ended"):
+        make_job_key(home, "clothes", Secret().public, datetime.now(UTC) - timedelta(days=3)).check("clothes", pem)
+
+
+def test_a_run_gives_out_a_new_key_in_time_and_can_open_what_was_sealed_for_the_old(home: Home) -> None:
+    unsealing, now = Unsealing(home, "clothes"), datetime.now(UTC)
+    first = unsealing.key()
+    assert unsealing.key(now + LIFE / 2 - timedelta(minutes=1)) == first
+    second = unsealing.key(now + LIFE / 2 + timedelta(minutes=1))
+    assert second != first
+    assert second.left(now + LIFE / 2) >= LIFE
+    assert unsealing.key(now + LIFE / 2 + timedelta(minutes=2)) == second
+    third = unsealing.key(now - timedelta(days=30))  # the clock was put back
+    assert third.left(now - timedelta(days=30)) <= LIFE
+    for key in (first, second, third):
+        assert unsealing.secret_of(key).public == key.key
 
 
 def test_a_kit_of_another_kind_is_no_reason_to_believe(home: Home) -> None:
