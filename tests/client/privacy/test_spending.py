@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
+from consilience.client import ledger as clock
 from consilience.client.ledger_restart import restart
 from consilience.client.policy import RefusedError
 from consilience.client.privacy import account
@@ -83,6 +85,26 @@ def test_a_limit_of_epsilon_is_kept_to_the_sample(tmp_path: Path, pool: Pool, sc
     again = noisy(tmp_path, **{scope: (epsilon(30) + epsilon(31)) / 2})
     with pytest.raises(RefusedError):
         again.answer(about(again, pool, 31, 32))
+
+
+@pytest.mark.parametrize(
+    ("scope", "most", "job"), [("per_job", 12, "first"), ("per_month", 12, "third"), ("lifetime", 32, "third")]
+)
+def test_a_limit_of_epsilon_counts_all_that_is_its_own(
+    tmp_path: Path, pool: Pool, scope: str, most: int, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three months of two jobs of 5 answers each leave 2 more: of one job 10, in one month 10, and 30 in all."""
+    site = noisy(tmp_path, **{f"epsilon_{scope}": (epsilon(most) + epsilon(most + 1)) / 2})
+    start = 0
+    for month in (1, 2, 3):
+        monkeypatch.setattr(clock, "utc_now", lambda month=month: datetime(2130, month, 2, tzinfo=UTC))
+        for earlier in ("first", "second"):
+            if (scope, month) != ("per_job", 3):
+                site.answer(about(site, pool, start, start + 5, job=earlier))
+                start += 5
+    with pytest.raises(RefusedError):
+        site.answer(about(site, pool, start, start + 3, job=job))
+    site.answer(about(site, pool, start, start + 2, job=job))
 
 
 def test_what_left_behind_no_mechanism_leaves_no_guarantee(tmp_path: Path, pool: Pool) -> None:
