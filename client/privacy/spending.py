@@ -72,10 +72,16 @@ class Allowance:
         """
         for limit in loss_limits(self._settings, ledger, job):
             if limit.most is not None and not self._allows(limit.most, limit.events, costs):
+                spent = account(limit.events, self._delta)
+                known = (
+                    f"{spent.why}, so that it cannot be kept any more"
+                    if spent.epsilon is None
+                    else (f"{spent.epsilon:.3g} spent")
+                )
                 raise RefusedError(
                     "budget-exhausted",
                     "the site's limits do not allow so much privacy loss more",
-                    f"{limit.name}: epsilon {limit.most:g} at most",
+                    f"{limit.name}: epsilon {limit.most:g} at most, {known}",
                 )
 
     def _allows(self, most: float, before: tuple[Event, ...], costs: tuple[Event, ...]) -> bool:

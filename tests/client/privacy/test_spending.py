@@ -114,8 +114,9 @@ def test_what_left_behind_no_mechanism_leaves_no_guarantee(tmp_path: Path, pool:
     site = noisy(tmp_path, epsilon_lifetime=1e3)
     spent = loss_of(site.settings, site.ledger)
     assert (spent.epsilon, spent.unit) == (None, None)
-    with pytest.raises(RefusedError):
+    with pytest.raises(RefusedError) as caught:
         site.answer(about(site, pool, 5, 6))
+    assert "answers left without a mechanism: no formal guarantee, so that it cannot be kept" in caught.value.told_here
 
 
 def test_what_a_damaged_ledger_told_is_not_forgotten(tmp_path: Path, pool: Pool) -> None:
@@ -155,3 +156,4 @@ def test_show_and_explain_tell_what_it_came_to(tmp_path: Path, pool: Pool) -> No
     explained = said("explain", tmp_path / "job.yaml", tmp_path / "site.yaml")
     assert f"epsilon {epsilon(20):.3g} at delta 1e-05, of a model" in explained
     assert f"-> epsilon {epsilon(SIZE):.3g}" in explained
+    assert f"- lifetime: epsilon {epsilon(20):.3g} of 9 is spent" in explained
