@@ -2,8 +2,8 @@
 
 Each decoder of tests/helpers/fuzz_targets.py is attacked for ten minutes by libFuzzer through atheris, which keeps
 inputs that reach other lines of our code and changes them further. It begins with those in tests/attacks/corpus and
-those that the decoder takes. An input that a decoder neither takes nor refuses ends the program; it is kept in the
-folder that is named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again.
+those that the decoder takes. An input that a decoder neither takes nor refuses is shown, and kept in the folder that is
+named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again.
 """
 
 from __future__ import annotations
@@ -42,14 +42,18 @@ def attack(name: str) -> None:
     atheris.Fuzz()
 
 
+class FoundError(Exception):
+    """An input did to a decoder what no input may do."""
+
+
 def libfuzzer(name: str, *arguments: str) -> str:
-    """Run libFuzzer on a target in a process of its own and return what it said. Raises `SystemExit` when it failed."""
+    """Run libFuzzer on a target in a process of its own and return what it said. Raises `FoundError`."""
     command = [sys.executable, __file__, "--attack", name, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     said = done.stdout + done.stderr
     if done.returncode != 0:
         _, found, why = said.partition("=== Uncaught Python exception")
-        sys.exit(f"{name}: failed\n{(found + why)[:4000] if found else said[-4000:]}")
+        raise FoundError(f"{name}: failed\n{(found + why)[:4000] if found else said[-4000:]}")
     return said
 
 
@@ -75,7 +79,7 @@ def fuzz(name: str, seconds: int, folder: Path, keeping: bool) -> tuple[int, int
     tried = re.search(r"number_of_executed_units: *(\d+)", said)
     covered = re.findall(r"cov: (\d+)", said)
     if tried is None or not covered:
-        sys.exit(f"{name}: libFuzzer did not say what it did\n{said[-2000:]}")
+        raise FoundError(f"{name}: libFuzzer did not say what it did\n{said[-2000:]}")
     inputs = sorted({path.read_bytes() for path in found.iterdir()}, key=lambda data: (len(data), data))
     if keeping:
         keep(name, inputs[:MOST_KEPT])
@@ -99,7 +103,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="consilience-fuzz-"))
     print(f"An input that fails is kept in {folder}", file=sys.stderr)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = dict(zip(names, pool.map(lambda name: fuzz(name, seconds, folder, arguments.keep), names), strict=True))
+        attacks = {name: pool.submit(fuzz, name, seconds, folder, arguments.keep) for name in names}
+    failed = [str(attack.exception()) for attack in attacks.values() if attack.exception() is not None]
+    found = {name: attack.result() for name, attack in attacks.items() if attack.exception() is None}
     show(
         f"Decoders, attacked for {seconds} s each: no crash, no hang, no memory beyond the bound",
         ("decoder", "inputs tried", "lines and branches reached", "inputs that reach them"),
@@ -107,6 +113,8 @@ def main() -> None:
         {"decoders": found, "seconds": seconds},
         arguments.json,
     )
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,12 @@ from sklearn.metrics import roc_auc_score
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.client.audit.answers import told
+from consilience.client.privacy import learned_from
 from consilience.client.privacy.plan import RECORDS_A_PART, alternatives
-from consilience.client.privacy.records import places
 from consilience.client.teacher import load_teacher
-from consilience.client.teacher.trained import HOLDOUT, present_classes, private_data, split
+from consilience.client.teacher.trained import present_classes, private_data
 from consilience.common.data import open_data
 from consilience.common.files import read_json, write_json
-from consilience.common.nets.seeding import derive
 from consilience.common.progress import Reporter
 from consilience.common.settings import (
     Ask,
@@ -200,7 +199,7 @@ def attack(protection: Protection, paths: list[Path], test: Path) -> tuple[float
     for at, settings in enumerate(sites):
         data = private_data(settings)
         labels, own = present_classes(data)
-        learned = learned_from(settings, labels)
+        learned, _ = learned_from(settings, data)
         others = np.flatnonzero(np.isin(names, own))
         images = np.concatenate([data.read(learned), shown.read(others)])
         true = np.concatenate([labels[learned], [own.index(name) for name in names[others]]])
@@ -217,14 +216,6 @@ def attack(protection: Protection, paths: list[Path], test: Path) -> tuple[float
         aucs += [float(roc_auc_score(member[true == k], scores[true == k])) for k in range(len(own))]
         right.append(float(np.mean(rows[~member].argmax(axis=1) == true[~member])))
     return statistics.mean(aucs), statistics.mean(right)
-
-
-def learned_from(settings: SiteSettings, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the ids of the private images that the teacher, or any part of it, learned from."""
-    assert settings.teacher.kind == "train"
-    if settings.privacy.mechanism == "none":
-        return split(labels, settings.teacher.holdout, derive(settings.seed, HOLDOUT))[0]
-    return np.flatnonzero(places(private_data(settings), 1, settings.teacher.holdout, settings.seed).part >= 0)
 
 
 def measure(name: str, protection: Protection, seed: int, home: Path, *, quick: bool) -> dict[str, Any]:
@@ -268,7 +259,7 @@ def main() -> None:
     names = QUICK if arguments.quick else arguments.only
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
+        work = (arguments.work or Path(temporary)).resolve() / ("quick" if arguments.quick else ".")
         for seed in range(1 if arguments.quick else arguments.seeds):  # seed by seed: a part says something of all
             for name in names:
                 done = work / f"{name.replace(' ', '-')}-{seed}.json"

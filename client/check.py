@@ -25,6 +25,7 @@ from consilience.client.coverage import load_coverage, tell_coverage
 from consilience.client.explain import tell_policy
 from consilience.client.fleet import open_fleet
 from consilience.client.ledger import Ledger
+from consilience.client.policy import limits
 from consilience.client.privacy import describe_privacy
 from consilience.client.reach import certificate_end, connect, resolve
 from consilience.client.teacher import CalibratedTeacher, load_teacher
@@ -202,6 +203,13 @@ class Preflight:
 
     def _verify_ledger(self) -> str:
         with closing(Ledger.open(self._settings)) as ledger:
+            for limit in limits(self._settings.policy, ledger, ""):
+                if limit.left is not None and limit.left <= 0:
+                    raise WarnedError(
+                        f"{limit.name}: {limit.spent:,} samples are released, and the policy allows {limit.most:,}: "
+                        "nothing new is answered",
+                        "Raise policy.limits if more may leave",
+                    )
             return f"{ledger.count:,} rows as they were written; {ledger.spent.lifetime:,} samples released so far"
 
     def _load_key(self) -> str:

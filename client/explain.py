@@ -5,17 +5,17 @@ Does not live here: the decisions (client/policy), how it is shown (client/polic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from consilience.client.policy import Demand, RefusedError, check_demand, check_sealed, limits
-from consilience.client.privacy import Spent
-from consilience.client.privacy.spending import loss_of
+from consilience.client.privacy import Spent, account, describe_privacy
+from consilience.client.privacy.spending import loss_limits, loss_of
 from consilience.client.site import Site
 from consilience.common.errors import PoolError, StorageError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Kind
-from consilience.common.settings import Encoding, JobSettings, NoPrivacy, Policy, largest_sent
+from consilience.common.settings import Encoding, JobSettings, NoPrivacy, Policy, SiteSettings, largest_sent
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Explanation:
     """Limit -> samples left before and after the job; None: no limit."""
     loss: tuple[Spent, Spent] | None = None
     """What all that left comes to, before and after the job; None without a mechanism."""
+    most: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    """Limit of epsilon -> what is allowed, and what was spent of it; None where there is no guarantee."""
 
     @property
     def new(self) -> int:
@@ -83,17 +85,43 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         check_sealed(policy, sealed=job.privacy.sealed)
         check_demand(policy, site.ledger, demand)
         site.permit(job.name, demand.asked, held.new)
+        _check_papers(job, site.settings)
     except RefusedError as error:
         refusal = error.told_here
     left = {
         limit.name: (limit.left, None if limit.left is None else limit.left - held.new)
         for limit in limits(policy, site.ledger, job.name)
     }
-    loss = None
+    loss, most = None, {}
     if not isinstance(site.settings.privacy, NoPrivacy):
         costs = site.costs(held.new) if held.new else ()
         loss = loss_of(site.settings, site.ledger), loss_of(site.settings, site.ledger, costs)
-    return replace(held, refusal=refusal, left=left, loss=loss)
+        for limit in loss_limits(site.settings, site.ledger, job.name):
+            if limit.most is not None:
+                most[limit.name] = (limit.most, account(limit.events, loss[0].delta).epsilon)
+    return replace(held, refusal=refusal, left=left, loss=loss, most=most)
+
+
+def _check_papers(job: JobSettings, settings: SiteSettings) -> None:
+    """Refuse what needs a key or a kit that the site has not got. Raises `RefusedError`."""
+    if job.privacy.secure_sum and not settings.key.exists():
+        raise RefusedError("sum-refused", "the site has no key to sign with in secure sums", str(settings.key))
+    if job.privacy.sealed and not settings.kit.exists():
+        raise RefusedError(
+            "job-key", "the site has no kit, whose authority vouches for the job's key", f"{settings.kit}"
+        )
+
+
+def tell_site(settings: SiteSettings) -> list[str]:
+    """Return what leaves beside answers, behind what they leave, and all of `tell_policy`, in words, one a line."""
+    policy = settings.policy
+    card = ["the names of the classes", "the teacher's kind and architecture"]
+    card += ["accuracy and calibration on private images held out"] if policy.holdout_accuracy else []
+    card += ["the classes' shares of the private data"] if policy.class_priors else []
+    lines = [f"the site card tells {', '.join(card)}"]
+    lines.append(f"answers leave behind {describe_privacy(settings) or 'no mechanism: there is no formal guarantee'}")
+    lines += [f"sums are made with {', '.join(settings.peers)} alone"] if settings.peers else []
+    return lines + tell_policy(policy)
 
 
 def tell_policy(policy: Policy) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from consilience.client.explain import Explanation, tell_policy
+from consilience.client.explain import Explanation, tell_site
 from consilience.client.explain import explain as explain_job
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import approval
@@ -118,7 +118,9 @@ def explain(
         if found.loss is not None:
             told = " -> ".join(_epsilon(spent) for spent in found.loss)
             lines.append(f"Privacy loss of all that left, before and after: {told}")
-        lines += ["By the policy:", *(f"- {line}" for line in tell_policy(held.settings.policy))]
+            for name, (most, spent) in found.most.items():
+                lines.append(f"- {name}: epsilon {'unknown' if spent is None else f'{spent:.3g}'} of {most:g} is spent")
+        lines += ["By the policy:", *(f"- {line}" for line in tell_site(held.settings))]
         lines.append(f"It would be refused: {found.refusal}." if found.refusal else "It would be answered.")
         data = {
             "job": wanted.name,
@@ -129,6 +131,7 @@ def explain(
             "new": found.new,
             "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},
             "privacy": None if found.loss is None else [spent.model_dump(mode="json") for spent in found.loss],
+            "epsilon_limits": {name: {"most": most, "spent": spent} for name, (most, spent) in found.most.items()},
             "refusal": found.refusal or None,
         }
         return data, "\n".join(lines)

@@ -163,11 +163,13 @@ def certificate_fingerprint(pem: str) -> str:
 
 
 def read_certificate(pem: str) -> x509.Certificate:
-    """Read one PEM certificate. Raises `IdentityError`."""
+    """Read one PEM certificate, whose key can be read too. Raises `IdentityError`."""
     try:
-        return x509.load_pem_x509_certificate(pem.encode())
-    except ValueError as error:
+        found = x509.load_pem_x509_certificate(pem.encode())
+        found.public_key()
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise IdentityError("A certificate cannot be read", hint="Ask the coordinator for a new kit") from error
+    return found
 
 
 class _Paper(BaseModel):

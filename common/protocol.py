@@ -8,7 +8,9 @@ exception text, paths or values.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from flwr.app import ConfigRecord, RecordDict
@@ -20,11 +22,13 @@ from consilience.common.job_key import JobKey
 from consilience.common.settings import ENCODINGS, NAME_PATTERN, ClassName, CoverageEncoding, Encoding
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
-MOST_CLASSES = 1_000_000
+MOST_CLASSES = 400_000
 MOST_TIMES, MOST_SPARE = 4, 32 * 2**20
 """Reading a record takes at most so many times its bytes, and so many bytes more."""
 _VALUE_BYTES, _GROUP_BYTES = 80, 720
 """What a value, and an array or object, take at most while JSON is read and checked, as measured."""
+_FIELD, _MOST_FIELDS = re.compile(r'"\s*:'), 10_000
+"""A field's name in JSON, and how many there may be: the largest record, of a sum over 255 sites, has some 2,000."""
 _MOST_MISTAKES = 1000
 """Mistakes in a record that are looked at: a list of them takes far more than the record."""
 MOST_VOUCH_BYTES = 200
@@ -91,8 +95,8 @@ class Record(BaseModel):
     protocol: Literal[1] = 1
 
     def to_content(self) -> RecordDict:
-        """Return the message content that carries this record."""
-        return RecordDict({"record": ConfigRecord({"json": self.model_dump_json()})})
+        """Return the message content that carries this record. Raises `ProtocolError` for more than may be read."""
+        return RecordDict({"record": ConfigRecord({"json": _bounded(self.model_dump_json())})})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> Self:
@@ -365,10 +369,14 @@ def read_reply(content: RecordDict, record: type[RecordType]) -> RecordType:
 def _bounded(text: str) -> str:
     """Return `text`. Raises `ProtocolError` where it holds so many values that reading it would take too much memory.
 
-    An array of empty arrays takes 240 times its bytes when it is read, before any field is looked at.
+    An array of empty arrays takes 240 times its bytes when it is read, before any field is looked at, and an object of
+    fields that are not known 90 times.
     """
     groups = text.count("[") + text.count("{")
-    if _VALUE_BYTES * text.count(",") + _GROUP_BYTES * groups > MOST_TIMES * len(text) + MOST_SPARE:
+    if (
+        _VALUE_BYTES * text.count(",") + _GROUP_BYTES * groups > MOST_TIMES * len(text) + MOST_SPARE
+        or sum(1 for _ in islice(_FIELD.finditer(text), _MOST_FIELDS + 1)) > _MOST_FIELDS
+    ):
         raise ProtocolError("A message's record holds more values than any record of its size")
     return text
 

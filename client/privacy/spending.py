@@ -7,6 +7,7 @@ Does not live here: the rows (client/ledger), what events come to (accounting), 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,10 +72,16 @@ class Allowance:
         """
         for limit in loss_limits(self._settings, ledger, job):
             if limit.most is not None and not self._allows(limit.most, limit.events, costs):
+                spent = account(limit.events, self._delta)
+                known = (
+                    f"{spent.why}, so that it cannot be kept any more"
+                    if spent.epsilon is None
+                    else (f"{spent.epsilon:.3g} spent")
+                )
                 raise RefusedError(
                     "budget-exhausted",
                     "the site's limits do not allow so much privacy loss more",
-                    f"{limit.name}: epsilon {limit.most:g} at most",
+                    f"{limit.name}: epsilon {limit.most:g} at most, {known}",
                 )
 
     def _allows(self, most: float, before: tuple[Event, ...], costs: tuple[Event, ...]) -> bool:
@@ -84,9 +91,11 @@ class Allowance:
         beside all else that was, is worked out once.
         """
         ones = tuple(event.model_copy(update={"count": 1}) for event in costs)
-        others = tuple(event for event in before if event.model_copy(update={"count": 1}) not in ones)
-        paid = {event.model_copy(update={"count": 1}): event.count for event in before}
-        wanted = max(paid.get(one, 0) + event.count for one, event in zip(ones, costs, strict=True))
+        paid = Counter[Event]()
+        for event in before:  # of several jobs and months there are as many events of a kind
+            paid[event.model_copy(update={"count": 1})] += event.count
+        others = tuple(one.model_copy(update={"count": count}) for one, count in paid.items() if one not in ones)
+        wanted = max(paid[one] + event.count for one, event in zip(ones, costs, strict=True))
         key = (most, others, ones)
         if key not in self._most:
             self._most[key] = self._times(most, others, ones)

@@ -90,8 +90,13 @@ from flwr.app import ConfigRecord, RecordDict
 from consilience.common.errors import ProtocolError
 from consilience.common.protocol import MOST_SPARE, MOST_TIMES, Contract, Refusal
 
-for value in ("[]", "{}", "0", "1234", '"a"'):
-    text = '{"class_set": [' + ",".join([value] * (6_000_000 // (len(value) + 1))) + "]}"
+def lists():
+    for value in ("[]", "{}", "0", "1234", '"a"'):
+        yield value, '{"class_set": [' + ",".join([value] * (6_000_000 // (len(value) + 1))) + "]}"
+    yield "fields", "{" + ",".join(f'"{k:x}" :0' for k in range(400_000)) + "}"
+
+
+for value, text in lists():
     content = RecordDict({key: ConfigRecord({"json": text}) for key in ("record", "refusal")})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for read in (Contract.from_content, Refusal.find):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_rows import Entry
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import load_settings
 from helpers.site_folder import SiteFolder
 from helpers.superlink import Authority, SuperLink, free_ports
 
@@ -81,6 +86,20 @@ def test_a_state_folder_that_is_open_to_others_is_a_warning_and_hinders_nothing(
     assert rows["ledger"]["result"] == "ok"
     state.chmod(0o700)
     assert check(site)[1]["state folder"]["result"] == "ok"
+
+
+def test_a_limit_that_is_reached_is_a_warning(site: SiteFolder) -> None:
+    site.write_settings(policy={"limits": {"lifetime": 5}})
+    site.register()
+    with closing(Ledger.open(load_settings(site.file, SiteSettings))) as ledger, ledger.alone():
+        ledger.append(Entry("carried", "", "ledger", 6, {"aside": "", "rows": 0}))
+    code, rows, _ = check(site)
+    assert code == 0
+    assert rows["ledger"]["result"] == "warning"
+    assert (
+        "lifetime: 6 samples are released, and the policy allows 5: nothing new is answered" in rows["ledger"]["found"]
+    )
+    assert "policy.limits" in rows["ledger"]["fix"]
 
 
 def damaged_ledger(site: SiteFolder) -> None:

@@ -325,9 +325,13 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     text = said("explain", job, file)
     for words in ("8 of them released before", "92 -> 50", "rounded to 2 decimals", "It would be answered."):
         assert words in text
+    assert "the site card tells the names of the classes, the teacher's kind and architecture\n" in text
+    assert "no mechanism: there is no formal guarantee" in text
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "privacy": {"secure_sum": True}}))
     assert call("explain", job, file)["new"] == SIZE, "sums are released by themselves"
-    assert "sums over sites of log-probabilities of every class, no single answer" in said("explain", job, file)
+    text = said("explain", job, file)
+    assert "sums over sites of log-probabilities of every class, no single answer" in text
+    assert "the site has no key to sign with in secure sums" in text
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "elsewhere", "ask": {"encoding": "f32"}}))
     assert call("explain", job, file)["pools_are_the_job_s"] is False
     assert "these are the pools of site.yaml" in said("explain", job, file)

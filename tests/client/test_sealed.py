@@ -80,7 +80,7 @@ def test_a_site_without_a_key_signs_nothing_and_its_card_says_so(tmp_path: Path,
 
 
 def contract(site: Site, pool: Pool, **changes: Any) -> Contract:
-    fields = {"job": "job", "labels": CLASSES, "class_set": (0, 1, 2), "pools": (pool.digest,)}
+    fields = {"job": "job", "labels": CLASSES, "class_set": (0, 1, 2), "pools": (pool.digest,), "encoding": "f32"}
     return Contract(**{**fields, "teacher": site.teacher.fingerprint, **changes})  # type: ignore[arg-type]
 
 
@@ -141,8 +141,11 @@ def test_a_site_that_seals_only_takes_part_in_no_sum(tmp_path: Path, home: Home,
 def test_a_person_is_told_beforehand(tmp_path: Path, home: Home, pool: Pool) -> None:
     site = admitted(tmp_path, home, sealed_only=True)
     for privacy, refusal in (
-        (JobPrivacy(), "the site answers only jobs that have answers sealed"),
-        (JobPrivacy(secure_sum=True), "the site answers only jobs that have answers sealed"),
+        (JobPrivacy(), "the site answers only jobs that have answers sealed (policy.sealed_only is true)"),
+        (
+            JobPrivacy(secure_sum=True),
+            "the site answers only jobs that have answers sealed (policy.sealed_only is true)",
+        ),
         (JobPrivacy(sealed=True), ""),
     ):
         assert explain(JobSettings(name="job", pool=pool.folder, privacy=privacy), site).refusal == refusal

@@ -17,10 +17,12 @@ from consilience.common.identity import (
     key_line,
     load_key,
     make_key,
+    read_certificate,
     read_key_line,
     words,
     write_secret,
 )
+from helpers.superlink import Authority
 
 
 def test_a_key_comes_back_and_nobody_else_may_read_it(tmp_path: Path) -> None:
@@ -61,6 +63,15 @@ def test_a_public_key_comes_back_and_one_in_compressed_form_is_refused(tmp_path:
     raw[raw.index(b"\x04", -97)] = 2  # SEC 1, 2.3.3: 04 before an uncompressed point
     with pytest.raises(IdentityError, match="cannot be read"):
         read_key_line(f"{kind} {base64.b64encode(raw).decode()}")
+
+
+def test_a_certificate_of_an_unknown_version_is_refused() -> None:
+    lines = Authority().pem.splitlines()
+    raw = bytearray(base64.b64decode("".join(lines[1:-1])))
+    at = raw.index(bytes((0xA0, 3, 2, 1, 2)))  # [0] EXPLICIT INTEGER 2: version 3
+    raw[at + 4] = 55
+    with pytest.raises(IdentityError, match="cannot be read"):
+        read_certificate("\n".join((lines[0], base64.b64encode(raw).decode(), lines[-1])))
 
 
 def test_words_are_the_first_88_bits_of_the_fingerprint() -> None:

@@ -415,6 +415,7 @@ def test_explain_and_version(consilience: Command) -> None:
     assert consilience("--version").stdout.startswith("consilience ")
 
 
+@pytest.mark.slow
 def test_sites_without_a_common_class_are_joined_by_the_coverage_that_they_learn(
     tmp_path: Path, consilience: Command
 ) -> None:

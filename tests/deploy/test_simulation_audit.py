@@ -47,6 +47,7 @@ def simulate(folder: Path, *words: str) -> Result:
     return runner.invoke(app, ["simulate", str(folder / "job.yaml"), "--out", str(folder / "run"), *words])
 
 
+@pytest.mark.slow
 def test_sites_are_audited_once_and_the_report_and_the_card_tell_it(
     tmp_path: Path, unsynced: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,7 +283,7 @@ def test_a_peer_that_is_not_known_any_more_is_noticed_before_rows_leave(world: W
 
 
 def test_a_site_without_a_key_cannot_take_part(world: World) -> None:
-    card = world.sites["ant"].card.model_copy(update={"identity": None})
+    card = world.sites["ant"].card.model_copy(update={"identity": None, "public_key": None})
     cards = [card, *(site.card for name, site in world.sites.items() if name != "ant")]
     contract = RunContract.build(JobSettings(name="job"), cards, (world.pool.digest,))
     with pytest.raises(AskingError, match="Site ant has no key to sign with"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
+from consilience.client import ledger as clock
 from consilience.client.ledger_restart import restart
 from consilience.client.policy import RefusedError
 from consilience.client.privacy import account
@@ -85,6 +87,26 @@ def test_a_limit_of_epsilon_is_kept_to_the_sample(tmp_path: Path, pool: Pool, sc
         again.answer(about(again, pool, 31, 32))
 
 
+@pytest.mark.parametrize(
+    ("scope", "most", "job"), [("per_job", 12, "first"), ("per_month", 12, "third"), ("lifetime", 32, "third")]
+)
+def test_a_limit_of_epsilon_counts_all_that_is_its_own(
+    tmp_path: Path, pool: Pool, scope: str, most: int, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three months of two jobs of 5 answers each leave 2 more: of one job 10, in one month 10, and 30 in all."""
+    site = noisy(tmp_path, **{f"epsilon_{scope}": (epsilon(most) + epsilon(most + 1)) / 2})
+    start = 0
+    for month in (1, 2, 3):
+        monkeypatch.setattr(clock, "utc_now", lambda month=month: datetime(2130, month, 2, tzinfo=UTC))
+        for earlier in ("first", "second"):
+            if (scope, month) != ("per_job", 3):
+                site.answer(about(site, pool, start, start + 5, job=earlier))
+                start += 5
+    with pytest.raises(RefusedError):
+        site.answer(about(site, pool, start, start + 3, job=job))
+    site.answer(about(site, pool, start, start + 2, job=job))
+
+
 def test_what_left_behind_no_mechanism_leaves_no_guarantee(tmp_path: Path, pool: Pool) -> None:
     bare = make_site(tmp_path)
     bare.answer(about(bare, pool, 0, 5))
@@ -92,8 +114,9 @@ def test_what_left_behind_no_mechanism_leaves_no_guarantee(tmp_path: Path, pool:
     site = noisy(tmp_path, epsilon_lifetime=1e3)
     spent = loss_of(site.settings, site.ledger)
     assert (spent.epsilon, spent.unit) == (None, None)
-    with pytest.raises(RefusedError):
+    with pytest.raises(RefusedError) as caught:
         site.answer(about(site, pool, 5, 6))
+    assert "answers left without a mechanism: no formal guarantee, so that it cannot be kept" in caught.value.told_here
 
 
 def test_what_a_damaged_ledger_told_is_not_forgotten(tmp_path: Path, pool: Pool) -> None:
@@ -133,3 +156,4 @@ def test_show_and_explain_tell_what_it_came_to(tmp_path: Path, pool: Pool) -> No
     explained = said("explain", tmp_path / "job.yaml", tmp_path / "site.yaml")
     assert f"epsilon {epsilon(20):.3g} at delta 1e-05, of a model" in explained
     assert f"-> epsilon {epsilon(SIZE):.3g}" in explained
+    assert f"- lifetime: epsilon {epsilon(20):.3g} of 9 is spent" in explained
