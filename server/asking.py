@@ -73,7 +73,8 @@ def ask(
     that is there and says nothing (but not before `TTL_SECONDS`). `tried` says for some sites how many samples took
     their teacher how many seconds: questions are sized by it. `passed` seconds of the deadline went by before, as when
     the server was killed while it asked. `unsealing`: what answers are to be sealed for. Raises `StorageError` when an
-    answer cannot be stored: what had arrived before is safe, and nothing more is asked.
+    answer cannot be stored, and `IdentityError` when the authority's key is gone when another job key is due: what had
+    arrived before is safe, and nothing more is asked.
     """
     asking = _Asking(grid, job, settings, events, reporter, progress, time.monotonic() - passed, unsealing)
     held: dict[int, list[AnswerStore]] = {}

@@ -352,16 +352,21 @@ def test_a_run_that_lasts_longer_than_a_key_goes_on_with_the_next(
 
     monkeypatch.setattr(trust, "datetime", Later)
     keys: list[str] = []
+    asked: dict[tuple[str, int], list[str]] = {}
 
     def look(kind: str, fields: Fields) -> Fields:
         if kind == ANSWER:
-            keys.append(json.loads(fields["json"])["job_key"]["key"])
+            question = json.loads(fields["json"])
+            keys.append(question["job_key"]["key"])
+            asked.setdefault((question["teacher"], question["start"]), []).append(keys[-1])
         return fields
 
     fail = once(lambda fields: {**fields, "data": b"nonsense"})
     world.run("run", question=look, reply=fail, **SEALED)
     assert len(world.records("run")) == 2 * 4
-    assert len(world.failures("run")) == 1, "and what failed is asked again for the key of that day"
+    assert len(world.failures("run")) == 1
+    (again,) = (held for held in asked.values() if len(held) > 1)
+    assert again[0] != again[1], "what failed is asked again for the key of that day"
     assert len(keys) == 2 * 4 + 1
     assert len(set(keys)) > 2
     assert real(UTC) < now[0] - timedelta(days=2)
