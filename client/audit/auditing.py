@@ -172,6 +172,8 @@ def _notes(site: Site, shadows: bool) -> tuple[str, ...]:
         )
     if settings.policy.sums_only:
         notes.append("The policy lets answers out in sums over sites alone; single answers were attacked here.")
+    if settings.privacy.mechanism == "sum-noise":
+        notes.append("The noise of sums is in none of these figures: answers were attacked as they are before a sum.")
     if settings.policy.coverage != "off":
         notes.append("The policy lets coverage out, which learned from private data too and was not attacked.")
     if settings.policy.class_priors:

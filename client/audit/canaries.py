@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from consilience.client.audit.answers import told
 from consilience.client.audit.membership import membership
 from consilience.client.audit.one_run import bound_by_guesses
-from consilience.client.privacy import Unit, account, answering_costs, train_private
+from consilience.client.privacy import Spent, Unit, account, answering_costs, train_private
 from consilience.client.privacy.spending import delta_of
 from consilience.client.shaping import check_floor
 from consilience.client.teacher import calibrate_teacher, load_teacher
@@ -34,11 +34,15 @@ from consilience.common.data import ImageData
 from consilience.common.errors import SettingsError
 from consilience.common.files import storage_error
 from consilience.common.nets import EpochRecord
-from consilience.common.settings import Encoding, NpzData, Settings, SiteSettings
+from consilience.common.settings import Encoding, NpzData, Settings, SiteSettings, SumNoise
 
 CONFIDENCE = 0.95
 FEWEST = 10
 """Canaries with which anything can be said: fewer all guessed rightly refute next to nothing."""
+ASKED_OPENLY = (
+    "the noise of sum-noise is in sums over sites alone, and the copy was asked by itself, without any: what the "
+    "accountant says of sums does not bound these answers"
+)
 
 
 class CanaryAudit(Settings):
@@ -123,6 +127,8 @@ def audit_canaries(
             for first in range(0, canaries, copy.batch_size)
         ]
         spent = account(answering_costs(copy, canaries), delta_of(copy))
+        if isinstance(copy.privacy, SumNoise):
+            spent = Spent(unit=None, delta=spent.delta, epsilon=None, rdp=None, pld=None, why=ASKED_OPENLY)
     scores = suspicion(np.concatenate(parts), chosen)
     bound = bound_by_guesses(scores, chosen.planted, random, delta=spent.delta, confidence=confidence)
     both = chosen.planted.any() and not chosen.planted.all()

@@ -75,6 +75,11 @@ class Audit(Settings):
         """The mechanism, or that there is none, as a sentence."""
         if not self.mechanism:
             return "No formal guarantee: the answers leave without a mechanism of differential privacy."
+        if self.mechanism.startswith("sum-noise"):
+            return (
+                f"Answers leave in sums with noise, and what was attacked here is without it: {self.mechanism}. What it "
+                "comes to is told by `site ledger show`."
+            )
         return f"Answers leave behind a mechanism: {self.mechanism}. What it comes to is told by `site ledger show`."
 
     @property
@@ -161,6 +166,6 @@ def _canaries(found: CanaryAudit) -> str:
         f"is {found.lower:.2f} at least (at delta {found.delta:g}, with {found.confidence:.0%} confidence)"
     )
     if found.upper is None:
-        return f"{text}. No mechanism bounds it from above."
+        return f"{text}. No upper bound stands beside it: {found.why}."
     bound = f"; the accountant says {found.upper:.3g} at most, for a {found.unit}."
     return f"{text}{bound}" if found.holds else f"{text}{bound} This must not be: report it."

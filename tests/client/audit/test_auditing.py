@@ -213,6 +213,13 @@ def test_a_hosted_teacher_is_audited_for_what_is_known_of_it(tmp_path: Path, uns
     assert found.averaging.repetitions == 1000
 
 
+def test_noise_in_sums_is_not_said_to_be_in_what_was_attacked(make_site: Any, tmp_path: Path) -> None:
+    site = make_site({"mechanism": "sum-noise", "sigma": 20.0, "honest": 1}, FORGOT, policy={"sums_only": True})
+    found = audit_site(Site(site.settings.model_copy(update={"pools": ()}), site.teacher), tmp_path / "shadows", 4)
+    assert any("noise of sums is in none of these figures" in note for note in found.notes)
+    assert "Answers leave in sums with noise, and what was attacked here is without it: sum-noise" in found.guarantee
+
+
 def test_without_a_pool_what_needs_one_is_left_out(make_site: Any, tmp_path: Path) -> None:
     site = make_site(fit=FORGOT)
     bare = Site(site.settings.model_copy(update={"pools": ()}), site.teacher)

@@ -84,6 +84,14 @@ def test_behind_noise_on_answers_it_stays_below_what_a_question_a_canary_costs(
     assert found.holds
 
 
+def test_noise_in_sums_bounds_no_answer_that_is_asked_openly(site: Path) -> None:
+    found = audit(site, {"mechanism": "sum-noise", "sigma": 20.0, "honest": 1}, policy={"sums_only": True})
+    assert found.lower > 1
+    assert (found.upper, found.unit) == (None, None)
+    assert "in sums over sites alone" in found.why
+    assert found.holds
+
+
 @pytest.mark.slow
 def test_behind_noisy_gradients_it_stays_below_what_the_training_cost(site: Path) -> None:
     found = audit(site, {"mechanism": "dp-sgd", "noise_multiplier": 1.0})
@@ -183,7 +191,7 @@ def test_the_audit_tells_of_canaries_where_it_is_asked_to(found: CanaryAudit) ->
     told = Audit.model_construct(None, **bare | {"canaries": found}).findings
     assert len(told) == 1
     assert f"epsilon for a record is {found.lower:.2f} at least" in told[0]
-    assert told[0].endswith("No mechanism bounds it from above.")
+    assert told[0].endswith(f"No upper bound stands beside it: {found.why}.")
     allowed = found.model_copy(update={"upper": 50.0, "unit": "record"})
     (said,) = Audit.model_construct(None, **bare | {"canaries": allowed}).findings
     assert said.endswith("the accountant says 50 at most, for a record.")
