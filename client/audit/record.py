@@ -77,8 +77,8 @@ class Audit(Settings):
             return "No formal guarantee: the answers leave without a mechanism of differential privacy."
         if self.mechanism.startswith("sum-noise"):
             return (
-                f"Answers leave in sums with noise, and what was attacked here is without it: {self.mechanism}. What it "
-                "comes to is told by `site ledger show`."
+                f"Answers leave in sums with noise, and what was attacked here is without it: {self.mechanism}. What "
+                "it comes to is told by `site ledger show`."
             )
         return f"Answers leave behind a mechanism: {self.mechanism}. What it comes to is told by `site ledger show`."
 
