@@ -6,7 +6,6 @@ Lives here: which part is done with what, and why a part is left out. Does not l
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,15 +42,11 @@ def audit_site(
 ) -> Audit:
     """Attack the answers of a site, with so many shadow teachers, which are trained in `folder`.
 
-    Nothing is released, counted in the ledger or left in the site's state. Shadows that are trained stay until the
-    audit is done, so that one that was interrupted goes on. Raises `SettingsError` for fewer shadows than
-    `LEAST_SHADOWS`; `TeacherError` where the teacher was trained from other settings or data, or hardly anything was
-    held out; what loading private data, pool and secret raises.
+    Nothing is released, counted in the ledger or left in the site's state, but for `folder`: shadows that are trained
+    stay there, so that an audit that was interrupted goes on, until the caller removes them. Raises what `check_audit`
+    raises, and what loading the pool and the secret raises.
     """
-    if shadows < LEAST_SHADOWS:
-        raise SettingsError(
-            f"--shadows is {shadows}; allowed: {LEAST_SHADOWS} or more", hint="Leave it out for the default"
-        )
+    check_shadows(shadows)
     settings, left_out = site.settings, dict[Part, str]()
     members = _known(settings, left_out)
     pool = _pool(settings)
@@ -79,6 +74,24 @@ def audit_site(
         left_out=left_out,
         notes=_notes(site, ratio is not None),
     )
+
+
+def check_audit(site: Site, shadows: int) -> None:
+    """See, before anything is trained, that the site can be audited with so many shadow teachers.
+
+    Raises `SettingsError` for fewer than `LEAST_SHADOWS`; `TeacherError` where the teacher was trained from other
+    settings or data, or hardly anything was held out; what loading private data raises.
+    """
+    check_shadows(shadows)
+    _known(site.settings, {})
+
+
+def check_shadows(count: int) -> None:
+    """Raise `SettingsError` for fewer shadows than `LEAST_SHADOWS`."""
+    if count < LEAST_SHADOWS:
+        raise SettingsError(
+            f"--shadows is {count}; allowed: {LEAST_SHADOWS} or more", hint="Leave it out for the default"
+        )
 
 
 def _known(settings: SiteSettings, left_out: dict[Part, str]) -> Known | None:
@@ -119,7 +132,6 @@ def _by_shadows(
     except (TeacherError, MissingExtraError) as error:
         left_out["shadows"] = f"No shadow teacher could be trained on half of the private data: {error}."
         return None
-    shutil.rmtree(folder, ignore_errors=True)
     scores = likelihood_ratio(own, shadows.scores, shadows.inside)
     first = len(members.members)
     return membership(scores[:first], scores[first:])

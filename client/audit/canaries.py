@@ -152,6 +152,13 @@ def audit_canaries(
     )
 
 
+def check_canaries(settings: SiteSettings, canaries: int) -> None:
+    """See, before anything is trained, that so many canaries can be planted. Raises as `audit_canaries`."""
+    wanted(settings)
+    labels, _ = present_classes(private_data(settings))
+    choose(labels, canaries, np.random.default_rng(0))
+
+
 def choose(labels: NDArray[np.int64], canaries: int, random: np.random.Generator) -> Canaries:
     """Choose canaries among images labelled (n,) and toss their coins. Raises `SettingsError`, as `audit_canaries`.
 

