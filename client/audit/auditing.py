@@ -184,6 +184,11 @@ def _notes(site: Site, shadows: bool) -> tuple[str, ...]:
         )
     if settings.policy.sums_only:
         notes.append("The policy lets answers out in sums over sites alone; single answers were attacked here.")
+    if shadows and settings.privacy.mechanism in ("output-noise", "pate"):
+        notes.append(
+            "Behind noise on answers the likelihood ratio is a weak attack, since what it fits is mostly noise: that "
+            "it finds little says less than it does elsewhere."
+        )
     if settings.privacy.mechanism == "sum-noise":
         notes.append("The noise of sums is in none of these figures: answers were attacked as they are before a sum.")
     if settings.policy.coverage != "off":

@@ -29,7 +29,7 @@ def render_page(audit: Audit) -> str:
             done.append((name, found))
     views = {
         "roc": roc(done) if done else None,
-        "attacks": [_attack(name, found) for name, found in done],
+        "attacks": [_attack(name, found, len(done) > 1) for name, found in done],
         "rates": [rate for rate in FALSE_RATES if any(found.found[rate] is not None for _, found in done)],
         "unresolved": [rate for rate in FALSE_RATES if any(found.found[rate] is None for _, found in done)],
         "classes": _classes(audit.shares) if audit.shares is not None else [],
@@ -40,14 +40,14 @@ def render_page(audit: Audit) -> str:
     return page_templates("consilience.client.audit").get_template("audit.html.j2").render(a=audit, **views)
 
 
-def _attack(name: str, found: Membership) -> dict[str, Any]:
+def _attack(name: str, found: Membership, of_two: bool) -> dict[str, Any]:
     shown = [(share, f"{percent(share.low)} to {percent(share.high)}") for share in found.found.values() if share]
     return {
         "name": name,
         "auc": percent(found.auc),
         "interval": f"{percent(found.low)} to {percent(found.high)}",
         "found": [(percent(share.share), interval) for share, interval in shown],
-        "better": found.low > 0.5,
+        "better": (found.low_of_two if of_two else found.low) > 0.5,
     }
 
 

@@ -242,6 +242,21 @@ def test_the_page_says_first_what_came_of_it_and_what_that_does_not_prove() -> N
     assert "far surer than the average says" in page.text
 
 
+def test_the_better_of_two_attacks_is_not_called_sure_where_one_would_be() -> None:
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 1, 400)
+    shifts = np.linspace(0, 0.5, 200)
+    near = next(
+        found for x in shifts if (found := membership(noise[:200] + x, noise[200:])).low > 0.5 >= found.low_of_two
+    )
+    alone, both = record(loss=near, shadows=None, shadow_count=0), record(loss=near, shadows=near)
+    assert alone.worst == near
+    assert both.worst is None
+    assert "did not tell" in both.verdict
+    assert "better than chance<" not in render_page(both)
+    assert "<small>better than chance</small>" in render_page(alone)
+
+
 def test_the_figure_has_logarithmic_scales_with_a_decade_a_tick() -> None:
     page = render_page(record())
     labels = re.findall(r"<text[^>]*>([\d.]+)</text>", page)

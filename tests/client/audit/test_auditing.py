@@ -83,6 +83,8 @@ def test_noisy_votes_of_parts_hide_what_the_parts_remember(audited: Any) -> None
     for attack, before in ((hidden.loss, bare.loss), (hidden.shadows, bare.shadows)):
         assert attack.high < before.low
         assert attack.low < 0.5 < attack.high
+    assert any("the likelihood ratio is a weak attack" in note for note in hidden.notes)
+    assert not any("the likelihood ratio is a weak attack" in note for note in bare.notes)
     assert hidden.guarantee.startswith("Answers leave behind a mechanism: pate (arg-max): protects a record")
 
 
