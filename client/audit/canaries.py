@@ -60,6 +60,10 @@ class CanaryAudit(Settings):
     encoding: Encoding
     auc: float
     """How well answers tell planted canaries from the others; 0.5 for not at all."""
+    low: float
+    """Low end of the interval of `auc`, 95 %, by DeLong; 0 where all coins fell alike."""
+    high: float
+    """High end of it; 1 where all coins fell alike."""
     guesses: int
     correct: int
     lower: float
@@ -134,13 +138,18 @@ def audit_canaries(
             spent = Spent(unit=None, delta=spent.delta, epsilon=None, rdp=None, pld=None, why=ASKED_OPENLY)
     scores = suspicion(np.concatenate(parts), chosen)
     bound = bound_by_guesses(scores, chosen.planted, random, delta=spent.delta, confidence=confidence)
-    both = chosen.planted.any() and not chosen.planted.all()
+    auc, low, high = 0.5, 0.0, 1.0
+    if chosen.planted.any() and not chosen.planted.all():
+        told_apart = membership(scores[chosen.planted], scores[~chosen.planted])
+        auc, low, high = told_apart.auc, told_apart.low, told_apart.high
     return CanaryAudit(
         mechanism=settings.privacy.mechanism,
         canaries=canaries,
         planted=int(chosen.planted.sum()),
         encoding=used,
-        auc=membership(scores[chosen.planted], scores[~chosen.planted]).auc if both else 0.5,
+        auc=auc,
+        low=low,
+        high=high,
         guesses=bound.guesses,
         correct=bound.correct,
         lower=bound.epsilon,

@@ -30,6 +30,12 @@ from consilience.common.files import lock, make_private, storage_error, write_by
 from consilience.common.nets import epoch_task
 from consilience.common.progress import Reporter
 
+NOT_ASKED = (
+    "How much epsilon is at least was not tried: `--canaries N` trains a copy with N wrong records, which takes about "
+    "as long as training the teacher did."
+)
+NOT_HERE = "The teacher was not trained here, so that no copy of it can be."
+
 
 def audit(
     site: Annotated[Path, typer.Argument(help="The site's site.yaml.")],
@@ -82,7 +88,11 @@ def audit_to(site: Site, folder: Path, reporter: Reporter, shadows: int = SHADOW
         if settings.teacher.kind == "train":
             name = f"auditing {settings.name}: {shadows} shadows"
             on_epoch = epoch_task(reporter, name, shadows * training_epochs(settings))
-        found = audit_site(site, home / "shadows", shadows, on_epoch).model_copy(update={"canaries": planted})
+        found = audit_site(site, home / "shadows", shadows, on_epoch)
+        if not canaries:
+            why = NOT_ASKED if settings.teacher.kind == "train" else NOT_HERE
+            found = found.model_copy(update={"left_out": found.left_out | {"canaries": why}})
+        found = found.model_copy(update={"canaries": planted})
         write_json(folder / "audit.json", found.model_dump(mode="json"), mode=0o600)
         write_bytes(folder / "audit.html", render_page(found).encode(), mode=0o600)
         forget_planted(settings)

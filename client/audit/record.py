@@ -14,7 +14,7 @@ from consilience.client.audit.shares import Shares
 from consilience.common.pages.numbers import percent
 from consilience.common.settings import Settings
 
-Part = Literal["loss", "shadows", "shares", "averaging"]
+Part = Literal["loss", "shadows", "shares", "averaging", "canaries"]
 CLEARLY = 0.6
 """Area from which on members are told clearly."""
 NOTICEABLY = 0.02
@@ -166,8 +166,9 @@ def _averaging(found: Averaging) -> str:
 def _canaries(found: CanaryAudit) -> str:
     text = (
         f"Of {found.canaries:,} wrong records {found.planted:,} were planted in the training of a copy of the teacher. "
-        f"Its answers tell a planted one from another in {found.auc:.1%} of pairs, and show that epsilon for a record "
-        f"is {found.lower:.2f} at least (at delta {found.delta:g}, with {found.confidence:.0%} confidence)"
+        f"Its answers tell a planted one from another in {percent(found.auc)} of pairs (95\u00a0% interval "
+        f"{percent(found.low)} to {percent(found.high)}), and show that epsilon for a record is {found.lower:.2f} at "
+        f"least (at delta {found.delta:g}, with {found.confidence:.0%} confidence)"
     )
     if found.upper is None:
         return f"{text}. No upper bound stands beside it: {found.why}."

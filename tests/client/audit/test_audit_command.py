@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.audit import canaries, cli, shadows
+from consilience.client.audit.canaries import CanaryAudit
 from consilience.client.audit.membership import membership
 from consilience.client.audit.page import render_page
 from consilience.client.audit.record import NO_PROOF, Audit
@@ -273,6 +274,53 @@ def test_a_false_rate_that_cannot_be_told_is_said_to_be_so() -> None:
         page.text
     )
     assert "shadow teachers" not in page.text
+
+
+def sung(**changes: Any) -> CanaryAudit:
+    """Return what canaries may have shown."""
+    fields: dict[str, Any] = {
+        "mechanism": "pate",
+        "canaries": 1200,
+        "planted": 593,
+        "encoding": "votes",
+        "auc": 0.614,
+        "low": 0.583,
+        "high": 0.644,
+        "guesses": 300,
+        "correct": 187,
+        "lower": 0.31,
+        "confidence": 0.95,
+        "delta": 1e-5,
+        "upper": 2.987,
+        "unit": "record",
+        "why": "",
+    }
+    return CanaryAudit(**fields | changes)
+
+
+def test_the_page_puts_what_canaries_show_beside_what_the_accountant_says() -> None:
+    page = Page(render_page(record(canaries=sung())))
+    assert (
+        "Epsilon at least (canaries) Epsilon at most (accountant) Pairs told apart Right guesses "
+        "0.31 95.0 % confidence 2.99 for a record 61.4 % 58.3 % to 64.4 % 187 of 300" in page.text
+    )
+    assert "61.4 % of pairs (95 % interval 58.3 % to 64.4 %)" in page.text
+    assert "Both at delta 1e-05." in page.text
+    assert "Report it" not in page.text
+    assert "Report it" in Page(render_page(record(canaries=sung(lower=3.2)))).text
+    bare = Page(render_page(record(canaries=sung(upper=None, unit=None, why="there is <no> mechanism")))).text
+    assert "0.31 95.0 % confidence – 61.4 %" in bare
+    assert "No upper bound: there is <no> mechanism." in bare
+    assert "Epsilon at least" not in Page(render_page(record())).text
+
+
+def test_canaries_that_were_not_planted_are_told_as_left_out(file: Path, tmp_path: Path) -> None:
+    result = run(file, "--shadows", 4, "--out", tmp_path / "bare")
+    assert "Not audited: Canaries." in " ".join(result.stdout.split())
+    assert "--canaries N" in read_json(tmp_path / "bare" / "audit.json")["left_out"]["canaries"]
+    assert "Not audited: Canaries." in Page((tmp_path / "bare" / "audit.html").read_text()).text
+    assert run(file, "--shadows", 4, "--canaries", 10, "--out", tmp_path / "asked").exit_code == 0
+    assert "canaries" not in read_json(tmp_path / "asked" / "audit.json")["left_out"]
 
 
 def test_a_page_without_any_attack_says_why() -> None:

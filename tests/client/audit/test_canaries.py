@@ -54,6 +54,7 @@ def held(folder: Path) -> dict[str, bytes]:
 
 def test_a_teacher_that_learned_by_heart_is_found_out(found: CanaryAudit) -> None:
     assert found.auc > 0.9
+    assert 0.8 < found.low < found.auc <= found.high <= 1
     assert found.lower > 1
     assert found.correct / found.guesses > 0.8
     assert 15 < found.planted < 45
