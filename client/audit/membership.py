@@ -75,9 +75,9 @@ def membership(members: NDArray[np.floating[Any]], others: NDArray[np.floating[A
     # with all points: of equal steps in a row scikit-learn drops those between, and with them a threshold that counts
     false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
     auc = float(roc_auc_score(truth, scores))
-    given = np.asarray(members, np.float64), np.asarray(others, np.float64)
-    low, high = auc_interval(*given)
-    low_of_two, _ = auc_interval(*given, confidence=(1 + CONFIDENCE) / 2)
+    inside, outside = np.asarray(members, np.float64), np.asarray(others, np.float64)
+    low, high = auc_interval(inside, outside)
+    low_of_two, _ = auc_interval(inside, outside, (1 + CONFIDENCE) / 2)
     return Membership(
         auc=auc,
         low=low,
