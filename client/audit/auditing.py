@@ -20,6 +20,7 @@ from consilience.client.audit.lira import LEAST_SHADOWS, likelihood_ratio
 from consilience.client.audit.losses import confidence, likelihood
 from consilience.client.audit.members import Known, known
 from consilience.client.audit.membership import Membership, membership
+from consilience.client.audit.pooled import Pooled, pool_shadows
 from consilience.client.audit.record import Audit, Part
 from consilience.client.audit.shadows import train_shadows
 from consilience.client.audit.shares import Shares, guess_shares
@@ -50,10 +51,10 @@ def audit_site(
     settings, left_out = site.settings, dict[Part, str]()
     members = _known(settings, left_out)
     pool = _pool(settings)
-    loss = ratio = None
+    loss = ratio = pooled = None
     if members is not None:
         loss, own = _by_loss(site, members)
-        ratio = _by_shadows(site, members, own, shadows, folder, on_epoch, left_out)
+        ratio, pooled = _by_shadows(site, members, own, shadows, folder, on_epoch, left_out)
     if pool is None:
         left_out["shares"] = left_out["averaging"] = "The settings name no pool, so that there is nothing to ask about."
     return Audit(
@@ -69,6 +70,7 @@ def audit_site(
         shadow_count=shadows if ratio is not None else 0,
         loss=loss,
         shadows=ratio,
+        pooled=pooled,
         shares=_shares(site, pool, members, left_out) if pool is not None else None,
         averaging=average_site(site, pool) if pool is not None else None,
         left_out=left_out,
@@ -125,16 +127,17 @@ def _by_shadows(
     folder: Path,
     on_epoch: Callable[[EpochRecord], None] | None,
     left_out: dict[Part, str],
-) -> Membership | None:
-    """Return what the likelihood ratio tells; None where shadows cannot be trained as the teacher was."""
+) -> tuple[Membership | None, Pooled | None]:
+    """Return what the likelihood ratio tells of the teacher, and of the shadows; None where these cannot be trained."""
     try:
         shadows = train_shadows(site, members, count, folder, on_epoch)
     except (TeacherError, MissingExtraError) as error:
         left_out["shadows"] = f"No shadow teacher could be trained on half of the private data: {error}."
-        return None
+        return None, None
     scores = likelihood_ratio(own, shadows.scores, shadows.inside)
     first = len(members.members)
-    return membership(scores[:first], scores[first:])
+    pooled = pool_shadows(shadows.scores, shadows.inside, site.settings.seed)
+    return membership(scores[:first], scores[first:]), pooled
 
 
 def _shares(site: Site, pool: Pool, members: Known | None, left_out: dict[Part, str]) -> Shares | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from consilience.client.audit.canaries import CanaryAudit
 from consilience.client.audit.figure import roc
-from consilience.client.audit.membership import FALSE_RATES, Membership
+from consilience.client.audit.membership import FALSE_RATES, Found, Membership
 from consilience.client.audit.record import NO_PROOF, Audit
 from consilience.client.audit.shares import Shares
 from consilience.common.pages import page_templates
@@ -28,10 +28,12 @@ def render_page(audit: Audit) -> str:
     for key, name in ATTACKS.items():
         if (found := getattr(audit, key)) is not None:
             done.append((name, found))
+    pooled = audit.pooled
     views = {
         "roc": roc(done) if done else None,
         "attacks": [_attack(name, found, len(done) > 1) for name, found in done],
         "rates": [rate for rate in FALSE_RATES if any(found.found[rate] is not None for _, found in done)],
+        "pooled": [(percent(rate), *_share(pooled.found[rate])) for rate in FALSE_RATES] if pooled is not None else [],
         "unresolved": [rate for rate in FALSE_RATES if any(found.found[rate] is None for _, found in done)],
         "classes": _classes(audit.shares) if audit.shares is not None else [],
         "more_classes": max(0, len(audit.shares.classes) - MOST_CLASSES) if audit.shares is not None else 0,
@@ -51,6 +53,11 @@ def _attack(name: str, found: Membership, of_two: bool) -> dict[str, Any]:
         "found": [(percent(share.share), interval) for share, interval in shown],
         "better": (found.low_of_two if of_two else found.low) > 0.5,
     }
+
+
+def _share(found: Found | None) -> tuple[str, str]:
+    """Return a share and its interval."""
+    return (MISSING, "") if found is None else (percent(found.share), f"{percent(found.low)} to {percent(found.high)}")
 
 
 def _canaries(found: CanaryAudit) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Literal
 from consilience.client.audit.averaging import Averaging
 from consilience.client.audit.canaries import CanaryAudit
 from consilience.client.audit.membership import FALSE_RATES, Membership
+from consilience.client.audit.pooled import Pooled
 from consilience.client.audit.shares import Shares
 from consilience.common.pages.numbers import percent
 from consilience.common.settings import Settings
@@ -50,6 +51,8 @@ class Audit(Settings):
     """Of the loss threshold."""
     shadows: Membership | None
     """Of the likelihood ratio."""
+    pooled: Pooled | None = None
+    """Of the likelihood ratio against each shadow in turn; None with too few shadows."""
     shares: Shares | None
     averaging: Averaging | None
     canaries: CanaryAudit | None = None
@@ -101,6 +104,8 @@ class Audit(Settings):
     def findings(self) -> tuple[str, ...]:
         """The parts' results, a sentence or two each."""
         told = [_membership(self.strongest, self.worst is not None)] if self.strongest is not None else []
+        if self.pooled is not None:
+            told += _pooled(self.pooled)
         if self.shares is not None:
             told.append(_shares(self.shares))
         if self.averaging is not None:
@@ -134,6 +139,18 @@ def _membership(found: Membership, sure: bool) -> str:
     if sure and share.low > rate:
         return f"{text}{more}: for these the attack is far surer than the average says."
     return f"{text}{more} (95\u00a0% interval {percent(share.low)} to {percent(share.high)})."
+
+
+def _pooled(found: Pooled) -> list[str]:
+    """Return a sentence on the lowest false rate that is resolved, if one is."""
+    for rate in FALSE_RATES:
+        if (share := found.found[rate]) is not None:
+            return [
+                f"Pooled over {found.targets} shadows, which are attacked in turn, the likelihood ratio finds "
+                f"{percent(share.share)} of what was learned from (95\u00a0% interval {percent(share.low)} to "
+                f"{percent(share.high)}) where {percent(rate)} of the rest is wrongly taken for such."
+            ]
+    return []
 
 
 def _shares(found: Shares) -> str:

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from consilience.__main__ import app
 from consilience.client.audit import canaries, cli, shadows
 from consilience.client.audit.canaries import CanaryAudit
-from consilience.client.audit.membership import membership
+from consilience.client.audit.membership import Found, membership
 from consilience.client.audit.page import render_page
+from consilience.client.audit.pooled import Pooled
 from consilience.client.audit.record import NO_PROOF, Audit
 from consilience.client.audit.shares import guess_shares
 from consilience.client.privacy import train_private
@@ -321,6 +322,15 @@ def test_canaries_that_were_not_planted_are_told_as_left_out(file: Path, tmp_pat
     assert "Not audited: Canaries." in Page((tmp_path / "bare" / "audit.html").read_text()).text
     assert run(file, "--shadows", 4, "--canaries", 10, "--out", tmp_path / "asked").exit_code == 0
     assert "canaries" not in read_json(tmp_path / "asked" / "audit.json")["left_out"]
+
+
+def test_the_page_tells_what_is_pooled_over_shadows_beside_the_teacher_s_own() -> None:
+    found = {0.001: Found(share=0.051, low=0.02, high=0.093), 0.01: None}
+    pooled = Pooled(targets=8, images=1050, auc=0.562, found=found)
+    page = Page(render_page(record(pooled=pooled)))
+    assert "Found, pooled over shadows 0.1 % 5.1 % 2.0 % to 9.3 % 1.0 % –" in page.text
+    assert "Pooled over 8 shadows, which are attacked in turn, the likelihood ratio finds 5.1 %" in page.text
+    assert "ooled" not in Page(render_page(record())).text
 
 
 def test_a_page_without_any_attack_says_why() -> None:

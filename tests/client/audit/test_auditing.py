@@ -69,6 +69,11 @@ def test_both_attacks_succeed_on_a_teacher_that_remembers_everything(audited: An
         assert (attack.members, attack.others) == (120, 80)
     assert found.verdict == "Answers tell clearly better than chance whether the teacher learned from an image"
     assert found.guarantee.startswith("No formal guarantee")
+    assert (found.pooled.targets, found.pooled.images) == (8, 200)
+    # half of 200 images are others of each of 8 shadows, and the attack works on shadows too
+    assert found.pooled.found[0.001] is None
+    assert found.pooled.found[0.01].low > 0.01
+    assert found.pooled.auc > 0.6
 
 
 def test_both_attacks_fail_on_a_teacher_that_remembers_nothing(audited: Any) -> None:
