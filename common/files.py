@@ -30,16 +30,17 @@ def storage_error(error: OSError, path: Path, doing: str) -> StorageError:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
+def atomic(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; when the block ends well, fsync it and rename it to `path`.
 
+    Its rights are `mode`, less what the process takes away (umask).
     Raises `StorageError` when the disk refuses; the file at `path` is then what it was before.
     """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-        with temporary.open("wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -84,15 +85,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically. Raises `StorageError`."""
-    with atomic(path) as file:
+def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write `data` to `path` atomically, with rights as `atomic` gives them. Raises `StorageError`."""
+    with atomic(path, mode) as file:
         file.write(data)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON with sorted keys, atomically. Raises `StorageError`."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
+    """Write `value` as readable JSON with sorted keys, as `write_bytes` does. Raises `StorageError`."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(), mode)
 
 
 def read_json(path: Path, most: int | None = None) -> Any:
@@ -136,10 +137,10 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, hint: str = f"Wait for it, or start {NEW_RUN}") -> Iterator[None]:
     """Hold `folder` for this process alone; the lock goes with the process, however it ends.
 
-    Raises `RunError` when another process holds it.
+    Raises `RunError`, with this `hint`, when another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise RunError(
                 f"Another process is working in {folder}",
-                hint=f"Wait for it, or start {NEW_RUN}",
+                hint=hint,
             ) from error
         for stale in folder.rglob(".*.part"):  # what a crash left half-written; nobody else is at work here
             stale.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ Lives here: which part is done with what, and why a part is left out. Does not l
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from consilience.client.audit.lira import LEAST_SHADOWS, likelihood_ratio
 from consilience.client.audit.losses import confidence, likelihood
 from consilience.client.audit.members import Known, known
 from consilience.client.audit.membership import Membership, membership
+from consilience.client.audit.pooled import Pooled, pool_shadows
 from consilience.client.audit.record import Audit, Part
 from consilience.client.audit.shadows import train_shadows
 from consilience.client.audit.shares import Shares, guess_shares
@@ -43,22 +43,18 @@ def audit_site(
 ) -> Audit:
     """Attack the answers of a site, with so many shadow teachers, which are trained in `folder`.
 
-    Nothing is released, counted in the ledger or left in the site's state. Shadows that are trained stay until the
-    audit is done, so that one that was interrupted goes on. Raises `SettingsError` for fewer shadows than
-    `LEAST_SHADOWS`; `TeacherError` where the teacher was trained from other settings or data, or hardly anything was
-    held out; what loading private data, pool and secret raises.
+    Nothing is released, counted in the ledger or left in the site's state, but for `folder`: shadows that are trained
+    stay there, so that an audit that was interrupted goes on, until the caller removes them. Raises what `check_audit`
+    raises, and what loading the pool and the secret raises.
     """
-    if shadows < LEAST_SHADOWS:
-        raise SettingsError(
-            f"--shadows is {shadows}; allowed: {LEAST_SHADOWS} or more", hint="Leave it out for the default"
-        )
+    check_shadows(shadows)
     settings, left_out = site.settings, dict[Part, str]()
     members = _known(settings, left_out)
     pool = _pool(settings)
-    loss = ratio = None
+    loss = ratio = pooled = None
     if members is not None:
         loss, own = _by_loss(site, members)
-        ratio = _by_shadows(site, members, own, shadows, folder, on_epoch, left_out)
+        ratio, pooled = _by_shadows(site, members, own, shadows, folder, on_epoch, left_out)
     if pool is None:
         left_out["shares"] = left_out["averaging"] = "The settings name no pool, so that there is nothing to ask about."
     return Audit(
@@ -74,11 +70,30 @@ def audit_site(
         shadow_count=shadows if ratio is not None else 0,
         loss=loss,
         shadows=ratio,
+        pooled=pooled,
         shares=_shares(site, pool, members, left_out) if pool is not None else None,
         averaging=average_site(site, pool) if pool is not None else None,
         left_out=left_out,
         notes=_notes(site, ratio is not None),
     )
+
+
+def check_audit(site: Site, shadows: int) -> None:
+    """See, before anything is trained, that the site can be audited with so many shadow teachers.
+
+    Raises `SettingsError` for fewer than `LEAST_SHADOWS`; `TeacherError` where the teacher was trained from other
+    settings or data, or hardly anything was held out; what loading private data raises.
+    """
+    check_shadows(shadows)
+    _known(site.settings, {})
+
+
+def check_shadows(count: int) -> None:
+    """Raise `SettingsError` for fewer shadows than `LEAST_SHADOWS`."""
+    if count < LEAST_SHADOWS:
+        raise SettingsError(
+            f"--shadows is {count}; allowed: {LEAST_SHADOWS} or more", hint="Leave it out for the default"
+        )
 
 
 def _known(settings: SiteSettings, left_out: dict[Part, str]) -> Known | None:
@@ -112,17 +127,17 @@ def _by_shadows(
     folder: Path,
     on_epoch: Callable[[EpochRecord], None] | None,
     left_out: dict[Part, str],
-) -> Membership | None:
-    """Return what the likelihood ratio tells; None where shadows cannot be trained as the teacher was."""
+) -> tuple[Membership | None, Pooled | None]:
+    """Return what the likelihood ratio tells of the teacher, and of the shadows; None where these cannot be trained."""
     try:
         shadows = train_shadows(site, members, count, folder, on_epoch)
     except (TeacherError, MissingExtraError) as error:
         left_out["shadows"] = f"No shadow teacher could be trained on half of the private data: {error}."
-        return None
-    shutil.rmtree(folder, ignore_errors=True)
+        return None, None
     scores = likelihood_ratio(own, shadows.scores, shadows.inside)
     first = len(members.members)
-    return membership(scores[:first], scores[first:])
+    pooled = pool_shadows(shadows.scores, shadows.inside, site.settings.seed)
+    return membership(scores[:first], scores[first:]), pooled
 
 
 def _shares(site: Site, pool: Pool, members: Known | None, left_out: dict[Part, str]) -> Shares | None:
@@ -172,6 +187,13 @@ def _notes(site: Site, shadows: bool) -> tuple[str, ...]:
         )
     if settings.policy.sums_only:
         notes.append("The policy lets answers out in sums over sites alone; single answers were attacked here.")
+    if shadows and settings.privacy.mechanism in ("output-noise", "pate"):
+        notes.append(
+            "Behind noise on answers the likelihood ratio is a weak attack, since what it fits is mostly noise: that "
+            "it finds little says less than it does elsewhere."
+        )
+    if settings.privacy.mechanism == "sum-noise":
+        notes.append("The noise of sums is in none of these figures: answers were attacked as they are before a sum.")
     if settings.policy.coverage != "off":
         notes.append("The policy lets coverage out, which learned from private data too and was not attacked.")
     if settings.policy.class_priors:

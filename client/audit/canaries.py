@@ -7,15 +7,18 @@ An accountant's epsilon is an upper bound and holds if the code does what it acc
 holds whatever the code does. If it is above the other, the mechanism does not do what it says. A lower bound near 0 is
 no guarantee: another attack may find more.
 
-The copy is trained on the site's own private data with the site's own settings, in a folder that is removed at the end.
-Neither the site's teacher nor its secret, its ledger or anything in its state is touched, and nothing leaves.
+The copy is trained on the site's own private data with the site's own settings, in a folder of the audit's that is
+removed at the end, and after an audit that was killed by the next one. No image is written anywhere. Neither the site's
+teacher nor its secret, its ledger or anything else in its state is touched, and nothing leaves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,20 +28,26 @@ from numpy.typing import NDArray
 from consilience.client.audit.answers import told
 from consilience.client.audit.membership import membership
 from consilience.client.audit.one_run import bound_by_guesses
-from consilience.client.privacy import Unit, account, answering_costs, train_private
+from consilience.client.privacy import Spent, Unit, account, answering_costs, behind_noise, load_private, train_private
 from consilience.client.privacy.spending import delta_of
 from consilience.client.shaping import check_floor
-from consilience.client.teacher import calibrate_teacher, load_teacher
-from consilience.client.teacher.trained import present_classes, private_data, wanted
+from consilience.client.teacher import CalibratedTeacher, CalibrationRecord, Teacher
+from consilience.client.teacher.calibrated import fit_on
+from consilience.client.teacher.trained import digest_of, present_classes, private_data, split, wanted
 from consilience.common.data import ImageData
 from consilience.common.errors import SettingsError
-from consilience.common.files import storage_error
+from consilience.common.files import lock, make_private
 from consilience.common.nets import EpochRecord
-from consilience.common.settings import Encoding, NpzData, Settings, SiteSettings
+from consilience.common.nets.seeding import derive
+from consilience.common.settings import Encoding, Settings, SiteSettings, SumNoise
 
 CONFIDENCE = 0.95
 FEWEST = 10
 """Canaries with which anything can be said: fewer all guessed rightly refute next to nothing."""
+ASKED_OPENLY = (
+    "the noise of sum-noise is in sums over sites alone, and the copy was asked by itself, without any: what the "
+    "accountant says of sums does not bound these answers"
+)
 
 
 class CanaryAudit(Settings):
@@ -47,10 +56,14 @@ class CanaryAudit(Settings):
     mechanism: str
     canaries: int
     planted: int
-    """How many of them the copy could learn from."""
+    """How many of them the copy learned from."""
     encoding: Encoding
     auc: float
     """How well answers tell planted canaries from the others; 0.5 for not at all."""
+    low: float
+    """Low end of the interval of `auc`, 95 %, by DeLong; 0 where all coins fell alike."""
+    high: float
+    """High end of it; 1 where all coins fell alike."""
     guesses: int
     correct: int
     lower: float
@@ -90,32 +103,30 @@ def audit_canaries(
     encoding: Encoding | None = None,
     confidence: float = CONFIDENCE,
     seed: int | None = None,
-    scratch: Path | None = None,
+    folder: Path | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> CanaryAudit:
     """Train a copy with planted canaries, ask it about each once, and return what that says of epsilon.
 
     A canary is a private image with a wrong label, and is in the copy's data by a fair coin or not at all; as many of
-    the private images are missing in these. `encoding` is by default the finest that the policy allows. Coins and
-    choices are new each time, or follow from `seed`. The copy lies in a folder in `scratch`, by default beside the
-    site's state. Raises `SettingsError` for a number of canaries that is below 10 or more than half of the private
-    images, `TeacherError` for a hosted teacher or data of a single class, and what training raises.
+    the private images are missing in these. Of the other images as large a share is held out as of the site's own
+    teacher, to calibrate the copy on, and of the canaries none. `encoding` is by default the finest that the policy
+    allows. Coins and choices are new each time, or follow from `seed`. The copy lies in `folder`, by default
+    state/audit/canaries, until it has answered. Raises `SettingsError` for a number of canaries that is below 10 or
+    more than half of the private images, `TeacherError` for a hosted teacher or data of a single class, `RunError` when
+    another process has a copy in `folder`, and what training raises.
     """
     wanted(settings)
     data = private_data(settings)
     labels, classes = present_classes(data)
     random = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
     chosen = choose(labels, canaries, random)
-    try:
-        home = tempfile.TemporaryDirectory(prefix=".canaries-", dir=scratch or settings.state.parent)
-    except OSError as error:
-        raise storage_error(error, scratch or settings.state.parent, "write") from error
-    with home as folder:
-        copy = _plant(settings, data, labels, classes, chosen, Path(folder))
-        train_private(copy, on_epoch)
-        if copy.calibration != "off":
-            calibrate_teacher(copy)
-        asked = load_teacher(copy)
+    others = np.delete(np.arange(len(labels)), chosen.ids)
+    kept, held = split(labels[others], wanted(settings).holdout, derive(settings.seed, "canary holdout"))
+    with _scratch(settings, folder) as state:
+        copy = _settings(settings, state)
+        train_private(copy, on_epoch, _with_canaries(data, labels, classes, others[kept], chosen))
+        asked = _as_it_answers(copy, data, others[held], labels[others[held]])
         check_floor(copy.policy, len(asked.classes))
         used = copy.policy.encodings[0] if encoding is None else encoding
         parts = [
@@ -123,15 +134,22 @@ def audit_canaries(
             for first in range(0, canaries, copy.batch_size)
         ]
         spent = account(answering_costs(copy, canaries), delta_of(copy))
+        if isinstance(copy.privacy, SumNoise):
+            spent = Spent(unit=None, delta=spent.delta, epsilon=None, rdp=None, pld=None, why=ASKED_OPENLY)
     scores = suspicion(np.concatenate(parts), chosen)
     bound = bound_by_guesses(scores, chosen.planted, random, delta=spent.delta, confidence=confidence)
-    both = chosen.planted.any() and not chosen.planted.all()
+    auc, low, high = 0.5, 0.0, 1.0
+    if chosen.planted.any() and not chosen.planted.all():
+        told_apart = membership(scores[chosen.planted], scores[~chosen.planted])
+        auc, low, high = told_apart.auc, told_apart.low, told_apart.high
     return CanaryAudit(
         mechanism=settings.privacy.mechanism,
         canaries=canaries,
         planted=int(chosen.planted.sum()),
         encoding=used,
-        auc=membership(scores[chosen.planted], scores[~chosen.planted]).auc if both else 0.5,
+        auc=auc,
+        low=low,
+        high=high,
         guesses=bound.guesses,
         correct=bound.correct,
         lower=bound.epsilon,
@@ -141,6 +159,13 @@ def audit_canaries(
         unit=spent.unit,
         why=spent.why,
     )
+
+
+def check_canaries(settings: SiteSettings, canaries: int) -> None:
+    """See, before anything is trained, that so many canaries can be planted. Raises as `audit_canaries`."""
+    wanted(settings)
+    labels, _ = present_classes(private_data(settings))
+    choose(labels, canaries, np.random.default_rng(0))
 
 
 def choose(labels: NDArray[np.int64], canaries: int, random: np.random.Generator) -> Canaries:
@@ -175,27 +200,47 @@ def suspicion(log_probs: NDArray[np.float32], canaries: Canaries) -> NDArray[np.
     return odds
 
 
-def _plant(
-    settings: SiteSettings,
+@contextmanager
+def _scratch(settings: SiteSettings, folder: Path | None) -> Iterator[Path]:
+    """Yield an empty folder that is this process's alone; what was left there by a killed one is removed first."""
+    home = settings.state / "audit" / "canaries" if folder is None else folder
+    make_private(settings.state)
+    make_private(home)
+    with lock(home):
+        copy = home / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        make_private(copy)
+        try:
+            yield copy
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def _settings(settings: SiteSettings, state: Path) -> SiteSettings:
+    """Return the copy's settings: the site's, in another folder, and without a holdout, which is made here."""
+    teacher = wanted(settings).model_copy(update={"holdout": 0.0})
+    return settings.model_copy(update={"state": state, "ledger_head": None, "teacher": teacher})
+
+
+def _with_canaries(
     data: ImageData,
     labels: NDArray[np.int64],
     classes: tuple[str, ...],
+    others: NDArray[np.int64],
     canaries: Canaries,
-    folder: Path,
-) -> SiteSettings:
-    """Write the copy's private data into `folder` and return its settings, whose state lies there too."""
-    held = np.delete(np.arange(len(labels)), canaries.ids)
-    planted = canaries.ids[canaries.planted]
-    path = folder / "private.npz"
-    try:
-        np.savez(
-            path,
-            x=data.read(np.concatenate([held, planted])),
-            y=np.concatenate([labels[held], canaries.wrong[canaries.planted]]),
-            names=np.array(classes, np.str_),
+) -> ImageData:
+    """Return the copy's private data: the images `others` as they are, and the planted canaries."""
+    ids = np.concatenate([others, canaries.ids[canaries.planted]])
+    told = np.concatenate([labels[others], canaries.wrong[canaries.planted]])
+    return dataclasses.replace(data.subset(ids), labels=told, class_names=classes)
+
+
+def _as_it_answers(copy: SiteSettings, data: ImageData, held: NDArray[np.int64], labels: NDArray[np.int64]) -> Teacher:
+    """Return the copy behind a map of its own, fitted on the images `held` as the site's is, and behind its noise."""
+    core, record = load_private(copy), None
+    if copy.calibration != "off":
+        fitted = fit_on(copy, core, copy.calibration, data, held, labels)
+        record = CalibrationRecord(
+            asked=copy.calibration, teacher=core.fingerprint, data_digest=digest_of(data), **vars(fitted)
         )
-    except OSError as error:
-        raise storage_error(error, path, "write") from error
-    return settings.model_copy(
-        update={"data": NpzData(kind="npz", path=path), "state": folder / "state", "ledger_head": None}
-    )
+    return behind_noise(copy, CalibratedTeacher(core, record, "" if record is None else record.told))

@@ -41,14 +41,16 @@ class Found(Settings):
 class Membership(Settings):
     """What an attack on membership reached.
 
-    `auc` is the chance that a member scores above another image, 0.5 for an attack that knows nothing. `found` maps a
-    share of others that are taken for members to the share of members found there; None where there are too few others
-    to tell (fewer than one over that share). `roc` are (false, true) rates from (0, 0) to (1, 1).
+    `auc` is the chance that a member scores above another image, 0.5 for an attack that knows nothing. `low_of_two` is
+    the low end where the better of two attacks is told of: each has half of the chance of error (Bonferroni). `found`
+    maps a share of others that are taken for members to the share of members found there; None where there are too few
+    others to tell (fewer than one over that share). `roc` are (false, true) rates from (0, 0) to (1, 1).
     """
 
     auc: float
     low: float
     high: float
+    low_of_two: float
     members: int
     others: int
     found: dict[float, Found | None]
@@ -70,13 +72,17 @@ def membership(members: NDArray[np.floating[Any]], others: NDArray[np.floating[A
             )
     scores = np.concatenate([members, others]).astype(np.float64)
     truth = np.repeat([1, 0], [len(members), len(others)])
-    false, true, _ = roc_curve(truth, scores)
+    # with all points: of equal steps in a row scikit-learn drops those between, and with them a threshold that counts
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
     auc = float(roc_auc_score(truth, scores))
-    low, high = auc_interval(np.asarray(members, np.float64), np.asarray(others, np.float64))
+    inside, outside = np.asarray(members, np.float64), np.asarray(others, np.float64)
+    low, high = auc_interval(inside, outside)
+    low_of_two, _ = auc_interval(inside, outside, (1 + CONFIDENCE) / 2)
     return Membership(
         auc=auc,
         low=low,
         high=high,
+        low_of_two=low_of_two,
         members=len(members),
         others=len(others),
         found={rate: _found(false, true, rate, len(members), len(others)) for rate in FALSE_RATES},
@@ -84,7 +90,9 @@ def membership(members: NDArray[np.floating[Any]], others: NDArray[np.floating[A
     )
 
 
-def auc_interval(members: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[float, float]:
+def auc_interval(
+    members: NDArray[np.float64], others: NDArray[np.float64], confidence: float = CONFIDENCE
+) -> tuple[float, float]:
     """Return the interval of the area by DeLong et al. (1988), taken on the scale of its logit.
 
     Where every pair is in order, or none, this variance is 0. There the interval is that of as many independent pairs
@@ -97,10 +105,10 @@ def auc_interval(members: NDArray[np.float64], others: NDArray[np.float64]) -> t
     above = 1 - (whole[m:] - rankdata(others)) / m
     auc = float(below.mean())
     if auc in (0.0, 1.0):
-        edge = ((1 - CONFIDENCE) / 2) ** (1 / min(m, n))
+        edge = ((1 - confidence) / 2) ** (1 / min(m, n))
         return (edge, 1.0) if auc else (0.0, 1 - edge)
     spread = math.sqrt(sum(_variance(part) / len(part) for part in (below, above)))
-    reach = float(ndtri((1 + CONFIDENCE) / 2)) * spread / (auc * (1 - auc))
+    reach = float(ndtri((1 + confidence) / 2)) * spread / (auc * (1 - auc))
     centre = float(logit(auc))
     return float(expit(centre - reach)), float(expit(centre + reach))
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import binom
 
-from consilience.common.errors import SettingsError
+from consilience.common.errors import DataError, SettingsError
 
 GUESSED = (1 / 8, 1 / 4, 1 / 2, 1.0)
 """Shares of the canaries about which a guess is made, half of it "in" and half "out". They are fixed before any score
@@ -86,8 +86,13 @@ def bound_by_guesses(
     """Return the lower bound from scores (m,), larger for likelier planted canaries, and what was `planted` (m,).
 
     The highest scores are guessed to be in, as many of the lowest out, and those between are left open. Equal scores
-    are told apart by `random`. Raises `SettingsError` as `lower_bound`.
+    are told apart by `random`. Raises `SettingsError` as `lower_bound`, and `DataError` for scores that are not finite.
     """
+    if not np.isfinite(scores).all():
+        raise DataError(
+            f"Of {len(scores)} scores of canaries {int(np.sum(~np.isfinite(scores)))} are not finite; expected one "
+            "finite score a canary"
+        )
     order = np.lexsort((random.random(len(scores)), scores))
     each = 1 - (1 - confidence) / len(GUESSED)
     best = Bound(0.0, 0, 0)

@@ -10,11 +10,12 @@ from typing import Literal
 from consilience.client.audit.averaging import Averaging
 from consilience.client.audit.canaries import CanaryAudit
 from consilience.client.audit.membership import FALSE_RATES, Membership
+from consilience.client.audit.pooled import Pooled
 from consilience.client.audit.shares import Shares
 from consilience.common.pages.numbers import percent
 from consilience.common.settings import Settings
 
-Part = Literal["loss", "shadows", "shares", "averaging"]
+Part = Literal["loss", "shadows", "shares", "averaging", "canaries"]
 CLEARLY = 0.6
 """Area from which on members are told clearly."""
 NOTICEABLY = 0.02
@@ -50,6 +51,8 @@ class Audit(Settings):
     """Of the loss threshold."""
     shadows: Membership | None
     """Of the likelihood ratio."""
+    pooled: Pooled | None = None
+    """Of the likelihood ratio against each shadow in turn; None with too few shadows."""
     shares: Shares | None
     averaging: Averaging | None
     canaries: CanaryAudit | None = None
@@ -66,8 +69,12 @@ class Audit(Settings):
 
     @property
     def worst(self) -> Membership | None:
-        """Of the attacks that tell members from others for sure, the strongest."""
-        sure = [found for found in (self.shadows, self.loss) if found is not None and found.low > 0.5]
+        """Of the attacks that tell members from others for sure, the strongest.
+
+        Where two were tried, that one of them comes out so by chance is no likelier than where one was.
+        """
+        done = [found for found in (self.shadows, self.loss) if found is not None]
+        sure = [found for found in done if (found.low if len(done) == 1 else found.low_of_two) > 0.5]
         return max(sure, key=lambda found: found.auc, default=None)
 
     @property
@@ -75,6 +82,11 @@ class Audit(Settings):
         """The mechanism, or that there is none, as a sentence."""
         if not self.mechanism:
             return "No formal guarantee: the answers leave without a mechanism of differential privacy."
+        if self.mechanism.startswith("sum-noise"):
+            return (
+                f"Answers leave in sums with noise, and what was attacked here is without it: {self.mechanism}. What "
+                "it comes to is told by `site ledger show`."
+            )
         return f"Answers leave behind a mechanism: {self.mechanism}. What it comes to is told by `site ledger show`."
 
     @property
@@ -92,6 +104,8 @@ class Audit(Settings):
     def findings(self) -> tuple[str, ...]:
         """The parts' results, a sentence or two each."""
         told = [_membership(self.strongest, self.worst is not None)] if self.strongest is not None else []
+        if self.pooled is not None:
+            told += _pooled(self.pooled)
         if self.shares is not None:
             told.append(_shares(self.shares))
         if self.averaging is not None:
@@ -127,6 +141,18 @@ def _membership(found: Membership, sure: bool) -> str:
     return f"{text}{more} (95\u00a0% interval {percent(share.low)} to {percent(share.high)})."
 
 
+def _pooled(found: Pooled) -> list[str]:
+    """Return a sentence on the lowest false rate that is resolved, if one is."""
+    for rate in FALSE_RATES:
+        if (share := found.found[rate]) is not None:
+            return [
+                f"Pooled over {found.targets} shadows, which are attacked in turn, the likelihood ratio finds "
+                f"{percent(share.share)} of what was learned from (95\u00a0% interval {percent(share.low)} to "
+                f"{percent(share.high)}) where {percent(rate)} of the rest is wrongly taken for such."
+            ]
+    return []
+
+
 def _shares(found: Shares) -> str:
     best = min(found.distance_by_mean, found.distance_by_scaling)
     start = (
@@ -157,10 +183,11 @@ def _averaging(found: Averaging) -> str:
 def _canaries(found: CanaryAudit) -> str:
     text = (
         f"Of {found.canaries:,} wrong records {found.planted:,} were planted in the training of a copy of the teacher. "
-        f"Its answers tell a planted one from another in {found.auc:.1%} of pairs, and show that epsilon for a record "
-        f"is {found.lower:.2f} at least (at delta {found.delta:g}, with {found.confidence:.0%} confidence)"
+        f"Its answers tell a planted one from another in {percent(found.auc)} of pairs (95\u00a0% interval "
+        f"{percent(found.low)} to {percent(found.high)}), and show that epsilon for a record is {found.lower:.2f} at "
+        f"least (at delta {found.delta:g}, with {found.confidence:.0%} confidence)"
     )
     if found.upper is None:
-        return f"{text}. No mechanism bounds it from above."
+        return f"{text}. No upper bound stands beside it: {found.why}."
     bound = f"; the accountant says {found.upper:.3g} at most, for a {found.unit}."
     return f"{text}{bound}" if found.holds else f"{text}{bound} This must not be: report it."

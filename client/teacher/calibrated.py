@@ -13,7 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.calibration import LEAST_SAMPLES, CalibrationMap, CalibrationScores, Method, fit_calibration
+from consilience.client.calibration import (
+    LEAST_SAMPLES,
+    CalibrationMap,
+    CalibrationScores,
+    Fitted,
+    Method,
+    fit_calibration,
+)
 from consilience.client.kept import read_kept
 from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import digest_of, held_out
@@ -135,9 +142,7 @@ def fit(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord:
             return done
         ids, labels, why = _held_out(settings, teacher, data, digest)
         if not why:
-            ids, labels = _some(ids, labels, len(teacher.classes), derive(settings.seed, "calibration samples"))
-            rows = _score(teacher, data, ids, settings.batch_size)
-            fitted = fit_calibration(rows, labels, settings.calibration, derive(settings.seed, "calibration folds"))
+            fitted = fit_on(settings, teacher, settings.calibration, data, ids, labels)
             held: dict[str, Any] = dict(vars(fitted))
             temperature = None if fitted.map is None else fitted.map.temperature
             if settings.teacher.kind != "train" and temperature is not None and temperature < 1:
@@ -147,6 +152,23 @@ def fit(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord:
         record = CalibrationRecord(asked=settings.calibration, teacher=teacher.fingerprint, data_digest=digest, **held)
         write_json(_path(settings), record.model_dump(mode="json"))
         return record
+
+
+def fit_on(
+    settings: SiteSettings,
+    teacher: Teacher,
+    method: Method,
+    data: ImageData,
+    ids: NDArray[np.int64],
+    labels: NDArray[np.int64],
+) -> Fitted:
+    """Fit a map of `teacher`, given without one, on the samples `ids` (n,) of the data with these labels (n,).
+
+    Of more samples than `MOST_CELLS` allows on a part. Keeps nothing.
+    """
+    ids, labels = _some(ids, labels, len(teacher.classes), derive(settings.seed, "calibration samples"))
+    rows = _score(teacher, data, ids, settings.batch_size)
+    return fit_calibration(rows, labels, method, derive(settings.seed, "calibration folds"))
 
 
 def _held_out(

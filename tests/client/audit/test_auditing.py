@@ -19,6 +19,7 @@ from consilience.client.audit import auditing
 from consilience.client.audit.answers import answers_as_released
 from consilience.client.audit.auditing import audit_site
 from consilience.client.audit.averaging import Averaging, average, average_site
+from consilience.client.audit.cli import audit_to
 from consilience.client.audit.record import Audit
 from consilience.client.ledger import Ledger
 from consilience.client.privacy import train_private
@@ -29,6 +30,7 @@ from consilience.common.encoding import decode
 from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
+from consilience.common.progress import Reporter
 from helpers.small_site import Fickle, make_pool
 from helpers.small_site import make_site as make_small
 
@@ -67,6 +69,11 @@ def test_both_attacks_succeed_on_a_teacher_that_remembers_everything(audited: An
         assert (attack.members, attack.others) == (120, 80)
     assert found.verdict == "Answers tell clearly better than chance whether the teacher learned from an image"
     assert found.guarantee.startswith("No formal guarantee")
+    assert (found.pooled.targets, found.pooled.images) == (8, 200)
+    # half of 200 images are others of each of 8 shadows, and the attack works on shadows too
+    assert found.pooled.found[0.001] is None
+    assert found.pooled.found[0.01].low > 0.01
+    assert found.pooled.auc > 0.6
 
 
 def test_both_attacks_fail_on_a_teacher_that_remembers_nothing(audited: Any) -> None:
@@ -81,6 +88,8 @@ def test_noisy_votes_of_parts_hide_what_the_parts_remember(audited: Any) -> None
     for attack, before in ((hidden.loss, bare.loss), (hidden.shadows, bare.shadows)):
         assert attack.high < before.low
         assert attack.low < 0.5 < attack.high
+    assert any("the likelihood ratio is a weak attack" in note for note in hidden.notes)
+    assert not any("the likelihood ratio is a weak attack" in note for note in bare.notes)
     assert hidden.guarantee.startswith("Answers leave behind a mechanism: pate (arg-max): protects a record")
 
 
@@ -134,8 +143,11 @@ def test_an_audit_spends_and_releases_nothing_and_leaves_the_state_as_it_was(
     before = site.answer(question).data
     site.close()
     state = tree(tmp_path)
-    audit_site(site, settings.state / "audit" / "shadows", 4)
+    with Reporter() as reporter:
+        audit_to(site, tmp_path / "out", reporter, 4, 10)
     site.close()
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(settings.state / "audit")
     assert tree(tmp_path) == state
     with closing(Ledger.open(settings)) as ledger:
         assert ledger.spent.lifetime == 8
@@ -213,6 +225,13 @@ def test_a_hosted_teacher_is_audited_for_what_is_known_of_it(tmp_path: Path, uns
     assert found.averaging.repetitions == 1000
 
 
+def test_noise_in_sums_is_not_said_to_be_in_what_was_attacked(make_site: Any, tmp_path: Path) -> None:
+    site = make_site({"mechanism": "sum-noise", "sigma": 20.0, "honest": 1}, FORGOT, policy={"sums_only": True})
+    found = audit_site(Site(site.settings.model_copy(update={"pools": ()}), site.teacher), tmp_path / "shadows", 4)
+    assert any("noise of sums is in none of these figures" in note for note in found.notes)
+    assert "Answers leave in sums with noise, and what was attacked here is without it: sum-noise" in found.guarantee
+
+
 def test_without_a_pool_what_needs_one_is_left_out(make_site: Any, tmp_path: Path) -> None:
     site = make_site(fit=FORGOT)
     bare = Site(site.settings.model_copy(update={"pools": ()}), site.teacher)
@@ -265,7 +284,6 @@ def test_an_interrupted_audit_goes_on_with_the_shadows_that_are_there(make_site:
     epochs.clear()
     found = audit_site(site, tmp_path / "shadows", 4, lambda record: epochs.append(record.epoch))
     assert len(epochs) <= 2 * of_one
-    assert not (tmp_path / "shadows").exists()
     again = audit_site(site, tmp_path / "again", 4)
     assert again == found
 

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from consilience.client.audit import canaries
 from consilience.client.audit.canaries import CanaryAudit, audit_canaries, choose, suspicion
 from consilience.client.audit.record import Audit
-from consilience.client.privacy import account
+from consilience.client.privacy import account, train_private
 from consilience.client.privacy.events import NoisyOutputs, PateVotes
 from consilience.client.privacy.noise import Secret
-from consilience.common.errors import SettingsError, TeacherError
+from consilience.common.data import ImageData
+from consilience.common.errors import RunError, SettingsError, TeacherError
+from consilience.common.nets import EpochRecord
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import parse_settings
 from helpers.private_site import bars, settings_of, write_data
@@ -35,14 +38,14 @@ def found(site: Path) -> CanaryAudit:
     """What an audit of a teacher finds that nothing protects."""
     before = held(site)
     done = audit(site, NONE)
-    assert held(site) == before
+    assert held(site) == before | {"state/audit/canaries/.lock": b""}
     assert sorted(path.name for path in site.iterdir()) == ["private.npz", "state"]
     return done
 
 
-def audit(folder: Path, privacy: dict[str, Any], canaries: int = 60, **raw: Any) -> CanaryAudit:
+def audit(folder: Path, privacy: dict[str, Any], count: int = 60, **raw: Any) -> CanaryAudit:
     settings = settings_of(folder, privacy, fit=EAGER, teacher={"holdout": 0.0}, **raw)
-    return audit_canaries(settings, canaries=canaries, seed=7)
+    return audit_canaries(settings, canaries=count, seed=7)
 
 
 def held(folder: Path) -> dict[str, bytes]:
@@ -51,12 +54,59 @@ def held(folder: Path) -> dict[str, bytes]:
 
 def test_a_teacher_that_learned_by_heart_is_found_out(found: CanaryAudit) -> None:
     assert found.auc > 0.9
+    assert 0.8 < found.low < found.auc <= found.high <= 1
     assert found.lower > 1
     assert found.correct / found.guesses > 0.8
     assert 15 < found.planted < 45
     assert (found.upper, found.unit) == (None, None)
     assert "no formal guarantee" in found.why
     assert found.holds
+
+
+def test_while_it_is_at_it_no_image_is_written_and_what_a_killed_audit_left_is_removed(tmp_path: Path) -> None:
+    images, labels = bars(60)
+    write_data(tmp_path, images, labels)
+    before = held(tmp_path)
+    left = tmp_path / "state" / "audit" / "canaries" / "copy" / "teacher" / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of a killed audit")
+    seen = list[dict[str, bytes]]()
+    settings = settings_of(tmp_path, NONE, fit={"epochs": 1})
+
+    def look(_: EpochRecord) -> None:
+        assert left.parents[1].stat().st_mode & 0o777 == 0o700
+        seen.append({path: data for path, data in held(tmp_path).items() if path not in before})
+        with pytest.raises(RunError, match="Another process is working in"):
+            audit_canaries(settings, canaries=10)
+
+    audit_canaries(settings, canaries=20, seed=7, on_epoch=look)
+    (during,) = seen
+    assert all(path.startswith("state/audit/canaries/") for path in during)
+    assert b"of a killed audit" not in during.values()
+    assert not any(image.tobytes() in data for data in during.values() for image in images)
+    assert held(tmp_path) == before | {"state/audit/canaries/.lock": b""}
+
+
+def test_planted_canaries_are_learned_from_whatever_is_held_out(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned = list[tuple[float, int, Any]]()
+
+    def spy(settings: SiteSettings, on_epoch: Any, data: ImageData | None = None) -> None:
+        assert settings.teacher.kind == "train"
+        learned.append((settings.teacher.holdout, 0 if data is None else len(data), data))
+        train_private(settings, on_epoch, data)
+
+    monkeypatch.setattr(canaries, "train_private", spy)
+    settings = settings_of(site, NONE, fit=EAGER, teacher={"holdout": 0.5}, calibration="temperature")
+    half = audit_canaries(settings, canaries=60, seed=7)
+    # of the 100 images that are no canaries half are held out, to calibrate on; of the canaries none
+    ((holdout, count, data),) = learned
+    assert holdout == 0
+    assert abs(count - 50 - half.planted) <= 2
+    chosen = choose(np.arange(160) % 3, 60, np.random.default_rng(7))
+    planted = {image.tobytes() for image in bars(160)[0][chosen.ids[chosen.planted]]}
+    assert planted <= {image.tobytes() for image in data.read()}
+    assert half.planted == len(planted)
+    assert half.auc > 0.9
 
 
 def test_a_teacher_that_hardly_learned_tells_nothing(site: Path) -> None:
@@ -84,6 +134,14 @@ def test_behind_noise_on_answers_it_stays_below_what_a_question_a_canary_costs(
     assert found.holds
 
 
+def test_noise_in_sums_bounds_no_answer_that_is_asked_openly(site: Path) -> None:
+    found = audit(site, {"mechanism": "sum-noise", "sigma": 20.0, "honest": 1}, policy={"sums_only": True})
+    assert found.lower > 1
+    assert (found.upper, found.unit) == (None, None)
+    assert "in sums over sites alone" in found.why
+    assert found.holds
+
+
 @pytest.mark.slow
 def test_behind_noisy_gradients_it_stays_below_what_the_training_cost(site: Path) -> None:
     found = audit(site, {"mechanism": "dp-sgd", "noise_multiplier": 1.0})
@@ -92,7 +150,7 @@ def test_behind_noisy_gradients_it_stays_below_what_the_training_cost(site: Path
     assert 1 < found.upper < 100
     assert found.lower < found.upper
     # the training's cost, whatever is asked
-    assert audit(site, {"mechanism": "dp-sgd", "noise_multiplier": 1.0}, canaries=12).upper == pytest.approx(
+    assert audit(site, {"mechanism": "dp-sgd", "noise_multiplier": 1.0}, count=12).upper == pytest.approx(
         found.upper, rel=0.3
     )
 
@@ -152,10 +210,10 @@ def test_suspicion_grows_with_the_wrong_class_and_falls_with_the_true_one() -> N
     np.testing.assert_allclose(scores, np.where(chosen.planted, 1.5, -1.0))
 
 
-@pytest.mark.parametrize(("canaries", "allowed"), [(9, "10 to 80"), (81, "10 to 80"), (-5, "10 to 80")])
-def test_too_many_or_few_canaries_are_refused(site: Path, canaries: int, allowed: str) -> None:
+@pytest.mark.parametrize(("count", "allowed"), [(9, "10 to 80"), (81, "10 to 80"), (-5, "10 to 80")])
+def test_too_many_or_few_canaries_are_refused(site: Path, count: int, allowed: str) -> None:
     with pytest.raises(SettingsError, match=allowed):
-        audit(site, NONE, canaries=canaries)
+        audit(site, NONE, count=count)
 
 
 def test_without_two_classes_there_is_no_wrong_one() -> None:
@@ -183,7 +241,7 @@ def test_the_audit_tells_of_canaries_where_it_is_asked_to(found: CanaryAudit) ->
     told = Audit.model_construct(None, **bare | {"canaries": found}).findings
     assert len(told) == 1
     assert f"epsilon for a record is {found.lower:.2f} at least" in told[0]
-    assert told[0].endswith("No mechanism bounds it from above.")
+    assert told[0].endswith(f"No upper bound stands beside it: {found.why}.")
     allowed = found.model_copy(update={"upper": 50.0, "unit": "record"})
     (said,) = Audit.model_construct(None, **bare | {"canaries": allowed}).findings
     assert said.endswith("the accountant says 50 at most, for a record.")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import logit
 from scipy.stats import beta, norm
 from sklearn.metrics import roc_auc_score
 
@@ -92,6 +93,26 @@ def test_the_share_found_is_the_best_that_any_threshold_reaches(members: np.ndar
     assert share.low <= best <= share.high
     k, m = round(best * len(members)), len(members)
     assert share.high == pytest.approx(beta.ppf(0.975, k + 1, m - k) if k < m else 1)
+
+
+def test_equal_steps_of_tied_scores_hide_no_threshold() -> None:
+    """One member and one other at each of 1,000 values: the curve is a straight line, and all its points count."""
+    found = membership(np.arange(1000.0), np.arange(1000.0))
+    for rate in (0.001, 0.01):
+        share = found.found[rate]
+        assert share is not None
+        assert share.share == pytest.approx(rate)
+
+
+def test_the_low_end_of_two_attacks_is_that_of_half_the_chance_of_error() -> None:
+    random = np.random.default_rng(5)
+    members, others = random.normal(0.3, 1, 300), random.normal(0, 1, 200)
+    found = membership(members, others)
+    # on the logit's scale the ends lie as far out as the quantiles do
+    reach = (logit(found.auc) - logit([found.low, found.low_of_two])) / norm.ppf([0.975, 0.9875])
+    assert reach[0] == pytest.approx(reach[1])
+    few = membership(np.arange(5.0) + 10, np.arange(5.0))
+    assert few.low_of_two == pytest.approx(beta.ppf(0.0125, 5, 1))
 
 
 def test_a_long_curve_is_kept_short_with_its_left_end() -> None:

@@ -14,7 +14,7 @@ from scipy.special import expit, logit
 from scipy.stats import binom, binomtest, norm
 
 from consilience.client.audit.one_run import GUESSED, bound_by_guesses, lower_bound, p_value
-from consilience.common.errors import SettingsError
+from consilience.common.errors import DataError, SettingsError
 
 
 def test_the_paper_s_own_numbers() -> None:
@@ -139,6 +139,13 @@ def test_nothing_is_made_of_nothing() -> None:
     assert (one.epsilon, one.guesses) == (0.0, 0)
     assert lower_bound(0, 0, 0, delta=0, confidence=0.95) == 0
     assert p_value(10, 10, 10, 800.0, 0.0) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_none_are_refused(bad: float) -> None:
+    scores = np.array([0.5, bad, *range(18)])
+    with pytest.raises(DataError, match="Of 20 scores of canaries 1 are not finite"):
+        bound_by_guesses(scores, np.arange(20) % 2 == 0, np.random.default_rng(0), delta=0, confidence=0.95)
 
 
 @pytest.mark.parametrize(
