@@ -19,7 +19,7 @@ from consilience.client.sums import SumSite
 from consilience.common.errors import ProtocolError
 from consilience.common.sums.messages import Advert, Member, Roster, Terms
 from consilience.server.unmasking import Summed
-from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms
+from helpers.summing import DIGEST, POLICY, Sums, digests_of, draw, identity, make_terms, new_site
 
 NAMES = {"ant": ("cat", "dog"), "bee": ("dog", "cat"), "elk": ("cat", "dog")}
 """Three sites that all know the same two classes: each is hidden by the others."""
@@ -102,7 +102,7 @@ def test_terms_that_differ_from_site_to_site(tmp_path: Path) -> None:
     """To `ant` the server tells the truth of all, to `bee` that `elk` knows other classes: neither shares a seed."""
     truth = terms_of({"ant": [0, 1], "bee": [1, 0], "elk": [0, 1]}, ("cat", "dog", "hen", "cow"))
     other = terms_of({"ant": [0, 1], "bee": [1, 0], "elk": [2, 3]}, ("cat", "dog", "hen", "cow"))
-    sites = {site: SumSite(tmp_path / site, site, identity(site)) for site in NAMES}
+    sites = {site: new_site(tmp_path / site, site) for site in NAMES}
 
     def advert(site: str, terms: Terms) -> Advert:
         return sites[site].advertise(terms, teacher=DIGEST, policy=POLICY, classes=NAMES[site])
@@ -120,7 +120,7 @@ def test_terms_that_differ_from_site_to_site(tmp_path: Path) -> None:
 
 
 def with_owners(terms: Terms, owners: int, folder: Path) -> Advert:
-    site = SumSite(folder, "ant", identity("ant"))
+    site = new_site(folder, "ant")
     return site.advertise(terms, teacher=DIGEST, policy=POLICY, classes=("cat", "dog", "hen"), owners=owners)
 
 
@@ -143,7 +143,7 @@ def test_a_member_that_was_invented_is_what_no_site_can_see(tmp_path: Path) -> N
     invented = Member(**{**truth.members[2].model_dump(), "identity": "b" * 64})
     terms = Terms(**{**truth.model_dump(), "members": (*truth.members[:2], invented)})
     for peers, refused in (({}, False), ({"elk": truth.members[2].identity}, True)):
-        site = SumSite(tmp_path / str(refused), "ant", identity("ant"), peers)
+        site = SumSite(tmp_path / str(refused), "ant", identity("ant"), digests_of, peers)
         if refused:
             with pytest.raises(ProtocolError, match="another key for site elk"):
                 site.advertise(terms, teacher=DIGEST, policy=POLICY, classes=NAMES["ant"])

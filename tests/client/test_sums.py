@@ -26,7 +26,7 @@ from consilience.common.sums.messages import (
     Unmask,
     default_threshold,
 )
-from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms, names_of
+from helpers.summing import DIGEST, POLICY, Sums, digests_of, draw, identity, make_terms, names_of, new_site
 
 SETS = {"ant": [0, 1, 2], "bee": [1, 2, 0], "cat": [2, 0, 1], "dog": [0, 2]}
 SAMPLES = 12
@@ -75,14 +75,14 @@ def test_terms_about_another_state_of_the_site_are_refused(sums: Sums, changes: 
 
 def test_terms_without_the_site_or_with_another_key_are_refused(sums: Sums, tmp_path: Path) -> None:
     for name, key in (("eel", "eel"), ("ant", "bee")):
-        stranger = SumSite(tmp_path / name, name, identity(key))
+        stranger = new_site(tmp_path / name, name, key)
         with pytest.raises(ProtocolError, match="do not name this site and its key"):
             stranger.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
 
 
 def test_another_key_for_a_known_peer_is_refused(sums: Sums, tmp_path: Path) -> None:
     for told, refused in ((sums.terms.by_name["bee"].identity, False), ("b" * 64, True)):
-        site = SumSite(tmp_path / told, "ant", identity("ant"), {"bee": told})
+        site = SumSite(tmp_path / told, "ant", identity("ant"), digests_of, {"bee": told})
         if refused:
             with pytest.raises(ProtocolError, match="another key for site bee"):
                 site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
@@ -321,7 +321,49 @@ def test_samples_are_summed_once(sums: Sums) -> None:
         with pytest.raises(ProtocolError, match="summed before"):
             advert_of(sums, terms)
     advert_of(sums, make_terms(SETS, SAMPLES, start=SAMPLES))
-    advert_of(sums, make_terms(SETS, SAMPLES, pool="b" * 64))
+    advert_of(sums, make_terms(SETS, SAMPLES, pool="d" * 64))
+
+
+@pytest.mark.parametrize("lost", [[], ["dog"]])
+def test_images_are_summed_once_whatever_pool_they_lie_in(sums: Sums, lost: list[str]) -> None:
+    """The difference of sums over these four sites and over three of them would be the answer of the fourth."""
+    few = {site: classes for site, classes in SETS.items() if site != "dog"}
+    pool = "b" * 64  # the same images
+    early = Sums(sums.folder, make_terms(few, SAMPLES, pool=pool), sums.answers)
+    early.advertise()
+    early.share()
+    early.deliver()
+    sums.run(lost)
+    with pytest.raises(ProtocolError, match="summed before"):
+        early.send("ant")
+    for changes in ({"pool": pool, "start": SAMPLES - 1}, {"pool": pool, "job": "other"}):
+        with pytest.raises(ProtocolError, match="summed before"):
+            advert_of(sums, make_terms(few, SAMPLES, **changes))
+    advert_of(sums, make_terms(few, SAMPLES, pool=pool, start=SAMPLES))
+
+
+def test_images_are_bound_in_every_pool_from_the_first_masked_row(sums: Sums) -> None:
+    opening(sums)
+    second = Sums(sums.folder, make_terms(SETS, SAMPLES, pool="b" * 64), sums.answers)
+    opening(second)
+    sums.send("ant", 1)
+    with pytest.raises(ProtocolError, match="summed before"):
+        second.send("ant", 1)
+    with pytest.raises(ProtocolError, match="summed before"):
+        second.sites["ant"].open(unmask(second, "ant", "bee", "cat"))
+    sums.sites["bee"].open(unmask(sums, "ant", "bee", "cat"))  # who gave no rows opens one sum of them, too
+    with pytest.raises(ProtocolError, match="summed before"):
+        second.sites["bee"].open(unmask(second, "ant", "bee", "cat"))
+
+
+def test_a_lost_index_is_no_fresh_start(sums: Sums) -> None:
+    advert_of(sums, sums.terms)
+    path = sums.folder / "sites" / "ant" / "index.sqlite"
+    path.write_bytes(b"not an index" * 100)
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"index\.sqlite .*Restore it"):
+            advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
+        path.unlink(missing_ok=True)
 
 
 def test_samples_are_bound_to_the_sum_that_masked_rows_were_given_for(sums: Sums) -> None:
@@ -356,8 +398,6 @@ def test_a_damaged_record_is_no_fresh_start(sums: Sums) -> None:
     path.write_text(path.read_text()[:-40])
     with pytest.raises(StorageError, match="not the record of a secure sum"):
         advert_of(sums, sums.terms)
-    with pytest.raises(StorageError, match="not the record of a secure sum"):
-        advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
 
 
 # Messages

@@ -226,6 +226,25 @@ def test_another_sum_of_the_same_samples_is_refused_by_the_sites(world: World) -
         sum_over(world.grid, world.nodes, secure, patience=60)
 
 
+def test_images_of_another_pool_that_were_summed_are_refused_by_the_sites(world: World) -> None:
+    """One image in common is enough."""
+    world.sum()
+    images = np.concatenate([world.pool.read(7, 8), 255 - world.pool.read(0, 5)])
+    pool = Pool.build(from_arrays(images, None, (), where="test"), world.folder / "other-pool")
+    for name, site in world.sites.items():
+        world.sites[name] = Site(site.settings.model_copy(update={"pools": (pool.folder,)}), Linear(name))
+
+    def about(start: int) -> SecureSum:
+        fields = {"pool": pool.digest, "start": start, "stop": 6}
+        terms = Terms.model_validate_json(world.terms.model_copy(update=fields).model_dump_json())
+        return SecureSum(world.folder / f"other-{start}", terms)
+
+    assert world.grid is not None
+    with pytest.raises(AskingError, match=r"0 of 4 sites have sent keys.*ant: The site refused: sum-refused"):
+        sum_over(world.grid, world.nodes, about(0), patience=60)
+    assert len(sum_over(world.grid, world.nodes, about(1), patience=60)[0].sums) == 5
+
+
 def test_a_site_gives_sums_no_finer_than_its_policy(world: World) -> None:
     settings = world.sites["ant"].settings
     coarse = settings.model_copy(update={"policy": Policy(precision="f16")})
@@ -283,7 +302,7 @@ def test_a_peer_that_is_not_known_any_more_is_noticed_before_rows_leave(world: W
 
 
 def test_a_site_without_a_key_cannot_take_part(world: World) -> None:
-    card = world.sites["ant"].card.model_copy(update={"identity": None})
+    card = world.sites["ant"].card.model_copy(update={"identity": None, "public_key": None})
     cards = [card, *(site.card for name, site in world.sites.items() if name != "ant")]
     contract = RunContract.build(JobSettings(name="job"), cards, (world.pool.digest,))
     with pytest.raises(AskingError, match="Site ant has no key to sign with"):
