@@ -231,22 +231,24 @@ class SumSite:
         """
         with self._turn() as index:
             held, given = self._need_row_keys(index, question)
-        if not given:
-            images = self._digests(held.terms)
-            with self._turn() as index:
-                held, given = self._need_row_keys(index, question)
-                index.bind(held.terms, held.terms.by_name[self._name].teacher, images, "given")
-        own = held.terms.by_name[self._name]
-        log_probs = answering(held.terms, question.start, question.stop)
-        rows = held.terms.ring().encode(log_probs / held.terms.temperature, own.weight)
+        terms, own = held.terms, held.terms.by_name[self._name]
+        images = b"" if given else self._digests(terms)
+        with self._turn() as index:
+            index.refuse_second(terms, own.teacher, images)  # before the work
+        log_probs = answering(terms, question.start, question.stop)
+        rows = terms.ring().encode(log_probs / terms.temperature, own.weight)
         if rows.shape != (len(question), len(own.classes)):
             raise ProtocolError("The site's answer has not one row a sample and one column a class")
         if own.noise is not None:
             if noise is None:
                 raise ProtocolError("The terms of a secure sum name noise of this site, which adds none now")
-            rows += noise(held.terms, question.start, question.stop, log_probs).astype(np.uint32)
+            rows += noise(terms, question.start, question.stop, log_probs).astype(np.uint32)
+        with self._turn() as index:  # what happened meanwhile counts; an answer that was refused binds nothing
+            held, given = self._need_row_keys(index, question)
+            if not given:
+                index.bind(terms, own.teacher, images, "given")
         for mask in self._masks(held):
-            mask.put_on(rows, question.start - held.terms.start)
+            mask.put_on(rows, question.start - terms.start)
         return MaskedRows(question, rows.astype("<u4", copy=False).tobytes())
 
     def _need_row_keys(self, index: SumIndex, question: RowsQuestion) -> tuple[_Held, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,32 @@ def test_images_are_bound_in_every_pool_from_the_first_masked_row(sums: Sums) ->
     sums.sites["bee"].open(unmask(sums, "ant", "bee", "cat"))  # who gave no rows opens one sum of them, too
     with pytest.raises(ProtocolError, match="summed before"):
         second.sites["bee"].open(unmask(second, "ant", "bee", "cat"))
+
+
+def test_no_image_is_bound_by_an_answer_that_was_refused(sums: Sums) -> None:
+    """A refusal for want of budget, or of noise, is no sum: nothing left."""
+    question = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
+    opening(sums)
+    with pytest.raises(AssertionError, match="the teacher was asked"):
+        sums.sites["ant"].rows(question, no_answer)
+    advert_of(sums, make_terms(SETS, SAMPLES, job="other", threshold=4))
+
+
+def test_what_happened_while_a_site_answered_counts(sums: Sums) -> None:
+    """Another sum of the same images, or the opening of this one, may come first: then no rows are given."""
+    second = Sums(sums.folder, make_terms(SETS, SAMPLES, job="other", threshold=4), sums.answers)
+    opening(sums)
+    opening(second)
+
+    def meanwhile(action: Callable[[], Any]) -> Any:
+        return lambda _, low, high: (action(), sums.answers["ant"][low:high])[1]
+
+    question = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
+    with pytest.raises(ProtocolError, match="summed before"):
+        sums.sites["ant"].rows(question, meanwhile(lambda: second.send("ant", 1)))
+    opened = meanwhile(lambda: second.sites["ant"].open(unmask(second, *SETS)))
+    with pytest.raises(ProtocolError, match="not after they were opened"):
+        second.sites["ant"].rows(question.model_copy(update={"terms": second.terms.digest}), opened)
 
 
 def test_a_lost_index_is_no_fresh_start(sums: Sums) -> None:
