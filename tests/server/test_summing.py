@@ -30,6 +30,7 @@ from consilience.server import summing
 from consilience.server.contract import RunContract
 from consilience.server.job import Job
 from consilience.server.secure_sums import SecureSum
+from consilience.server.summed_pool import SummedPool
 from consilience.server.summing import members_of, sum_over
 from consilience.server.unify import unify
 from consilience.server.unmasking import unify_summed
@@ -391,6 +392,46 @@ def test_too_few_sites_for_the_honest_count_are_refused_on_both_sides(world: Wor
     with pytest.raises(AskingError, match=r"0 of 4 sites have sent keys.*ant: The site refused: sum-refused"):
         world.sum()
     assert all(site.ledger.count == 0 for site in world.sites.values())
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "part"),
+    [
+        ({"ant": 0.01, "bee": 100.0}, "ant: 0.01, bee: 100"),  # too far apart
+        (dict.fromkeys(CLASSES, 1e8), "ant: 1e+08, bee: 1e+08, elk: 1e+08, fox: 1e+08"),  # no step is left
+    ],
+)
+def test_noise_that_does_not_fit_is_told_before_anybody_is_asked(
+    world: World, sigmas: dict[str, float], part: str
+) -> None:
+    for name, sigma in sigmas.items():
+        settings = world.sites[name].settings
+        policy = settings.policy.model_copy(update={"sums_only": True})
+        noisy = settings.model_copy(update={"privacy": sum_noise(sigma, 1), "policy": policy})
+        world.sites[name] = Site(noisy, Linear(name))
+    asked: list[str] = []
+    world.hinder = lambda site, kind: asked.append(kind)
+    with pytest.raises(AskingError, match="shares of noise between") as caught:
+        run_job(world)
+    assert f"privacy.sigma of the sites: {part}" in caught.value.message
+    assert "privacy.sigma and privacy.honest more alike" in (caught.value.hint or "")
+    assert TERMS not in asked
+    assert not (world.folder / "run" / "sums").exists()
+
+
+def test_terms_that_do_not_hold_together_are_told_with_the_next_step(world: World) -> None:
+    pool = world.pool
+    card = world.sites["ant"].card
+    many = [card.model_copy(update={"name": f"site-{number}"}) for number in range(256)]  # one more than may be
+    settings = {"name": "job", "pool": str(pool.folder), "privacy": {"secure_sum": True}}
+    job = parse_settings(settings, JobSettings, source="job.yaml", folder=world.folder)
+    contract = RunContract.build(job, many, (pool.digest,))
+    with pytest.raises(AskingError, match="256 sites take part; a secure sum has at most 255"):
+        SummedPool(world.folder / "run", job, contract, pool)
+    cards = [site.card for site in world.sites.values()]
+    contract = RunContract.build(job, cards, (pool.digest,)).model_copy(update={"labels": ("cat",) * 4})
+    with pytest.raises(AskingError, match=r"are not as they must be: .*a class is named twice.*Nothing was asked"):
+        SummedPool(world.folder / "run", job, contract, pool)
 
 
 def test_a_site_may_add_noise_among_others_that_add_none(world: World) -> None:
