@@ -6,6 +6,7 @@ live here: the protocol (server/secure_sums, server/summing) and the estimator (
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,9 +54,11 @@ class SummedPool:
         # What has been summed is summed: too few sites must be noticed before, not after. The sites hold a run to the
         # number it began with.
         threshold = max(default_threshold(count), min(count, job.ask.min_sites or count))
+        attempt = 1 + secrets.randbelow(2**48)  # of its own, so that sites make new keys for it: they serve once
         if (folder / "terms.json").exists():
-            threshold = int(read_json(folder / "terms.json")["threshold"])
-        terms = _terms(job, contract, pool, threshold)
+            held = read_json(folder / "terms.json")
+            threshold, attempt = int(held["threshold"]), int(held["attempt"])
+        terms = _terms(job, contract, pool, threshold, attempt)
         if terms.noise is not None:
             for card in contract.sites:
                 if short := terms.noise.shortage(card.name, threshold):
@@ -109,7 +112,7 @@ class SummedPool:
         return found.probs, diagnostics
 
 
-def _terms(job: JobSettings, contract: RunContract, pool: Pool, threshold: int) -> Terms:
+def _terms(job: JobSettings, contract: RunContract, pool: Pool, threshold: int, attempt: int) -> Terms:
     """Return the terms of the sum. Raises `AskingError` for what the numbers of a sum cannot carry."""
     members = members_of(contract, job.unify.weights)
     try:
@@ -123,6 +126,7 @@ def _terms(job: JobSettings, contract: RunContract, pool: Pool, threshold: int) 
             labels=contract.labels,
             synonyms=tuple((name, *others) for name, others in sorted(job.labels.synonyms.items())),
             temperature=job.unify.temperature,
+            attempt=attempt,
             threshold=threshold,
             members=members,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_a_job_that_needs_every_site_releases_nothing_without_one(world: World) 
 
 def test_the_same_command_goes_on_after_a_failure(world: World) -> None:
     bee, elk = after(0, "bee", UNMASK), after(0, "elk", UNMASK)
-    world.hinder = lambda site, kind: (bee(site, kind), elk(site, kind), None)[2]
+    world.hinder = both(bee, elk)
     with pytest.raises(AskingError, match="2 of 4 sites have opened their shares, 3 are needed; not: bee, elk"):
         world.sum()
     asked: list[str] = []
@@ -216,6 +217,30 @@ def test_the_same_command_goes_on_after_a_failure(world: World) -> None:
     assert lost == {}
     assert set(asked) == {UNMASK}  # nothing is asked twice but this
     np.testing.assert_allclose(summed.sums, open_sums(world.terms, world.answers()), atol=1e-8)
+
+
+def test_another_attempt_has_other_keys_and_takes_back_who_was_lost(world: World) -> None:
+    """The sites hold a sum to the roster that it had."""
+    for name in ("bee", "elk"):
+        world.hinder = both(after(0, name, DELIVERY), world.hinder)
+    with pytest.raises(AskingError, match="2 of 4 sites have sent all their masked answers") as caught:
+        run_job(world, min_sites=3)
+    (folder,) = (world.folder / "run" / "sums").iterdir()
+    assert f"Remove {folder} and run the same command again" in (caught.value.hint or "")
+    first = read_json(folder / "terms.json")["attempt"]
+    with pytest.raises(AskingError, match="2 of 4 sites have sent all"):  # the same run goes on with its attempt
+        run_job(world, min_sites=3)
+    assert read_json(folder / "terms.json")["attempt"] == first
+    # Another roster: one site less has sent keys.
+    shutil.rmtree(folder)
+    world.hinder = after(0, "fox", TERMS)
+    report = run_job(world, min_sites=3)
+    assert {site["name"]: site["missed"] for site in report["sites"]} == {"ant": 0, "bee": 0, "elk": 0, "fox": SIZE}
+    assert read_json(folder / "terms.json")["attempt"] != first
+
+
+def both(first: Callable[[str, str], None], second: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    return lambda site, kind: (first(site, kind), second(site, kind), None)[2]
 
 
 def test_another_sum_of_the_same_samples_is_refused_by_the_sites(world: World) -> None:
