@@ -101,8 +101,10 @@ class SumIndex:
 
     def drop(self, terms: str) -> None:
         """Note that the keys of a sum are gone."""
-        self._database.execute("UPDATE sums SET state = 'dropped' WHERE terms = ? AND state = 'given'", (terms,))
-        self._database.execute("DELETE FROM sums WHERE terms = ? AND state = 'keys'", (terms,))
+        if self.state(terms) == "given":
+            self._database.execute("UPDATE sums SET state = 'dropped' WHERE terms = ?", (terms,))
+        else:
+            self._database.execute("DELETE FROM sums WHERE terms = ?", (terms,))
 
     def refuse_second(self, terms: Terms, teacher: str, images: bytes) -> None:
         """Raise `ProtocolError` when another sum of some of the images, with the same teacher, was opened or begun.
@@ -129,6 +131,9 @@ class SumIndex:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             self.refuse_second(terms, teacher, images)
+            self._database.executemany(
+                "INSERT OR IGNORE INTO digests (digest) VALUES (?)", [(teacher,), (terms.ground,)]
+            )
             (own,) = self._database.execute("SELECT number FROM sums WHERE terms = ?", (terms.digest,)).fetchone()
             numbers = self._number(teacher), self._number(terms.ground)
             for block in _blocks(images):
@@ -148,13 +153,9 @@ class SumIndex:
         self._database.execute("COMMIT")
 
     def _number(self, digest: str) -> int:
-        """Return the small number that stands for a digest."""
-        query = "SELECT number FROM digests WHERE digest = ?"
-        row = self._database.execute(query, (digest,)).fetchone()
-        if row is None:
-            self._database.execute("INSERT INTO digests (digest) VALUES (?)", (digest,))
-            row = self._database.execute(query, (digest,)).fetchone()
-        return int(row[0])
+        """Return the small number that stands for a digest; 0 when none does."""
+        row = self._database.execute("SELECT number FROM digests WHERE digest = ?", (digest,)).fetchone()
+        return 0 if row is None else int(row[0])
 
 
 def _blocks(images: bytes) -> Iterator[list[bytes]]:

@@ -14,6 +14,8 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import ValidationError
 
+from consilience.client import sum_index
+from consilience.client.sum_index import MOST_OPEN
 from consilience.client.sums import SumSite
 from consilience.common.errors import ProtocolError, StorageError
 from consilience.common.sums.messages import (
@@ -381,6 +383,47 @@ def test_what_happened_while_a_site_answered_counts(sums: Sums) -> None:
     opened = meanwhile(lambda: second.sites["ant"].open(unmask(second, *SETS)))
     with pytest.raises(ProtocolError, match="not after they were opened"):
         second.sites["ant"].rows(question.model_copy(update={"terms": second.terms.digest}), opened)
+
+
+def test_keys_of_sums_that_never_opened_are_kept_for_the_last_alone(sums: Sums) -> None:
+    """Else a server could fill the disk with terms."""
+    folder = sums.folder / "sites" / "ant"
+    opening(sums)
+    sums.send("ant", 1)  # rows left: however many others follow without any, it can go on
+    adverts = [advert_of(sums, make_terms(SETS, SAMPLES, attempt=number)) for number in range(2, MOST_OPEN + 12)]
+    assert len(list(folder.glob("*.json"))) == MOST_OPEN + 1
+    sums.send("ant")
+    last = make_terms(SETS, SAMPLES, attempt=MOST_OPEN + 11)
+    assert advert_of(sums, last) == adverts[-1]
+    again = advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))  # was forgotten: other keys, as nothing left for it
+    assert again.mask_key != adverts[0].mask_key
+
+
+def test_images_stay_bound_when_the_keys_of_their_sum_are_forgotten(
+    sums: Sums, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sum_index, "MOST_OPEN", 1)
+    opening(sums)
+    sums.send("ant")
+    second = Sums(sums.folder, make_terms(SETS, SAMPLES, attempt=2), sums.answers)
+    opening(second)
+    second.send("ant")
+    advert_of(sums, make_terms(SETS, SAMPLES, attempt=3))
+    for act in (lambda: advert_of(sums, sums.terms), lambda: sums.sites["ant"].open(unmask(sums, "ant", "bee", "cat"))):
+        with pytest.raises(ProtocolError, match=r"forgotten its keys|no keys for this"):
+            act()
+    with pytest.raises(ProtocolError, match="summed before"):
+        advert_of(sums, make_terms(SETS, SAMPLES, job="other", threshold=4))
+
+
+def test_a_call_reads_no_record_of_another_sum(sums: Sums, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2, 6):
+        advert_of(sums, make_terms(SETS, SAMPLES, attempt=number))
+    read = list[Path]()
+    load = SumSite._load
+    monkeypatch.setattr(SumSite, "_load", lambda self, path: (read.append(path), load(self, path))[1])
+    sums.run()
+    assert {path.stem for path in read} == {sums.terms.digest}
 
 
 def test_a_lost_index_is_no_fresh_start(sums: Sums) -> None:
