@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,21 +90,9 @@ class _Held(BaseModel):
 class SumSite:
     """One site in its secure sums. One per folder, in one process; safe to use from several threads."""
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        identity: PrivateKey,
-        digests: Digests,
-        peers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Keep the records in `folder`, which only its owner may read.
-
-        `peers`: fingerprints of identity keys that the site knows otherwise than from the coordinator. Terms that name
-        another key for such a site are refused. Raises `StorageError`.
-        """
+    def __init__(self, folder: Path, name: str, identity: PrivateKey, digests: Digests) -> None:
+        """Keep the records in `folder`, which only its owner may read. Raises `StorageError`."""
         self._folder, self._name, self._identity, self._digests = folder, name, identity, digests
-        self._peers = dict(peers or {})
         self._thread = threading.Lock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -126,11 +114,11 @@ class SumSite:
 
         `teacher`, `policy`, `classes` (their names), `noise` and `owners` (how many sites must know each class) are the
         site's own now. Raises `ProtocolError` when the terms say otherwise of this site or do not give it what it needs
-        (`check_terms`), name another key for a known peer, or speak of samples that were summed before.
+        (`check_terms`), or speak of samples that were summed before.
         """
         identity = key_fingerprint(self._identity.public_key())
         own = Own(self._name, identity, teacher, policy, classes, noise, owners)
-        check_terms(terms, own, self._peers)
+        check_terms(terms, own)
         images = self._digests(terms)
         with self._turn() as index:
             held = self._read(terms.digest)

@@ -29,7 +29,7 @@ from consilience.common.sums.messages import (
     Unmask,
     default_threshold,
 )
-from helpers.summing import DIGEST, POLICY, Sums, digests_of, draw, identity, make_terms, names_of, new_site
+from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms, names_of, new_site
 
 SETS = {"ant": [0, 1, 2], "bee": [1, 2, 0], "cat": [2, 0, 1], "dog": [0, 2]}
 SAMPLES = 12
@@ -81,16 +81,6 @@ def test_terms_without_the_site_or_with_another_key_are_refused(sums: Sums, tmp_
         stranger = new_site(tmp_path / name, name, key)
         with pytest.raises(ProtocolError, match="do not name this site and its key"):
             stranger.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
-
-
-def test_another_key_for_a_known_peer_is_refused(sums: Sums, tmp_path: Path) -> None:
-    for told, refused in ((sums.terms.by_name["bee"].identity, False), ("b" * 64, True)):
-        site = SumSite(tmp_path / told, "ant", identity("ant"), digests_of, {"bee": told})
-        if refused:
-            with pytest.raises(ProtocolError, match="another key for site bee"):
-                site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
-        else:
-            site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
 
 
 @pytest.mark.parametrize(
