@@ -82,7 +82,10 @@ class SummedPool:
 
     def ask(self, grid: Grid, nodes: Mapping[str, int]) -> dict[str, str]:
         """Do the rounds that are not done; returns site -> why it was lost. Raises as `sum_over` does."""
-        return {} if self.done else sum_over(grid, nodes, self._secure, patience=self._job.ask.wait)[1]
+        chosen = self._job.ask
+        if self.done:
+            return {}
+        return sum_over(grid, nodes, self._secure, patience=chosen.wait, retries=chosen.retries)[1]
 
     def unify(self, folder: Path, space: LabelSpace) -> tuple[NDArray[np.float32], Diagnostics]:
         """Write `folder`/q.npy, (n, L) over `space`, the survivors' label space, unless it is there.

@@ -25,7 +25,7 @@ from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings, SumNoise
 from consilience.common.settings_file import parse_settings
-from consilience.common.sums.messages import DELIVERY, ROWS, TERMS, UNMASK, Terms, default_threshold
+from consilience.common.sums.messages import DELIVERY, ROSTER, ROWS, TERMS, UNMASK, Terms, default_threshold
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server import summing
 from consilience.server.contract import RunContract
@@ -113,6 +113,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made = World(sites, pool, terms, tmp_path, {name: 100 + i for i, name in enumerate(names)})
     monkeypatch.setattr(app_module, "site_of", lambda context: sites[str(context.node_config["site"])])
     monkeypatch.setattr(summing, "PIECE_BYTES", 200)  # several pieces a site
+    monkeypatch.setattr(summing, "RETRY_SECONDS", 0.01)
 
     def app(message: Message, context: Any) -> Message:
         made.hinder(str(context.node_config["site"]), message.metadata.message_type)
@@ -174,6 +175,33 @@ def test_a_site_is_lost_on_the_way(world: World, kind: str, count: int) -> None:
     left = [name for name in CLASSES if name != "elk"]
     assert [member.site for member in summed.survivors] == left
     np.testing.assert_allclose(summed.sums, open_sums(world.terms, world.answers(), left), atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [TERMS, ROSTER, DELIVERY, ROWS, UNMASK])
+@pytest.mark.parametrize("failures", [2, 3])
+def test_what_passes_costs_no_site_its_place(world: World, kind: str, failures: int) -> None:
+    """A full disk, or a teacher that stumbled, is asked again as often as openly."""
+    seen = [0]
+
+    def hinder(name: str, message: str) -> None:
+        if (name, message) == ("elk", kind):
+            seen[0] += 1
+            if seen[0] <= failures:
+                raise RuntimeError("the disk is full")
+
+    world.hinder = hinder
+    summed, lost = world.sum()
+    assert list(lost) == (["elk"] if failures == 3 else [])
+    assert len(summed.survivors) == (3 if failures == 3 and kind != UNMASK else 4)
+
+
+def test_a_refusal_that_stays_is_asked_once(world: World) -> None:
+    asked: list[str] = []
+    world.hinder = lambda site, kind: asked.append(site)
+    (world.folder / "ant" / "site.key").unlink()
+    _, lost = world.sum()
+    assert "sum-refused" in lost["ant"]
+    assert asked.count("ant") == 1
 
 
 def test_a_site_that_is_not_there_is_lost(world: World) -> None:
