@@ -21,7 +21,7 @@ from consilience.common.files import canonical_json, read_json, sha256, write_js
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
 from consilience.common.settings import JobSettings
-from consilience.common.sums.messages import LEAST_SITES, Terms, default_threshold
+from consilience.common.sums.messages import LEAST_SITES, Terms, default_threshold, ring_of
 from consilience.common.sums.ring import MOST_SITES
 from consilience.server.contract import RunContract
 from consilience.server.labelling import Diagnostics
@@ -119,7 +119,7 @@ def _terms(job: JobSettings, contract: RunContract, pool: Pool, threshold: int, 
     """Return the terms of the sum. Raises `AskingError` for what the numbers of a sum cannot carry."""
     members = members_of(contract, job.unify.weights)
     try:
-        Terms.model_construct(members=members, labels=contract.labels).ring()  # before all else: it can say what to do
+        ring_of(members, len(contract.labels))  # before all else: it can say what to do
         return Terms(
             job=job.name,
             contract=sha256(canonical_json(contract.model_dump(mode="json"))),
