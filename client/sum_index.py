@@ -63,14 +63,14 @@ class SumIndex:
         Raises `StorageError` when it is gone or damaged: what was summed cannot be known then.
         """
         path = folder / _FILE
-        if not path.exists() and next(folder.glob("*.json"), None) is not None:
+        fresh = next(folder.glob("*.json"), None) is None
+        if not fresh and not path.exists():
             raise _lost(path, "is gone, and sums are there")
         try:
-            new = not path.exists()
             database = sqlite3.connect(path, isolation_level=None)
             try:
                 database.execute("PRAGMA synchronous = EXTRA")
-                if new:
+                if fresh:  # also after a crash while it was made
                     database.executescript(_TABLES)
                 yield cls(database)
             finally:

@@ -419,11 +419,13 @@ def test_a_call_reads_no_record_of_another_sum(sums: Sums, monkeypatch: pytest.M
 def test_a_lost_index_is_no_fresh_start(sums: Sums) -> None:
     advert_of(sums, sums.terms)
     path = sums.folder / "sites" / "ant" / "index.sqlite"
-    path.write_bytes(b"not an index" * 100)
-    for _ in range(2):
+    for damage in (lambda: path.write_bytes(b"not an index" * 100), lambda: path.write_bytes(b""), path.unlink):
+        damage()
         with pytest.raises(StorageError, match=r"index\.sqlite .*Restore it"):
             advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
-        path.unlink(missing_ok=True)
+    other = sums.folder / "sites" / "bee" / "index.sqlite"
+    other.write_bytes(b"")  # as a crash leaves it while it is made
+    advert_of(sums, sums.terms, "bee")
 
 
 def test_samples_are_bound_to_the_sum_that_masked_rows_were_given_for(sums: Sums) -> None:
