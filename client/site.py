@@ -40,6 +40,7 @@ from consilience.client.privacy.spending import Allowance, entries_of, loss_of
 from consilience.client.privacy.sum_noise import share_of_noise
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape
+from consilience.client.sum_index import DIGEST_BYTES, image_digests
 from consilience.client.sums import SumSite
 from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher, load_teacher
 from consilience.common.data import open_data
@@ -95,6 +96,7 @@ class Site:
         self.coverage = coverage
         self._lock = threading.Lock()
         self._verified: dict[str, Pool] = {}
+        self._images: dict[str, bytes] = {}
         self._allowance = Allowance(settings)
         # of the training whose teacher answers here, whatever is trained beside it meanwhile
         self._training = answering_costs(settings, 1) if isinstance(settings.privacy, DpSgd) else None
@@ -324,7 +326,17 @@ class Site:
         """The site's part in secure sums. Raises `RefusedError` when it has no key to sign with."""
         if not self.settings.key.exists():
             raise RefusedError("sum-refused", "the site has no key to sign with in secure sums")
-        return SumSite(self.settings.state / "sums", self.settings.name, load_key(self.settings.key))
+        return SumSite(
+            self.settings.state / "sums", self.settings.name, load_key(self.settings.key), self._summed_images
+        )
+
+    def _summed_images(self, terms: Terms) -> bytes:
+        """Return 16 bytes for each image that a sum is about. Raises `RefusedError`."""
+        pool = self._pool(terms.pool)
+        with self._lock:
+            if pool.digest not in self._images:
+                self._images[pool.digest] = image_digests(pool)
+            return self._images[pool.digest][terms.start * DIGEST_BYTES : terms.stop * DIGEST_BYTES]
 
     def sum_keys(self, terms: Terms) -> Advert:
         """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""

@@ -1,7 +1,7 @@
 """What a site wants of the terms of a secure sum before it makes keys for it.
 
-Lives here: the terms against what the site knows of itself. Does not live here: what was summed before, and the rounds
-(client/sums).
+Lives here: the terms against what the site knows of itself. Does not live here: which other sites it knows
+(client/policy), what was summed before (client/sum_index), the rounds (client/sums).
 
 Every site of the sum signs the digest of the terms, so all that are honest see the same, and each of them has seen for
 itself that what they say of it is true. What they say of a site that was invented nobody has seen.
@@ -9,7 +9,7 @@ itself that what they say of it is true. What they say of a site that was invent
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +37,8 @@ class Own:
     """How many sites must know each of its classes, itself among them, whoever is lost."""
 
 
-def check_terms(terms: Terms, own: Own, peers: Mapping[str, str]) -> None:
-    """Raise `ProtocolError` when the terms say otherwise of the site, or would tell more of it than it lets them.
-
-    `peers`: fingerprints of the keys of other sites that this one knows otherwise than from the coordinator.
-    """
+def check_terms(terms: Terms, own: Own) -> None:
+    """Raise `ProtocolError` when the terms say otherwise of the site, or would tell more of it than it lets them."""
     member = terms.by_name.get(own.name)
     if member is None or member.identity != own.identity:
         raise ProtocolError("The terms of a secure sum do not name this site and its key")
@@ -52,9 +49,6 @@ def check_terms(terms: Terms, own: Own, peers: Mapping[str, str]) -> None:
     if max(weights) > MOST_UNEVEN * min(weights) or terms.temperature < 1:
         # a sum in which one site outweighs the others, or each is sharpened to its arg-max, tells single answers
         raise ProtocolError("The terms of a secure sum weigh sites too unevenly, or sharpen their answers")
-    for other in terms.members:
-        if peers.get(other.site, other.identity) != other.identity:
-            raise ProtocolError(f"The terms of a secure sum name another key for site {other.site} than is known")
     known = terms.owners()[list(member.classes)] - (len(terms.members) - terms.threshold)
     if np.maximum(1, known).min() < own.owners:
         label = terms.labels[member.classes[int(known.argmin())]]

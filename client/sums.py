@@ -1,11 +1,13 @@
 """A site's part in secure sums: its keys, its masked rows, and the record that keeps it from opening too much.
 
 Lives here: what a site does in each round, and what it refuses. Does not live here: what it wants of the terms
-(client/sum_terms), the teacher, messages in and out (client/app). What the record, one file a sum, is there for:
+(client/sum_terms), which images were summed (client/sum_index), the teacher, messages in and out (client/app). What the
+record, one file a sum and an index, is there for:
 
 * a round done stays done: asked the same again, the site replies the same; asked otherwise, it refuses
 * of each other site, one share of one seed is opened, never of both
-* of each pool sample, one sum is opened: the difference of two sums over different sites is one site's answer
+* of each image, in whatever pool, one sum is opened: the difference of two sums over different sites is one site's
+  answer
 
 It is written before the reply goes out, and survives a crash at any moment.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from consilience.client.sum_index import SumIndex
 from consilience.client.sum_terms import Own, check_terms
 from consilience.common.errors import ProtocolError, StorageError
 from consilience.common.files import lock, storage_error, write_bytes
@@ -57,6 +60,8 @@ from consilience.common.sums.shares import seal, split, unseal
 
 Answering = Callable[[Terms, int, int], NDArray[np.floating[Any]]]
 """Terms, start, stop -> (stop - start, k) log-probabilities of the pool's samples over the site's classes."""
+Digests = Callable[[Terms], bytes]
+"""Terms -> 16 bytes for each of their samples, the same for the same image in any pool (client/sum_index)."""
 Noise = Callable[[Terms, int, int, NDArray[np.floating[Any]]], NDArray[np.int64]]
 """Terms, start, stop, log-probabilities -> (stop - start, k) what is added to them, in steps of the terms' ring."""
 
@@ -76,8 +81,6 @@ class _Held(BaseModel):
     own: tuple[str, str] | None = None
     """The site's own shares of its own two seeds: mask, self."""
     delivery: Delivery | None = None
-    given: bool = False
-    """Whether masked rows were given."""
     holds: dict[str, tuple[str, str]] = {}
     """Site -> shares of its two seeds."""
     unmask: Unmask | None = None
@@ -87,14 +90,9 @@ class _Held(BaseModel):
 class SumSite:
     """One site in its secure sums. One per folder, in one process; safe to use from several threads."""
 
-    def __init__(self, folder: Path, name: str, identity: PrivateKey, peers: Mapping[str, str] | None = None) -> None:
-        """Keep the records in `folder`, which only its owner may read.
-
-        `peers`: fingerprints of identity keys that the site knows otherwise than from the coordinator. Terms that name
-        another key for such a site are refused. Raises `StorageError`.
-        """
-        self._folder, self._name, self._identity = folder, name, identity
-        self._peers = dict(peers or {})
+    def __init__(self, folder: Path, name: str, identity: PrivateKey, digests: Digests) -> None:
+        """Keep the records in `folder`, which only its owner may read. Raises `StorageError`."""
+        self._folder, self._name, self._identity, self._digests = folder, name, identity, digests
         self._thread = threading.Lock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -116,15 +114,19 @@ class SumSite:
 
         `teacher`, `policy`, `classes` (their names), `noise` and `owners` (how many sites must know each class) are the
         site's own now. Raises `ProtocolError` when the terms say otherwise of this site or do not give it what it needs
-        (`check_terms`), name another key for a known peer, or speak of samples that were summed before.
+        (`check_terms`), or speak of samples that were summed before.
         """
         identity = key_fingerprint(self._identity.public_key())
         own = Own(self._name, identity, teacher, policy, classes, noise, owners)
-        check_terms(terms, own, self._peers)
-        with self._turn():
+        check_terms(terms, own)
+        images = self._digests(terms)
+        with self._turn() as index:
             held = self._read(terms.digest)
             if held is None:
-                self._refuse_second_sum(terms)
+                if index.state(terms.digest) not in (None, "keys"):
+                    raise ProtocolError("The site has forgotten its keys for this secure sum")
+                index.refuse_second(terms, teacher, images)
+                index.begin(terms.digest)
                 mask_seed, self_seed = secrets.token_bytes(SEED_BYTES), secrets.token_bytes(SEED_BYTES)
                 sealing = X25519PrivateKey.generate()
                 advert = Advert.make(
@@ -143,6 +145,9 @@ class SumSite:
                     seal_key=sealing.private_bytes_raw().hex(),
                 )
                 self._write(held)
+                for old in index.superfluous():
+                    self._remove(old)
+                    index.drop(old)
             return held.advert
 
     def job_of(self, terms: str) -> str:
@@ -212,27 +217,36 @@ class SumSite:
 
         Raises `ProtocolError`, also when there is no such noise, and what `answering` and `noise` raise.
         """
-        with self._turn():
-            held = self._need(question.terms)
-            if held.delivery is None or held.unmask is not None:
-                raise ProtocolError("Masked rows are given after shares were delivered, and not after they were opened")
-            if question.start < held.terms.start or question.stop > held.terms.stop:
-                raise ProtocolError("Masked rows were asked for of samples that the terms do not name")
-            if not held.given:
-                self._refuse_second_sum(held.terms)
-                self._write(held.model_copy(update={"given": True}))
-        own = held.terms.by_name[self._name]
-        log_probs = answering(held.terms, question.start, question.stop)
-        rows = held.terms.ring().encode(log_probs / held.terms.temperature, own.weight)
+        with self._turn() as index:
+            held, given = self._need_row_keys(index, question)
+        terms, own = held.terms, held.terms.by_name[self._name]
+        images = b"" if given else self._digests(terms)
+        with self._turn() as index:
+            index.refuse_second(terms, own.teacher, images)  # before the work
+        log_probs = answering(terms, question.start, question.stop)
+        rows = terms.ring().encode(log_probs / terms.temperature, own.weight)
         if rows.shape != (len(question), len(own.classes)):
             raise ProtocolError("The site's answer has not one row a sample and one column a class")
         if own.noise is not None:
             if noise is None:
                 raise ProtocolError("The terms of a secure sum name noise of this site, which adds none now")
-            rows += noise(held.terms, question.start, question.stop, log_probs).astype(np.uint32)
+            rows += noise(terms, question.start, question.stop, log_probs).astype(np.uint32)
+        with self._turn() as index:  # what happened meanwhile counts; an answer that was refused binds nothing
+            held, given = self._need_row_keys(index, question)
+            if not given:
+                index.bind(terms, own.teacher, images, "given")
         for mask in self._masks(held):
-            mask.put_on(rows, question.start - held.terms.start)
+            mask.put_on(rows, question.start - terms.start)
         return MaskedRows(question, rows.astype("<u4", copy=False).tobytes())
+
+    def _need_row_keys(self, index: SumIndex, question: RowsQuestion) -> tuple[_Held, bool]:
+        """Return the record of a sum, and whether it gave rows before. Raises `ProtocolError` when it may not now."""
+        held, state = self._need(question.terms), index.state(question.terms)
+        if held.delivery is None or held.unmask is not None or state == "opened":
+            raise ProtocolError("Masked rows are given after shares were delivered, and not after they were opened")
+        if question.start < held.terms.start or question.stop > held.terms.stop:
+            raise ProtocolError("Masked rows were asked for of samples that the terms do not name")
+        return held, state == "given"
 
     def _masks(self, held: _Held) -> Iterator[Mask]:
         assert held.roster is not None
@@ -255,6 +269,9 @@ class SumSite:
         summed in another sum since.
         """
         with self._turn():
+            terms = self._need(unmask.terms).terms
+        images = self._digests(terms)
+        with self._turn() as index:
             held = self._need(unmask.terms)
             if held.opened is not None and held.unmask == unmask:
                 return held.opened
@@ -266,7 +283,7 @@ class SumSite:
             if len(names) < held.terms.threshold:
                 raise ProtocolError(f"{len(names)} sites survived; needed: {held.terms.threshold}")
             self._need_the_same_masks(held, unmask)
-            self._refuse_second_sum(held.terms)
+            index.bind(terms, terms.by_name[self._name].teacher, images, "opened")
             shares = [
                 OpenedShare(of=site, kind="self", share=pair[1])
                 if site in names
@@ -294,28 +311,10 @@ class SumSite:
             )
             told.check(held.roster)
 
-    def _refuse_second_sum(self, terms: Terms) -> None:
-        """Raise `ProtocolError` when another sum of some of the samples, with the same teacher, was opened or begun.
-
-        Begun is one for which masked rows were given: others may open it without this site. Another attempt at it by
-        just the same sites may go on, for those who open the two are then never all others.
-        """
-        teacher = terms.by_name[self._name].teacher
-        for path in sorted(self._folder.glob("*.json")):
-            other = self._load(path)
-            past = other.terms
-            if past.digest == terms.digest or past.pool != terms.pool:
-                continue
-            if other.unmask is None and (not other.given or past.ground == terms.ground):
-                continue
-            overlap = past.start < terms.stop and terms.start < past.stop
-            if overlap and past.by_name[self._name].teacher == teacher:
-                raise ProtocolError("Some of these samples were summed before: two sums tell more than one")
-
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._thread, lock(self._folder):
-            yield
+    def _turn(self) -> Iterator[SumIndex]:
+        with self._thread, lock(self._folder), SumIndex.open(self._folder) as index:
+            yield index
 
     def _path(self, terms: str) -> Path:
         return self._folder / f"{terms}.json"
@@ -340,6 +339,13 @@ class SumSite:
                 f"{path} is not the record of a secure sum",
                 hint="Restore it; without it this site may open more than one sum of the same samples",
             ) from error
+
+    def _remove(self, terms: str) -> None:
+        path = self._path(terms)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(error, path, "remove") from error
 
     def _write(self, held: _Held) -> None:
         write_bytes(self._path(held.terms.digest), held.model_dump_json().encode())

@@ -70,6 +70,7 @@ FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
         "policy-ended",
         "budget-exhausted",
         "ledger-damaged",
+        "sum-refused",
         "unknown-peer",
     }
 )

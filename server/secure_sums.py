@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from consilience.common.errors import AskingError, ProtocolError, RunError, StorageError
+from consilience.common.errors import NEW_RUN, AskingError, ProtocolError, RunError, StorageError
 from consilience.common.files import read_json, storage_error, write_bytes, write_json
 from consilience.common.protocol import Record
 from consilience.common.sums.messages import (
@@ -44,7 +44,10 @@ class SecureSum:
         self.folder, self.terms = folder, terms
         held = self._load("terms", Terms)
         if held is not None and held != terms:
-            raise RunError(f"{folder} holds a secure sum on other terms", hint="Give the next attempt its own folder")
+            raise RunError(
+                f"{folder} holds a secure sum on other terms: sites, job or settings were others",
+                hint=f"Undo what was changed, or start {NEW_RUN}",
+            )
         if held is None:
             self._keep("terms", terms)
         self._stores: dict[str, MaskedStore] = {}
@@ -98,9 +101,7 @@ class SecureSum:
         for other in self.sharers():
             sealed = self._load(f"sealed/{other}", SealedShares)
             if sealed is None:
-                raise StorageError(
-                    f"{self._path(f'sealed/{other}')} is gone", hint="Start the sum again, as a new attempt"
-                )
+                raise StorageError(f"{self._path(f'sealed/{other}')} is gone", hint=self._again())
             shares += [share for share in sealed.shares if share.holder == site]
         return Delivery(terms=self.terms.digest, roster=roster.digest, site=site, shares=tuple(shares))
 
@@ -189,8 +190,15 @@ class SecureSum:
             away = [member.site for member in self.terms.members if member.site not in sites]
             raise AskingError(
                 f"{len(sites)} of {len(self.terms.members)} sites {what}, {needed} are needed; not: {', '.join(away)}",
-                hint="Nothing was unmasked. Mend those sites and run the same command again",
+                hint="Nothing was unmasked. Mend those sites and run the same command again. If that is not enough: "
+                + self._again(),
             )
+
+    def _again(self) -> str:
+        """How the same sum is begun anew, for hints."""
+        if self.closed("unmask"):
+            return f"Start {NEW_RUN} over other images: sites may have opened shares, and sum an image once"
+        return f"Remove {self.folder} and run the same command again: another attempt, with all sites that are there"
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -214,4 +222,4 @@ class SecureSum:
         except OSError as error:
             raise storage_error(error, path, "read") from error
         except ValidationError as error:
-            raise StorageError(f"{path} is damaged", hint="Start the sum again, as a new attempt") from error
+            raise StorageError(f"{path} is damaged", hint=self._again()) from error

@@ -15,7 +15,7 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from consilience.common.errors import AskingError, ProtocolError
-from consilience.common.protocol import RecordType, SiteCard, read_reply
+from consilience.common.protocol import RecordType, RefusedReplyError, SiteCard, read_reply
 from consilience.common.sums.messages import (
     DELIVERY,
     ROSTER,
@@ -38,6 +38,8 @@ from consilience.server.unmasking import Summed, unmask_sums
 PIECE_BYTES = 4 * 2**20
 """Masked rows asked for at a time."""
 TTL_SECONDS = 300.0
+RETRY_SECONDS = 1.0
+"""Pause before a site that failed is asked the same again; twice as long each time."""
 
 Take = Callable[[str, RecordDict], None]
 """What to do with a site's reply: site, content. Raises `ProtocolError` when it is not what was asked for."""
@@ -69,14 +71,15 @@ def _identity(card: SiteCard) -> str:
 
 
 def sum_over(
-    grid: Grid, nodes: Mapping[str, int], secure: SecureSum, *, patience: float
+    grid: Grid, nodes: Mapping[str, int], secure: SecureSum, *, patience: float, retries: int = 2
 ) -> tuple[Summed, dict[str, str]]:
     """Do every round that is not done; returns the sums, and site -> why it was lost.
 
-    `nodes`: site -> node, for the members that are there. A site that says nothing for `patience` seconds in a round,
-    or that refuses, is lost from then on. Raises `AskingError` when too few are left, `ProtocolError`, `StorageError`.
+    `nodes`: site -> node, for the members that are there. A site is lost from then on that says nothing for `patience`
+    seconds in a round, that refuses for good, or that fails `retries` times more when it is asked again.
+    Raises `AskingError` when too few are left, `ProtocolError`, `StorageError`.
     """
-    asking = _Asking(grid, nodes, patience)
+    asking = _Asking(grid, nodes, patience, retries)
     try:
         _rounds(asking, secure)
         return unmask_sums(secure), asking.lost
@@ -133,6 +136,10 @@ class _Turn:
     steps: deque[_Step]
     since: float
     sent: str | None = None
+    tries: int = 0
+    """How often the site failed at its step."""
+    due: float = 0.0
+    """When it is asked next, at the earliest."""
 
 
 @dataclass
@@ -140,6 +147,7 @@ class _Asking:
     grid: Grid
     nodes: Mapping[str, int]
     patience: float
+    retries: int
     lost: dict[str, str] = field(default_factory=dict)
 
     def round(self, steps: Mapping[str, Iterable[_Step]]) -> None:
@@ -157,7 +165,8 @@ class _Asking:
                 backoff.pause()
 
     def _send(self, turns: Mapping[str, _Turn]) -> None:
-        due = [site for site, turn in turns.items() if turn.sent is None]
+        now = time.monotonic()
+        due = [site for site, turn in turns.items() if turn.sent is None and turn.due <= now]
         messages = [
             compose(turns[site].steps[0].content, turns[site].steps[0].kind, self.nodes[site], TTL_SECONDS)
             for site in due
@@ -179,11 +188,19 @@ class _Asking:
             try:
                 turn.steps[0].take(site, content_of(message))
             except ProtocolError as error:
-                self.lost[site] = error.message
+                self._failed(site, turn, error)
                 continue
             turn.steps.popleft()
-            turn.since = time.monotonic()
+            turn.since, turn.tries = time.monotonic(), 0
         for site, turn in turns.items():
             if time.monotonic() - turn.since > self.patience:
                 self.lost.setdefault(site, f"it said nothing for {self.patience:g} seconds")
         return came
+
+    def _failed(self, site: str, turn: _Turn, error: ProtocolError) -> None:
+        """Give a site up, or let it be asked again in a while: what passes should not cost it its place."""
+        turn.tries += 1
+        if turn.tries > self.retries or (isinstance(error, RefusedReplyError) and error.final):
+            self.lost[site] = error.message
+        else:
+            turn.due = time.monotonic() + RETRY_SECONDS * 2 ** (turn.tries - 1)

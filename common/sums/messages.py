@@ -12,6 +12,7 @@ them. Each round's request comes from the server:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -90,6 +91,19 @@ class Member(Part):
         return self
 
 
+def _noise_of(members: Sequence[Member], labels: int) -> SharedNoise | None:
+    noises = {member.site: member.noise for member in members if member.noise is not None}
+    return SharedNoise({member.site: member.classes for member in members}, noises, labels) if noises else None
+
+
+def ring_of(members: Sequence[Member], labels: int) -> Ring:
+    """Return the numbers of a sum over so many labels. Raises `SettingsError` for weights and noise that do not fit."""
+    weights, noise = [member.weight for member in members], _noise_of(members, labels)
+    if noise is None:
+        return Ring(weights)
+    return NoisyRing(weights, [len(member.classes) for member in members], noise.bounds())
+
+
 class Terms(Record):
     """What is summed, and by whom: pool samples start..stop-1. Its digest goes into every key."""
 
@@ -143,17 +157,12 @@ class Terms(Record):
     @cached_property
     def fixed_point(self) -> Ring:
         """What `ring` returns."""
-        weights = [member.weight for member in self.members]
-        if self.noise is None:
-            return Ring(weights)
-        return NoisyRing(weights, [len(member.classes) for member in self.members], self.noise.bounds())
+        return ring_of(self.members, len(self.labels))
 
     @cached_property
     def noise(self) -> SharedNoise | None:
         """Who adds how much noise; None where nobody does."""
-        noises = {member.site: member.noise for member in self.members if member.noise is not None}
-        sets = {member.site: member.classes for member in self.members}
-        return SharedNoise(sets, noises, len(self.labels)) if noises else None
+        return _noise_of(self.members, len(self.labels))
 
     def owners(self) -> NDArray[np.int64]:
         """Return (L,) how many members know each class."""

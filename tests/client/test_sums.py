@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import ValidationError
 
+from consilience.client import sum_index
+from consilience.client.sum_index import MOST_OPEN
 from consilience.client.sums import SumSite
 from consilience.common.errors import ProtocolError, StorageError
 from consilience.common.sums.messages import (
@@ -26,7 +29,7 @@ from consilience.common.sums.messages import (
     Unmask,
     default_threshold,
 )
-from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms, names_of
+from helpers.summing import DIGEST, POLICY, Sums, draw, identity, make_terms, names_of, new_site
 
 SETS = {"ant": [0, 1, 2], "bee": [1, 2, 0], "cat": [2, 0, 1], "dog": [0, 2]}
 SAMPLES = 12
@@ -75,19 +78,9 @@ def test_terms_about_another_state_of_the_site_are_refused(sums: Sums, changes: 
 
 def test_terms_without_the_site_or_with_another_key_are_refused(sums: Sums, tmp_path: Path) -> None:
     for name, key in (("eel", "eel"), ("ant", "bee")):
-        stranger = SumSite(tmp_path / name, name, identity(key))
+        stranger = new_site(tmp_path / name, name, key)
         with pytest.raises(ProtocolError, match="do not name this site and its key"):
             stranger.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
-
-
-def test_another_key_for_a_known_peer_is_refused(sums: Sums, tmp_path: Path) -> None:
-    for told, refused in ((sums.terms.by_name["bee"].identity, False), ("b" * 64, True)):
-        site = SumSite(tmp_path / told, "ant", identity("ant"), {"bee": told})
-        if refused:
-            with pytest.raises(ProtocolError, match="another key for site bee"):
-                site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
-        else:
-            site.advertise(sums.terms, teacher=DIGEST, policy=POLICY, classes=names_of([0, 1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +314,118 @@ def test_samples_are_summed_once(sums: Sums) -> None:
         with pytest.raises(ProtocolError, match="summed before"):
             advert_of(sums, terms)
     advert_of(sums, make_terms(SETS, SAMPLES, start=SAMPLES))
-    advert_of(sums, make_terms(SETS, SAMPLES, pool="b" * 64))
+    advert_of(sums, make_terms(SETS, SAMPLES, pool="d" * 64))
+
+
+@pytest.mark.parametrize("lost", [[], ["dog"]])
+def test_images_are_summed_once_whatever_pool_they_lie_in(sums: Sums, lost: list[str]) -> None:
+    """The difference of sums over these four sites and over three of them would be the answer of the fourth."""
+    few = {site: classes for site, classes in SETS.items() if site != "dog"}
+    pool = "b" * 64  # the same images
+    early = Sums(sums.folder, make_terms(few, SAMPLES, pool=pool), sums.answers)
+    early.advertise()
+    early.share()
+    early.deliver()
+    sums.run(lost)
+    with pytest.raises(ProtocolError, match="summed before"):
+        early.send("ant")
+    for changes in ({"pool": pool, "start": SAMPLES - 1}, {"pool": pool, "job": "other"}):
+        with pytest.raises(ProtocolError, match="summed before"):
+            advert_of(sums, make_terms(few, SAMPLES, **changes))
+    advert_of(sums, make_terms(few, SAMPLES, pool=pool, start=SAMPLES))
+
+
+def test_images_are_bound_in_every_pool_from_the_first_masked_row(sums: Sums) -> None:
+    opening(sums)
+    second = Sums(sums.folder, make_terms(SETS, SAMPLES, pool="b" * 64), sums.answers)
+    opening(second)
+    sums.send("ant", 1)
+    with pytest.raises(ProtocolError, match="summed before"):
+        second.send("ant", 1)
+    with pytest.raises(ProtocolError, match="summed before"):
+        second.sites["ant"].open(unmask(second, "ant", "bee", "cat"))
+    sums.sites["bee"].open(unmask(sums, "ant", "bee", "cat"))  # who gave no rows opens one sum of them, too
+    with pytest.raises(ProtocolError, match="summed before"):
+        second.sites["bee"].open(unmask(second, "ant", "bee", "cat"))
+
+
+def test_no_image_is_bound_by_an_answer_that_was_refused(sums: Sums) -> None:
+    """A refusal for want of budget, or of noise, is no sum: nothing left."""
+    question = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
+    opening(sums)
+    with pytest.raises(AssertionError, match="the teacher was asked"):
+        sums.sites["ant"].rows(question, no_answer)
+    advert_of(sums, make_terms(SETS, SAMPLES, job="other", threshold=4))
+
+
+def test_what_happened_while_a_site_answered_counts(sums: Sums) -> None:
+    """Another sum of the same images, or the opening of this one, may come first: then no rows are given."""
+    second = Sums(sums.folder, make_terms(SETS, SAMPLES, job="other", threshold=4), sums.answers)
+    opening(sums)
+    opening(second)
+
+    def meanwhile(action: Callable[[], Any]) -> Any:
+        return lambda _, low, high: (action(), sums.answers["ant"][low:high])[1]
+
+    question = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
+    with pytest.raises(ProtocolError, match="summed before"):
+        sums.sites["ant"].rows(question, meanwhile(lambda: second.send("ant", 1)))
+    opened = meanwhile(lambda: second.sites["ant"].open(unmask(second, *SETS)))
+    with pytest.raises(ProtocolError, match="not after they were opened"):
+        second.sites["ant"].rows(question.model_copy(update={"terms": second.terms.digest}), opened)
+
+
+def test_keys_of_sums_that_never_opened_are_kept_for_the_last_alone(sums: Sums) -> None:
+    """Else a server could fill the disk with terms."""
+    folder = sums.folder / "sites" / "ant"
+    opening(sums)
+    sums.send("ant", 1)  # rows left: however many others follow without any, it can go on
+    adverts = [advert_of(sums, make_terms(SETS, SAMPLES, attempt=number)) for number in range(2, MOST_OPEN + 12)]
+    assert len(list(folder.glob("*.json"))) == MOST_OPEN + 1
+    sums.send("ant")
+    last = make_terms(SETS, SAMPLES, attempt=MOST_OPEN + 11)
+    assert advert_of(sums, last) == adverts[-1]
+    again = advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))  # was forgotten: other keys, as nothing left for it
+    assert again.mask_key != adverts[0].mask_key
+
+
+def test_images_stay_bound_when_the_keys_of_their_sum_are_forgotten(
+    sums: Sums, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sum_index, "MOST_OPEN", 1)
+    opening(sums)
+    sums.send("ant")
+    second = Sums(sums.folder, make_terms(SETS, SAMPLES, attempt=2), sums.answers)
+    opening(second)
+    second.send("ant")
+    advert_of(sums, make_terms(SETS, SAMPLES, attempt=3))
+    for act in (lambda: advert_of(sums, sums.terms), lambda: sums.sites["ant"].open(unmask(sums, "ant", "bee", "cat"))):
+        with pytest.raises(ProtocolError, match=r"forgotten its keys|no keys for this"):
+            act()
+    with pytest.raises(ProtocolError, match="summed before"):
+        advert_of(sums, make_terms(SETS, SAMPLES, job="other", threshold=4))
+
+
+def test_a_call_reads_no_record_of_another_sum(sums: Sums, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2, 6):
+        advert_of(sums, make_terms(SETS, SAMPLES, attempt=number))
+    read = list[Path]()
+    load = SumSite._load
+    monkeypatch.setattr(SumSite, "_load", lambda self, path: (read.append(path), load(self, path))[1])
+    sums.run()
+    assert {path.stem for path in read} == {sums.terms.digest}
+
+
+def test_a_lost_index_is_no_fresh_start(sums: Sums) -> None:
+    advert_of(sums, sums.terms)
+    path = sums.folder / "sites" / "ant" / "index.sqlite"
+    for damage in (lambda: path.write_bytes(b"not an index" * 100), lambda: path.write_bytes(b""), path.unlink):
+        damage()
+        with pytest.raises(StorageError, match=r"index\.sqlite .*Restore it"):
+            advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
+    other = sums.folder / "sites" / "bee" / "index.sqlite"
+    other.write_bytes(b"")  # as a crash leaves it while it is made
+    advert_of(sums, sums.terms, "bee")
 
 
 def test_samples_are_bound_to_the_sum_that_masked_rows_were_given_for(sums: Sums) -> None:
@@ -356,8 +460,6 @@ def test_a_damaged_record_is_no_fresh_start(sums: Sums) -> None:
     path.write_text(path.read_text()[:-40])
     with pytest.raises(StorageError, match="not the record of a secure sum"):
         advert_of(sums, sums.terms)
-    with pytest.raises(StorageError, match="not the record of a secure sum"):
-        advert_of(sums, make_terms(SETS, SAMPLES, attempt=2))
 
 
 # Messages

@@ -55,6 +55,17 @@ def make_terms(class_sets: Mapping[str, Sequence[int]], samples: int, **changes:
     return Terms(**{**fields, **changes})
 
 
+def digests_of(terms: Terms) -> bytes:
+    """Digests of made-up images: sample i is the same one in pools `a`... and `b`..., and another in any other."""
+    pool = b"same" if terms.pool in (DIGEST, "b" * 64) else terms.pool[:4].encode()
+    return b"".join(pool + index.to_bytes(12, "big") for index in range(terms.start, terms.stop))
+
+
+def new_site(folder: Path, name: str, key: str = "") -> SumSite:
+    """A site with made-up images, and the key `key`; by default its own."""
+    return SumSite(folder, name, identity(key or name), digests_of)
+
+
 def names_of(classes: Iterable[int]) -> tuple[str, ...]:
     """The names of classes in made-up terms."""
     return tuple(f"class-{label}" for label in classes)
@@ -77,7 +88,7 @@ class Sums:
     ) -> None:
         self.folder, self.terms, self.answers, self.piece, self.noise = folder, terms, answers, piece, noise
         self.server = SecureSum(folder / "server" / terms.digest, terms)
-        self.sites = {m.site: SumSite(folder / "sites" / m.site, m.site, identity(m.site)) for m in terms.members}
+        self.sites = {m.site: new_site(folder / "sites" / m.site, m.site) for m in terms.members}
         self.bytes = 0
 
     def advertise(self, without: Collection[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,13 @@ from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings, SumNoise
 from consilience.common.settings_file import parse_settings
-from consilience.common.sums.messages import DELIVERY, ROWS, TERMS, UNMASK, Terms, default_threshold
+from consilience.common.sums.messages import DELIVERY, ROSTER, ROWS, TERMS, UNMASK, Terms, default_threshold
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server import summing
 from consilience.server.contract import RunContract
 from consilience.server.job import Job
 from consilience.server.secure_sums import SecureSum
+from consilience.server.summed_pool import SummedPool
 from consilience.server.summing import members_of, sum_over
 from consilience.server.unify import unify
 from consilience.server.unmasking import unify_summed
@@ -111,6 +113,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made = World(sites, pool, terms, tmp_path, {name: 100 + i for i, name in enumerate(names)})
     monkeypatch.setattr(app_module, "site_of", lambda context: sites[str(context.node_config["site"])])
     monkeypatch.setattr(summing, "PIECE_BYTES", 200)  # several pieces a site
+    monkeypatch.setattr(summing, "RETRY_SECONDS", 0.01)
 
     def app(message: Message, context: Any) -> Message:
         made.hinder(str(context.node_config["site"]), message.metadata.message_type)
@@ -174,6 +177,33 @@ def test_a_site_is_lost_on_the_way(world: World, kind: str, count: int) -> None:
     np.testing.assert_allclose(summed.sums, open_sums(world.terms, world.answers(), left), atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", [TERMS, ROSTER, DELIVERY, ROWS, UNMASK])
+@pytest.mark.parametrize("failures", [2, 3])
+def test_what_passes_costs_no_site_its_place(world: World, kind: str, failures: int) -> None:
+    """A full disk, or a teacher that stumbled, is asked again as often as openly."""
+    seen = [0]
+
+    def hinder(name: str, message: str) -> None:
+        if (name, message) == ("elk", kind):
+            seen[0] += 1
+            if seen[0] <= failures:
+                raise RuntimeError("the disk is full")
+
+    world.hinder = hinder
+    summed, lost = world.sum()
+    assert list(lost) == (["elk"] if failures == 3 else [])
+    assert len(summed.survivors) == (3 if failures == 3 and kind != UNMASK else 4)
+
+
+def test_a_refusal_that_stays_is_asked_once(world: World) -> None:
+    asked: list[str] = []
+    world.hinder = lambda site, kind: asked.append(site)
+    (world.folder / "ant" / "site.key").unlink()
+    _, lost = world.sum()
+    assert "sum-refused" in lost["ant"]
+    assert asked.count("ant") == 1
+
+
 def test_a_site_that_is_not_there_is_lost(world: World) -> None:
     summed, lost = world.sum(nodes={name: node for name, node in world.nodes.items() if name != "bee"})
     assert lost == {"bee": "it is not there"}
@@ -206,7 +236,7 @@ def test_a_job_that_needs_every_site_releases_nothing_without_one(world: World) 
 
 def test_the_same_command_goes_on_after_a_failure(world: World) -> None:
     bee, elk = after(0, "bee", UNMASK), after(0, "elk", UNMASK)
-    world.hinder = lambda site, kind: (bee(site, kind), elk(site, kind), None)[2]
+    world.hinder = both(bee, elk)
     with pytest.raises(AskingError, match="2 of 4 sites have opened their shares, 3 are needed; not: bee, elk"):
         world.sum()
     asked: list[str] = []
@@ -217,6 +247,30 @@ def test_the_same_command_goes_on_after_a_failure(world: World) -> None:
     np.testing.assert_allclose(summed.sums, open_sums(world.terms, world.answers()), atol=1e-8)
 
 
+def test_another_attempt_has_other_keys_and_takes_back_who_was_lost(world: World) -> None:
+    """The sites hold a sum to the roster that it had."""
+    for name in ("bee", "elk"):
+        world.hinder = both(after(0, name, DELIVERY), world.hinder)
+    with pytest.raises(AskingError, match="2 of 4 sites have sent all their masked answers") as caught:
+        run_job(world, min_sites=3)
+    (folder,) = (world.folder / "run" / "sums").iterdir()
+    assert f"Remove {folder} and run the same command again" in (caught.value.hint or "")
+    first = read_json(folder / "terms.json")["attempt"]
+    with pytest.raises(AskingError, match="2 of 4 sites have sent all"):  # the same run goes on with its attempt
+        run_job(world, min_sites=3)
+    assert read_json(folder / "terms.json")["attempt"] == first
+    # Another roster: one site less has sent keys.
+    shutil.rmtree(folder)
+    world.hinder = after(0, "fox", TERMS)
+    report = run_job(world, min_sites=3)
+    assert {site["name"]: site["missed"] for site in report["sites"]} == {"ant": 0, "bee": 0, "elk": 0, "fox": SIZE}
+    assert read_json(folder / "terms.json")["attempt"] != first
+
+
+def both(first: Callable[[str, str], None], second: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    return lambda site, kind: (first(site, kind), second(site, kind), None)[2]
+
+
 def test_another_sum_of_the_same_samples_is_refused_by_the_sites(world: World) -> None:
     world.sum()
     again = Terms.model_validate_json(world.terms.model_copy(update={"attempt": 2}).model_dump_json())
@@ -224,6 +278,25 @@ def test_another_sum_of_the_same_samples_is_refused_by_the_sites(world: World) -
     assert world.grid is not None
     with pytest.raises(AskingError, match=r"0 of 4 sites have sent keys.*ant: The site refused: sum-refused"):
         sum_over(world.grid, world.nodes, secure, patience=60)
+
+
+def test_images_of_another_pool_that_were_summed_are_refused_by_the_sites(world: World) -> None:
+    """One image in common is enough."""
+    world.sum()
+    images = np.concatenate([world.pool.read(7, 8), 255 - world.pool.read(0, 5)])
+    pool = Pool.build(from_arrays(images, None, (), where="test"), world.folder / "other-pool")
+    for name, site in world.sites.items():
+        world.sites[name] = Site(site.settings.model_copy(update={"pools": (pool.folder,)}), Linear(name))
+
+    def about(start: int) -> SecureSum:
+        fields = {"pool": pool.digest, "start": start, "stop": 6}
+        terms = Terms.model_validate_json(world.terms.model_copy(update=fields).model_dump_json())
+        return SecureSum(world.folder / f"other-{start}", terms)
+
+    assert world.grid is not None
+    with pytest.raises(AskingError, match=r"0 of 4 sites have sent keys.*ant: The site refused: sum-refused"):
+        sum_over(world.grid, world.nodes, about(0), patience=60)
+    assert len(sum_over(world.grid, world.nodes, about(1), patience=60)[0].sums) == 5
 
 
 def test_a_site_gives_sums_no_finer_than_its_policy(world: World) -> None:
@@ -372,6 +445,46 @@ def test_too_few_sites_for_the_honest_count_are_refused_on_both_sides(world: Wor
     with pytest.raises(AskingError, match=r"0 of 4 sites have sent keys.*ant: The site refused: sum-refused"):
         world.sum()
     assert all(site.ledger.count == 0 for site in world.sites.values())
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "part"),
+    [
+        ({"ant": 0.01, "bee": 100.0}, "ant: 0.01, bee: 100"),  # too far apart
+        (dict.fromkeys(CLASSES, 1e8), "ant: 1e+08, bee: 1e+08, elk: 1e+08, fox: 1e+08"),  # no step is left
+    ],
+)
+def test_noise_that_does_not_fit_is_told_before_anybody_is_asked(
+    world: World, sigmas: dict[str, float], part: str
+) -> None:
+    for name, sigma in sigmas.items():
+        settings = world.sites[name].settings
+        policy = settings.policy.model_copy(update={"sums_only": True})
+        noisy = settings.model_copy(update={"privacy": sum_noise(sigma, 1), "policy": policy})
+        world.sites[name] = Site(noisy, Linear(name))
+    asked: list[str] = []
+    world.hinder = lambda site, kind: asked.append(kind)
+    with pytest.raises(AskingError, match="shares of noise between") as caught:
+        run_job(world)
+    assert f"privacy.sigma of the sites: {part}" in caught.value.message
+    assert "privacy.sigma and privacy.honest more alike" in (caught.value.hint or "")
+    assert TERMS not in asked
+    assert not (world.folder / "run" / "sums").exists()
+
+
+def test_terms_that_do_not_hold_together_are_told_with_the_next_step(world: World) -> None:
+    pool = world.pool
+    card = world.sites["ant"].card
+    many = [card.model_copy(update={"name": f"site-{number}"}) for number in range(256)]  # one more than may be
+    settings = {"name": "job", "pool": str(pool.folder), "privacy": {"secure_sum": True}}
+    job = parse_settings(settings, JobSettings, source="job.yaml", folder=world.folder)
+    contract = RunContract.build(job, many, (pool.digest,))
+    with pytest.raises(AskingError, match="256 sites take part; a secure sum has at most 255"):
+        SummedPool(world.folder / "run", job, contract, pool)
+    cards = [site.card for site in world.sites.values()]
+    contract = RunContract.build(job, cards, (pool.digest,)).model_copy(update={"labels": ("cat",) * 4})
+    with pytest.raises(AskingError, match=r"are not as they must be: .*a class is named twice.*Nothing was asked"):
+        SummedPool(world.folder / "run", job, contract, pool)
 
 
 def test_a_site_may_add_noise_among_others_that_add_none(world: World) -> None:

@@ -1,0 +1,171 @@
+"""What was summed: of every image, with each teacher, the sum that it belongs to; and how far each sum is.
+
+Lives here: the rule that of an image one sum is opened, whatever pool it lies in. Does not live here: keys, masks and
+rounds, which are kept one file a sum (client/sums). An SQLite file with two small numbers and 16 bytes an image, so
+that no call reads more than it asks about. Whoever uses it holds the lock of its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from consilience.common.errors import ProtocolError, StorageError
+from consilience.common.pool import Pool
+from consilience.common.sums.messages import Terms
+
+State = Literal["keys", "given", "opened", "dropped"]
+"""Keys were made; masked rows were given; shares were opened; rows were given and the keys are forgotten."""
+DIGEST_BYTES = 16
+MOST_OPEN = 32
+"""Sums that are not opened of which keys are kept, among those without rows and among those with. Older ones go."""
+_BLOCK = 500
+_POOL_BYTES = 16 * 2**20
+_FILE = "index.sqlite"
+_TABLES = """
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS sums (number INTEGER PRIMARY KEY, terms TEXT NOT NULL UNIQUE, state TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS states ON sums (state);
+CREATE TABLE IF NOT EXISTS digests (number INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS images (
+    image BLOB NOT NULL, teacher INTEGER NOT NULL, ground INTEGER NOT NULL, opened INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (image, teacher)
+) WITHOUT ROWID;
+COMMIT;
+"""
+
+
+def image_digests(pool: Pool) -> bytes:
+    """Return 16 bytes a sample of a pool, one after the other: the same for the same image in any pool."""
+    shape = repr(pool.shape).encode()
+    return b"".join(
+        hashlib.blake2b(image.tobytes(), digest_size=DIGEST_BYTES, key=shape).digest()
+        for _, images in pool.blocks(max(1, _POOL_BYTES // pool.sample_bytes))
+        for image in images
+    )
+
+
+class SumIndex:
+    """The index of one folder of sums, open for one turn."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path) -> Iterator[SumIndex]:
+        """Open the index of `folder`, or begin one where there is no sum yet.
+
+        Raises `StorageError` when it is gone or damaged: what was summed cannot be known then.
+        """
+        path = folder / _FILE
+        fresh = next(folder.glob("*.json"), None) is None
+        if not fresh and not path.exists():
+            raise _lost(path, "is gone, and sums are there")
+        try:
+            database = sqlite3.connect(path, isolation_level=None)
+            try:
+                database.execute("PRAGMA synchronous = EXTRA")
+                if fresh:  # also after a crash while it was made
+                    database.executescript(_TABLES)
+                yield cls(database)
+            finally:
+                database.close()
+        except sqlite3.Error as error:
+            raise _lost(path, f"cannot be used: {error}") from error
+
+    def state(self, terms: str) -> State | None:
+        """Return how far the sum with these terms' digest is; None when no keys were made for it."""
+        row = self._database.execute("SELECT state FROM sums WHERE terms = ?", (terms,)).fetchone()
+        return None if row is None else row[0]
+
+    def begin(self, terms: str) -> None:
+        """Note that keys are made for a sum."""
+        self._database.execute("INSERT OR IGNORE INTO sums (terms, state) VALUES (?, 'keys')", (terms,))
+
+    def superfluous(self) -> list[str]:
+        """Return the digests of sums of which no keys need be kept: beyond `MOST_OPEN` that were not opened.
+
+        Nothing depends on them: their images stay bound to what they were given for.
+        """
+        query = "SELECT terms FROM sums WHERE state = ? ORDER BY number DESC LIMIT -1 OFFSET ?"
+        return [
+            row[0]
+            for state in ("keys", "given")
+            for row in self._database.execute(query, (state, MOST_OPEN)).fetchall()
+        ]
+
+    def drop(self, terms: str) -> None:
+        """Note that the keys of a sum are gone."""
+        if self.state(terms) == "given":
+            self._database.execute("UPDATE sums SET state = 'dropped' WHERE terms = ?", (terms,))
+        else:
+            self._database.execute("DELETE FROM sums WHERE terms = ?", (terms,))
+
+    def refuse_second(self, terms: Terms, teacher: str, images: bytes) -> None:
+        """Raise `ProtocolError` when another sum of some of the images, with the same teacher, was opened or begun.
+
+        `images`: of the terms' samples, as `image_digests` gives them. Begun is one for which masked rows were given:
+        others may open it without this site. Another attempt at it by just the same sites may go on, for those who open
+        the two are then never all others.
+        """
+        numbers = self._number(teacher), self._number(terms.ground)
+        row = self._database.execute("SELECT number FROM sums WHERE terms = ?", (terms.digest,)).fetchone()
+        own = 0 if row is None else row[0]
+        for block in _blocks(images):
+            places = ",".join("?" * len(block))
+            found = self._database.execute(
+                f"SELECT 1 FROM images WHERE image IN ({places}) AND teacher = ? "
+                "AND (ground <> ? OR opened NOT IN (0, ?)) LIMIT 1",
+                (*block, *numbers, own),
+            )
+            if found.fetchone() is not None:
+                raise ProtocolError("Some of these samples were summed before: two sums tell more than one")
+
+    def bind(self, terms: Terms, teacher: str, images: bytes, state: Literal["given", "opened"]) -> None:
+        """Bind the images to this sum, which is on the disk when this returns. Raises as `refuse_second` does."""
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            self.refuse_second(terms, teacher, images)
+            self._database.executemany(
+                "INSERT OR IGNORE INTO digests (digest) VALUES (?)", [(teacher,), (terms.ground,)]
+            )
+            (own,) = self._database.execute("SELECT number FROM sums WHERE terms = ?", (terms.digest,)).fetchone()
+            numbers = self._number(teacher), self._number(terms.ground)
+            for block in _blocks(images):
+                self._database.executemany(
+                    "INSERT OR IGNORE INTO images (image, teacher, ground) VALUES (?, ?, ?)",
+                    [(image, *numbers) for image in block],
+                )
+                if state == "opened":
+                    self._database.executemany(
+                        "UPDATE images SET opened = ? WHERE image = ? AND teacher = ?",
+                        [(own, image, numbers[0]) for image in block],
+                    )
+            self._database.execute("UPDATE sums SET state = ? WHERE number = ?", (state, own))
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def _number(self, digest: str) -> int:
+        """Return the small number that stands for a digest; 0 when none does."""
+        row = self._database.execute("SELECT number FROM digests WHERE digest = ?", (digest,)).fetchone()
+        return 0 if row is None else int(row[0])
+
+
+def _blocks(images: bytes) -> Iterator[list[bytes]]:
+    size = _BLOCK * DIGEST_BYTES
+    for start in range(0, len(images), size):
+        block = images[start : start + size]
+        yield [block[at : at + DIGEST_BYTES] for at in range(0, len(block), DIGEST_BYTES)]
+
+
+def _lost(path: Path, what: str) -> StorageError:
+    return StorageError(
+        f"{path} {what}", hint="Restore it; without it this site may open more than one sum of the same samples"
+    )
