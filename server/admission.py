@@ -154,6 +154,17 @@ class Register:
                     found[record.name] = record.public_key
         return found
 
+    def key_of(self, name: str) -> str | None:
+        """Return an approved site's public key (OpenSSH's line); None for any other, or where its record is damaged.
+
+        Raises `StorageError`.
+        """
+        path = self._home.sites / f"{name}.json"
+        with contextlib.suppress(IdentityError):
+            if path.exists() and (record := self._read(path)).status == "approved":
+                return record.public_key
+        return None
+
     def named(self, fingerprint: str) -> str:
         """Return how to speak of a key: by its site, or by its words when it is nobody's."""
         for path in self._paths():

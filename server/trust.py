@@ -56,7 +56,7 @@ def need_admitted(card: SiteCard, home: Home | None) -> None:
     """
     if home is None:
         return
-    line = Register(home).keys().get(card.name)
+    line = Register(home).key_of(card.name)
     if line is None or card.public_key is None or card.identity != key_fingerprint(read_key_line(line)):
         raise ProtocolError("its card does not name the key that it was admitted with")
 

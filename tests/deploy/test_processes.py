@@ -90,9 +90,15 @@ def test_five_sites_without_any_route_give_the_report_of_one_process_bit_for_bit
 
 
 @pytest.mark.slow
-def test_the_sites_keys_and_certificates_are_gone_with_the_processes(runs: dict[str, Path]) -> None:
-    names = {path.name for path in runs["processes"].rglob("*")}
-    assert not names & {"site.key", "kit.json", "ca.key", "server.key", "runner.secret", "superlink.db"}
+def test_the_server_s_keys_are_gone_with_the_processes_and_the_simulated_ones_are_private(
+    runs: dict[str, Path],
+) -> None:
+    run = runs["processes"]
+    assert not {path.name for path in run.rglob("*")} & {"server.key", "runner.secret", "superlink.db"}
+    keys = [path for path in run.rglob("*") if path.name in {"site.key", "ca.key"}]
+    assert len(keys) == 6
+    assert {path.relative_to(run).parts[0] for path in keys} == {"simulation"}, "they are the simulated sites' own"
+    assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
 
 
 def test_processes_and_an_engine_exclude_each_other(tmp_path: Path) -> None:
