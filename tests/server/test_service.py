@@ -23,7 +23,7 @@ from consilience.client.fleet import GrpcFleet
 from consilience.common.errors import AdmissionError, ClockError
 from consilience.common.files import lock
 from consilience.common.identity import Kit, key_fingerprint, load_key, make_key, words
-from consilience.common.settings import JobSettings
+from consilience.common.settings import JobSettings, SiteSettings
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.processes import make_server
 from consilience.deploy.simulation import embedded_job
@@ -218,7 +218,9 @@ def test_who_is_turned_away_is_named(place: Deployment, tmp_path: Path, monkeypa
     until(lambda: "old-oak" in place.nodes(), "the site is registered")
     place.done("suspend", "old-oak")
     until(lambda: "old-oak" not in place.nodes(), "the site is no longer registered")
-    connected, suspended = (load_key(place.files[name].parent / "site.key") for name in ("bee-hive", "old-oak"))
+    connected, suspended = (
+        load_key(load_settings(place.files[name], SiteSettings).key) for name in ("bee-hive", "old-oak")
+    )
     assert GrpcFleet(kit, connected).admitted(), "asking is no offence"
     for key in (new, suspended, connected, new):
         with closing(GrpcFleet(kit, key)) as fleet, pytest.raises((AdmissionError, BusyError)):
