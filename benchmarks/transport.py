@@ -26,7 +26,7 @@ import numpy as np
 from consilience.common.data import ImageData
 from consilience.common.pool import Pool
 from consilience.common.settings import Ask, CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings
-from consilience.common.settings_file import dump_settings
+from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.processes import free_ports, join, make_server, online, start, stop
 from consilience.server.runs import Run, submit
 from consilience.server.settings import Home
@@ -127,7 +127,7 @@ def supernodes(home: Home, paths: list[Path], folder: Path) -> Iterator[None]:
             "PATH": f"{binary.parent}:{os.environ['PATH']}",
         }
         command = [str(binary), "--root-certificates", str(home.ca_certificate), "--superlink", settings.address]
-        command += ["--auth-supernode-private-key", str(path.with_name("site.key")), "--host", "127.0.0.1"]
+        command += ["--auth-supernode-private-key", str(load_settings(path, SiteSettings).key), "--host", "127.0.0.1"]
         command += ["--port", str(port), "--node-config", f'site="{path}"']
         children.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
