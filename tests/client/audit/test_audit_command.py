@@ -248,9 +248,8 @@ def test_the_better_of_two_attacks_is_not_called_sure_where_one_would_be() -> No
     random = np.random.default_rng(0)
     noise = random.normal(0, 1, 400)
     shifts = np.linspace(0, 0.5, 200)
-    near = next(
-        found for x in shifts if (found := membership(noise[:200] + x, noise[200:])).low > 0.5 >= found.low_of_two
-    )
+    shifted = (membership(noise[:200] + x, noise[200:]) for x in shifts)
+    near = next(found for found in shifted if found.low > 0.5 >= found.low_of_two)
     alone, both = record(loss=near, shadows=None, shadow_count=0), record(loss=near, shadows=near)
     assert alone.worst == near
     assert both.worst is None
