@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from baselines import FAMILIES, NAMES, score_by_family, score_pool
-from flwr.app import Context, RecordDict
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -32,8 +31,6 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from consilience.client.app import app as client_app
-from consilience.client.app import forget_sites
 from consilience.common.data import ImageData, open_data
 from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool
@@ -55,12 +52,11 @@ from consilience.common.settings import (
     Unify,
 )
 from consilience.common.settings_file import dump_settings, load_settings
-from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.simulation import train_site
-from consilience.server.app import app as server_app
 from consilience.server.contract import RunContract
 from consilience.server.stores import stores_about
 from harness import options, show
+from jobs import do_job
 
 Images, Labels = NDArray[np.uint8], NDArray[np.int64]
 OVERLAP = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
@@ -255,16 +251,7 @@ def job(scenario: Scenario, seed: int, home: Path, variant: str, other: float) -
 
 def do(task: tuple[JobSettings, Path, list[Path]]) -> dict[str, Any]:
     """Do a job with the sites at `paths` and return its report."""
-    settings, run, paths = task
-    if not (run / "report.json").exists():
-        run.mkdir(parents=True, exist_ok=True)
-        dump_settings(settings, run / "job.yaml")
-        forget_sites()
-        with LocalGrid(client_app, [{"site": str(path)} for path in paths], workers=1) as grid:
-            about = {"run": str(run), "quiet": True}
-            context = Context(run_id=1, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=about)
-            server_app(grid=grid, context=context)
-    return dict(read_json(run / "report.json"))
+    return do_job(*task)
 
 
 def train_quietly(path: Path) -> None:

@@ -28,12 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, RecordDict
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from consilience.client.app import app as client_app
-from consilience.client.app import forget_sites
 from consilience.client.audit.answers import told
 from consilience.client.privacy import learned_from
 from consilience.client.privacy.plan import RECORDS_A_PART, alternatives
@@ -58,10 +55,9 @@ from consilience.common.settings import (
     TrainTeacher,
 )
 from consilience.common.settings_file import dump_settings, load_settings
-from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.simulation import embedded_job, prepare, train_site
-from consilience.server.app import app as server_app
 from harness import options, show
+from jobs import do_job
 
 DELTA = 1e-5
 PLAIN = "plain"
@@ -160,16 +156,7 @@ def do(protection: Protection, name: str, whole: JobSettings, home: Path, paths:
             ),
         }
     )
-    run = home / "runs" / settings.name
-    if not (run / "report.json").exists():
-        run.mkdir(parents=True, exist_ok=True)
-        dump_settings(settings, run / "job.yaml")
-        forget_sites()
-        with LocalGrid(client_app, [{"site": str(path)} for path in paths], workers=1) as grid:
-            about = {"run": str(run), "quiet": True}
-            context = Context(run_id=1, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=about)
-            server_app(grid=grid, context=context)
-    return dict(read_json(run / "report.json"))
+    return do_job(settings, home / "runs" / settings.name, paths)
 
 
 def answering(settings: SiteSettings, encoding: Encoding) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:

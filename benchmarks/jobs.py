@@ -1,0 +1,29 @@
+"""What benchmarks of whole jobs share: doing one with sites that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+
+from consilience.client.app import app as client_app
+from consilience.client.app import forget_sites
+from consilience.common.files import read_json
+from consilience.common.settings import JobSettings
+from consilience.common.settings_file import dump_settings
+from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
+from consilience.server.app import app as server_app
+
+
+def do_job(settings: JobSettings, run: Path, paths: list[Path]) -> dict[str, Any]:
+    """Do a job in the folder `run` with the sites at `paths`, unless that is done, and return its report."""
+    if not (run / "report.json").exists():
+        run.mkdir(parents=True, exist_ok=True)
+        dump_settings(settings, run / "job.yaml")
+        forget_sites()
+        with LocalGrid(client_app, [{"site": str(path)} for path in paths], workers=1) as grid:
+            about = {"run": str(run), "quiet": True}
+            context = Context(run_id=1, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=about)
+            server_app(grid=grid, context=context)
+    return dict(read_json(run / "report.json"))
