@@ -8,6 +8,7 @@ exception text, paths or values.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import islice
@@ -16,10 +17,19 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from consilience.common.encoding.features import unpack_basis
 from consilience.common.errors import IdentityError, ProtocolError
 from consilience.common.identity import key_fingerprint, read_key_line
 from consilience.common.job_key import JobKey
-from consilience.common.settings import ENCODINGS, NAME_PATTERN, ClassName, CoverageEncoding, Encoding
+from consilience.common.settings import (
+    ENCODINGS,
+    NAME_PATTERN,
+    ClassName,
+    CoverageEncoding,
+    Encoding,
+    FeatureEncoding,
+    TapName,
+)
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 400_000
@@ -34,8 +44,9 @@ _MOST_MISTAKES = 1000
 MOST_VOUCH_BYTES = 200
 """Salt and signature of an answer."""
 
-Kind = Literal["log-probs", "coverage"]
-"""What an answer tells of a pool sample: the teacher's log-probabilities, or how likely it is of the site's classes."""
+Kind = Literal["log-probs", "coverage", "features"]
+"""What an answer tells of a pool sample: the teacher's log-probabilities, how likely it is of the site's classes, or
+the features of one of the teacher's taps."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -146,6 +157,58 @@ class CoverageCard(BaseModel):
     """The estimate in words."""
 
 
+class TapCard(BaseModel):
+    """One layer of a teacher whose features a site may tell, as they leave."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: TapName
+    layout: Line
+    """What leads to it from the layer before, as `taps.Tap.unit` writes it; empty in networks that are none of ours."""
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1, max_length=3)]
+    """Of one sample's features: (C,), or (C, H, W)."""
+    channels: int = Field(ge=1, le=2**20)
+    """The layer's own; where it has more than C, its principal components leave."""
+    kept: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
+    """Share of the channels' variance, over the site's first pool, that the components hold."""
+    basis: Annotated[str, Field(max_length=2**24)] | None = None
+    """What the components are (`encoding.pack_basis`); None where the channels leave as they are."""
+    fingerprint: Digest
+    """Another teacher, shape or basis has another one; a question about the tap names it in place of the teacher's."""
+
+    @model_validator(mode="after")
+    def _shaped(self) -> TapCard:
+        if (
+            len(self.shape) == 2
+            or self.shape[0] > self.channels
+            or (self.basis is None) != (self.shape[0] == self.channels)
+        ):
+            raise ValueError("shape is not (C,) or (C, H, W) with a basis where C is less than channels")
+        if self.basis is not None:
+            unpack_basis(self.basis, self.shape[0], self.channels)
+        return self
+
+    @property
+    def values(self) -> int:
+        """Numbers that a sample's features are."""
+        return math.prod(self.shape)
+
+
+class FeaturesCard(BaseModel):
+    """The taps that a site's policy allows, from the input to the output, and the encodings of their features."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    taps: tuple[TapCard, ...] = Field(min_length=1, max_length=256)
+    encodings: tuple[FeatureEncoding, ...] = Field(min_length=1, max_length=len(get_args(FeatureEncoding)))
+
+    @model_validator(mode="after")
+    def _each_once(self) -> FeaturesCard:
+        if len({tap.name for tap in self.taps}) < len(self.taps):
+            raise ValueError("a tap stands twice")
+        return self
+
+
 class SumNoiseCard(BaseModel):
     """The noise that a site needs a secure sum to carry, in units of a probability; `honest` sites share it out."""
 
@@ -175,6 +238,8 @@ class SiteCard(Record):
     """Shares of the classes in the private data, if the policy shares them."""
     coverage: CoverageCard | None = None
     """The site's coverage, if it has learned one and the policy lets it out."""
+    features: FeaturesCard | None = None
+    """The layers whose features the policy lets out, if any."""
     identity: Digest | None = None
     """Fingerprint of the site's key, with which it signs; None for a site that has none."""
     public_key: Annotated[str, Field(max_length=1000)] | None = None
@@ -223,6 +288,10 @@ class Contract(Record):
     """In which log-probabilities will be asked for, where they are asked for openly."""
     coverage: bool = False
     """Whether coverage of the pools will be asked for too."""
+    features: tuple[TapName, ...] = Field(default=(), max_length=256)
+    """Taps whose features of the first of the pools will be asked for too."""
+    feature_encoding: FeatureEncoding = "f16"
+    """In which they will be asked for."""
     secure_sum: bool = False
     """Whether answers will be asked for in secure sums alone; these are about the first of the pools."""
     job_key: JobKey | None = None
@@ -263,9 +332,9 @@ class Question(Record):
     stop: int = Field(ge=1)
     kind: Kind = "log-probs"
     encoding: Encoding
-    """Of coverage only a `CoverageEncoding`."""
+    """Of coverage only a `CoverageEncoding`, of features a `FeatureEncoding`."""
     teacher: Digest
-    """Fingerprint of what is to answer: of the teacher, or, for kind `coverage`, of the coverage."""
+    """Fingerprint of what is to answer: of the teacher, or, by kind, of the coverage or the tap."""
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
     job_key: JobKey | None = None
     """What the answer is to be sealed for; None: it is not."""
@@ -278,8 +347,9 @@ class Question(Record):
 
     @model_validator(mode="after")
     def _encoding_fits(self) -> Question:
-        if self.kind == "coverage" and self.encoding not in get_args(CoverageEncoding):
-            raise ValueError(f"encoding of coverage must be one of {', '.join(get_args(CoverageEncoding))}")
+        allowed = {"coverage": get_args(CoverageEncoding), "features": get_args(FeatureEncoding)}.get(self.kind)
+        if allowed is not None and self.encoding not in allowed:
+            raise ValueError(f"encoding of {self.kind} must be one of {', '.join(allowed)}")
         return self
 
     def __len__(self) -> int:

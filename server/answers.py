@@ -23,11 +23,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from consilience.common.encoding import check, coverage_bytes, coverage_values, decode_coverage, row_bytes, unpack
+from consilience.common.encoding import (
+    check,
+    check_features,
+    coverage_bytes,
+    coverage_values,
+    decode_coverage,
+    feature_bytes,
+    feature_values,
+    row_bytes,
+    unpack,
+)
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
 from consilience.common.files import read_json, sha256, storage_error, sync_folder, write_json
 from consilience.common.protocol import Answer, Digest, Kind
-from consilience.common.settings import CoverageEncoding, Encoding
+from consilience.common.settings import CoverageEncoding, Encoding, FeatureEncoding
 from consilience.common.vouching import SALT_BYTES, KnownSigner, salted
 
 
@@ -40,19 +50,21 @@ class About(BaseModel):
     pool: Digest
     size: int = Field(ge=0)
     teacher: Digest
-    """Fingerprint of what answers: of the teacher, or of the coverage."""
+    """Fingerprint of what answers: of the teacher, of the coverage, or of the tap."""
     policy: str
     kind: Kind = "log-probs"
     encoding: Encoding
-    """Of coverage only a `CoverageEncoding`."""
+    """Of coverage only a `CoverageEncoding`, of features a `FeatureEncoding`."""
     classes: int = Field(ge=1)
-    """Numbers a row: the site's classes; 1 for coverage."""
+    """Numbers a row: the site's classes; 1 for coverage, `TapCard.values` for features."""
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one sample's answer."""
         if self.kind == "coverage":
             return coverage_bytes(cast(CoverageEncoding, self.encoding))
+        if self.kind == "features":
+            return feature_bytes(self.classes, cast(FeatureEncoding, self.encoding))
         return row_bytes(self.classes, self.encoding)
 
 
@@ -171,6 +183,8 @@ class AnswerStore:
     def _need_rows(self, data: bytes, rows: int) -> None:
         if self.about.kind == "coverage":
             decode_coverage(data, rows, cast(CoverageEncoding, self.about.encoding))
+        elif self.about.kind == "features":
+            check_features(data, rows, self.about.classes, cast(FeatureEncoding, self.about.encoding))
         else:
             check(data, rows, self.about.classes, self.about.encoding)
 
@@ -228,9 +242,7 @@ class AnswerStore:
         at, place = start, bisect_right(self._starts, start) - 1
         while at < stop:
             if not 0 <= place < len(self._entries) or not self._entries[place].start <= at < self._entries[place].stop:
-                raise StorageError(
-                    f"{self.folder}: no answer for sample {at}", hint="Run the same command again to ask for it"
-                )
+                raise self._lacks(at)
             entry = self._entries[place]
             self._check(entry)
             until = min(stop, entry.stop)
@@ -239,12 +251,33 @@ class AnswerStore:
             at, place = until, place + 1
         return out
 
+    def _lacks(self, sample: int) -> StorageError:
+        return StorageError(
+            f"{self.folder}: no answer for sample {sample}", hint="Run the same command again to ask for it"
+        )
+
     def _decode(self, raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         """Decode stored rows into `out`; they were checked when they arrived, and their SHA-256 says they are those."""
         if self.about.kind == "coverage":
             out[:, 0] = coverage_values(raw, cast(CoverageEncoding, self.about.encoding))
+        elif self.about.kind == "features":
+            out[:] = feature_values(raw.reshape(len(out), -1), cast(FeatureEncoding, self.about.encoding))
         else:
             unpack(raw, self.about.encoding, out)
+
+    def take(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the answers for the samples `ids` (b,), in any order, (b, classes) float32. Raises as `read` does."""
+        width, rows = self.about.row_bytes, np.empty(len(ids), np.int64)
+        for at, (sample, place) in enumerate(zip(ids, np.searchsorted(self._starts, ids, side="right"), strict=True)):
+            entry = self._entries[place - 1] if place else None
+            if entry is None or sample >= entry.stop:
+                raise self._lacks(int(sample))
+            self._check(entry)
+            rows[at] = entry.offset // width + sample - entry.start  # each record is whole rows of one width
+        raw = self._bytes(0, self._end).reshape(-1, width)[rows]
+        out = np.empty((len(ids), self.about.classes), np.float32)
+        self._decode(raw.reshape(-1), out)
+        return out
 
     def answered(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Return (stop - start,) bool: which of the samples start..stop-1 are answered."""

@@ -17,7 +17,7 @@ from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsErr
 from consilience.common.files import read_json, write_json
 from consilience.common.job_key import JobKey
 from consilience.common.labels import LabelSpace
-from consilience.common.protocol import Contract, SiteCard
+from consilience.common.protocol import Contract, SiteCard, TapCard
 from consilience.common.settings import CoverageEncoding, JobSettings, allowed_by, encoding_names
 
 
@@ -86,6 +86,8 @@ class RunContract(BaseModel):
             teacher=self.sites[at].teacher,
             encoding=job.ask.encoding,
             coverage=coverage_encoding(job, self.sites[at]) is not None,
+            features=tuple(tap.name for tap in taps_asked(job, self.sites[at])),
+            feature_encoding=job.ask.features,
             secure_sum=job.privacy.secure_sum,
             job_key=job_key,
         )
@@ -144,6 +146,38 @@ def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | No
     return next(encoding for encoding in get_args(CoverageEncoding) if encoding in offered)
 
 
+def taps_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
+    """Return the taps whose features a site is asked for, none where the job wants none or the site tells none.
+
+    Layer-wise amalgamation takes every tap; common-feature learning those that the job names for the site, by default
+    the last. Raises `SettingsError` for a tap or an encoding that the site's policy does not allow.
+    """
+    if not job.asks_features:
+        return ()
+    named = [space.sites.get(card.name) for space in job.student.common_feature.spaces]
+    told = () if card.features is None else card.features.taps
+    if job.student.learning == "common-feature":
+        for at, name in enumerate(named):
+            if name is not None and name not in {tap.name for tap in told}:
+                raise SettingsError(
+                    f"job.yaml: field 'student.common_feature.spaces.{at}.sites.{card.name}' is {name!r}; site "
+                    f"{card.name} tells the features of: {', '.join(tap.name for tap in told) or 'no tap'}",
+                    hint="Name one of these, or ask the site to allow it in policy.features.taps",
+                )
+    if card.features is None:
+        return ()
+    if job.ask.features not in card.features.encodings:
+        raise SettingsError(
+            f"job.yaml: field 'ask.features' is {job.ask.features!r}; site {card.name} allows: "
+            f"{', '.join(card.features.encodings)}",
+            hint="Choose an encoding that every site allows",
+        )
+    if job.student.learning == "layer-wise":
+        return told
+    wanted = {name or told[-1].name for name in named}
+    return tuple(tap for tap in told if tap.name in wanted)
+
+
 def _check_policy(job: JobSettings, card: SiteCard) -> None:
     if card.sums_only and not job.privacy.secure_sum:
         raise SettingsError(
@@ -161,6 +195,7 @@ def _check_policy(job: JobSettings, card: SiteCard) -> None:
             f"{', '.join(encoding_names(card.encodings))}",
             hint="Choose an encoding that every site allows",
         )
+    taps_asked(job, card)
 
 
 def _changed(path: Path, what: str) -> RunError:

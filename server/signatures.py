@@ -280,7 +280,7 @@ def _samples(ranges: Iterable[tuple[int, int]]) -> int:
 
 def _place(site: str, part: SignedAnswers) -> Path:
     """Return where, in the folder RUN/answers, the part's answers lie."""
-    return store_folder(Path(), site, part.pool, part.kind)
+    return store_folder(Path(), site, part.pool, part.kind, part.teacher)
 
 
 def _where(part: SignedAnswers, start: int, stop: int) -> str:

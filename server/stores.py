@@ -12,7 +12,7 @@ from consilience.common.pool import Pool
 from consilience.common.protocol import Kind, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.server.answers import About, AnswerStore
-from consilience.server.contract import coverage_encoding
+from consilience.server.contract import coverage_encoding, taps_asked
 from consilience.server.trust import signer_of
 
 
@@ -29,7 +29,9 @@ def stores_about(
 def all_stores(
     run: Path, job: JobSettings, cards: Sequence[SiteCard], pools: Sequence[Pool]
 ) -> dict[str, list[AnswerStore]]:
-    """Return every store of every site by name, in the order in which they are asked: coverage comes last.
+    """Return every store of every site by name, in the order in which they are asked: coverage and features come last.
+
+    Features are asked of the first of the pools alone, which is what the student learns from.
 
     Raises `RunError`, `StorageError`.
     """
@@ -38,22 +40,45 @@ def all_stores(
         covers = [_coverage(run, job, card, pool) for pool in pools]
         held[card.name] = [_log_probs(run, job, card, pool) for pool in pools]
         held[card.name] += [store for store in covers if store is not None]
+        held[card.name] += feature_stores(run, job, card, pools[0]).values()
     return held
 
 
-def store_folder(answers: Path, site: str, pool: str, kind: Kind) -> Path:
-    """Return where, in the folder RUN/answers, a site's answers of one kind about a pool lie."""
-    return answers / site / (pool[:12] if kind == "log-probs" else f"{pool[:12]}-{kind}")
+def feature_stores(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> dict[str, AnswerStore]:
+    """Return a site's stores of features of a pool by tap, those that the job asks for. Raises as `stores_about`."""
+    stores = {}
+    for tap in taps_asked(job, card):
+        about = About(
+            site=card.name,
+            pool=pool.digest,
+            size=len(pool),
+            teacher=tap.fingerprint,
+            policy=card.policy,
+            kind="features",
+            encoding=job.ask.features,
+            classes=tap.values,
+        )
+        stores[tap.name] = _store(run, card, about)
+    return stores
+
+
+def store_folder(answers: Path, site: str, pool: str, kind: Kind, teacher: str) -> Path:
+    """Return where, in the folder RUN/answers, a site's answers of one kind about a pool lie.
+
+    `teacher` is the fingerprint of what answered: a site has one for log-probabilities, one for coverage, and as many
+    as it has taps for features.
+    """
+    parts = [pool[:12]] if kind == "log-probs" else [pool[:12], kind]
+    return answers / site / "-".join([*parts, teacher[:12]] if kind == "features" else parts)
 
 
 def lacked(stores: Sequence[AnswerStore]) -> str:
     """Say how much is missing from a site's stores."""
-    samples, covered = (
-        sum(store.about.size - len(store) for store in stores if store.about.kind == kind)
-        for kind in ("log-probs", "coverage")
-    )
-    parts = [f"{samples:,} samples"] if samples else []
-    parts += [f"coverage of {covered:,} samples"] if covered else []
+    words: dict[Kind, str] = {"log-probs": "", "coverage": "coverage of ", "features": "features of "}
+    parts = []
+    for kind, what in words.items():
+        missing = sum(store.about.size - len(store) for store in stores if store.about.kind == kind)
+        parts += [f"{what}{missing:,} samples"] if missing else []
     return " and ".join(parts)
 
 
@@ -88,4 +113,5 @@ def _coverage(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> Answer
 
 
 def _store(run: Path, card: SiteCard, about: About) -> AnswerStore:
-    return AnswerStore(store_folder(run / "answers", card.name, about.pool, about.kind), about, signer_of(card))
+    folder = store_folder(run / "answers", card.name, about.pool, about.kind, about.teacher)
+    return AnswerStore(folder, about, signer_of(card))

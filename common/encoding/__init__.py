@@ -2,7 +2,7 @@
 
 An encoded block is n rows of one width, row by row, everything little-endian. Lives here: log-probabilities in any
 encoding, block by block, so that memory does not grow with rows times classes. Does not live here: what a row is, by
-kind of encoding (floats, squares, largest); coverage (coverage).
+kind of encoding (floats, squares, largest); coverage (coverage), features (features).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from consilience.common.encoding.coverage import (
     decode_coverage,
     encode_coverage,
 )
+from consilience.common.encoding.features import check_features, encode_features, feature_bytes, feature_values
 from consilience.common.encoding.floats import SUM_TOLERANCE, Floats, RowProblem
 from consilience.common.encoding.largest import Largest, Votes
 from consilience.common.encoding.squares import Squares
@@ -30,6 +31,7 @@ from consilience.common.settings import Encoding, largest_sent
 __all__ = [
     "SUM_TOLERANCE",
     "check",
+    "check_features",
     "coverage_bytes",
     "coverage_problem",
     "coverage_values",
@@ -37,6 +39,9 @@ __all__ = [
     "decode_coverage",
     "encode",
     "encode_coverage",
+    "encode_features",
+    "feature_bytes",
+    "feature_values",
     "row_bytes",
     "unpack",
 ]

@@ -41,6 +41,11 @@ Encoding = Annotated[str, AfterValidator(_encoding)]
 `votes`."""
 CoverageEncoding = Literal["f16", "u8"]
 """Encodings of coverage, finest first."""
+FeatureEncoding = Literal["f16", "u8"]
+"""Encodings of features, finest first."""
+TAP_PATTERN = r"^[A-Za-z0-9_.]{1,100}$"
+TapName = Annotated[str, Field(pattern=TAP_PATTERN)]
+"""A named layer of a network: of ours `layer1`, `layer2` and so on, else the name of a module; or `penultimate`."""
 CoverageFamily = Literal["network", "features", "outputs"]
 
 

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from consilience.common.settings.base import Encoding, Name, Settings, allowed_by, encoding_names
+from consilience.common.settings.base import (
+    Encoding,
+    FeatureEncoding,
+    Name,
+    Settings,
+    TapName,
+    allowed_by,
+    encoding_names,
+)
 from consilience.common.settings.data import DataSource, Preprocessing
 from consilience.common.settings.policy import Policy
 from consilience.common.settings.privacy import NoPrivacy, Privacy, refuse_what_passes_by
@@ -39,6 +47,8 @@ class Ask(Settings):
     """Ask the sites that offer coverage for it, each in the finest encoding that it allows. Only the methods `sd` and
     `ce` make use of coverage, `sd` where every site that answered a sample gave it: with another `unify.method` no
     site is asked."""
+    features: FeatureEncoding = "f16"
+    """How features come, where `student.learning` takes them; every site that tells some must allow it."""
     question_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Pool samples a question speaks of; by default tuned for each site, to about two seconds of its teacher's work."""
     in_flight: int = Field(default=4, ge=1, le=64)
@@ -104,12 +114,65 @@ class Unify(Settings):
         return self
 
 
+Target = Literal["unified", "concatenated"]
+"""What the student's scores learn: unified soft labels, or the sites' answers side by side as in the papers, which
+takes classes that one site each knows."""
+
+
+class LayerWise(Settings):
+    """Layer-wise amalgamation (Shen et al., AAAI 2019): each layer from the teachers' features, then all jointly."""
+
+    autoencoder: Literal["principal", "descent"] = "principal"
+    """How a layer's features are amalgamated: `principal` components, in closed form, or by gradient `descent` as in
+    the paper."""
+    order: Literal["direct", "incremental"] = "direct"
+    """Of three teachers or more: all at once, or one after another."""
+    epochs: int = Field(default=10, ge=1, le=10_000)
+    """Of each layer's own training, and of `descent`."""
+    learning_rate: float = Field(default=0.05, gt=0, le=10)
+    """Of each layer's own training; for the scores a tenth of it."""
+    joint: bool = True
+    """Whether the whole student is trained after its layers, by `student.fit`."""
+    target: Target = "unified"
+
+
+class CommonSpace(Settings):
+    """One common space, and the taps that lead to it."""
+
+    student: TapName | None = None
+    """The student's tap; by default its last before the scores."""
+    sites: dict[Name, TapName] = Field(default={})
+    """Site -> its tap; by default the last that its policy allows."""
+    width: int = Field(default=128, ge=1, le=65_536)
+    """Channels of the space."""
+    size: int | None = Field(default=None, ge=1, le=4096)
+    """Rows and columns that maps are averaged down or interpolated up to; by default those of the smallest."""
+
+
+class CommonFeature(Settings):
+    """Common-feature learning (Luo et al., IJCAI 2019): student and teachers agree in a space of their features.
+
+    The loss is `soft` times the soft targets', `mmd` times the distance in the common space and `reconstruction` times
+    the teachers' reconstruction; 0 switches a term off. The paper's code: 1, 10 and 10.
+    """
+
+    spaces: tuple[CommonSpace, ...] = Field(default=(CommonSpace(),), min_length=1)
+    soft: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    mmd: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    reconstruction: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    target: Target = "unified"
+
+
 class Student(Settings):
     """The classifier the server trains."""
 
     architecture: str = "resnet8"
     """Named as a trained teacher's."""
-    learning: Literal["soft-labels", "direct-ce", "direct-mf-lf"] = "soft-labels"
+    learning: Literal["soft-labels", "direct-ce", "direct-mf-lf", "layer-wise", "common-feature"] = "soft-labels"
+    """`layer-wise` and `common-feature` take features too, of the sites that tell some (docs/amalgamation.md); the
+    other sites take part by their labels."""
+    layer_wise: LayerWise = LayerWise()
+    common_feature: CommonFeature = CommonFeature()
     preprocessing: Preprocessing = Preprocessing()
     fit: Fit = Fit()
 
@@ -215,6 +278,11 @@ class JobSettings(Settings):
     def asks_coverage(self) -> bool:
         """Whether sites that offer coverage are asked for it."""
         return self.ask.coverage and self.unify.takes_coverage and not self.privacy.secure_sum
+
+    @property
+    def asks_features(self) -> bool:
+        """Whether sites whose policy lets features out are asked for some."""
+        return self.student.learning in ("layer-wise", "common-feature")
 
     def same_job(self, other: JobSettings) -> bool:
         """Whether a run of this job may go on as one of the other: nothing but `PATIENCE_FIELDS` differs."""

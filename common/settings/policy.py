@@ -11,7 +11,14 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from consilience.common.files import canonical_json, sha256
-from consilience.common.settings.base import ENCODINGS, CoverageEncoding, Encoding, Settings
+from consilience.common.settings.base import (
+    ENCODINGS,
+    TAP_PATTERN,
+    CoverageEncoding,
+    Encoding,
+    FeatureEncoding,
+    Settings,
+)
 
 
 class Limits(Settings):
@@ -32,6 +39,38 @@ class Limits(Settings):
 EPSILON_LIMITS = {"epsilon_per_job", "epsilon_per_month", "epsilon_lifetime"}
 
 
+class Reduction(Settings):
+    """What is taken from a tap's features before they leave."""
+
+    size: int | None = Field(default=None, ge=1, le=4096)
+    """Maps are averaged down to at most so many rows and columns; by default they leave at the layer's size."""
+    channels: int | None = Field(default=None, ge=1, le=65_536)
+    """Most channels: where the layer has more, its principal components over the site's first pool leave instead."""
+
+
+EVERY_LAYER = "*"
+"""In `features.taps`: every layer before the scores, of a teacher of one of our architectures."""
+
+
+class Features(Settings):
+    """Features that may leave, of named layers of the teacher: its taps. They tell far more than answers do."""
+
+    taps: dict[Annotated[str, Field(pattern=rf"{TAP_PATTERN}|^\*$")], Reduction] = Field(default={})
+    """Tap -> what is taken from it; without any, no features leave. `consilience site taps` lists the teacher's;
+    `"*"` stands for every layer of one of our architectures that is not named."""
+    precision: FeatureEncoding = "f16"
+    """The finest encoding: `f16`, or `u8`, which tells each value to 1/255 of its sample's range."""
+    bytes: int = Field(default=2**30, ge=1, le=2**53)
+    """Most bytes of features that a job may ask for, over all taps and samples."""
+
+    @property
+    def encodings(self) -> tuple[FeatureEncoding, ...]:
+        """Encodings of features the server may ask for, finest first; none where no features leave."""
+        if not self.taps:
+            return ()
+        return ("f16", "u8") if self.precision == "f16" else ("u8",)
+
+
 class Policy(Settings):
     """What the site allows to leave. Nothing the server sends can widen it.
 
@@ -45,6 +84,8 @@ class Policy(Settings):
     coverage: Literal["off", "u8", "f16"] = "off"
     """The finest encoding of coverage that may leave: of the site's estimate, one number a pool sample, of how likely
     the sample is of one of its classes. `u8` tells it to 1/256; `off`: it does not leave."""
+    features: Features = Features()
+    """Features of the teacher's layers that may leave; by default none (docs/amalgamation.md)."""
     class_priors: bool = False
     """Whether the shares of the classes in the private data may be told."""
     holdout_accuracy: bool = False
@@ -84,6 +125,8 @@ class Policy(Settings):
     def _some_way_is_left(self) -> Policy:
         if self.sums_only and self.sealed_only:
             raise ValueError("sums_only and sealed_only exclude each other: sums are not sealed; set one to false")
+        if self.sums_only and self.features.taps:
+            raise ValueError("sums_only is true, and features leave openly; leave features.taps out")
         return self
 
     @property

@@ -151,11 +151,13 @@ def refuse_what_passes_by(
         )
     past = {
         "coverage": policy.coverage != "off",
+        # what a network trained with dp-sgd computes is post-processing, at whatever layer
+        "features": bool(policy.features.taps) and mechanism != "dp-sgd",
         "class_priors": policy.class_priors,
         "holdout_accuracy": policy.holdout_accuracy,
     }
     for field in (field for field, told in past.items() if told):
+        instead = {"coverage": "set it to off", "features": "leave it out"}.get(field, "set it to false")
         raise ValueError(
-            f"policy.{field} lets out what the private data say, past privacy.mechanism {mechanism}; set it to "
-            f"{'off' if field == 'coverage' else 'false'}"
+            f"policy.{field} lets out what the private data say, past privacy.mechanism {mechanism}; {instead}"
         )

@@ -1,0 +1,94 @@
+"""Features of a network's layer as bytes and back: the values of one sample's features a row.
+
+Binary16 (`f16`), or the row's least value and the step as binary32 and a byte a value of which v means least + v * step
+(`u8`). Lives here too: the basis of a tap's principal components as text, which travels in the site's card.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.common.errors import ProtocolError
+from consilience.common.settings import FeatureEncoding
+
+LARGEST = float(np.finfo(np.float16).max)
+"""No feature's magnitude may be above it, in either encoding."""
+_HEAD = 8
+"""Bytes of least value and step."""
+_SINGLE, _HALF = np.dtype("<f4"), np.dtype("<f2")
+
+
+def feature_bytes(values: int, encoding: FeatureEncoding) -> int:
+    """Return the bytes of the features of one sample, `values` numbers."""
+    return 2 * values if encoding == "f16" else _HEAD + values
+
+
+def encode_features(rows: NDArray[np.floating[Any]], encoding: FeatureEncoding) -> bytes:
+    """Encode (n, v) features, v >= 1, finite and at most `LARGEST` in magnitude; a row's bytes depend on it alone.
+
+    As `u8` a value is off by at most half a step, a 510th of its row's range.
+    """
+    if encoding == "f16":
+        return rows.astype(_HALF).tobytes()
+    least = rows.min(axis=1, keepdims=True).astype(_SINGLE)
+    step = ((rows.max(axis=1, keepdims=True) - least) / 255).astype(_SINGLE)
+    levels = np.rint((rows - least) / np.where(step > 0, step, 1)).clip(0, 255).astype(np.uint8)
+    return np.concatenate([least.view(np.uint8), step.view(np.uint8), levels], axis=1).tobytes()
+
+
+def check_features(data: bytes | memoryview, rows: int, values: int, encoding: FeatureEncoding) -> None:
+    """Check the encoded features of `rows` samples of `values` numbers each.
+
+    Raises `ProtocolError` when the length is wrong, or a value is not finite or larger than `LARGEST`, naming the
+    first such row.
+    """
+    width = feature_bytes(values, encoding)
+    if len(data) != rows * width:
+        raise ProtocolError(
+            f"An answer has {len(data):,} bytes; allowed: {rows * width:,} for {rows} rows of {values} features as "
+            f"{encoding}"
+        )
+    raw = np.frombuffer(data, np.uint8).reshape(rows, width)
+    if encoding == "f16":
+        wrong = ~np.isfinite(raw.view(_HALF)).all(axis=1)
+    else:
+        head = raw[:, :_HEAD].copy().view(_SINGLE).astype(np.float64)  # NaN fails every comparison
+        least, most = head[:, 0], head[:, 0] + 255 * head[:, 1]
+        wrong = ~((np.abs(least) <= LARGEST) & (head[:, 1] >= 0) & (most <= LARGEST * (1 + 1e-6)))
+    if wrong.any():
+        raise ProtocolError(
+            f"An answer holds no features: row {int(np.argmax(wrong))} has a value that is not finite or too large"
+        )
+
+
+def feature_values(raw: NDArray[np.uint8], encoding: FeatureEncoding) -> NDArray[np.float32]:
+    """Return what checked rows (n, `feature_bytes`) mean, (n, v) float32."""
+    if encoding == "f16":
+        return np.ascontiguousarray(raw).view(_HALF).astype(np.float32)
+    head = np.ascontiguousarray(raw[:, :_HEAD]).view(_SINGLE)
+    return head[:, :1] + raw[:, _HEAD:].astype(np.float32) * head[:, 1:]
+
+
+def pack_basis(basis: NDArray[np.floating[Any]], mean: NDArray[np.floating[Any]]) -> str:
+    """Return (c, C) principal directions and (C,) means as text: base64 of float32, the means last."""
+    return base64.b64encode(np.concatenate([basis.ravel(), mean]).astype(_SINGLE).tobytes()).decode("ascii")
+
+
+def unpack_basis(text: str, kept: int, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return (kept, channels) directions and (channels,) means, float32.
+
+    Features that left, times the directions, plus the means, are the layer's own again, but for what was left out.
+    Raises `ValueError` for anything else than so many finite numbers.
+    """
+    try:
+        values = np.frombuffer(base64.b64decode(text, validate=True), _SINGLE)
+    except (binascii.Error, ValueError):
+        raise ValueError("the basis is not base64 of float32") from None
+    if len(values) != (kept + 1) * channels or not np.isfinite(values).all():
+        raise ValueError("the basis has not the numbers that its shape asks for")
+    return values[: kept * channels].reshape(kept, channels), values[kept * channels :]
