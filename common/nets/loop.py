@@ -57,10 +57,10 @@ def train(
     """Train `model` from the weights it has on `images` (n, H, W, C) uint8 under `loss`; return one record an epoch.
 
     SGD with Nesterov momentum under a one-cycle learning rate. The model, all that it holds, is trained in place and
-    left on `device` in evaluation mode; it gives logits or a tuple of which they are the first. With a `folder`, a second call with the same arguments goes on where the first was
-    interrupted, to the same weights bit for bit on a CPU, and returns at once when it was finished; what other
-    arguments left there is overwritten. `on_epoch` gets each record once its epoch is done. An epoch's last, partial
-    batch is left out. Raises `StudentError` without images, for a network that does not fit them, and when the loss
+    left on `device` in evaluation mode; it gives logits or a tuple of which they are the first. With a `folder`, a
+    second call with the same arguments goes on where the first was interrupted, to the same weights bit for bit on a
+    CPU, and returns at once when it was finished; what other arguments left there is overwritten. `on_epoch` gets each
+    record once its epoch is done. An epoch's last, partial batch is left out. Raises `StudentError` without images, for a network that does not fit them, and when the loss
     is no longer finite; `StorageError` when the folder cannot be written.
     """
     if not len(images):
