@@ -60,8 +60,9 @@ def train(
     left on `device` in evaluation mode; it gives logits or a tuple of which they are the first. With a `folder`, a
     second call with the same arguments goes on where the first was interrupted, to the same weights bit for bit on a
     CPU, and returns at once when it was finished; what other arguments left there is overwritten. `on_epoch` gets each
-    record once its epoch is done. An epoch's last, partial batch is left out. Raises `StudentError` without images, for a network that does not fit them, and when the loss
-    is no longer finite; `StorageError` when the folder cannot be written.
+    record once its epoch is done. An epoch's last, partial batch is left out. Raises `StudentError` without images, for
+    a network that does not fit them, and when the loss is no longer finite; `StorageError` when the folder cannot be
+    written.
     """
     if not len(images):
         raise StudentError("There are no images to train on", hint="Name data with at least one image")
