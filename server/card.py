@@ -223,8 +223,8 @@ def _privacy(findings: Findings) -> str:
             f"or gradient did, and no code of the server ran at a site. {sealing_line(findings)} {_answer(findings)}; "
             "answers can tell something about the data that a teacher was trained on, and so can this student, "
             f"which was trained from them. {coverage}{features}Beside its site card (name, class names, the teacher in "
-            "words and its fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and calibration "
-            "on held-out private images and the shares of the classes) each site let out:",
+            "words and its fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and "
+            "calibration on held-out private images and the shares of the classes) each site let out:",
             table(head, rows, right=4),
         ]
     )

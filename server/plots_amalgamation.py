@@ -23,8 +23,17 @@ def scatter(owners: Sequence[tuple[str, str, Sequence[Sequence[float]]]], shown:
         ax = place(figure, left, top, SIDE, SIDE)
         for name, colour, points in owners:
             rows = np.asarray(points, np.float64).reshape(-1, 2)
-            # A picture within the picture: thousands of points would make the page large.
-            ax.scatter(*rows.T, s=9, color=colour, alpha=0.55, linewidth=0, label=one_line(name, 40), rasterized=True)
+            # As pixels: thousands of points of their own would make the page large.
+            ax.scatter(
+                rows[:, 0],
+                rows[:, 1],
+                s=9,
+                color=colour,
+                alpha=0.55,
+                linewidth=0,
+                label=one_line(name, 40),
+                rasterized=True,
+            )
         ax.set_xticks([])
         ax.set_yticks([])
         ax.set_aspect("equal", adjustable="datalim")

@@ -98,8 +98,8 @@ class SiteFindings:
     `features`: what it told of features, None where it was not asked for any.
     `coverage_auroc`: AUROC of its coverage as a score for "this image is of one of my classes", None where that is not
     known. `guarantee` (the fields of `Guarantee`): what its answers come to, by its own word, where it has a mechanism.
-    `signed`: of how many samples it signed what it answered, coverage and features included; `key`: fingerprint of the key that
-    it signs with.
+    `signed`: of how many samples it signed what it answered, coverage and features included; `key`: fingerprint of the
+    key that it signs with.
     """
 
     name: str
