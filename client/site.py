@@ -1,7 +1,7 @@
 """One site: its settings, its teacher, its copies of the public pools, and how it answers a question.
 
-Lives here: everything between a validated question and the encoded rows. Does not live here: Flower (client/app)
-and how a teacher comes to be (client/teacher).
+Lives here: everything between a validated question and the encoded rows. Does not live here: Flower (client/app),
+secure sums (client/summing), and how a teacher comes to be (client/teacher).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,26 +30,22 @@ from consilience.client.policy import (
     check_job,
     check_job_key,
     check_open,
-    check_peers,
     check_pool,
-    check_sealed,
 )
 from consilience.client.privacy import Event, answering_costs, describe_privacy
-from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
-from consilience.client.privacy.sum_noise import share_of_noise
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape
-from consilience.client.sum_index import DIGEST_BYTES, image_digests
-from consilience.client.sums import SumSite
+from consilience.client.summing import Summing, noise_card
 from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher, load_teacher
 from consilience.common.data import open_data
-from consilience.common.encoding import coverage_bytes, coverage_problem, decode, encode, encode_coverage, row_bytes
+from consilience.common.encoding import coverage_bytes, coverage_problem, encode, encode_coverage, row_bytes
 from consilience.common.errors import DataError, PoolError, StorageError, TeacherError
 from consilience.common.identity import key_fingerprint, key_line, load_key
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
+    MOST_ANSWER_BYTES,
     Agreement,
     Answer,
     CalibrationCard,
@@ -59,31 +55,13 @@ from consilience.common.protocol import (
     Kind,
     Question,
     SiteCard,
-    SumNoiseCard,
 )
 from consilience.common.sealing import seal_answer
-from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, SiteSettings, SumNoise
+from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, SiteSettings
 from consilience.common.settings_file import load_settings
-from consilience.common.sums.messages import (
-    Advert,
-    Delivered,
-    Delivery,
-    MaskedRows,
-    Opened,
-    Roster,
-    RowsQuestion,
-    SealedShares,
-    Terms,
-    Unmask,
-)
-from consilience.common.sums.revealed import determined
 from consilience.common.vouching import Signer
 
 log = logging.getLogger(__name__)
-
-
-MOST_ANSWER_BYTES = 64 * 2**20
-"""A larger answer is more than a server takes in one call."""
 
 
 class Site:
@@ -94,9 +72,9 @@ class Site:
         self.settings = settings
         self.teacher = teacher
         self.coverage = coverage
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        """Held while an answer is made: the ledger and the teacher are for one thread at a time."""
         self._verified: dict[str, Pool] = {}
-        self._images: dict[str, bytes] = {}
         self._allowance = Allowance(settings)
         # of the training whose teacher answers here, whatever is trained beside it meanwhile
         self._training = answering_costs(settings, 1) if isinstance(settings.privacy, DpSgd) else None
@@ -113,7 +91,7 @@ class Site:
 
     def close(self) -> None:
         """Let go of what is open; another use opens it again."""
-        with self._lock:
+        with self.lock:
             if (ledger := self.__dict__.pop("ledger", None)) is not None:
                 ledger.close()
             self.__dict__.pop("released", None)
@@ -155,16 +133,11 @@ class Site:
             class_priors=self._class_priors() if self.settings.policy.class_priors else None,
             coverage=self._coverage_card(),
             sums_only=self.settings.policy.sums_only,
-            sum_noise=self._sum_noise,
+            sum_noise=noise_card(self.settings),
             sealed_only=self.settings.policy.sealed_only,
             identity=None if self.signer is None else key_fingerprint(self.signer.key.public_key()),
             public_key=None if self.signer is None else key_line(self.signer.key.public_key()),
         )
-
-    @property
-    def _sum_noise(self) -> SumNoiseCard | None:
-        private = self.settings.privacy
-        return SumNoiseCard(sigma=private.sigma, honest=private.honest) if isinstance(private, SumNoise) else None
 
     @cached_property
     def signer(self) -> Signer | None:
@@ -193,9 +166,9 @@ class Site:
         within = all(label < len(contract.labels) for label in contract.class_set)
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
-        pools = [self._pool(digest) for digest in dict.fromkeys(contract.pools)]
+        pools = [self.pool(digest) for digest in dict.fromkeys(contract.pools)]
         tried = min(self.settings.batch_size, len(pools[0]))
-        with self._lock:
+        with self.lock:
             self.ledger.refresh()
             demand = self.demand(
                 contract.job,
@@ -274,19 +247,19 @@ class Site:
         check_open(policy)
         check_job_key(self.settings, question.job, question.job_key)
         check_encoding(policy, question.kind, question.encoding)
-        pool = self._pool(question.pool)
+        pool = self.pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         if len(question) * self._width(question) > MOST_ANSWER_BYTES:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
         signer, began = self.signer, time.perf_counter()
-        with self._lock:
-            data = self._given(self.released, question, pool)
+        with self.lock:
+            data = self.given(self.released, question, pool)
         seconds = time.perf_counter() - began
         answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
         return answer if question.job_key is None else seal_answer(answer, self.settings.name)
 
-    def _given(self, released: Released, question: Question, pool: Pool) -> bytes:
+    def given(self, released: Released, question: Question, pool: Pool) -> bytes:
         """Return the encoded rows of a question, kept and counted among the answers `released`."""
         return released.give(
             question,
@@ -322,100 +295,9 @@ class Site:
         return b"".join(encode(rows, question.encoding) for rows in scored)
 
     @cached_property
-    def sums(self) -> SumSite:
-        """The site's part in secure sums. Raises `RefusedError` when it has no key to sign with."""
-        if not self.settings.key.exists():
-            raise RefusedError("sum-refused", "the site has no key to sign with in secure sums")
-        return SumSite(
-            self.settings.state / "sums", self.settings.name, load_key(self.settings.key), self._summed_images
-        )
-
-    def _summed_images(self, terms: Terms) -> bytes:
-        """Return 16 bytes for each image that a sum is about. Raises `RefusedError`."""
-        pool = self._pool(terms.pool)
-        with self._lock:
-            if pool.digest not in self._images:
-                self._images[pool.digest] = image_digests(pool)
-            return self._images[pool.digest][terms.start * DIGEST_BYTES : terms.stop * DIGEST_BYTES]
-
-    def sum_keys(self, terms: Terms) -> Advert:
-        """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""
-        check_peers(self.settings, terms)
-        if terms.stop > (size := len(self._pool(terms.pool))):
-            raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
-        policy = self.settings.policy
-        whole = self.question(terms.job, terms.pool, size, "log-probs", policy.encodings[0])
-        self._check_job(terms.job, (asked_by(whole, self.summed.use),))
-        own = self.teacher
-        advert = self.sums.advertise(
-            terms,
-            teacher=own.fingerprint,
-            policy=policy.version,
-            classes=own.classes,
-            noise=self._sum_noise,
-            owners=policy.sum_owners,
-        )
-        told = determined({member.site: member.classes for member in terms.members})[self.settings.name]
-        if told and self._sum_noise is None:
-            log.warning(
-                "the sum of job %s tells this site's own answers for %d of its %d classes, if nobody is lost",
-                terms.job,
-                len(told),
-                len(own.classes),
-            )
-        return advert
-
-    def sum_share(self, roster: Roster) -> SealedShares:
-        """Share the site's seeds, if the policy still allows the job. Raises as `sum_keys` does."""
-        self._check_job(self.sums.job_of(roster.terms))
-        return self.sums.share(roster)
-
-    def sum_deliver(self, delivery: Delivery) -> Delivered:
-        """Take the others' shares, if the policy still allows the job. Raises as `sum_keys` does."""
-        self._check_job(self.sums.job_of(delivery.terms))
-        return self.sums.deliver(delivery)
-
-    def sum_open(self, unmask: Unmask) -> Opened:
-        """Open shares, if the policy still allows the job. Raises as `sum_keys` does."""
-        self._check_job(self.sums.job_of(unmask.terms))
-        return self.sums.open(unmask)
-
-    def _check_job(self, job: str, asked: Iterable[Asked] = ()) -> None:
-        with self._lock:
-            self.ledger.refresh()
-            check_sealed(self.settings.policy, sealed=False)
-            check_job(self.settings.policy, self.ledger, job, asked)
-
-    def masked_rows(self, question: RowsQuestion) -> MaskedRows:
-        """Answer with masked rows, as precise as the policy allows answers to be. Raises as `answer` does."""
-
-        def answering(terms: Terms, start: int, stop: int) -> NDArray[np.float32]:
-            check_peers(self.settings, terms)
-            own, finest = terms.by_name[self.settings.name], self.settings.policy.encodings[0]
-            if (own.teacher, own.policy) != (self.teacher.fingerprint, self.settings.policy.version):
-                raise RefusedError("other-teacher", "the question is for another teacher or policy version")
-            if (stop - start) * len(self.teacher.classes) * 8 > MOST_ANSWER_BYTES:  # as they are added up, in fp64
-                raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
-            pool = self._pool(terms.pool)
-            asked = self.question(terms.job, terms.pool, len(pool), "log-probs", finest)
-            part = asked.model_copy(update={"start": start, "stop": stop})
-            with self._lock:
-                data = self._given(self.summed, part, pool)
-            return decode(data, stop - start, len(self.teacher.classes), finest)
-
-        def noise(terms: Terms, start: int, stop: int, rows: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-            private = self.settings.privacy
-            if not isinstance(private, SumNoise):
-                raise RefusedError("other-teacher", "the question is for another teacher or policy version")
-            images = self._pool(terms.pool).read(start, stop)
-            return share_of_noise(private, self._secret, terms, self.settings.name, images, rows.astype(np.float32))
-
-        return self.sums.rows(question, answering, noise)
-
-    @cached_property
-    def _secret(self) -> Secret:
-        """What noise in sums follows from. Raises `IdentityError`, `StorageError`."""
-        return load_secret(self.settings)
+    def summing(self) -> Summing:
+        """The site's part in secure sums."""
+        return Summing(self)
 
     def _coverage_of(self, images: Images) -> NDArray[np.float32]:
         """Return (n,) coverage of one batch. Raises `TeacherError` when it is none."""
@@ -450,10 +332,10 @@ class Site:
         """Return the teacher's (n, classes) log-probabilities as the policy lets them leave. Raises `TeacherError`."""
         return shape(self.teacher.log_probs(images), self.settings.policy)
 
-    def _pool(self, digest: str) -> Pool:
+    def pool(self, digest: str) -> Pool:
         """Return the site's copy of a pool, verified once per process. Raises `RefusedError`."""
         check_pool(self.settings.policy, digest)
-        with self._lock:
+        with self.lock:
             if digest not in self._verified:
                 self._verified[digest] = self._find(digest)
             return self._verified[digest]
