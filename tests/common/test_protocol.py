@@ -145,6 +145,7 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
                 {"shape": [2, 4, 4, 4]},
                 {"shape": [0, 4, 4]},
                 {"shape": [2, 4, 2**21]},
+                {"shape": [2, 2**12, 2**12 + 1]},
                 {"shape": [2.5, 4, 4]},
                 {"shape": [3, 4, 4]},  # all of its channels, and a basis
                 {"shape": [4, 4, 4], "basis": None},  # more than its channels
