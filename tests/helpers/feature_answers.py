@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -35,9 +37,14 @@ def images(count: int, seed: int = 0, side: int = 16) -> NDArray[np.uint8]:
 
 def teacher(architecture: str, seed: int, classes: int = 3) -> nn.Module:
     """A network whose batch normalisation has seen images, in evaluation mode."""
+    return copy.deepcopy(_teacher(architecture, seed, classes))
+
+
+@functools.cache
+def _teacher(architecture: str, seed: int, classes: int) -> nn.Module:
     made = build(architecture, classes=classes, channels=1, seed=seed)
     with torch.no_grad():
-        for _ in range(40):
+        for _ in range(20):
             made(torch.from_numpy(preprocess(images(32, 9), PLAIN)))
     return made.eval()
 

@@ -116,7 +116,7 @@ def test_a_student_of_equal_teachers_learns_their_scores(tmp_path: Path) -> None
         network[-1].weight.mul_(20)  # type: ignore[index, union-attr, operator]  # scores that vary
     networks = {"east": network, "west": network}
     made = student(name="cnn3@0.25")
-    shown = lesson(told(tmp_path, networks), networks, epochs=40).teach(made, PIXELS, tmp_path / "layers", CPU)
+    shown = lesson(told(tmp_path, networks), networks, epochs=25).teach(made, PIXELS, tmp_path / "layers", CPU)
     wanted = np.concatenate([log_probs(network, PIXELS)] * 2, axis=1)
     missed = np.square(scores(made) - wanted).sum() / np.square(wanted - wanted.mean(axis=0)).sum()
     assert missed < 0.5
