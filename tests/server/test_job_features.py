@@ -128,7 +128,7 @@ def test_layers_are_amalgamated_and_everything_is_told(home: Path, reporter: Rep
     assert by_name["north"]["answers"] == SAMPLES
     page, card = (home / "run" / "report.html").read_text(), (home / "run" / "card.md").read_text()
     for text in (page, card):
-        assert "layer-wise amalgamation (Shen et al., AAAI 2019) from features of east and west" in text
+        assert "layer-wise amalgamation (Shen et al., AAAI 2019) from features of east, west" in text
         assert "by their labels alone: north." in text
     assert "What it learned from features" in page
     assert "6 + 6" in page
@@ -154,7 +154,7 @@ def test_common_features_of_a_mixed_federation(home: Path, reporter: Reporter) -
     assert losses == pytest.approx([t["soft"] + 10 * t["mmd"] + 10 * t["reconstruction"] for t in terms], rel=1e-4)
     page = (home / "run" / "report.html").read_text()
     assert "Terms of the loss" in page
-    assert "common-feature learning (Luo et al., IJCAI 2019) from features of east and north" in page
+    assert "common-feature learning (Luo et al., IJCAI 2019) from features of east, north" in page
 
 
 def test_only_the_taps_that_the_job_names_are_asked_for(home: Path, reporter: Reporter) -> None:
@@ -305,7 +305,7 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
 def test_what_does_not_fit_is_refused_before_anything_is_asked(home: Path, reporter: Reporter, case: str) -> None:
     cards, learning, student, words = REFUSED[case]
     if student.get("architecture") == "resnet18":
-        pytest.importorskip("torchvision")
+        pytest.importorskip("consilience.common.nets.vision")
     sites = sites_of(CHAIN, LAYERS, {})
     sites.features = {site: features_card(held) for site, held in cards.items()}
     with pytest.raises(SettingsError) as caught:

@@ -73,8 +73,8 @@ def lesson(taps: list[LayerTaps], networks: dict[str, nn.Module], **settings: An
     return LayerLesson(taps, loss, "answers", IDS, LayerWise(**fields), PLAIN, batch=16, seed=0)
 
 
-def student(classes: int = 6, name: str = NAME) -> nn.Module:
-    return build(name, classes=classes, channels=1, seed=5)
+def student() -> nn.Module:
+    return build(NAME, classes=6, channels=1, seed=5)
 
 
 def scores(network: nn.Module) -> NDArray[np.float32]:
@@ -111,16 +111,16 @@ def test_full_width_of_equal_teachers_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_student_of_equal_teachers_learns_their_scores(tmp_path: Path) -> None:
-    network = teacher("cnn3@0.25", 1)
+    network = teacher(NAME, 1)
     with torch.no_grad():
         network[-1].weight.mul_(20)  # type: ignore[index, union-attr, operator]  # scores that vary
     networks = {"east": network, "west": network}
-    made = student(name="cnn3@0.25")
-    shown = lesson(told(tmp_path, networks), networks, epochs=25).teach(made, PIXELS, tmp_path / "layers", CPU)
+    made = student()
+    shown = lesson(told(tmp_path, networks), networks, epochs=60).teach(made, PIXELS, tmp_path / "layers", CPU)
     wanted = np.concatenate([log_probs(network, PIXELS)] * 2, axis=1)
     missed = np.square(scores(made) - wanted).sum() / np.square(wanted - wanted.mean(axis=0)).sum()
-    assert missed < 0.5
-    fresh = np.square(scores(student(name="cnn3@0.25").eval()) - wanted).sum()
+    assert missed < 0.3
+    fresh = np.square(scores(student().eval()) - wanted).sum()
     assert missed * np.square(wanted - wanted.mean(axis=0)).sum() < 0.1 * fresh
     assert [each["tap"] for each in shown] == ["layer1", "layer2", "layer3", "scores"]
     assert all(each["losses"][-1] < 0.5 * each["losses"][0] for each in shown)
