@@ -1,7 +1,7 @@
 """What of sites' features fits a job's student: looked at before anything is asked.
 
-Lives here: the checks of site cards against the student's own taps. Does not live here: those (server/student/own_taps),
-what sites allow (common/taps_asked), and learning from features (server/feature_learning).
+Lives here: the checks of site cards against the student's own taps. Does not live here: those taps
+(server/student/own_taps), what sites allow (common/taps_asked), and learning from features (server/feature_learning).
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def test_a_run_killed_while_it_learns_goes_on_to_the_same_student(
 ) -> None:
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     cards = cards_of(LAYERS, ("east", "west"))
-    spaces = {"common_feature": {"spaces": [{"width": 4}]}}
+    spaces: dict[str, Any] = {"common_feature": {"spaces": [{"width": 4}]}}
     report = do(home, sites_of(CHAIN, LAYERS, cards), reporter, learning, run="whole", **spaces)
     real = loop._Run.epoch
 
@@ -196,15 +196,16 @@ def test_a_run_killed_while_it_learns_goes_on_to_the_same_student(
 def test_the_target_is_unified_or_the_sites_scores_side_by_side(home: Path, reporter: Reporter) -> None:
     cards = cards_of(LAYERS, ("east", "north"))
     for learning, field in (("layer-wise", "layer_wise"), ("common-feature", "common_feature")):
-        spaces = {"spaces": [{"width": 4}]} if field == "common_feature" else {}
+        spaces: dict[str, Any] = {"spaces": [{"width": 4}]} if field == "common_feature" else {}
         for target in ("unified", "concatenated"):
+            student: dict[str, Any] = {field: {"target": target, **spaces}}
             report = do(
                 home,
                 sites_of(APART, LAYERS, cards),
                 reporter,
                 learning,
                 run=f"{field}-{target}",
-                **{field: {"target": target, **spaces}},
+                **student,
             )
             assert report["amalgamation"]["target"] == target
             said = any("says nothing about the odds between components" in line for line in report["warnings"])
@@ -230,7 +231,7 @@ def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, l
         if question.kind == "features" and question.start >= 16
         else whole(question, attempt)
     )
-    spaces = {"common_feature": {"spaces": [{"width": 4}]}}
+    spaces: dict[str, Any] = {"common_feature": {"spaces": [{"width": 4}]}}
     report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]

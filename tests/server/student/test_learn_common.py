@@ -14,7 +14,7 @@ from consilience.common.errors import StudentError
 from consilience.common.nets import build, train
 from consilience.common.nets.tapped import tap_shapes
 from consilience.common.settings import Fit
-from consilience.server.student.common_feature import Weights
+from consilience.server.student.common_feature import CommonFeature, Weights
 from consilience.server.student.learn_common import CommonLoss, CommonStudent, Space, common_fingerprint, told_of
 from consilience.server.student.mmd import mmd
 from consilience.server.student.site_taps import SiteTap
@@ -52,6 +52,12 @@ def tap(folder: Path, site: str, architecture: str, seed: int, name: str, upto: 
     network = teacher(architecture, seed)
     (card,) = tap_cards(network, site, [name])
     return stored(folder, site, card, features(network, PIXELS, [name])[name], upto=upto)
+
+
+def space_of(model: CommonStudent) -> CommonFeature:
+    (common,) = model.common.taps
+    assert isinstance(common, CommonFeature)
+    return common
 
 
 def student() -> torch.nn.Module:
@@ -94,7 +100,7 @@ def test_the_loss_is_that_of_a_direct_computation(tmp_path: Path, form: str, upt
     output = model(torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
     told = loss(output, ids)
     at = samples[ids.numpy()]
-    common = model.common.taps[0]
+    common = space_of(model)
     own = common.project(common.brought(space.formed(output[1][0])))
     apart = lost = 0.0
     for number, each in enumerate(space.taps):
@@ -129,7 +135,7 @@ def test_a_site_that_told_one_sample_of_the_batch_or_none_has_no_part(tmp_path: 
     ids = torch.arange(6)
     output = model(torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
     terms = CommonLoss(model, Fixed(), "f", np.arange(COUNT))(output, ids).terms
-    common = model.common.taps[0]
+    common = space_of(model)
     given = space.given(space.taps[0], ids.numpy(), CPU)
     projected = common.project(given, 0)
     assert float(terms["mmd"]) == pytest.approx(float(mmd(common.project(output[1][0]), projected)), rel=1e-4)
@@ -176,7 +182,7 @@ def test_what_is_told_of_a_space(tmp_path: Path) -> None:
     assert {who: len(points) for who, points in told["picture"]["points"].items()} == dict.fromkeys(
         ("student", "site east", "site west"), 30
     )
-    common = model.common.taps[0]
+    common = space_of(model)
     given = common.brought(space.given(space.taps[1], np.arange(30), CPU))
     with torch.no_grad():
         missed = (common.decoders[1](common.project(given, 1)) - given).square().sum() / given.square().sum()

@@ -65,12 +65,14 @@ def three() -> dict[str, nn.Module]:
     return {**two(), "north": teacher(NAME, 3)}
 
 
-def lesson(taps: list[LayerTaps], networks: dict[str, nn.Module], **settings: Any) -> LayerLesson:
+def lesson(
+    taps: list[LayerTaps], networks: dict[str, nn.Module], samples: NDArray[np.int64] = IDS, **settings: Any
+) -> LayerLesson:
     fields = {"epochs": 3, "target": "concatenated", **settings}
     answers = [log_probs(network, PIXELS) for network in networks.values()]
     sets = [range(3 * i, 3 * i + 3) for i in range(len(networks))]
-    loss = ConcatenatedScores(answers, sets, CPU, "answers")
-    return LayerLesson(taps, loss, "answers", IDS, LayerWise(**fields), PLAIN, batch=16, seed=0)
+    loss = ConcatenatedScores(answers, sets, CPU, "answers", samples)
+    return LayerLesson(taps, loss, "answers", samples, LayerWise(**fields), PLAIN, batch=16, seed=0)
 
 
 def student() -> nn.Module:
@@ -116,7 +118,9 @@ def test_a_student_of_equal_teachers_learns_their_scores(tmp_path: Path) -> None
         network[-1].weight.mul_(20)  # type: ignore[index, union-attr, operator]  # scores that vary
     networks = {"east": network, "west": network}
     made = student()
-    shown = lesson(told(tmp_path, networks), networks, epochs=60).teach(made, PIXELS, tmp_path / "layers", CPU)
+    samples = IDS[::-1].copy()  # training's numbers of the samples are not the pool's
+    learnt = lesson(told(tmp_path, networks), networks, samples, epochs=60)
+    shown = learnt.teach(made, PIXELS[samples], tmp_path / "layers", CPU)
     wanted = np.concatenate([log_probs(network, PIXELS)] * 2, axis=1)
     missed = np.square(scores(made) - wanted).sum() / np.square(wanted - wanted.mean(axis=0)).sum()
     assert missed < 0.3
@@ -143,6 +147,8 @@ def test_every_way_of_amalgamating_keeps_variance_and_none_more_than_direct_prin
     design = np.column_stack([mapped, np.ones(len(mapped))])
     left = rows - design @ np.linalg.lstsq(design, rows, rcond=None)[0]
     refitted = 1 - np.square(left).sum() / np.square(rows - rows.mean(axis=0)).sum()
+    variances = [rows[:, at : at + 6].var(axis=0).sum() for at in (0, 6, 12)]
+    assert np.dot(list(found.by_site.values()), variances) / sum(variances) == pytest.approx(found.explained, abs=1e-4)
     assert refitted >= found.explained - 1e-3
     if (autoencoder, order) == ("principal", "direct"):
         assert refitted == pytest.approx(found.explained, abs=1e-4)
