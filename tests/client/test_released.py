@@ -26,6 +26,7 @@ from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.pool import Pool
+from consilience.common.protocol import MOST_ANSWER_BYTES
 from helpers.small_site import ROW, SIZE, Fickle, about, make_pool, make_site
 
 

@@ -184,15 +184,16 @@ def test_a_teacher_trained_here_has_taps(tmp_path: Path, pool: Pool) -> None:
     assert [tap.card.shape for tap in opened(settings).values()] == [(3, 16, 16), (3, 8, 8), (3, 4, 4)]
 
 
-def test_a_network_as_dp_sgd_trains_it_has_its_modules_for_taps() -> None:
+@pytest.mark.parametrize(("architecture", "width"), [("cnn3", 128), ("resnet8", 64)])
+def test_a_network_as_dp_sgd_trains_it_has_its_modules_for_taps(architecture: str, width: int) -> None:
     preprocessing = Preprocessing(size=(16, 16), channels=1)
-    private = grouped(network()).eval()
+    private = grouped(network(architecture)).eval()
     scores = NetworkScores(private, 3, preprocessing, torch.device("cpu"))
     layers = teacher_layers(ScoringTeacher(("a", "b", "c"), "f" * 64, "logits", "here", scores))
     assert layers is not None
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), np.uint8)
     found = {layer.name: layer for layer in layers.find(images)}
-    assert (found["1"].shape, found["penultimate"].shape) == ((32, 16, 16), (128,))
+    assert (found["1"].shape[1:], found["penultimate"].shape) == ((16, 16), (width,))
     assert not any(layer.layout for layer in found.values())
     (maps,) = layers.features(images, ["1"])
     with torch.no_grad():
