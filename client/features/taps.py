@@ -185,11 +185,10 @@ def kept_shares(settings: SiteSettings, found: Found) -> dict[str, float]:
 
 def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis | None) -> OpenTap:
     layer, text = allowed.layer, None if basis is None else pack_basis(basis.directions, basis.mean)
-    parts = {
+    parts = {  # the shape decides how maps are averaged
         "kind": "features",
         "teacher": found.layers.fingerprint,
         "tap": layer.name,
-        "size": allowed.reduction.size,
         "channels": layer.shape[0],
         "shape": allowed.shape,
         "basis": text,

@@ -152,7 +152,7 @@ def test_priors_of_other_names_are_an_error_and_accuracy_is_told_only_if_allowed
     other = site.settings.model_copy(update={"policy": Policy(class_priors=True), "data": data})
     with pytest.raises(DataError, match="no class 'cat'; they have: Cat"):
         Site(other, teacher).card.class_priors  # noqa: B018
-    monkeypatch.setattr("consilience.client.site.describe_teacher", lambda settings: ("a teacher", 0.75))
+    monkeypatch.setattr("consilience.client.card.describe_teacher", lambda settings: ("a teacher", 0.75))
     told = site.settings.model_copy(update={"policy": Policy(holdout_accuracy=True)})
     assert Site(site.settings, teacher).card.holdout_accuracy is None
     assert Site(told, teacher).card.holdout_accuracy == 0.75

@@ -209,6 +209,15 @@ def test_bytes_of_all_taps_and_encodings_count_for_a_job_by_itself(pool: Pool, o
     assert code(lambda: site.answer(about(site, pool, 31, 32))) == "too-many-bytes"
 
 
+def test_a_job_s_bytes_are_those_that_it_asks_for_whoever_got_them_before(pool: Pool, opening: Opening) -> None:
+    most = SIZE * feature_bytes(LAYER2, "f16")
+    site = opening({"layer2": {"size": 4}, "penultimate": {}}, features={"bytes": most})
+    site.answer(about(site, pool, job="first"))
+    site.answer(about(site, pool, tap=1, job="second"))
+    site.agree(contract(site, pool))
+    assert code(lambda: site.agree(contract(site, pool, features=("layer2", "penultimate")))) == "too-many-bytes"
+
+
 def test_features_count_towards_the_limits_on_samples(pool: Pool, opening: Opening) -> None:
     site = opening(policy={"limits": {"per_job": SIZE + 10}})
     assert code(lambda: site.agree(contract(site, pool))) == "budget-exhausted"

@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 
 from consilience.client.calibration import CalibrationMap
 from consilience.client.features import OpenTap, learn_bases, open_taps
+from consilience.client.features.layers import layers_of as teacher_layers
+from consilience.client.privacy.dp_sgd import grouped
 from consilience.client.teacher import CalibratedTeacher, CalibrationRecord, load_teacher, train_teacher
+from consilience.client.teacher.protocol import ScoringTeacher
+from consilience.client.teacher.torch_modules import NetworkScores
 from consilience.common.encoding.features import unpack_basis
 from consilience.common.errors import SettingsError, StorageError, TeacherError
 from consilience.common.nets.tapped import Tapped
 from consilience.common.nets.taps import taps as layers_of
 from consilience.common.pool import Pool
-from consilience.common.settings import Policy, SiteSettings
+from consilience.common.settings import Policy, Preprocessing, SiteSettings
 from helpers.feature_site import CALLABLE, SIZE, fed, hosted, make_pool, make_settings, network
 
 
@@ -134,6 +138,9 @@ def test_another_teacher_tap_or_reduction_is_another_tap(tmp_path: Path, pool: P
         fingerprint("f", {"layer3": {"size": 4, "channels": 8}}),
     ]
     assert len({first, *others}) == 6
+    plain = fingerprint("g", {"layer2": {"size": 4}})
+    assert plain != fingerprint("h", {"layer2": {"size": 4}}, seed=2)  # without components too
+    assert plain == fingerprint("i", {"layer2": {"size": 4, "channels": 64}})
 
 
 def test_other_components_are_another_tap(tmp_path: Path, pool: Pool) -> None:
@@ -175,6 +182,23 @@ def test_a_teacher_trained_here_has_taps(tmp_path: Path, pool: Pool) -> None:
     )
     train_teacher(settings)
     assert [tap.card.shape for tap in opened(settings).values()] == [(3, 16, 16), (3, 8, 8), (3, 4, 4)]
+
+
+@pytest.mark.parametrize(("architecture", "width"), [("cnn3", 128), ("resnet8", 64)])
+def test_a_network_as_dp_sgd_trains_it_has_its_modules_for_taps(architecture: str, width: int) -> None:
+    preprocessing = Preprocessing(size=(16, 16), channels=1)
+    private = grouped(network(architecture)).eval()
+    scores = NetworkScores(private, 3, preprocessing, torch.device("cpu"))
+    layers = teacher_layers(ScoringTeacher(("a", "b", "c"), "f" * 64, "logits", "here", scores))
+    assert layers is not None
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), np.uint8)
+    found = {layer.name: layer for layer in layers.find(images)}
+    assert (found["1"].shape[1:], found["penultimate"].shape) == ((16, 16), (width,))
+    assert not any(layer.layout for layer in found.values())
+    (maps,) = layers.features(images, ["1"])
+    with torch.no_grad():
+        expected = private.get_submodule("1")(private.get_submodule("0")(scores.prepare(images)))
+    np.testing.assert_allclose(maps, expected.numpy(), atol=1e-6)
 
 
 def test_a_callable_tells_its_features(tmp_path: Path, pool: Pool) -> None:
