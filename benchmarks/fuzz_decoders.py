@@ -2,8 +2,9 @@
 
 Each decoder of tests/helpers/fuzz_targets.py is attacked for ten minutes by libFuzzer through atheris, which keeps
 inputs that reach other lines of our code and changes them further. It begins with those in tests/attacks/corpus and
-those that the decoder takes. With `--work`, decoders attacked before are not attacked again. An input that a decoder neither takes nor refuses is shown, and kept in the folder that is
-named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again.
+those that the decoder takes. An input that a decoder neither takes nor refuses is shown, and kept in the folder that is
+named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again; with `--work`, a
+second call leaves out the decoders that were attacked.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from consilience.common.files import read_json, write_json
 from harness import options, show
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the targets are the tests' too
@@ -90,6 +90,7 @@ def fuzz(name: str, seconds: int, folder: Path, keeping: bool) -> tuple[int, int
 def main() -> None:
     if sys.argv[1:2] == ["--attack"]:
         attack(sys.argv[2])
+    from consilience.common.files import read_json, write_json  # not above: atheris must import what it attacks
     from helpers.fuzz_targets import TARGETS
 
     def add(parser: argparse.ArgumentParser) -> None:
