@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from consilience.common.errors import StudentError
+from consilience.common.moments import Features, Moments
 from consilience.server.student.autoencoder import Affine, Autoencoder, measured, principal
-from consilience.server.student.moments import Features, Moments
 
 
 def concatenated(features: Sequence[Features]) -> Features:

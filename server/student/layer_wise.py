@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
+from consilience.common.moments import Features
 from consilience.common.nets.taps import Unit, units
 from consilience.server.student.autoencoder import MOMENTUM, Affine, check_again
 from consilience.server.student.folding import fold
-from consilience.server.student.moments import Features
 
 Blocks = Iterable[tuple[Features, Features]]
 """Re-iterable pairs of a layer's input (b, C, H, W) and target (b, C', H', W') or, for the scores, (b, L); floating."""
