@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from baselines import FAMILIES, NAMES, score_by_family, score_pool
+from images import Images, Labels, Source, add_data, folders_of, joined, read, save, shuffled, spread, write_pools
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -31,7 +32,6 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from consilience.common.data import ImageData, open_data
 from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import resize
@@ -40,7 +40,6 @@ from consilience.common.settings import (
     Ask,
     Coverage,
     CoverageFit,
-    EmbeddedData,
     Fit,
     JobSettings,
     Judge,
@@ -58,7 +57,6 @@ from consilience.server.stores import stores_about
 from harness import options, show
 from jobs import do_job
 
-Images, Labels = NDArray[np.uint8], NDArray[np.int64]
 OVERLAP = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
 DISJOINT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
 ALL = (tuple(range(10)),) * 3
@@ -113,32 +111,6 @@ QUICK = Scenario(
 )
 
 
-class Source:
-    """Labelled images that are given away, each once, class by class in a random order."""
-
-    def __init__(self, images: Images, labels: Labels, random: np.random.Generator) -> None:
-        self.images, self.labels = images if images.ndim == 4 else images[..., None], labels
-        self._left = {int(c): list(random.permutation(np.flatnonzero(labels == c))) for c in np.unique(labels)}
-
-    def take(self, classes: Sequence[int], count: int) -> tuple[Images, Labels]:
-        """Return about `count` images, evenly of `classes`; as many as there are left."""
-        each = [self._left[c] for c in classes]
-        chosen = [held.pop() for held in each for _ in range(min(count // len(classes), len(held)))]
-        return self.images[chosen], self.labels[chosen]
-
-
-def read(name: str, split: str, folders: Sequence[Path]) -> tuple[Images, Labels, list[str]]:
-    """Read NAME-SPLIT.npz (x, y, names) from the first folder that has it."""
-    if name == "embedded":
-        data = open_data(EmbeddedData(kind="embedded", split="train" if split == "train" else "test"))
-        return data.read(), data.need_labels(name), list(data.class_names)
-    for folder in folders:
-        if (folder / f"{name}-{split}.npz").exists():
-            with np.load(folder / f"{name}-{split}.npz") as held:
-                return held["x"], held["y"].astype(np.int64), [str(n) for n in held["names"]]
-    sys.exit(f"{name}-{split}.npz is in none of: {', '.join(map(str, folders))}. Name its folder with --data")
-
-
 def styles(split: str, folders: Sequence[Path], random: np.random.Generator) -> list[Source]:
     """Return digits as MNIST, USPS and inverted MNIST have them, 28 x 28."""
     mnist, labels, _ = read("mnist", split, folders)
@@ -181,35 +153,11 @@ def share_out(
     return sites, shuffled(pool, random), test, names
 
 
-def joined(parts: Any) -> tuple[Images, Labels]:
-    """Return the parts as one."""
-    held = list(parts)
-    return np.concatenate([images for images, _ in held]), np.concatenate([labels for _, labels in held])
-
-
-def shuffled(part: tuple[Images, Labels], random: np.random.Generator) -> tuple[Images, Labels]:
-    """Return the same in a random order."""
-    order = random.permutation(len(part[0]))
-    return part[0][order], part[1][order]
-
-
-def save(path: Path, part: tuple[Images, Labels], names: list[str]) -> NpzData:
-    """Write images with labels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, x=part[0], y=part[1], names=np.array(names))
-    return NpzData(kind="npz", path=path)
-
-
 def prepare(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> list[Path]:
     """Make the pool, the test set and the sites' folders; returns the sites' files."""
     random = np.random.default_rng(seed)
     sites, pool, test, names = share_out(scenario, folders, random)
-    for folder, images in (("pool", pool[0]), ("test-pool", test[0])):
-        if not (home / folder).exists():
-            held = ImageData(images.shape[1:], None, (), len(images), lambda ids, images=images: images[ids])  # type: ignore[misc]
-            Pool.build(held, home / folder)
-    np.save(home / "pool-labels.npy", pool[1])
-    save(home / "test.npz", test, names)
+    write_pools(home, pool, test, names)
     fit = scenario.sizes.fit()
     paths = []
     for k, part in enumerate(sites):
@@ -328,14 +276,6 @@ def mean(values: Sequence[float | None]) -> float | None:
     return statistics.mean(known) if len(known) == len(values) else None
 
 
-def spread(values: Sequence[float | None], scale: float = 100.0) -> str:
-    """Return mean and standard deviation."""
-    known = [scale * value for value in values if value is not None]
-    if not known:
-        return "-"
-    return f"{statistics.mean(known):.1f} ± {statistics.stdev(known) if len(known) > 1 else 0.0:.1f}"
-
-
 def gap_closed(figures: Sequence[dict[str, Any]]) -> Iterator[float]:
     """Yield the share of the way from the plain student to the oracle that coverage goes, seed by seed."""
     for each in figures:
@@ -353,19 +293,15 @@ def beaten(figures: Sequence[dict[str, Any]]) -> str:
 
 def arguments_too(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's own options."""
-    cache = Path(os.environ.get("CONSILIENCE_DATA", Path.home() / ".cache" / "consilience-data"))
-    parser.add_argument("--data", type=Path, action="append", metavar="FOLDER", help="where NAME-SPLIT.npz files lie")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep runs and figures here, and go on from them")
-    parser.add_argument("--seeds", type=int, default=5)
+    add_data(parser)
     parser.add_argument("--only", nargs="*", choices=sorted(SCENARIOS), default=list(SCENARIOS))
-    parser.set_defaults(cache=cache)
 
 
 def main() -> None:
     """Measure what is not measured yet, and show everything."""
     arguments = options(__doc__, arguments_too)
     scenarios = {"quick": QUICK} if arguments.quick else {name: SCENARIOS[name] for name in arguments.only}
-    folders = [*(arguments.data or []), arguments.cache]
+    folders = folders_of(arguments)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()

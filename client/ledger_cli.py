@@ -28,7 +28,7 @@ from consilience.common.files import atomic
 from consilience.common.settings import NoPrivacy, SiteSettings
 from consilience.common.settings_file import load_settings
 
-app = typer.Typer(help="The record of what left the site.", no_args_is_help=True)
+app = typer.Typer(help="The record of what left the site.", no_args_is_help=True, add_completion=False)
 SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 
 

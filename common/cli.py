@@ -1,4 +1,5 @@
-"""What every command shares: the JSON envelope, errors as one line and an exit code, results on stdout.
+"""What every command shares: the JSON envelope, errors as one line and an exit code, results on stdout, and groups that
+import a command when it is called: torch, matplotlib and their like take seconds, which `--help` should not.
 
 Does not live here: any command.
 """
@@ -6,13 +7,16 @@ Does not live here: any command.
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
+import click
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
+from typer.core import TyperGroup
 
 from consilience.common.errors import ConsilienceError, StorageError
 
@@ -80,3 +84,43 @@ def _fail(as_json: bool, error: ConsilienceError, data: dict[str, Any] | None = 
         console = Console(stderr=True, highlight=False)
         console.print(f"Error ({error.name}, {error.exit_code}): {error}", markup=False, soft_wrap=True)
     raise typer.Exit(error.exit_code)
+
+
+class LateCommands(TyperGroup):
+    """A group of commands of which each is imported when it is called."""
+
+    parts: ClassVar[dict[str, tuple[str, str]]] = {}
+    """Command -> `module:name` of the function or `typer.Typer` that it is, and what the group's help says of it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of `parts`, and after them those of commands that the group has by itself."""
+        return [*self.parts, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command of a name, not yet imported; None where there is none."""
+        if cmd_name not in self.parts:
+            return super().get_command(ctx, cmd_name)
+        return LateCommand(cmd_name, *self.parts[cmd_name])
+
+
+class LateCommand(click.Command):
+    """Stands for a command until it is called."""
+
+    def __init__(self, name: str, target: str, about: str) -> None:
+        super().__init__(name, help=about)
+        self._target = target
+
+    def load(self) -> click.Command:
+        """Import the command and return it."""
+        module, _, name = self._target.partition(":")
+        found = getattr(importlib.import_module(module), name)
+        if not isinstance(found, typer.Typer):
+            function, found = found, typer.Typer(add_completion=False)
+            found.command(self.name)(function)
+        return typer.main.get_command(found)
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Return a context of the command that this one stands for."""
+        return self.load().make_context(info_name, args, parent, **extra)

@@ -15,7 +15,7 @@ from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import DataSource, FolderData, NpzData, TorchvisionData
 
-app = typer.Typer(help="The public unlabelled pool.", no_args_is_help=True)
+app = typer.Typer(help="The public unlabelled pool.", no_args_is_help=True, add_completion=False)
 
 PoolFolder = Annotated[Path, typer.Argument(help="Folder of the pool.")]
 

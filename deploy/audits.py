@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import ValidationError
+from rich.console import Group, RenderableType
+from rich.text import Text
 
-from consilience.client.audit.cli import audit_to
+from consilience.client.audit.cli import attack_table, audit_to
 from consilience.client.audit.record import Audit
 from consilience.client.site import Site
 from consilience.common.errors import RunError, TeacherError
@@ -53,6 +55,14 @@ def audit_run(job: JobSettings, run: Path, reporter: Reporter) -> list[Audit]:
             )
         write_audits(run, told)
     return done
+
+
+def shown(audits: list[Audit], run: Path) -> RenderableType | None:
+    """Return what a person is shown of a run's audits, and where their pages lie; None without any."""
+    if not audits:
+        return None
+    pages = [f"Audit: {(run / 'audit' / one.site / 'audit.html').resolve()}" for one in audits]
+    return Group(attack_table(audits), Text("\n".join(pages)))
 
 
 def _earlier(site: Site, folder: Path) -> Audit | None:

@@ -8,24 +8,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
-from rich.text import Text
 
-from consilience.client.audit.cli import attack_table
-from consilience.client.audit.record import Audit
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import SettingsError
 from consilience.common.files import read_json
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
-from consilience.deploy.audits import audit_run
 from consilience.deploy.flower_engine import simulate_on_flower
 from consilience.deploy.processes import simulate_processes
 from consilience.deploy.simulation import embedded_job
 from consilience.deploy.simulation import simulate as run_simulation
 from consilience.server.summary import summary
-
-app = typer.Typer()
 
 
 class Engine(StrEnum):
@@ -35,7 +29,6 @@ class Engine(StrEnum):
     FLOWER = "flower"
 
 
-@app.command()
 def simulate(
     job: Annotated[Path | None, typer.Argument(help="A job.yaml; without one, the embedded example.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME of the job.")] = None,
@@ -63,10 +56,12 @@ def simulate(
         if seed is not None:
             settings = settings.model_copy(update={"seed": seed})
         run = out or Path("runs") / settings.name
-        audits: list[Audit] = []
+        pages: RenderableType | None = None
         with Reporter() as reporter:
             if audit:
-                audits = audit_run(settings, run, reporter)
+                from consilience.deploy.audits import audit_run, shown  # which take a second to import
+
+                pages = shown(audit_run(settings, run, reporter), run)
             if processes:
                 simulate_processes(settings, run, reporter)
             elif engine is Engine.FLOWER:
@@ -75,9 +70,8 @@ def simulate(
                 run_simulation(settings, run, reporter)
         report: dict[str, Any] = read_json(run / "report.json")
         view: RenderableType = summary(run, report)
-        if audits:
-            pages = Text("\n".join(f"Audit: {(run / 'audit' / one.site / 'audit.html').resolve()}" for one in audits))
-            view = Group(view, attack_table(audits), pages)
+        if pages is not None:
+            view = Group(view, pages)
         return {"run": str(run), "report": report}, view
 
     emit(as_json, action)

@@ -24,7 +24,7 @@ from consilience.server.admission import Record, Register
 from consilience.server.authority import authority_pem, certificate_names, ensure_authority, renew_if_due
 from consilience.server.settings import HOME_VARIABLE, Home, ServerSettings, split_address
 
-app = typer.Typer(help="The coordinator's side.", no_args_is_help=True)
+app = typer.Typer(help="The coordinator's side.", no_args_is_help=True, add_completion=False)
 
 HomeOption = Annotated[
     Path | None,

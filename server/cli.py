@@ -18,7 +18,7 @@ from consilience.server.export import export_student
 from consilience.server.learning import StudentModel
 from consilience.server.signatures import Signatures, check_signatures, complaint
 
-app = typer.Typer(help="The trained student.", no_args_is_help=True)
+app = typer.Typer(help="The trained student.", no_args_is_help=True, add_completion=False)
 
 StudentFolder = Annotated[
     Path | None, typer.Option("--student", help="A run's student folder; by default the newest below runs/.")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-import click
 import typer
-from typer.core import TyperGroup
 
 import consilience
 
@@ -22,17 +19,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # over as soon as sites answer side by side or the machine has other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from consilience.common.cli import AsJson, Result, emit  # noqa: E402
+from consilience.common.cli import AsJson, LateCommands, Result, emit  # noqa: E402
 from consilience.common.errors import REGISTRY, SettingsError  # noqa: E402
-
-PARTS = {
-    "simulate": "consilience.deploy.cli",
-    "pool": "consilience.common.pool_cli",
-    "site": "consilience.client.cli",
-    "server": "consilience.server.server_cli",
-    "student": "consilience.server.cli",
-}
-"""Command -> the module whose `app` it is, imported when it is called: torch alone takes seconds."""
 
 OTHER_CODES = {
     0: "Success.",
@@ -41,18 +29,16 @@ OTHER_CODES = {
 }
 
 
-class _Parts(TyperGroup):
-    """The root's group: its own commands, and those of `PARTS`."""
+class _Parts(LateCommands):
+    """The root's group: its own commands, and those of each side."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*PARTS, *super().list_commands(ctx)]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in PARTS:
-            return super().get_command(ctx, cmd_name)
-        command = typer.main.get_command(importlib.import_module(PARTS[cmd_name]).app)
-        command.name = cmd_name
-        return command
+    parts: ClassVar = {
+        "simulate": ("consilience.deploy.cli:simulate", "The whole job on one machine."),
+        "pool": ("consilience.common.pool_cli:app", "Public unlabelled pools."),
+        "site": ("consilience.client.cli:app", "A data owner's side."),
+        "server": ("consilience.server.server_cli:app", "The coordinator's side."),
+        "student": ("consilience.server.cli:app", "Trained students."),
+    }
 
 
 app = typer.Typer(

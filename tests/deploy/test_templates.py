@@ -17,17 +17,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import yaml
-from typer.main import get_command
 
-from consilience.__main__ import app
 from consilience.client.health import health_server
 from consilience.common.errors import REGISTRY
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import parse_settings
 from helpers import sandbox
+from helpers.commands import command_of
 from helpers.pages import ROOT
 from helpers.superlink import free_ports
 
@@ -52,12 +50,8 @@ def runs(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
 
 def taken(words: list[str]) -> None:
     """Fail unless the command line takes these words."""
-    command, words = get_command(app), list(words)
-    while isinstance(command, click.Group):
-        found = command.get_command(click.Context(command), words.pop(0))
-        assert found is not None, words
-        command = found
-    command.make_context("consilience", words)
+    command, left = command_of(*words)
+    command.make_context("consilience", left)
 
 
 # systemd

@@ -10,12 +10,10 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
@@ -23,6 +21,7 @@ from consilience.client.app import forget_sites
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import parse_settings
 from consilience.deploy import cli
+from helpers.commands import command_of
 from helpers.pages import PAGES, ROOT, blocks, typed
 
 SETTING_UP = (
@@ -102,22 +101,11 @@ def test_every_line_of_the_paths_is_one_that_the_command_line_takes() -> None:
         if program != "consilience":
             assert line in SETTING_UP, line
             continue
-        command, name = get_command(app), program
-        context = click.Context(command, info_name=name)
-        while isinstance(command, click.Group):
-            name = words.pop(0)
-            found = command.get_command(context, name)
-            assert found is not None, line
-            command = found
-        command.make_context(name, words)  # refuses what the command would refuse
+        command, left = command_of(*words)
+        command.make_context(words[0], left)  # refuses what the command would refuse
 
 
 def test_every_inline_command_of_the_paths_exists() -> None:
     for page in PAGES:
         for line in re.findall(r"`((?:consilience )?(?:site|server|pool|student) [a-z]+)", page.read_text()):
-            group, name = line.removeprefix("consilience ").split()
-            command = get_command(app)
-            assert isinstance(command, click.Group)
-            part = command.get_command(click.Context(command), group)
-            assert isinstance(part, click.Group)
-            assert name in part.commands, f"{page.name}: {line}"
+            command_of(*line.removeprefix("consilience ").split())

@@ -1,0 +1,315 @@
+"""Claim: a student that also learns from the teachers' features is no worse than one that learns from labels alone.
+
+`same`: two ResNet-20 of five CIFAR-10 classes each, one layout: labels alone (KD), layer-wise amalgamation alone, the
+joint phase alone, and layer-wise amalgamation before the joint phase (Shen et al., AAAI 2019). `different`: VGG-6,
+ResNet-8 and a MobileNet, whose classes overlap ({0-4}, {3-7}, {6-9, 0}): labels alone, common-feature learning (Luo et
+al., IJCAI 2019), and that with one of its terms left out. In both the same student learns from the pool's true labels
+(`oracle`). All have the same student, pool, schedule and number of epochs; layer-wise amalgamation and the joint phase
+share them, half each.
+
+The peak learning rate of each method is the one, of two, under which a student agrees best with the unified labels of a
+tenth of the pool that it did not learn from, under the first seed: no label of the pool or the test images is seen
+there. A seed decides which images are private and which are the pool, initial weights and the order of training; none
+is picked. The difference to KD is paired by seed, with its 95 % interval by Student's t. What is done is kept in the
+folder `--work`, and a second call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from images import Images, Labels, Source, add_data, folders_of, read, save, spread, write_pools
+from scipy import stats
+
+from consilience.common.files import read_json, write_json
+from consilience.common.pool import Pool
+from consilience.common.progress import Reporter
+from consilience.common.settings import (
+    Ask,
+    CommonFeature,
+    Features,
+    Fit,
+    JobSettings,
+    Judge,
+    LayerWise,
+    Limits,
+    NpzData,
+    Policy,
+    Reduction,
+    SiteSettings,
+    Student,
+    TrainTeacher,
+)
+from consilience.common.settings_file import dump_settings
+from consilience.deploy.simulation import train_site
+from consilience.server.learning import StudentModel
+from harness import options, show
+from jobs import do_job
+
+RATES = (0.03, 0.1)
+"""Peak learning rates that each method has the choice of."""
+CHOSEN_ON = 0.1
+"""Share of the pool by which the rate is chosen."""
+MANY = Limits(per_job=None, per_month=None, lifetime=None)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Who knows what, by which network; images and epochs; the student and its ways of learning."""
+
+    data: str
+    classes: tuple[tuple[int, ...], ...]
+    teachers: tuple[str, ...]
+    student: str
+    methods: tuple[str, ...]
+    private: int = 6_000
+    pool: int = 8_000
+    test: int = 10_000
+    epochs: int = 16
+
+
+SCENARIOS = {
+    "same": Scenario(
+        "cifar10",
+        ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9)),
+        ("resnet20", "resnet20"),
+        "resnet20@1.25",
+        ("KD", "layer-wise", "joint", "layer-wise + joint"),
+    ),
+    "different": Scenario(
+        "cifar10",
+        ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0)),
+        ("vgg6", "resnet8", "mobilenet-small"),
+        "resnet8",
+        ("KD", "CFL", "CFL, no MMD", "CFL, no reconstruction", "CFL, no soft targets"),
+    ),
+}
+QUICK = {
+    "same": Scenario(
+        "embedded",
+        ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9)),
+        ("cnn3", "cnn3"),
+        "cnn3@1.25",
+        ("KD", "layer-wise + joint"),
+        200,
+        200,
+        100,
+        2,
+    ),
+    "different": Scenario(
+        "embedded", ((0, 1, 2, 3, 4, 5), (5, 6, 7, 8, 9)), ("cnn3", "resnet8"), "cnn3", ("KD", "CFL"), 200, 200, 100, 2
+    ),
+}
+TERMS = {"MMD": "mmd", "reconstruction": "reconstruction", "soft targets": "soft"}
+
+
+def student(scenario: Scenario, method: str, rate: float) -> Student:
+    """Return how the student learns by a method."""
+    common = CommonFeature.model_validate({TERMS[method.partition(", no ")[2]]: 0.0} if ", no " in method else {})
+    layer_wise, epochs = LayerWise(), scenario.epochs
+    if method == "layer-wise":
+        layer_wise = LayerWise(epochs=epochs, joint=False)
+    elif method == "joint":
+        layer_wise = LayerWise(epochs=0)
+    elif method == "layer-wise + joint":
+        layer_wise = LayerWise(epochs=epochs // 2)
+        epochs -= epochs // 2
+    return Student(
+        architecture=scenario.student,
+        learning="soft-labels" if method == "KD" else "common-feature" if method.startswith("CFL") else "layer-wise",
+        fit=Fit(epochs=epochs, learning_rate=rate),
+        layer_wise=layer_wise,
+        common_feature=common,
+    )
+
+
+def prepare(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> list[Path]:
+    """Make the pools, the test set and the sites' folders; returns the sites' files."""
+    random = np.random.default_rng(seed)
+    images, labels, names = read(scenario.data, "train", folders)
+    source = Source(images, labels, random)
+    pool = source.take(range(10), scenario.pool)
+    order = random.permutation(len(pool[0]))
+    pool = pool[0][order], pool[1][order]
+    sites = [source.take(classes, scenario.private) for classes in scenario.classes]
+    images, labels, _ = read(scenario.data, "test", folders)
+    write_pools(home, pool, Source(images, labels, random).take(range(10), scenario.test), names)
+    kept = round(len(pool[0]) * (1 - CHOSEN_ON))
+    for name, part in (("learned", slice(kept)), ("chosen-on", slice(kept, None))):
+        write_pools(home / name, (pool[0][part], pool[1][part]), (pool[0][:1], pool[1][:1]), names)
+    pools = tuple(home / name for name in ("pool", "test-pool", "learned/pool", "chosen-on/pool"))
+    return [write_site(scenario, k, part, names, pools, home, seed) for k, part in enumerate(sites)]
+
+
+def write_site(
+    scenario: Scenario,
+    at: int,
+    private: tuple[Images, Labels],
+    names: list[str],
+    pools: tuple[Path, ...],
+    home: Path,
+    seed: int,
+) -> Path:
+    """Write a site's file and private data."""
+    path = home / f"site-{at + 1}" / "site.yaml"
+    fit = Fit(epochs=scenario.epochs)
+    settings = SiteSettings(
+        name=f"site-{at + 1}",
+        data=save(path.parent / "private.npz", private, names),
+        teacher=TrainTeacher(kind="train", architecture=scenario.teachers[at], fit=fit),
+        policy=Policy(features=Features(taps={"*": Reduction()}, bytes=2**40), limits=MANY),
+        pools=pools,
+        state=path.parent / "state",
+        seed=1000 * seed + at,
+    )
+    dump_settings(settings, path)
+    return path
+
+
+def do(scenario: Scenario, method: str, rate: float, seed: int, home: Path, paths: list[Path]) -> dict[str, Any]:
+    """Do a method's job and return its report; the answers go, features take gigabytes."""
+    settings = JobSettings(
+        name=method.replace(" ", "-").replace(",", "").replace("+", "and").lower(),
+        seed=seed,
+        pool=home / "pool",
+        ask=Ask(features="u8"),
+        student=student(scenario, method, rate),
+        judge=Judge(
+            test=NpzData(kind="npz", path=home / "test.npz"),
+            test_pool=home / "test-pool",
+            pool_labels=home / "pool-labels.npy" if method == "KD" else None,
+        ),
+    )
+    run = home / "runs" / settings.name
+    report = do_job(settings, run, paths)
+    shutil.rmtree(run / "answers", ignore_errors=True)
+    return report
+
+
+def agreement(scenario: Scenario, method: str, rate: float, seed: int, home: Path, paths: list[Path]) -> float:
+    """Return how often a student that learned from nine tenths of the pool agrees with the unified labels of the rest.
+
+    Those labels are made by a job of their own.
+    """
+    part = home / "chosen-on"
+    plain = Student(architecture="cnn3", fit=Fit(epochs=1))
+    asked = JobSettings(name="chosen-on", seed=seed, pool=part / "pool", student=plain)
+    do_job(asked, home / "runs" / "chosen-on", paths)
+    unified = np.load(home / "runs" / "chosen-on" / "labels" / "q.npy", mmap_mode="r").argmax(axis=1)
+    name = f"{method}-{rate:g}".replace(" ", "-").replace(",", "").replace("+", "and").replace(".", "-").lower()
+    settings = JobSettings(
+        name=name,
+        seed=seed,
+        pool=home / "learned" / "pool",
+        ask=Ask(features="u8"),
+        student=student(scenario, method, rate),
+    )
+    run = home / "choosing" / name
+    do_job(settings, run, paths)
+    shutil.rmtree(run / "answers", ignore_errors=True)
+    pool = Pool.open(part / "pool")
+    found = StudentModel(run / "student").log_probs(pool.read(0, len(pool))).argmax(axis=1)
+    return float((found == unified).mean())
+
+
+def choose(scenario: Scenario, home: Path, paths: list[Path]) -> dict[str, dict[str, float]]:
+    """Return each method's agreement under each rate, under the first seed."""
+    return {
+        method: {str(rate): agreement(scenario, method, rate, 0, home, paths) for rate in RATES}
+        for method in scenario.methods
+    }
+
+
+def train_quietly(path: Path) -> None:
+    """Train a site in a process of its own."""
+    with Reporter() as reporter:
+        train_site(path, reporter)
+
+
+def measure(
+    scenario: Scenario, seed: int, home: Path, paths: list[Path], agreed: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Return the figures of one scenario under one seed."""
+    rates = {method: float(max(held, key=lambda rate: held[rate])) for method, held in agreed.items()}
+    reports = {m: do(scenario, m, rates[m], seed, home, paths) for m in scenario.methods}
+    told = reports["KD"]["baselines"]
+    return {
+        "students": {method: report["student"]["accuracy"] for method, report in reports.items()},
+        "rates": rates,
+        "naive": told["naive"]["accuracy"],
+        "unified": told["unified_ensemble"]["accuracy"],
+        "oracle": told["oracle"]["accuracy"],
+        "best_site": told["best_site"]["accuracy"],
+        "bytes": {m: sum(site["bytes"] for site in report["sites"]) for m, report in reports.items()},
+    }
+
+
+def difference(figures: Sequence[dict[str, Any]], method: str) -> str:
+    """Return the paired difference to KD in points, with its 95 % interval."""
+    held = [100 * (each["students"][method] - each["students"]["KD"]) for each in figures]
+    if len(held) < 2:
+        return f"{held[0]:+.1f}"
+    half = float(stats.t.ppf(0.975, len(held) - 1)) * statistics.stdev(held) / len(held) ** 0.5
+    middle = statistics.mean(held)
+    return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+
+
+def arguments_too(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's own options."""
+    add_data(parser)
+    parser.add_argument("--only", nargs="*", choices=sorted(SCENARIOS), default=list(SCENARIOS))
+
+
+def main() -> None:
+    """Measure what is not measured yet, and show everything."""
+    arguments = options(__doc__, arguments_too)
+    scenarios = QUICK if arguments.quick else {name: SCENARIOS[name] for name in arguments.only}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (arguments.work or Path(temporary)).resolve()
+        for seed in range(1 if arguments.quick else arguments.seeds):  # seed by seed: a part says something of all
+            for name, scenario in scenarios.items():
+                done, chosen = work / f"{name}-{seed}.json", work / f"{name}-rates.json"
+                if not done.exists():
+                    home = work / f"{name}-{seed}"
+                    paths = prepare(scenario, seed, home, folders_of(arguments))
+                    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+                        list(pool.map(train_quietly, paths))
+                    if not chosen.exists():
+                        write_json(chosen, choose(scenario, home, paths))
+                    write_json(done, measure(scenario, seed, home, paths, read_json(chosen)))
+                    for path in paths:
+                        shutil.rmtree(path.parent / "state" / "released", ignore_errors=True)
+                found[name].append(read_json(done))
+                print(f"{name}, seed {seed}: {found[name][-1]['students']}", file=sys.stderr)
+    for name, figures in found.items():
+        rows = [
+            (
+                method,
+                spread([f["students"][method] for f in figures]),
+                "" if method == "KD" else difference(figures, method),
+                f"{figures[0]['rates'][method]:g}",
+                f"{statistics.mean(f['bytes'][method] for f in figures):,.0f}",
+            )
+            for method in scenarios[name].methods
+        ]
+        rows += [(k, spread([f[k] for f in figures]), "", "", "") for k in ("naive", "best_site", "unified", "oracle")]
+        columns = ("", "accuracy, %", "difference to KD (95 %)", "learning rate", "bytes")
+        show(f"{name}: {len(figures)} seeds, mean ± standard deviation", columns, rows, {}, None)
+    show("", (), (), {"scenarios": found}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
