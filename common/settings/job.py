@@ -152,7 +152,8 @@ class CommonSpace(Settings):
     sites: dict[Name, TapName] = Field(default={})
     """Site -> its tap; by default the last that its policy allows."""
     width: int | None = Field(default=None, ge=1, le=65_536)
-    """Channels of the space; by default as many as the student's tap has, at most 128, which is the paper's."""
+    """Channels of the space; by default as many as the student's tap has, and where maps meet a quarter of them, as in
+    the authors' later code; at most 128, which is the paper's."""
     size: int | None = Field(default=None, ge=1, le=4096)
     """Rows and columns that maps are averaged down or interpolated up to; by default those of the smallest. Where a
     tap is a vector, maps are averaged to one."""

@@ -76,7 +76,8 @@ class Space:
         return CommonFeature(
             [tap.card.shape[0] for tap in self.taps],
             self.student_shape[0],
-            width=self.width or min(WIDTH, self.student_shape[0]),
+            # a quarter: the networks of a space of maps would cost many times what a small student does
+            width=self.width or min(WIDTH, -(-self.student_shape[0] // (1 if self.vectors else 4))),
             size=self.meeting,
             vectors=self.vectors,
             normalise=True,
