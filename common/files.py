@@ -1,4 +1,4 @@
-"""Files that survive a crash: atomic writes, digests and a lock per folder.
+"""Files that survive a crash: atomic writes, digests and a lock per folder; large ones that are read in pieces.
 
 Does not live here: the answer store (server/answers.py), which appends instead of replacing.
 """
@@ -9,14 +9,15 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from consilience.common.errors import NEW_RUN, RunError, StorageError
 
@@ -51,6 +52,32 @@ def atomic(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+class Resident:
+    """How much of memory maps a process has read in small pieces, so that their pages do not pile up in its memory.
+
+    A page that was read stays until the kernel is short of memory; a training reads all of a file, again and again.
+    """
+
+    MOST = 64 * 2**20
+    """Bytes that may have been read before pages are let go of; what is needed again comes from the disk's cache."""
+    AROUND = 16 * 4096
+    """Bytes that the kernel maps around a piece that is read."""
+
+    def __init__(self) -> None:
+        self._read = 0
+
+    def note(self, pieces: int, maps: Iterable[NDArray[Any]]) -> None:
+        """Note that `pieces` were read of `maps`, made by `numpy.memmap`; lets go of their pages from time to time."""
+        self._read += pieces * self.AROUND
+        if self._read < self.MOST:
+            return
+        self._read = 0
+        for mapped in maps:
+            base: Any = mapped.base
+            if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # else the kernel sees to it
+                base.madvise(mmap.MADV_DONTNEED)
 
 
 def create_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:

@@ -20,7 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.common.data import ImageData
 from consilience.common.errors import PoolError
-from consilience.common.files import canonical_json, sha256, sha256_file, storage_error, write_bytes, write_json
+from consilience.common.files import (
+    Resident,
+    canonical_json,
+    sha256,
+    sha256_file,
+    storage_error,
+    write_bytes,
+    write_json,
+)
 from consilience.common.preprocessing import Images
 
 SHARD_BYTES = 16 * 2**20
@@ -152,6 +160,10 @@ class Pool:
         )
 
     @cached_property
+    def _resident(self) -> Resident:
+        return Resident()
+
+    @cached_property
     def _starts(self) -> NDArray[np.int64]:
         return np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
 
@@ -186,12 +198,36 @@ class Pool:
         for shard in np.unique(shard_of):
             rows = np.flatnonzero(shard_of == shard)
             out[rows] = self._maps[shard][wanted[rows] - self._starts[shard]]
+        self._resident.note(len(wanted), self._maps)
         return out
 
     def blocks(self, size: int) -> Iterator[tuple[int, Images]]:
         """Yield (start, samples) in order, `size` samples at a time."""
         for start in range(0, len(self), size):
             yield start, self.read(start, min(start + size, len(self)))
+
+
+class PoolImages:
+    """Samples of a pool as training takes them: like an array (m, H, W, C) uint8, read from the disk when indexed."""
+
+    ndim, dtype = 4, np.dtype(np.uint8)
+
+    def __init__(self, pool: Pool, samples: NDArray[np.int64] | None = None) -> None:
+        """Of all samples, or of those with the ids `samples` (m,)."""
+        self._pool, self._samples = pool, samples
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(m, H, W, C)."""
+        return len(self), *self._pool.shape
+
+    def __len__(self) -> int:
+        return len(self._pool) if self._samples is None else len(self._samples)
+
+    def __getitem__(self, at: slice | NDArray[np.int64]) -> Images:
+        """Return the images at these places, a copy. Raises `PoolError` out of range."""
+        places = np.arange(*at.indices(len(self))) if isinstance(at, slice) else at
+        return self._pool.take(places if self._samples is None else self._samples[places])
 
 
 def _read_manifest(folder: Path) -> Manifest:

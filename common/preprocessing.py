@@ -6,6 +6,8 @@ here: augmentation (common/nets) and decoding of files (common/data).
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -14,6 +16,27 @@ from consilience.common.settings import Preprocessing
 
 Images = NDArray[np.uint8]
 """(n, H, W, C) uint8, C 1 or 3."""
+
+
+class ImageRows(Protocol):
+    """What training takes images from: an array of them, or what reads them when it is indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, H, W, C)."""
+
+    @property
+    def ndim(self) -> int:
+        """4."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint8."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: slice | NDArray[np.int64], /) -> Images:
+        """Return the images at these places."""
 
 
 def resize(images: Images, size: tuple[int, int]) -> Images:

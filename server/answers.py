@@ -35,7 +35,7 @@ from consilience.common.encoding import (
     unpack,
 )
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
-from consilience.common.files import read_json, sha256, storage_error, sync_folder, write_json
+from consilience.common.files import Resident, read_json, sha256, storage_error, sync_folder, write_json
 from consilience.common.protocol import Answer, Digest, Kind
 from consilience.common.settings import CoverageEncoding, Encoding, FeatureEncoding
 from consilience.common.vouching import SALT_BYTES, KnownSigner, salted
@@ -109,6 +109,7 @@ class AnswerStore:
         self._end = 0  # bytes of answers.bin that count
         self._index_end = 0  # bytes of index.jsonl that count
         self._map: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._resident = Resident()
         if (folder / "about.json").exists():
             held = read_json(folder / "about.json")
             if held != about.model_dump(mode="json"):
@@ -277,6 +278,7 @@ class AnswerStore:
             self._check(entry)
             rows[at] = entry.offset // width + sample - entry.start  # each record is whole rows of one width
         raw = self._bytes(0, self._end).reshape(-1, width)[rows]
+        self._resident.note(len(ids), [self._map])
         out = np.empty((len(ids), self.about.classes), np.float32)
         self._decode(raw.reshape(-1), out)
         return out

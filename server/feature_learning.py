@@ -23,7 +23,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.nets import EpochRecord, default_device, epoch_task, train
 from consilience.common.nets.taps import taps
 from consilience.common.pool import Pool
-from consilience.common.preprocessing import Images
+from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, Student
@@ -139,7 +139,9 @@ class LayersThenAll:
         """What is learnt from."""
         return self.layers.fingerprint
 
-    def teach(self, model: nn.Module, images: Images, folder: Path, reporter: Reporter, name: str) -> list[EpochRecord]:
+    def teach(
+        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> list[EpochRecord]:
         """Train `model`; returns the epochs of the joint phase. Raises `StudentError`, `StorageError`."""
         device = default_device()
         task, lock = reporter.start(f"training layers of {name}", len(taps(model))), threading.Lock()
@@ -188,7 +190,9 @@ class TogetherInCommon:
         chosen = self.settings.common_feature
         return Weights(chosen.soft, chosen.mmd, chosen.reconstruction)
 
-    def teach(self, model: nn.Module, images: Images, folder: Path, reporter: Reporter, name: str) -> list[EpochRecord]:
+    def teach(
+        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> list[EpochRecord]:
         """Train `model` and the spaces. Raises `StudentError`, `StorageError`."""
         device = default_device()
         whole = CommonStudent(model, self.spaces, self._weights, self.seed)

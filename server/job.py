@@ -21,7 +21,7 @@ from consilience.common.data import open_data
 from consilience.common.errors import NEW_RUN, AskingError, PoolError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
-from consilience.common.pool import Pool
+from consilience.common.pool import Pool, PoolImages
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
@@ -350,7 +350,7 @@ class Job:
                 coverage,
                 [unify.strength_of(site) for site in space.sites],
             )
-        images = self.pool.read(0, len(self.pool)) if samples is None else self.pool.take(samples)
+        images = PoolImages(self.pool, samples)
         lesson: Lesson = ByLoss(loss, settings, self.settings.seed)
         if self.settings.asks_features:
             lesson = feature_lesson(self.run, self.settings, cards, self.pool, loss, samples)
@@ -365,7 +365,7 @@ class Job:
         known = np.flatnonzero(truth >= 0)
         return learn(
             self.run / "oracle",
-            self.pool.take(known),
+            PoolImages(self.pool, known),
             space,
             ByLoss(oracle_loss(truth[known]), self.settings.student, self.settings.seed),
             self.settings.student,

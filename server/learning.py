@@ -30,7 +30,7 @@ from consilience.common.nets import (
     scores,
     train,
 )
-from consilience.common.preprocessing import Images
+from consilience.common.preprocessing import ImageRows, Images
 from consilience.common.progress import Reporter
 from consilience.common.settings import Preprocessing, Student
 from consilience.server.answered import CoverageStores, block_size, blocks
@@ -56,7 +56,9 @@ class Lesson(Protocol):
     def fingerprint(self) -> str:
         """What tells it from other lessons."""
 
-    def teach(self, model: nn.Module, images: Images, folder: Path, reporter: Reporter, name: str) -> list[EpochRecord]:
+    def teach(
+        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> list[EpochRecord]:
         """Train `model`, freshly built, on `images` (m, H, W, C); what is kept on the way goes into `folder`.
 
         Goes on where it was interrupted. `name` says in progress what is trained.
@@ -76,7 +78,9 @@ class ByLoss:
         """The loss's."""
         return self.loss.fingerprint
 
-    def teach(self, model: nn.Module, images: Images, folder: Path, reporter: Reporter, name: str) -> list[EpochRecord]:
+    def teach(
+        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> list[EpochRecord]:
         """Train `model`. Raises `StudentError`, `StorageError`."""
         return train(
             model,
@@ -121,7 +125,7 @@ class StudentModel:
 
 def learn(
     folder: Path,
-    images: Images,
+    images: ImageRows,
     space: LabelSpace,
     lesson: Lesson,
     settings: Student,

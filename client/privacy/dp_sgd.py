@@ -176,7 +176,7 @@ def _fit(
 ) -> tuple[list[EpochRecord], int, float]:
     """Train `model`; return the epochs, how many steps there were, and each record's chance to be in one."""
     opacus, fit = _opacus(), teacher.fit
-    n, device = len(pixels.pixels), pixels.pixels.device
+    n, device = len(pixels), pixels.device
     rate, steps = sampling(n, fit)
     total, records, taken = fit.epochs * steps, list[EpochRecord](), 0
     with warnings.catch_warnings():
@@ -241,8 +241,8 @@ def _gradients(
         for parameter in wrapped.parameters():
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
         return 0.0
-    cut = Windows.draw(len(ids), pixels.shape, windows, flip=fit.mirror) if fit.augment else None
-    ids = ids.to(pixels.pixels.device)
+    cut = Windows.draw(len(ids), pixels.shape[:2], windows, flip=fit.mirror) if fit.augment else None
+    ids = ids.to(pixels.device)
     value = loss(wrapped(pixels.batch(ids, cut)), ids)
     torch.autograd.backward(value)
     return float(value.detach())

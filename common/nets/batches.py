@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from consilience.common.errors import StudentError
-from consilience.common.preprocessing import Images, fit_shape
+from consilience.common.preprocessing import ImageRows, fit_shape
 from consilience.common.settings import Preprocessing
 
 _CHUNK = 4096
@@ -63,43 +63,58 @@ class Windows:
 
 
 class Pixels:
-    """All images of a training on its device, (n, H, W, C) uint8: channels_last as they are."""
+    """All images of a training, (n, H, W, C) uint8: on its device, channels_last as they are.
 
-    def __init__(self, images: Images, preprocessing: Preprocessing, device: torch.device) -> None:
-        """Copy (n, H, W, C) uint8, n >= 1, shaped as `preprocessing` says. Raises `StudentError` for anything else."""
+    On a CPU images that come from the disk and need no reshaping stay there, and a batch is read when it is wanted.
+    """
+
+    def __init__(self, images: ImageRows, preprocessing: Preprocessing, device: torch.device) -> None:
+        """Take (n, H, W, C) uint8, n >= 1, shaped as `preprocessing` says. Raises `StudentError` for anything else."""
         if images.ndim != 4 or images.dtype != np.uint8:
             raise StudentError(
                 f"Images have shape {images.shape} and type {images.dtype}; allowed: (n, H, W, C) uint8",
                 hint="Convert the images",
             )
         first = fit_shape(np.asarray(images[:1]), preprocessing)
-        self.pixels = torch.empty((len(images), *first.shape[1:]), dtype=torch.uint8, device=device)
-        for start in range(0, len(images), _CHUNK):
+        self.device, self._count, self._shape = device, len(images), first.shape[1:]
+        stays = device.type == "cpu" and not isinstance(images, np.ndarray) and self._shape == images.shape[1:]
+        self._images = images if stays else None
+        self._pixels = torch.empty((0 if stays else self._count, *self._shape), dtype=torch.uint8, device=device)
+        for start in range(0, len(self._pixels), _CHUNK):
             chunk = fit_shape(np.array(images[start : start + _CHUNK]), preprocessing)
-            self.pixels[start : start + _CHUNK] = torch.from_numpy(chunk)
+            self._pixels[start : start + _CHUNK] = torch.from_numpy(chunk)
         self._normalise = Normalise(preprocessing, device)
 
+    def __len__(self) -> int:
+        return self._count
+
     @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width of an image."""
-        return self.pixels.shape[1], self.pixels.shape[2]
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        height, width, channels = self._shape
+        return height, width, channels
 
     def batch(self, ids: Tensor, windows: Windows | None) -> Tensor:
         """Return the images `ids` (b,) on the device as (b, C, H, W) float32, cut out by `windows` if given."""
-        return self._normalise(self.pixels[ids] if windows is None else self.cut(ids, windows))
+        return self._normalise(self._held(ids) if windows is None else self.cut(ids, windows))
+
+    def _held(self, ids: Tensor) -> Tensor:
+        return self._pixels[ids] if self._images is None else torch.from_numpy(self._images[ids.numpy()])
 
     def cut(self, ids: Tensor, windows: Windows) -> Tensor:
         """Return (b, H, W, C) uint8: each image through its window, as if padded by reflection.
 
-        One gather over the whole cache does selection, shift and mirroring; nothing is padded in memory.
+        One gather over all that is held does selection, shift and mirroring; nothing is padded in memory.
         """
-        n, height, width, channels = self.pixels.shape
-        device = self.pixels.device
-        rows = _reflected(height, windows.down.to(device))
-        columns = _reflected(width, windows.right.to(device))
-        columns = torch.where(windows.mirror.to(device)[:, None], columns.flip(1), columns)
+        pixels = self._pixels
+        if self._images is not None:
+            pixels, ids = self._held(ids), torch.arange(len(ids))
+        height, width, channels = self._shape
+        rows = _reflected(height, windows.down.to(self.device))
+        columns = _reflected(width, windows.right.to(self.device))
+        columns = torch.where(windows.mirror.to(self.device)[:, None], columns.flip(1), columns)
         places = ((ids[:, None] * height + rows) * width)[:, :, None] + columns[:, None, :]
-        flat = self.pixels.view(n * height * width, channels).index_select(0, places.view(-1))
+        flat = pixels.view(-1, channels).index_select(0, places.view(-1))
         return flat.view(len(ids), height, width, channels)
 
 

@@ -29,7 +29,7 @@ from consilience.common.nets.checkpoint import EpochRecord
 from consilience.common.nets.losses import Loss, Parted
 from consilience.common.nets.precision import decide
 from consilience.common.nets.seeding import derive, generator, seeded
-from consilience.common.preprocessing import Images
+from consilience.common.preprocessing import ImageRows
 from consilience.common.settings import Fit, Preprocessing
 
 __all__ = ["EpochRecord", "one_cycle", "sgd", "train"]
@@ -44,7 +44,7 @@ FINGERPRINT_IMAGES = 256
 
 def train(
     model: nn.Module,
-    images: Images,
+    images: ImageRows,
     loss: Loss,
     fit: Fit,
     preprocessing: Preprocessing,
@@ -107,11 +107,11 @@ class _Run:
         self, model: nn.Module, pixels: Pixels, loss: Loss, fit: Fit, optimizer: torch.optim.Optimizer, seed: int
     ) -> None:
         self.model, self.pixels, self.loss, self.fit, self.optimizer = model, pixels, loss, fit, optimizer
-        self.seed, self.device = seed, pixels.pixels.device
+        self.seed, self.device = seed, pixels.device
         self.bf16 = False
         # Batch normalisation cannot learn from one value a channel: two images at least, if need be the same one.
-        self.batch = min(max(fit.batch_size, 2), max(len(pixels.pixels), 2))
-        self.steps = max(len(pixels.pixels) // self.batch, 1)
+        self.batch = min(max(fit.batch_size, 2), max(len(pixels), 2))
+        self.steps = max(len(pixels) // self.batch, 1)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if fit.compile else model
         self.draws = any(_draws(module) for module in model.modules())
 
@@ -145,14 +145,14 @@ class _Run:
 
     def _plan(self, epoch: int) -> tuple[Tensor, Windows | None]:
         """Return the epoch's order of sample ids and the windows for it."""
-        n = len(self.pixels.pixels)
+        n = len(self.pixels)
         order = torch.randperm(n, generator=generator(self.seed, "order", epoch))
         if n < self.batch:
             order = order.repeat(self.batch)
         if not self.fit.augment:
             return order, None
         drawn = Windows.draw(
-            len(order), self.pixels.shape, generator(self.seed, "windows", epoch), flip=self.fit.mirror
+            len(order), self.pixels.shape[:2], generator(self.seed, "windows", epoch), flip=self.fit.mirror
         )
         return order, drawn
 
@@ -195,8 +195,8 @@ class _Run:
 
     def check_shapes(self) -> None:
         """Raise `StudentError` when the network does not give one row of scores an image."""
-        height, width = self.pixels.shape
-        what = f"images of {height}x{width} pixels and {self.pixels.pixels.shape[-1]} channels"
+        height, width, channels = self.pixels.shape
+        what = f"images of {height}x{width} pixels and {channels} channels"
         inputs = self.pixels.batch(torch.zeros(2, dtype=torch.int64, device=self.device), None)
         try:
             with torch.inference_mode():
@@ -241,7 +241,7 @@ def _digest(tensor: Tensor) -> str:
     return sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _key(model: nn.Module, images: Images, loss: Loss, fit: Fit, preprocessing: Preprocessing, seed: int) -> str:
+def _key(model: nn.Module, images: ImageRows, loss: Loss, fit: Fit, preprocessing: Preprocessing, seed: int) -> str:
     """Return what tells one training from another: settings, the network and its weights, data and seed."""
     tensors = [[name, list(held.shape), str(held.dtype), _digest(held)] for name, held in model.state_dict().items()]
     some = np.unique(np.linspace(0, len(images) - 1, FINGERPRINT_IMAGES).astype(np.int64))

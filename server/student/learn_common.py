@@ -27,7 +27,7 @@ from consilience.common.nets.batches import Normalise
 from consilience.common.nets.losses import Loss, Parted
 from consilience.common.nets.seeding import derive
 from consilience.common.nets.tapped import Tapped
-from consilience.common.preprocessing import Images, fit_shape
+from consilience.common.preprocessing import ImageRows, fit_shape
 from consilience.common.settings import Preprocessing
 from consilience.server.student.common_feature import WIDTH, CommonFeature, CommonFeatureLearning, Weights
 from consilience.server.student.picture import picture
@@ -157,7 +157,11 @@ def _told(tap: SiteTap, ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
 
 @torch.no_grad()
 def told_of(
-    model: CommonStudent, images: Images, samples: NDArray[np.int64], preprocessing: Preprocessing, device: torch.device
+    model: CommonStudent,
+    images: ImageRows,
+    samples: NDArray[np.int64],
+    preprocessing: Preprocessing,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Return what the report tells of each trained space: who meets, what reconstruction misses, and a picture.
 

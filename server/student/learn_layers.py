@@ -28,7 +28,7 @@ from consilience.common.nets.losses import Loss
 from consilience.common.nets.seeding import derive, generator
 from consilience.common.nets.tapped import Tapped
 from consilience.common.nets.taps import SCORES, taps
-from consilience.common.preprocessing import Images, preprocess
+from consilience.common.preprocessing import ImageRows, preprocess
 from consilience.common.settings import LayerWise, Preprocessing
 from consilience.server.student.amalgamate import concatenated, direct, incremental, incremental_descent
 from consilience.server.student.autoencoder import Affine, Autoencoder, descended
@@ -225,7 +225,7 @@ class LayerLesson:
     def teach(
         self,
         student: nn.Module,
-        images: Images,
+        images: ImageRows,
         folder: Path,
         device: torch.device,
         *,
@@ -299,7 +299,9 @@ class LayerLesson:
         return made
 
     @torch.no_grad()
-    def picture(self, student: nn.Module, images: Images, folder: Path, device: torch.device) -> dict[str, Any] | None:
+    def picture(
+        self, student: nn.Module, images: ImageRows, folder: Path, device: torch.device
+    ) -> dict[str, Any] | None:
         """Return a picture of the last layer before the scores: the amalgamated features and the student's own."""
         layer = self._layers[-1]
         best = self._amalgamated(layer, taps(student)[-2].channels, folder, device)

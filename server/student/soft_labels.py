@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from consilience.common.files import Resident
+
 
 class SoftLabels:
     """Cross-entropy to unified labels: T^2 times the mean over the batch of -sum_l q_l log softmax(s / T)_l.
@@ -34,12 +36,13 @@ class SoftLabels:
     ) -> None:
         self.fingerprint = f"soft-labels {temperature} {fingerprint}"
         self._probs, self._device, self._temperature, self._samples = probs, device, temperature, samples
-        self._other = other
+        self._other, self._resident = other, Resident()
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
         at = ids.cpu().numpy() if self._samples is None else self._samples[ids.cpu().numpy()]
         rows = torch.from_numpy(self._probs[at]).to(self._device, torch.float32, non_blocking=True)
+        self._resident.note(len(at), [self._probs])
         log_probs = torch.log_softmax(logits / self._temperature, dim=1)
         terms = -(rows * log_probs).sum(dim=1)
         if self._other is not None:

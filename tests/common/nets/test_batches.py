@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from consilience.common.data import from_arrays
 from consilience.common.errors import StudentError
 from consilience.common.nets.batches import Pixels, Windows
+from consilience.common.pool import Pool, PoolImages
 from consilience.common.preprocessing import preprocess
 from consilience.common.settings import Preprocessing
 
@@ -35,18 +38,47 @@ def test_without_windows_a_batch_is_what_preprocessing_gives(preprocessing: Prep
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
+def every(held: Pixels) -> NDArray[np.float32]:
+    """What `held` gives for every image, without preprocessing."""
+    return (held.batch(torch.arange(len(held)), None).permute(0, 2, 3, 1) * 255).numpy()
+
+
+RAW = Preprocessing(mean=(0.0,), std=(1.0,))
+
+
 def test_many_images_are_copied_in_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("consilience.common.nets.batches._CHUNK", 2)
     np.save(tmp_path / "images.npy", IMAGES)
-    held = Pixels(np.load(tmp_path / "images.npy", mmap_mode="r"), Preprocessing(), CPU).pixels
-    assert np.array_equal(held.numpy(), IMAGES)
+    held = Pixels(np.load(tmp_path / "images.npy", mmap_mode="r"), RAW, CPU)
+    assert np.array_equal(every(held).round(), IMAGES)
 
 
-def test_the_cache_is_a_copy() -> None:
+def test_an_array_is_copied() -> None:
     images = IMAGES.copy()
-    held = Pixels(images, Preprocessing(), CPU).pixels
+    held = Pixels(images, RAW, CPU)
     images[:] = 0
-    assert np.array_equal(held.numpy(), IMAGES)
+    assert np.array_equal(every(held).round(), IMAGES)
+
+
+@pytest.mark.parametrize("size", [None, (18, 18)])
+@pytest.mark.parametrize("some", [False, True])
+def test_images_on_the_disk_give_the_same_batches_as_an_array(
+    size: tuple[int, int] | None, some: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilience.common.pool.SHARD_BYTES", 3 * IMAGES[0].size)
+    monkeypatch.setattr("consilience.common.files.Resident.MOST", 1)
+    pool = Pool.build(from_arrays(IMAGES, None, (), where="test"), tmp_path / "pool")
+    samples = np.arange(len(IMAGES))[::-2] if some else None
+    images, array = PoolImages(pool, samples), IMAGES if samples is None else IMAGES[samples]
+    assert (images.shape, images.ndim, images.dtype) == (array.shape, array.ndim, array.dtype)
+    assert np.array_equal(images[1:3], array[1:3])
+    chosen = Preprocessing(size=size)
+    ours, theirs = Pixels(images, chosen, CPU), Pixels(array, chosen, CPU)
+    assert (len(ours), ours.shape) == (len(theirs), theirs.shape)
+    ids = torch.tensor([2, 0, 1, 0])
+    cut = windows([2, -1, 0, -2], [-2, 1, 2, 0], [False, True, False, True])
+    assert torch.equal(ours.batch(ids, None), theirs.batch(ids, None))
+    assert torch.equal(ours.batch(ids, cut), theirs.batch(ids, cut))
 
 
 def test_cut_is_a_crop_of_the_reflected_image() -> None:

@@ -118,7 +118,7 @@ def test_one_layout() -> None:
 )
 def test_other_layouts(other: str, where: str) -> None:
     first = taps(network("cnn3"))
-    with pytest.raises(StudentError, match=f"teachers of b and c differ in layout {where}.*use common-feature"):
+    with pytest.raises(StudentError, match=f"networks of b and c differ in layout {where}.*use common-feature"):
         one_layout({"a": first, "b": first, "c": taps(network(other))})
 
 
