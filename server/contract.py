@@ -6,8 +6,9 @@ Does not live here: sending it, and who takes part (server/enrolment).
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -19,6 +20,9 @@ from consilience.common.job_key import JobKey
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard, TapCard
 from consilience.common.settings import CoverageEncoding, JobSettings, allowed_by, encoding_names
+
+_LAYER = re.compile("layer[1-9][0-9]*")
+"""Names of the taps of our architectures (common/nets/taps)."""
 
 
 class RunContract(BaseModel):
@@ -53,6 +57,7 @@ class RunContract(BaseModel):
                 )
         for card in sites:
             _check_policy(job, card)
+        _check_features(job, sites, space)
         owners = {
             name: tuple(space.sites[i] for i in owned) for name, owned in zip(space.names, space.owners, strict=True)
         }
@@ -149,8 +154,8 @@ def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | No
 def taps_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
     """Return the taps whose features a site is asked for, none where the job wants none or the site tells none.
 
-    Layer-wise amalgamation takes every tap; common-feature learning those that the job names for the site, by default
-    the last. Raises `SettingsError` for a tap or an encoding that the site's policy does not allow.
+    Layer-wise amalgamation takes every layer of ours; common-feature learning those that the job names for the site, by
+    default the last. Raises `SettingsError` for a tap or an encoding that the site's policy does not allow.
     """
     if not job.asks_features:
         return ()
@@ -173,7 +178,7 @@ def taps_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
             hint="Choose an encoding that every site allows",
         )
     if job.student.learning == "layer-wise":
-        return told
+        return tuple(tap for tap in told if _LAYER.fullmatch(tap.name))
     wanted = {name or told[-1].name for name in named}
     return tuple(tap for tap in told if tap.name in wanted)
 
@@ -196,6 +201,25 @@ def _check_policy(job: JobSettings, card: SiteCard) -> None:
             hint="Choose an encoding that every site allows",
         )
     taps_asked(job, card)
+
+
+def _check_features(job: JobSettings, cards: Sequence[SiteCard], space: LabelSpace) -> None:
+    """Raise `SettingsError` where features are to be learnt from and no site tells any, or scores cannot be joined."""
+    if not job.asks_features:
+        return
+    if not any(taps_asked(job, card) for card in cards):
+        raise SettingsError(
+            f"job.yaml: field 'student.learning' is {job.student.learning!r}, and no site tells features",
+            hint="Ask sites to set policy.features, or set student.learning to soft-labels",
+        )
+    shared = [name for name, owners in zip(space.names, space.owners, strict=True) if len(owners) > 1]
+    if job.student.target == "concatenated" and shared:
+        field = f"student.{job.student.learning.replace('-', '_')}.target"
+        raise SettingsError(
+            f"job.yaml: field {field!r} is 'concatenated', which takes classes that one site each knows; several know: "
+            f"{', '.join(shared[:10])}",
+            hint="Set it to unified",
+        )
 
 
 def _changed(path: Path, what: str) -> RunError:

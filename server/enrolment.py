@@ -31,6 +31,7 @@ from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 from consilience.server.settings import Home
+from consilience.server.student_taps import StudentTaps
 from consilience.server.trust import Unsealing, need_admitted
 
 LOOK_EVERY = 1.0
@@ -224,13 +225,15 @@ def enrol(
     reporter: Reporter,
     home: Home | None = None,
     unsealing: Unsealing | None = None,
+    taps: StudentTaps | None = None,
 ) -> Enrolment:
     """Make, resume or (with `fold_in`) grow the contract in the file `path`.
 
     `complete` names the sites of a contract whose stores are complete: they need not be there. A resumed run needs
     as many of its sites, complete or there, as `min_sites` says, by default all. `wait_for_new`: a run that folds in
     has nothing else to do, so it waits for a new site. `home`: as for `collect_cards`; `unsealing`: what sites are to
-    seal their answers for. Raises `AskingError`, `RunError`, `LabelError`, `SettingsError`.
+    seal their answers for; `taps`: what their features are to fit, where some are learnt from. Raises `AskingError`,
+    `RunError`, `LabelError`, `SettingsError`.
     """
     asking = settings.ask
     strict = is_strict(asking)
@@ -261,13 +264,15 @@ def enrol(
             )
             cards = {node: card for node, card in cards.items() if card.name in known}
     if not strict:
-        differing = _differing(settings, earlier, cards)
+        differing = _differing(settings, earlier, cards, taps)
         cards = {node: card for node, card in cards.items() if card.name not in differing}
         left_out |= {name: reason for name, reason in differing.items() if name not in done}
         _need_enough(enough, cards, left_out)
     while True:
         sites = [*(earlier.sites if earlier else ()), *(c for c in cards.values() if c.name not in known)]
         contract = RunContract.build(settings, sites, pools)
+        if taps is not None:
+            taps.check_all(contract.sites)
         asked = {node: card for node, card in cards.items() if card.name not in done}
         job_key = None if unsealing is None else unsealing.key()  # now: sites may have been long in coming
         agreements, refusals = agree(
@@ -292,7 +297,9 @@ def enrol(
     return enrolment
 
 
-def _differing(settings: JobSettings, earlier: RunContract | None, cards: Mapping[int, SiteCard]) -> dict[str, str]:
+def _differing(
+    settings: JobSettings, earlier: RunContract | None, cards: Mapping[int, SiteCard], taps: StudentTaps | None
+) -> dict[str, str]:
     """Return the sites whose cards the run cannot go on with, and why: changed ones, new ones that do not fit."""
     known = {card.name for card in earlier.sites} if earlier else set()
     reasons: dict[str, str] = {}
@@ -300,7 +307,7 @@ def _differing(settings: JobSettings, earlier: RunContract | None, cards: Mappin
         if earlier is not None and card.name in known:
             if earlier.differs(card):
                 reasons[card.name] = "its card is not the one this run began with: another teacher, classes or policy"
-        elif reason := objection(settings, card):
+        elif reason := objection(settings, card) or (taps.objection(card) if taps is not None else ""):
             reasons[card.name] = reason
     return reasons
 

@@ -34,14 +34,24 @@ from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
+from consilience.server.feature_learning import concatenated_loss, feature_lesson
 from consilience.server.guarantees import note_guarantees
 from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
-from consilience.server.learning import check_student, direct_loss, learn, oracle_loss, soft_label_loss
+from consilience.server.learning import (
+    ByLoss,
+    Lesson,
+    check_student,
+    direct_loss,
+    learn,
+    oracle_loss,
+    soft_label_loss,
+)
 from consilience.server.progress import Progress
 from consilience.server.publishing import Outcome, gather, publish
 from consilience.server.settings import Home
 from consilience.server.signatures import Signatures
 from consilience.server.stores import all_stores, lacked, stores_about
+from consilience.server.student_taps import StudentTaps
 from consilience.server.summed_pool import SummedPool
 from consilience.server.trust import Unsealing
 from consilience.server.truth import check_test, pool_truth
@@ -66,6 +76,7 @@ class Job:
         self.test_pool = Pool.open(settings.judge.test_pool) if settings.judge.test_pool else None
         check_test(self.test, self.test_pool, self.pool)
         check_student(settings.student, self.pool.shape)
+        self.taps = StudentTaps(settings, self.pool.shape) if settings.asks_features else None
         timing = run / "timing.json"
         self.timing: dict[str, float] = dict(read_json(timing)) if timing.exists() else {}
         self.progress = Progress(run / "progress.json", settings.name)
@@ -114,7 +125,7 @@ class Job:
             self._tell_checks(diagnostics)
         with self._stage("learn"):
             used = believed(space, coverage, diagnostics.checks)
-            curves = {"student": self.learn(space, stores, used, labels, diagnostics.key, samples.ids)}
+            curves = {"student": self.learn(space, cards, stores, used, labels, diagnostics.key, samples.ids)}
         with self._stage("oracle"):
             oracle = self.learn_oracle(space)
             if oracle is not None:
@@ -201,6 +212,7 @@ class Job:
             reporter=self.reporter,
             home=self.home,
             unsealing=self.unsealing,
+            taps=self.taps,
         )
 
     def _complete(self, contract: RunContract) -> set[str]:
@@ -310,6 +322,7 @@ class Job:
     def learn(
         self,
         space: LabelSpace,
+        cards: list[SiteCard],
         stores: list[AnswerStore],
         coverage: CoverageStores,
         labels: NDArray[np.float32],
@@ -319,8 +332,10 @@ class Job:
         """Train the student in RUN/student, on the whole pool or on `samples` of it."""
         settings, unify = self.settings.student, self.settings.unify
         folder = self.run / "student"
-        if settings.learning == "soft-labels":
+        if settings.learns_labels:
             loss = soft_label_loss(labels, unify.temperature, key, samples, load_other(self.run / "labels"))
+        elif settings.target == "concatenated":
+            loss = concatenated_loss(self.run / "labels", self.settings, space, stores, key, samples)
         else:
             weights = [unify.weights.get(site, 1.0) for site in space.sites]
             loss = direct_loss(
@@ -336,7 +351,10 @@ class Job:
                 [unify.strength_of(site) for site in space.sites],
             )
         images = self.pool.read(0, len(self.pool)) if samples is None else self.pool.take(samples)
-        return learn(folder, images, space, loss, settings, self.settings.seed, self.reporter, "student")
+        lesson: Lesson = ByLoss(loss, settings, self.settings.seed)
+        if self.settings.asks_features:
+            lesson = feature_lesson(self.run, self.settings, cards, self.pool, loss, samples)
+        return learn(folder, images, space, lesson, settings, self.settings.seed, self.reporter, "student")
 
     def learn_oracle(self, space: LabelSpace) -> list[dict[str, Any]] | None:
         """Train the same student with the pool's true labels in RUN/oracle; None where there are none."""
@@ -349,7 +367,7 @@ class Job:
             self.run / "oracle",
             self.pool.take(known),
             space,
-            oracle_loss(truth[known]),
+            ByLoss(oracle_loss(truth[known]), self.settings.student, self.settings.seed),
             self.settings.student,
             self.settings.seed,
             self.reporter,

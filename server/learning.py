@@ -7,7 +7,7 @@ and the architectures (common/nets), the losses (server/student).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from consilience.common.errors import SettingsError, StudentError
 from consilience.common.files import canonical_json, create_array, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
-from consilience.common.nets import Supervised, build, default_device, epoch_task, load_model, save_model, scores, train
+from consilience.common.nets import (
+    EpochRecord,
+    Supervised,
+    build,
+    default_device,
+    epoch_task,
+    load_model,
+    save_model,
+    scores,
+    train,
+)
 from consilience.common.preprocessing import Images
 from consilience.common.progress import Reporter
 from consilience.common.settings import Preprocessing, Student
@@ -36,6 +46,47 @@ class FingerprintedLoss(Protocol):
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
+
+
+class Lesson(Protocol):
+    """What a student learns from, and how."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from other lessons."""
+
+    def teach(self, model: nn.Module, images: Images, folder: Path, reporter: Reporter, name: str) -> list[EpochRecord]:
+        """Train `model`, freshly built, on `images` (m, H, W, C); what is kept on the way goes into `folder`.
+
+        Goes on where it was interrupted. `name` says in progress what is trained.
+        """
+
+
+@dataclass(frozen=True)
+class ByLoss:
+    """The lesson of one loss of the scores."""
+
+    loss: FingerprintedLoss
+    settings: Student
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        """The loss's."""
+        return self.loss.fingerprint
+
+    def teach(self, model: nn.Module, images: Images, folder: Path, reporter: Reporter, name: str) -> list[EpochRecord]:
+        """Train `model`. Raises `StudentError`, `StorageError`."""
+        return train(
+            model,
+            images,
+            self.loss,
+            self.settings.fit,
+            self.settings.preprocessing,
+            seed=self.seed,
+            folder=folder / "training",
+            on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
+        )
 
 
 class StudentModel:
@@ -71,19 +122,19 @@ def learn(
     folder: Path,
     images: Images,
     space: LabelSpace,
-    loss: FingerprintedLoss,
+    lesson: Lesson,
     settings: Student,
     seed: int,
     reporter: Reporter,
     name: str,
 ) -> list[dict[str, Any]]:
-    """Train a student in `folder` from `images` (n, H, W, C) under `loss`; resumes, and returns at once when done.
+    """Train a student in `folder` from `images` (n, H, W, C) by `lesson`; resumes, and returns at once when done.
 
     Returns the learning curve, one dict an epoch. Raises `StudentError`, `StorageError`.
     """
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
     about = {"settings": settings.model_dump(mode="json"), "labels": space.names, "shape": shape, "seed": seed}
-    key = sha256(canonical_json({**about, "loss": loss.fingerprint, "samples": len(images)}))
+    key = sha256(canonical_json({**about, "loss": lesson.fingerprint, "samples": len(images)}))
     done = folder / "learning_curve.json"
     if done.exists():
         held = read_json(done)
@@ -91,16 +142,7 @@ def learn(
             epochs: list[dict[str, Any]] = held["epochs"]
             return epochs
     model = build_student(settings.architecture, len(space), shape, settings.preprocessing, seed)
-    records = train(
-        model,
-        images,
-        loss,
-        settings.fit,
-        settings.preprocessing,
-        seed=seed,
-        folder=folder / "training",
-        on_epoch=epoch_task(reporter, f"training {name}", settings.fit.epochs),
-    )
+    records = lesson.teach(model, images, folder, reporter, name)
     epochs = [asdict(record) for record in records]
     save_model(folder / "model.safetensors", model)
     write_json(folder / "labels.json", {"labels": space.names})
@@ -172,10 +214,7 @@ def direct_loss(
     by `strength`: one number a site, or one for all.
     """
     total = stores[0].about.size
-    maps = [
-        create_array(folder / f"answers-{site}.npy", np.float32, (total, len(classes)))
-        for site, classes in zip(space.sites, space.class_sets, strict=True)
-    ]
+    maps = _answer_files(folder, space, total)
     told = None
     if kind == "direct-ce" and any(store is not None for store in coverage or []):
         told = create_array(folder / "coverage.npy", np.float32, (total, len(stores)))
@@ -191,6 +230,23 @@ def direct_loss(
         answered = np.stack([store.answered(0, total) for store in stores], axis=1)
     about = (maps, space.class_sets, weights, default_device(), temperature, fingerprint, answered, samples)
     return DirectCE(*about, coverage=told, strength=strength) if kind == "direct-ce" else DirectMFLF(*about)
+
+
+def decoded(folder: Path, space: LabelSpace, stores: Sequence[AnswerStore]) -> list[NDArray[np.float32]]:
+    """Return the sites' log-probabilities as memory-mapped files in `folder`, (size, k_i), zeros where none are."""
+    maps = _answer_files(folder, space, stores[0].about.size)
+    for block in blocks(stores, block_size(space)):
+        for held, rows in zip(maps, block.answers, strict=True):
+            if rows is not None:
+                held[block.ids] = rows
+    return maps
+
+
+def _answer_files(folder: Path, space: LabelSpace, total: int) -> list[NDArray[np.float32]]:
+    return [
+        create_array(folder / f"answers-{site}.npy", np.float32, (total, len(classes)))
+        for site, classes in zip(space.sites, space.class_sets, strict=True)
+    ]
 
 
 def oracle_loss(labels: NDArray[np.int64]) -> FingerprintedLoss:

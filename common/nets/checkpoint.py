@@ -7,7 +7,8 @@ epochs done, so that they cannot be torn apart. Does not live here: random state
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -22,12 +23,16 @@ _MODEL, _MOMENTUM = "model.", "momentum."
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch: its index from 0, mean loss, the last step's learning rate, and its seconds of training."""
+    """One epoch: its index from 0, mean loss, the last step's learning rate, and its seconds of training.
+
+    `terms`: the means of what the loss is made of, by name, where it tells.
+    """
 
     epoch: int
     loss: float
     learning_rate: float
     seconds: float
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 def save(path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer, records: list[EpochRecord]) -> None:

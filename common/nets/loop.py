@@ -12,9 +12,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from consilience.common.files import canonical_json, sha256
 from consilience.common.nets import checkpoint
 from consilience.common.nets.batches import Pixels, Windows, default_device
 from consilience.common.nets.checkpoint import EpochRecord
-from consilience.common.nets.losses import Loss
+from consilience.common.nets.losses import Loss, Parted
 from consilience.common.nets.precision import decide
 from consilience.common.nets.seeding import derive, generator, seeded
 from consilience.common.preprocessing import Images
@@ -53,14 +54,15 @@ def train(
     on_epoch: Callable[[EpochRecord], None] | None = None,
     device: torch.device | None = None,
 ) -> list[EpochRecord]:
-    """Train `model`, freshly built, on `images` (n, H, W, C) uint8 under `loss`; return one record an epoch.
+    """Train `model` from the weights it has on `images` (n, H, W, C) uint8 under `loss`; return one record an epoch.
 
-    SGD with Nesterov momentum under a one-cycle learning rate. The model is trained in place and left on `device`
-    in evaluation mode. With a `folder`, a second call with the same arguments goes on where the first was
-    interrupted, to the same weights bit for bit on a CPU, and returns at once when it was finished; what other
-    arguments left there is overwritten. `on_epoch` gets each record once its epoch is done. An epoch's last, partial
-    batch is left out. Raises `StudentError` without images, for a network that does not fit them, and when the loss
-    is no longer finite; `StorageError` when the folder cannot be written.
+    SGD with Nesterov momentum under a one-cycle learning rate. The model, all that it holds, is trained in place and
+    left on `device` in evaluation mode; it gives logits or a tuple of which they are the first. With a `folder`, a
+    second call with the same arguments goes on where the first was interrupted, to the same weights bit for bit on a
+    CPU, and returns at once when it was finished; what other arguments left there is overwritten. `on_epoch` gets each
+    record once its epoch is done. An epoch's last, partial batch is left out. Raises `StudentError` without images, for
+    a network that does not fit them, and when the loss is no longer finite; `StorageError` when the folder cannot be
+    written.
     """
     if not len(images):
         raise StudentError("There are no images to train on", hint="Name data with at least one image")
@@ -117,7 +119,7 @@ class _Run:
         """Train one epoch. Raises `StudentError` when its loss or the weights are not finite."""
         began = time.perf_counter()
         self.model.train()
-        total = torch.zeros((), device=self.device)
+        total, terms = torch.zeros((), device=self.device), dict[str, Tensor]()
         first, steps = epoch * self.steps, self.fit.epochs * self.steps
         rates = [one_cycle(first + step, steps, self.fit.learning_rate) for step in range(self.steps)]
         order, windows = self._plan(epoch)
@@ -125,7 +127,10 @@ class _Run:
             for step, rate in enumerate(rates):
                 part = slice(step * self.batch, (step + 1) * self.batch)
                 ids, cut = order[part].to(self.device, non_blocking=True), windows and windows[part]
-                total += self._step(self.forward, self.optimizer, ids, cut, rate, self.bf16)
+                value, parts = self._step(self.forward, self.optimizer, ids, cut, rate, self.bf16)
+                total += value
+                for name, term in parts.items():
+                    terms[name] = terms.get(name, 0) + term.detach()
         mean = total.item() / self.steps
         # One look an epoch: looking at every step would make a GPU wait for each.
         finite = math.isfinite(mean) and all(bool(p.isfinite().all()) for p in self.model.parameters())
@@ -135,7 +140,8 @@ class _Run:
                 f"{rates[-1]:.4g} (peak {self.fit.learning_rate:.4g}), and it or the weights are not finite",
                 hint=f"Lower fit.learning_rate, for example to {self.fit.learning_rate / 4:.2g}",
             )
-        return EpochRecord(epoch, mean, rates[-1], time.perf_counter() - began)
+        means = {name: held.item() / self.steps for name, held in terms.items()}
+        return EpochRecord(epoch, mean, rates[-1], time.perf_counter() - began, means)
 
     def _plan(self, epoch: int) -> tuple[Tensor, Windows | None]:
         """Return the epoch's order of sample ids and the windows for it."""
@@ -158,18 +164,19 @@ class _Run:
         windows: Windows | None,
         rate: float,
         bf16: bool,
-    ) -> Tensor:
-        """One step of the optimizer; return the detached loss. Only the network runs in bf16, never the loss."""
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """One step of the optimizer; return the detached loss and its terms. Only the network runs in bf16, no loss."""
         inputs = self.pixels.batch(ids, windows)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            logits = forward(inputs)
-        value = self.loss(logits.float(), ids)
+            output = forward(inputs)
+        told = self.loss(_single(output), ids)
+        value, terms = (told.total, told.terms) if isinstance(told, Parted) else (told, {})
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        return value.detach()
+        return value.detach(), terms
 
     def trial(self) -> Callable[[bool], None]:
         """Return a function that does one step in f32 or bf16 on a copy of the model, made at the first call."""
@@ -193,12 +200,13 @@ class _Run:
         inputs = self.pixels.batch(torch.zeros(2, dtype=torch.int64, device=self.device), None)
         try:
             with torch.inference_mode():
-                logits = self.model.eval()(inputs)
+                output = self.model.eval()(inputs)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise StudentError(
                 f"The network does not take {what}: {str(error).splitlines()[0]}",
                 hint="Set preprocessing.size or channels, or choose another architecture",
             ) from error
+        logits = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             raise StudentError(
                 f"The network does not give one row of scores for {what}", hint="Choose another architecture"
@@ -207,6 +215,11 @@ class _Run:
     def _alone(self, epoch: int) -> AbstractContextManager[None]:
         """Own the global generator for an epoch, if the network draws from it; trainings of such take turns."""
         return seeded(derive(self.seed, "layers", epoch), self.device) if self.draws else nullcontext()
+
+
+def _single(output: Any) -> Any:
+    """Return what a network gives in float32: a tensor, or tensors in tuples."""
+    return tuple(_single(part) for part in output) if isinstance(output, tuple) else output.float()
 
 
 def _draws(module: nn.Module) -> bool:
@@ -224,9 +237,13 @@ def sgd(model: nn.Module, fit: Fit) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=fit.learning_rate, momentum=0.9, nesterov=True)
 
 
+def _digest(tensor: Tensor) -> str:
+    return sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
 def _key(model: nn.Module, images: Images, loss: Loss, fit: Fit, preprocessing: Preprocessing, seed: int) -> str:
-    """Return what tells one training from another: settings, the network's tensors, data and seed."""
-    tensors = [[name, list(held.shape), str(held.dtype)] for name, held in model.state_dict().items()]
+    """Return what tells one training from another: settings, the network and its weights, data and seed."""
+    tensors = [[name, list(held.shape), str(held.dtype), _digest(held)] for name, held in model.state_dict().items()]
     some = np.unique(np.linspace(0, len(images) - 1, FINGERPRINT_IMAGES).astype(np.int64))
     return sha256(
         canonical_json(

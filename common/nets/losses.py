@@ -5,7 +5,9 @@ Does not live here: losses that learn from sites' answers (server/student).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +18,20 @@ from torch import Tensor
 from consilience.common.errors import StudentError
 from consilience.common.files import canonical_json, sha256
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(b, K) float32 logits and (b,) int64 sample ids, both on the training's device -> a scalar, the batch's mean.
 
-A loss with an attribute `fingerprint: str` ties a training's checkpoint to what it learns from.
+@dataclass(frozen=True)
+class Parted:
+    """A batch's loss, a scalar, and what it is made of: scalars by name, the same names for every batch."""
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+
+
+Loss = Callable[[Any, Tensor], Tensor | Parted]
+"""What the network gives, and (b,) int64 sample ids, both on the training's device -> the batch's mean, a scalar.
+
+The network gives (b, K) float32 logits, or a tuple of which they are the first; its other tensors are float32 too. A
+loss with an attribute `fingerprint: str` ties a training's checkpoint to what it learns from.
 """
 
 

@@ -118,7 +118,7 @@ def one_layout(networks: Mapping[str, Sequence[Tap]]) -> None:
             where = f"in depth: {len(networks[first])} and {len(networks[other])} layers"
         else:
             continue
-        raise StudentError(f"The teachers of {first} and {other} differ in layout {where}", hint=_NEXT)
+        raise StudentError(f"The networks of {first} and {other} differ in layout {where}", hint=_NEXT)
 
 
 _NEXT = (

@@ -140,13 +140,14 @@ class CommonSpace(Settings):
     """One common space, and the taps that lead to it."""
 
     student: TapName | None = None
-    """The student's tap; by default its last before the scores."""
+    """The student's tap; by default `penultimate` where a site's tap is a vector, else the last that is a map."""
     sites: dict[Name, TapName] = Field(default={})
     """Site -> its tap; by default the last that its policy allows."""
-    width: int = Field(default=128, ge=1, le=65_536)
-    """Channels of the space."""
+    width: int | None = Field(default=None, ge=1, le=65_536)
+    """Channels of the space; by default as many as the student's tap has, at most 128, which is the paper's."""
     size: int | None = Field(default=None, ge=1, le=4096)
-    """Rows and columns that maps are averaged down or interpolated up to; by default those of the smallest."""
+    """Rows and columns that maps are averaged down or interpolated up to; by default those of the smallest. Where a
+    tap is a vector, maps are averaged to one."""
 
 
 class CommonFeature(Settings):
@@ -162,6 +163,12 @@ class CommonFeature(Settings):
     reconstruction: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     target: Target = "unified"
 
+    @model_validator(mode="after")
+    def _something_is_taught(self) -> CommonFeature:
+        if not self.soft and not self.mmd:
+            raise ValueError("soft and mmd are both 0, so that nothing reaches the student; set one of them above 0")
+        return self
+
 
 class Student(Settings):
     """The classifier the server trains."""
@@ -175,6 +182,18 @@ class Student(Settings):
     common_feature: CommonFeature = CommonFeature()
     preprocessing: Preprocessing = Preprocessing()
     fit: Fit = Fit()
+
+    @property
+    def target(self) -> Target | None:
+        """What the scores learn where features are learnt from too; None where they are not."""
+        if self.learning == "layer-wise":
+            return self.layer_wise.target
+        return self.common_feature.target if self.learning == "common-feature" else None
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the scores learn unified soft labels."""
+        return self.learning == "soft-labels" or self.target == "unified"
 
 
 class Judge(Settings):
@@ -282,7 +301,7 @@ class JobSettings(Settings):
     @property
     def asks_features(self) -> bool:
         """Whether sites whose policy lets features out are asked for some."""
-        return self.student.learning in ("layer-wise", "common-feature")
+        return self.student.target is not None
 
     def same_job(self, other: JobSettings) -> bool:
         """Whether a run of this job may go on as one of the other: nothing but `PATIENCE_FIELDS` differs."""
@@ -294,14 +313,15 @@ class JobSettings(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JobSettings:
-        if self.unify.prior_correction and self.student.learning != "soft-labels":
+        learning, learns_labels = self.student.learning, self.student.learns_labels
+        if self.unify.prior_correction and not learns_labels:
             raise ValueError(
-                f"unify.prior_correction corrects soft labels; student.learning is {self.student.learning!r}, "
-                "which learns from the answers as they are"
+                f"unify.prior_correction corrects soft labels; student.learning is {learning!r}, which learns from the "
+                "answers as they are"
             )
-        if self.unify.other and self.student.learning != "soft-labels":
+        if self.unify.other and not learns_labels:
             raise ValueError(
-                f"unify.other is {self.unify.other:g}, which student.learning {self.student.learning!r} cannot follow; "
+                f"unify.other is {self.unify.other:g}, which student.learning {learning!r} cannot follow; "
                 "set it to 0, or student.learning to soft-labels"
             )
         if self.privacy.secure_sum:

@@ -7,13 +7,15 @@ the concatenated scores (scores).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import torch
 
 from consilience.common.errors import StudentError
-from consilience.server.student.autoencoder import Affine, Autoencoder, measured, principal
-from consilience.server.student.moments import Features, Moments
+from consilience.common.moments import Features, Moments
+from consilience.common.nets.seeding import derive
+from consilience.server.student.autoencoder import Affine, Autoencoder, check_again, descended, measured, principal
 
 
 def concatenated(features: Sequence[Features]) -> Features:
@@ -49,12 +51,7 @@ def incremental(moments: Moments, channels: Sequence[int], widths: Sequence[int]
     its error is that on X, never below `direct`'s at the last width, for a direction that one step drops is lost to
     those after. Raises `StudentError` when the numbers do not fit together and when there were no rows.
     """
-    if len(widths) != len(channels) - 1 or sum(channels) != len(moments.mean):
-        raise StudentError(
-            f"Incremental amalgamation of teachers with {list(channels)} channels to widths {list(widths)} does not "
-            f"fit features of {len(moments.mean)} channels; allowed: channels that add up, and one width fewer",
-            hint="Give one width for each teacher after the first",
-        )
+    _check_steps(channels, widths, len(moments.mean))
     encoder = decoder = Affine.identity(channels[0])
     for width, seen in zip(widths, np.cumsum(channels)[1:], strict=True):
         added = Affine.identity(int(seen) - encoder.weight.shape[1])
@@ -62,6 +59,61 @@ def incremental(moments: Moments, channels: Sequence[int], widths: Sequence[int]
         step = principal(_leading(moments, int(seen)).through(encoder.weight, encoder.bias), width)
         encoder, decoder = step.encoder.after(encoder), decoder.after(step.decoder)
     return measured(encoder, decoder, moments)
+
+
+def incremental_descent(
+    blocks: Iterable[Features],
+    channels: Sequence[int],
+    widths: Sequence[int],
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    device: torch.device | None = None,
+) -> Autoencoder:
+    """Return what `incremental` does with every autoencoder found by `autoencoder.descended`, as in the paper.
+
+    `blocks` are of X, read once an epoch and autoencoder. Raises `StudentError` as these two.
+    """
+    _check_steps(channels, widths, sum(channels))
+    check_again(blocks)
+    encoder = decoder = Affine.identity(channels[0])
+    for number, (width, seen) in enumerate(zip(widths, np.cumsum(channels)[1:].tolist(), strict=True)):
+        added = Affine.identity(seen - encoder.weight.shape[1])
+        encoder, decoder = encoder.beside(added), decoder.beside(added)
+        step = descended(
+            _Mapped(blocks, encoder, seen),
+            len(encoder.bias),
+            width,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=derive(seed, "incremental", number),
+            device=device,
+        )
+        encoder, decoder = step.encoder.after(encoder), decoder.after(step.decoder)
+    moments = Moments(sum(channels))
+    for block in blocks:
+        moments.update(block)
+    return measured(encoder, decoder, moments)
+
+
+class _Mapped:
+    """Blocks of features with their first `channels` channels mapped, as often as wanted."""
+
+    def __init__(self, blocks: Iterable[Features], encoder: Affine, channels: int) -> None:
+        self._blocks, self._encoder, self._channels = blocks, encoder, channels
+
+    def __iter__(self) -> Iterator[Features]:
+        return (self._encoder(block[:, : self._channels]) for block in self._blocks)
+
+
+def _check_steps(channels: Sequence[int], widths: Sequence[int], given: int) -> None:
+    if len(widths) != len(channels) - 1 or sum(channels) != given:
+        raise StudentError(
+            f"Incremental amalgamation of teachers with {list(channels)} channels to widths {list(widths)} does not "
+            f"fit features of {given} channels; allowed: channels that add up, and one width fewer",
+            hint="Give one width for each teacher after the first",
+        )
 
 
 def _leading(moments: Moments, channels: int) -> Moments:

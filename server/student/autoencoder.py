@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from consilience.common.errors import StudentError
+from consilience.common.moments import Features, Moments, as_rows, check_shape
 from consilience.common.nets.seeding import generator
-from consilience.server.student.moments import Features, Moments, as_rows, check_shape
 
 MOMENTUM = 0.9
 """Of every gradient descent in the paper."""

@@ -88,7 +88,7 @@ class CommonFeature(nn.Module):
                 f"{bandwidths}",
                 hint="Correct these",
             )
-        self.size, self.vectors, self.bandwidths = size, vectors, bandwidths
+        self.size, self.vectors, self.bandwidths, self.width = size, vectors, bandwidths, width
         with seeded(derive(seed, "common feature")):
             self.adaptations = nn.ModuleList(_adaptation(channels, width, vectors) for channels in teachers)
             self.adaptation = _adaptation(student, width, vectors)
@@ -99,38 +99,61 @@ class CommonFeature(nn.Module):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(
-        self, student: Tensor, teachers: Sequence[Tensor], weights: Weights = Weights()
+        self,
+        student: Tensor,
+        teachers: Sequence[Tensor],
+        weights: Weights = Weights(),
+        rows: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return L_M and L_R of a batch, scalars in fp32 at least: unweighted sums over the teachers.
 
         `student` (b, C_S, H, W) and `teachers[i]` (b, C_i, H_i, W_i), of the same b >= 1 samples, or (b, C) each;
-        floating. L_R compares with the teachers' features at `size`. A term of weight 0 is 0. Raises `StudentError` for
-        other shapes, and for maps of unequal size without `size`.
+        floating. A teacher need not have told of every sample: `rows[i]` (b_i,) int64 are the samples of the batch that
+        its features, (b_i, ...), are of, None where they are of all; one that told of none of them has no part. L_R
+        compares with the teachers' features at `size`. A term of weight 0 is 0. Raises `StudentError` for other shapes,
+        and for maps of unequal size without `size`.
         """
-        student, *brought = self._brought([student, *teachers])
-        zero = torch.zeros((), device=student.device)
+        known = list(rows) if rows is not None else [None] * len(teachers)
+        student, *brought = self._brought([student, *teachers], [len(student), *_counts(known, len(student))])
+        apart = lost = torch.zeros((), device=student.device)
         if not weights.mmd and not weights.reconstruction:
-            return zero, zero
-        common = [self.extractor(adapt(each)) for adapt, each in zip(self.adaptations, brought, strict=True)]
-        apart = lost = zero
-        if weights.mmd:
-            own = self.extractor(self.adaptation(student))
-            apart = torch.stack([mmd(own, each, self.bandwidths) for each in common]).sum()
-        if weights.reconstruction:
-            decoded = [decode(each) for decode, each in zip(self.decoders, common, strict=True)]
-            lost = torch.stack([_mse(*pair) for pair in zip(decoded, brought, strict=True)]).sum()
+            return apart, lost
+        own = self.project(student) if weights.mmd else student
+        for i, (each, at) in enumerate(zip(brought, known, strict=True)):
+            if not len(each):
+                continue
+            common = self.project(each, i)
+            if weights.mmd:
+                apart = apart + mmd(own if at is None else own[at], common, self.bandwidths)
+            if weights.reconstruction:
+                lost = lost + _mse(self.decoders[i](common), each)
         return apart, lost
 
-    def _brought(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return student's and teachers' features, checked and at one size."""
+    def project(self, features: Tensor, teacher: int | None = None) -> Tensor:
+        """Map features at one size, of the student or of teacher number `teacher`, to the common space."""
+        common: Tensor = self.extractor((self.adaptation if teacher is None else self.adaptations[teacher])(features))
+        return common
+
+    def unexplained(self, features: Tensor, teacher: int) -> float:
+        """Return the share of a teacher's features' energy that reconstruction misses, >= 0: |F' - F|^2 / |F|^2."""
+        each = self.brought(features)
+        energy = float(each.double().square().mean())
+        return float(_mse(self.decoders[teacher](self.project(each, teacher)), each)) / energy if energy else 0.0
+
+    def brought(self, features: Tensor) -> Tensor:
+        """Return features at this space's size."""
+        return features if self.size is None else _resized(features, self.size)
+
+    def _brought(self, features: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """Return student's and teachers' features, checked, `counts` samples of each, and at one size."""
         wanted = [self.adaptation, *self.adaptations]
         shapes = [tuple(each.shape) for each in features]
-        fitting = len(features) == len(wanted) and all(
+        fitting = len(features) == len(wanted) == len(counts) and all(
             each.ndim == (2 if self.vectors else 4)
-            and len(each) == len(features[0]) > 0
+            and len(each) == count
             and each.shape[1] == adapt[0].weight.shape[1]
-            and each.numel()
-            for adapt, each in zip(wanted, features, strict=True)
+            and (each.numel() or (at and not count))
+            for at, (adapt, each, count) in enumerate(zip(wanted, features, counts, strict=True))
         )
         if not fitting:
             allowed = "(n, C)" if self.vectors else "(n, C, H, W)"
@@ -147,7 +170,7 @@ class CommonFeature(nn.Module):
                 "size they must be equal",
                 hint="Declare the size that all are brought to",
             )
-        return [each if self.size is None else _resized(each, self.size) for each in features]
+        return [self.brought(each) if len(each) else each for each in features]
 
 
 class CommonFeatureLearning(nn.Module):
@@ -160,8 +183,14 @@ class CommonFeatureLearning(nn.Module):
         super().__init__()
         self.names, self.taps, self.weights = tuple(taps), nn.ModuleList(taps.values()), weights
 
-    def forward(self, soft: Tensor, student: Mapping[str, Tensor], teachers: Mapping[str, Sequence[Tensor]]) -> Terms:
-        """Return the batch's loss; `soft` is L_D, a scalar, and features are as in `CommonFeature`, by tap.
+    def forward(
+        self,
+        soft: Tensor,
+        student: Mapping[str, Tensor],
+        teachers: Mapping[str, Sequence[Tensor]],
+        rows: Mapping[str, Sequence[Tensor | None]] | None = None,
+    ) -> Terms:
+        """Return the batch's loss; `soft` is L_D, a scalar, and features and rows are as in `CommonFeature`, by tap.
 
         L_D comes from the caller: unified soft labels, or the softmax of concatenated scores as in the paper. MMD and
         reconstruction are sums over taps. Raises `StudentError` as `CommonFeature`, and when a tap is missing.
@@ -173,7 +202,7 @@ class CommonFeatureLearning(nn.Module):
             )
         apart = lost = torch.zeros((), device=soft.device)
         for name, tap in zip(self.names, self.taps, strict=True):
-            each = tap(student[name], teachers[name], self.weights)
+            each = tap(student[name], teachers[name], self.weights, None if rows is None else rows[name])
             apart, lost = apart + each[0], lost + each[1]
         total = self.weights.mmd * apart + self.weights.reconstruction * lost
         if self.weights.soft:
@@ -181,6 +210,10 @@ class CommonFeatureLearning(nn.Module):
         else:
             soft = torch.zeros_like(soft)
         return Terms(total, soft, apart, lost)
+
+
+def _counts(rows: Sequence[Tensor | None], samples: int) -> list[int]:
+    return [samples if at is None else len(at) for at in rows]
 
 
 class _Block(nn.Module):

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
+from consilience.common.moments import Features
 from consilience.common.nets.architectures import Residual
 from consilience.common.nets.taps import Unit
 from consilience.server.student.autoencoder import Affine
-from consilience.server.student.moments import Features
 
 _Weighted = nn.Conv2d | nn.Linear
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d

@@ -16,29 +16,40 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
+from consilience.common.moments import Features
 from consilience.common.nets.taps import Unit, units
 from consilience.server.student.autoencoder import MOMENTUM, Affine, check_again
 from consilience.server.student.folding import fold
-from consilience.server.student.moments import Features
+from consilience.server.student.kept import keep, kept
 
-Blocks = Iterable[tuple[Features, Features]]
-"""Re-iterable pairs of a layer's input (b, C, H, W) and target (b, C', H', W') or, for the scores, (b, L); floating."""
+Blocks = Iterable[tuple[Features, Features | NDArray[np.int64]]]
+"""Re-iterable pairs of a layer's input (b, C, H, W) and target (b, C', H', W') or, for the scores, (b, L); floating.
+
+Where a schedule brings a loss, what it takes stands in place of the target, such as the samples' ids (b,)."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one layer is trained: epochs and the constant learning rate of SGD with momentum 0.9."""
+    """How one layer is trained: epochs and the constant learning rate of SGD with momentum 0.9.
+
+    `loss`, a scalar of the layer's estimate and what its blocks bring as target: by default the squared error.
+    """
 
     epochs: int
     learning_rate: float
+    loss: Callable[[Any, Tensor], Any] | None = None
 
 
 class Adapter(nn.Module):
@@ -98,7 +109,7 @@ def train_layer(layer: Layer, blocks: Blocks, schedule: Schedule, *, device: tor
         for given, wanted in blocks:
             if not len(given):
                 continue
-            loss = _loss(layer, given, wanted, device)
+            loss = _loss(layer, given, wanted, schedule, device)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
@@ -115,8 +126,14 @@ def train_layers(
     *,
     device: torch.device | None = None,
     workers: int = 1,
+    folder: Path | None = None,
+    key: str = "",
+    on_layer: Callable[[], None] | None = None,
 ) -> list[list[float]]:
     """Train every layer of `student`, `workers` at a time, and join them; return each layer's losses by epoch.
+
+    With a `folder`, each finished layer is kept there under the training's `key`, and a second call with the same
+    trains what is lacking. `on_layer` is called, by any thread, when one is done.
 
     `blocks[l]` and `schedules[l]` belong to tap l of `taps.taps(student)`; widths and sizes of the targets are the
     student's. The result does not depend on `workers`. The student is left on `device` in evaluation mode, every FAM
@@ -132,7 +149,7 @@ def train_layers(
         )
     with ThreadPoolExecutor(max_workers=workers) as pool:
         started = [
-            pool.submit(train_layer, layer, pairs, schedule, device=device)
+            pool.submit(_once, layer, pairs, schedule, device, folder, key, on_layer)
             for layer, pairs, schedule in zip(problems, blocks, schedules, strict=True)
         ]
         losses = [each.result() for each in started]
@@ -151,8 +168,35 @@ def join(problems: Sequence[Layer]) -> None:
             fold(layer.adapter.affine(), before.unit)
 
 
-def _loss(layer: Layer, given: Features, wanted: Features, device: torch.device | None) -> Tensor:
-    inputs, target = (_tensor(each, device) for each in (given, wanted))
+def _once(
+    layer: Layer,
+    blocks: Blocks,
+    schedule: Schedule,
+    device: torch.device | None,
+    folder: Path | None,
+    key: str,
+    on_layer: Callable[[], None] | None,
+) -> list[float]:
+    """Train a layer, unless it lies in `folder`; return its losses."""
+    path = None if folder is None else folder / f"{layer.unit.tap.name}.safetensors"
+    found = None if path is None else kept(path, key)
+    if found is None:
+        losses = train_layer(layer, blocks, schedule, device=device)
+        if path is not None:
+            keep(path, key, layer.state_dict(), losses)
+    else:
+        tensors, losses = found
+        layer.to(device or torch.device("cpu")).load_state_dict(tensors)
+        layer.eval()
+    if on_layer is not None:
+        on_layer()
+    return losses
+
+
+def _loss(
+    layer: Layer, given: Features, wanted: NDArray[Any], schedule: Schedule, device: torch.device | None
+) -> Tensor:
+    inputs = _tensor(given, device)
     try:
         estimate = layer(inputs)
     except (RuntimeError, ValueError) as error:
@@ -161,6 +205,10 @@ def _loss(layer: Layer, given: Features, wanted: Features, device: torch.device 
             f"{str(error).splitlines()[0]}",
             hint="Amalgamate the layer before into as many channels as the student has there, in blocks of two or more",
         ) from error
+    if schedule.loss is not None:
+        told: Tensor = schedule.loss(estimate, torch.tensor(wanted, device=device))
+        return told
+    target = _tensor(wanted, device)
     if estimate.shape != target.shape:
         raise StudentError(
             f"The student's {layer.unit.tap.name} gives features {tuple(estimate.shape)}; the amalgamated ones are "

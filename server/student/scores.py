@@ -1,6 +1,7 @@
-"""Learning the teachers' concatenated scores by squared error: the score layer and joint phase of methods.md 1.3, 1.4.
+"""Learning the teachers' concatenated scores: by squared error, the score layer and joint phase of methods.md 1.3 and
+1.4, and by the softmax over them, L_D of methods.md 2.3.
 
-Lives here: the target and its loss for the training loop. Does not live here: unified soft labels, which take classes
+Lives here: the target and its losses for the training loop. Does not live here: unified soft labels, which take classes
 that several sites know (soft_labels).
 """
 
@@ -21,7 +22,8 @@ class ConcatenatedScores:
 
     `scores[i]` (n, k_i) floating, typically a memory map; `class_sets[i]` their classes in the label space, which are
     the student's outputs. Scores count as they are: log-probabilities, which are what sites send, are logits whose
-    offset is such that a row's probabilities sum to 1. `fingerprint` names what the scores are, so that a training is
+    offset is such that a row's probabilities sum to 1. `samples` (m,): training's sample j has the scores
+    `scores[i][samples[j]]`; None: all are learnt from. `fingerprint` names what the scores are, so that a training is
     not resumed with others. Raises `StudentError` unless each class 0, ..., L - 1 is known to exactly one site.
     """
 
@@ -31,6 +33,7 @@ class ConcatenatedScores:
         class_sets: Sequence[Sequence[int]],
         device: torch.device,
         fingerprint: str = "",
+        samples: NDArray[np.int64] | None = None,
     ) -> None:
         owners = np.bincount(np.concatenate([np.asarray(classes, np.int64) for classes in class_sets]))
         if (owners != 1).any():
@@ -40,11 +43,14 @@ class ConcatenatedScores:
                 "exactly one",
                 hint="Learn from unified soft labels, which take classes that several sites know",
             )
-        self.fingerprint = f"concatenated-scores {[list(classes) for classes in class_sets]} {fingerprint}"
+        self.fingerprint = f"{type(self).__name__} {[list(classes) for classes in class_sets]} {fingerprint}"
         self._scores, self._class_sets, self._device, self._classes = scores, class_sets, device, len(owners)
+        self._samples = samples
 
     def target(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return (b, L) float32: the samples' scores, each class's in its place."""
+        if self._samples is not None:
+            ids = self._samples[ids]
         rows = np.empty((len(ids), self._classes), np.float32)
         for scores, classes in zip(self._scores, self._class_sets, strict=True):
             rows[:, classes] = scores[ids]
@@ -54,3 +60,31 @@ class ConcatenatedScores:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
         target = torch.from_numpy(self.target(ids.cpu().numpy())).to(self._device)
         return (logits - target).square().sum(dim=1).mean() / 2
+
+
+class ConcatenatedSoftmax(ConcatenatedScores):
+    """T^2 H(softmax([z_1(x); ...; z_N(x)] / T), softmax(s / T)), mean over the batch (Luo et al., IJCAI 2019).
+
+    Log-probabilities in place of logits give each site, at T = 1, the same share of the whole: their offsets, which
+    would say how sure one site is beside another, are not sent.
+    """
+
+    def __init__(
+        self,
+        scores: Sequence[NDArray[np.floating]],
+        class_sets: Sequence[Sequence[int]],
+        device: torch.device,
+        fingerprint: str = "",
+        samples: NDArray[np.int64] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(scores, class_sets, device, fingerprint, samples)
+        self.fingerprint += f" {temperature}"
+        self._temperature = temperature
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
+        target = torch.from_numpy(self.target(ids.cpu().numpy())).to(self._device)
+        probs = torch.softmax(target / self._temperature, dim=1)
+        terms = -(probs * torch.log_softmax(logits / self._temperature, dim=1)).sum(dim=1)
+        return terms.mean() * self._temperature**2

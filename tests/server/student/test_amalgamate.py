@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from consilience.common.errors import StudentError
+from consilience.common.moments import Moments
 from consilience.server.student.amalgamate import concatenated, direct, incremental
 from consilience.server.student.autoencoder import principal
-from consilience.server.student.moments import Moments
 from consilience.server.student.scores import ConcatenatedScores
 
 Floats = NDArray[np.float64]

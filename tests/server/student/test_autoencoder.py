@@ -13,8 +13,8 @@ from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
 from consilience.common.errors import StudentError
+from consilience.common.moments import Moments
 from consilience.server.student.autoencoder import Affine, Autoencoder, descended, measured, principal
-from consilience.server.student.moments import Moments
 
 Floats = NDArray[np.float64]
 
@@ -67,7 +67,7 @@ def test_every_position_of_a_map_is_a_row(monkeypatch: pytest.MonkeyPatch) -> No
     maps = np.random.default_rng(0).normal(size=(5, 3, 4, 2)).astype(np.float32)
     rows = np.stack([maps[n, :, h, w] for n in range(5) for h in range(4) for w in range(2)])
     whole = moments_of(maps)
-    monkeypatch.setattr("consilience.server.student.moments._ROWS", 16)
+    monkeypatch.setattr("consilience.common.moments._ROWS", 16)
     for moments in (whole, moments_of(maps)):
         assert moments.count == 40
         assert np.allclose(moments.mean, rows.mean(axis=0), atol=1e-6)

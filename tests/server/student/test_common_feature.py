@@ -197,17 +197,17 @@ def test_unequal_sizes_are_brought_to_one(size: tuple[int, int]) -> None:
     assert apart > 0
     assert lost > 0
     equal = CommonFeature([3, 8], 6, width=4, seed=0)
-    assert all(each.shape[2:] == size for each in made._brought([student, *teachers]))
+    assert all(made.brought(each).shape[2:] == size for each in (student, *teachers))
     assert equal(*maps())[1] != lost
 
 
 def test_sizes_are_averaged_down_and_interpolated_up() -> None:
     made = CommonFeature([1], 1, width=1, size=(2, 4), seed=0)
     image = torch.arange(8.0).reshape(1, 1, 4, 2)
-    down_and_up = made._brought([image, image])[0]
+    down_and_up = made.brought(image)
     assert down_and_up.tolist() == [[[[1, 1.25, 1.75, 2], [5, 5.25, 5.75, 6]]]]
     same = drawn(1, 1, 2, 4)
-    assert torch.equal(made._brought([same, same])[0], same)
+    assert torch.equal(made.brought(same), same)
 
 
 def test_unequal_sizes_without_a_size(tap: CommonFeature) -> None:

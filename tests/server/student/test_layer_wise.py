@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from consilience.common.errors import StudentError
+from consilience.common.moments import Moments
 from consilience.common.nets import build, load_model, save_model
 from consilience.common.nets.taps import features, taps
 from consilience.server.student.amalgamate import concatenated, direct
@@ -24,7 +25,6 @@ from consilience.server.student.layer_wise import (
     train_layer,
     train_layers,
 )
-from consilience.server.student.moments import Moments
 
 Floats = NDArray[np.float32]
 IMAGES = np.random.default_rng(0).normal(size=(24, 1, 16, 16)).astype(np.float32)

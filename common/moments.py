@@ -1,7 +1,7 @@
 """Count, mean and scatter of features' channels, gathered block by block.
 
-Lives here: streaming first and second moments, in fp64. Does not live here: what is made of them (autoencoder,
-amalgamate) and where features come from.
+Lives here: streaming first and second moments, in fp64. Does not live here: what is made of them (client/features,
+server/student) and where features come from.
 """
 
 from __future__ import annotations

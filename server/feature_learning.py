@@ -1,0 +1,218 @@
+"""The learn stage where features are learnt from: what the sites told, brought together as the job says.
+
+Lives here: lessons for `learning.learn`, and what is written about them in RUN/student/amalgamation.json. Does not live
+here: the methods themselves (server/student), and what fits a student (server/student_taps).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from consilience.common.files import write_json
+from consilience.common.labels import LabelSpace
+from consilience.common.nets import EpochRecord, default_device, epoch_task, train
+from consilience.common.nets.taps import taps
+from consilience.common.pool import Pool
+from consilience.common.preprocessing import Images
+from consilience.common.progress import Reporter
+from consilience.common.protocol import SiteCard
+from consilience.common.settings import JobSettings, Student
+from consilience.server.answers import AnswerStore
+from consilience.server.learning import FingerprintedLoss, Lesson, decoded
+from consilience.server.stores import feature_stores
+from consilience.server.student.common_feature import Weights
+from consilience.server.student.learn_common import (
+    CommonLoss,
+    CommonStudent,
+    Space,
+    common_fingerprint,
+    need_spaces,
+    told_of,
+)
+from consilience.server.student.learn_layers import LayerLesson, LayerTaps, need_layers
+from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
+from consilience.server.student.site_taps import SiteTap
+from consilience.server.student_taps import StudentTaps
+
+FILE = "amalgamation.json"
+"""In the student's folder: what the report tells of features."""
+
+
+def site_taps(run: Path, job: JobSettings, cards: Sequence[SiteCard], pool: Pool) -> dict[str, dict[str, SiteTap]]:
+    """Return site -> tap -> its features, of the sites that told any. Raises as `feature_stores`."""
+    found: dict[str, dict[str, SiteTap]] = {}
+    for card in cards:
+        stores = feature_stores(run, job, card, pool)
+        told = {} if card.features is None else {tap.name: tap for tap in card.features.taps}
+        held = {name: SiteTap(card.name, told[name], store) for name, store in stores.items() if len(store)}
+        if held:
+            found[card.name] = held
+    return found
+
+
+def concatenated_loss(
+    folder: Path,
+    job: JobSettings,
+    space: LabelSpace,
+    stores: Sequence[AnswerStore],
+    fingerprint: str,
+    samples: NDArray[np.int64] | None,
+) -> FingerprintedLoss:
+    """Return the loss of the papers: the sites' scores side by side, decoded once into files in `folder`.
+
+    Raises `StudentError` where several sites know one class.
+    """
+    about = (decoded(folder, space, stores), space.class_sets, default_device(), fingerprint, samples)
+    if job.student.learning == "layer-wise":
+        return ConcatenatedScores(*about)
+    return ConcatenatedSoftmax(*about, temperature=job.unify.temperature)
+
+
+def feature_lesson(
+    run: Path,
+    job: JobSettings,
+    cards: Sequence[SiteCard],
+    pool: Pool,
+    scores: FingerprintedLoss,
+    samples: NDArray[np.int64] | None,
+) -> Lesson:
+    """Return the lesson of a job that learns from features. `scores` is the loss of the scores.
+
+    `samples` (m,): training's sample j is the pool's samples[j]; None: all are learnt from. Raises `StudentError` where
+    what the sites told does not do.
+    """
+    told = site_taps(run, job, cards, pool)
+    ids = np.arange(len(pool)) if samples is None else samples
+    without = tuple(card.name for card in cards if card.name not in told)
+    student = StudentTaps(job, pool.shape)
+    if job.student.learning == "layer-wise":
+        layers = [
+            LayerTaps(name, tuple(held[name] for held in told.values() if name in held)) for name in student.layouts
+        ]
+        need_layers(layers)
+        lesson = LayerLesson(
+            layers,
+            scores,
+            scores.fingerprint,
+            ids,
+            job.student.layer_wise,
+            job.student.preprocessing,
+            batch=job.student.fit.batch_size,
+            seed=job.seed,
+        )
+        return LayersThenAll(lesson, scores, job.student, job.seed, without)
+    spaces = []
+    for wanted in job.student.common_feature.spaces:
+        chosen = []
+        for site, held in told.items():
+            name = wanted.sites.get(site) or list(held)[-1]
+            if name in held:
+                chosen.append(held[name])
+        own = student.tap_for(wanted, [tap.card for tap in chosen])
+        spaces.append(Space(own, student.shapes[own], tuple(chosen), wanted.width, wanted.size))
+    need_spaces(spaces)
+    return TogetherInCommon(spaces, scores, job.student, job.seed, ids, without)
+
+
+@dataclass(frozen=True)
+class LayersThenAll:
+    """Layer-wise amalgamation: each layer by itself, then, with `layer_wise.joint`, the whole student."""
+
+    layers: LayerLesson
+    scores: FingerprintedLoss
+    settings: Student
+    seed: int
+    without: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """What is learnt from."""
+        return self.layers.fingerprint
+
+    def teach(self, model: nn.Module, images: Images, folder: Path, reporter: Reporter, name: str) -> list[EpochRecord]:
+        """Train `model`; returns the epochs of the joint phase. Raises `StudentError`, `StorageError`."""
+        device = default_device()
+        task, lock = reporter.start(f"training layers of {name}", len(taps(model))), threading.Lock()
+
+        def on_layer() -> None:
+            with lock:
+                task.advance(1)
+
+        told = self.layers.teach(model, images, folder / "layers", device, workers=_workers(device), on_layer=on_layer)
+        records: list[EpochRecord] = []
+        if self.settings.layer_wise.joint:
+            records = train(
+                model,
+                images,
+                self.scores,
+                self.settings.fit,
+                self.settings.preprocessing,
+                seed=self.seed,
+                folder=folder / "training",
+                on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
+                device=device,
+            )
+        picture = self.layers.picture(model, images, folder / "layers", device)
+        _write(folder, self, {"layers": told, "samples": len(self.layers.places), "picture": picture})
+        return records
+
+
+@dataclass(frozen=True)
+class TogetherInCommon:
+    """Common-feature learning: soft targets and common spaces in one training."""
+
+    spaces: Sequence[Space]
+    scores: FingerprintedLoss
+    settings: Student
+    seed: int
+    samples: NDArray[np.int64]
+    without: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """What is learnt from."""
+        return f"{common_fingerprint(self.spaces, self._weights)} {self.scores.fingerprint}"
+
+    @property
+    def _weights(self) -> Weights:
+        chosen = self.settings.common_feature
+        return Weights(chosen.soft, chosen.mmd, chosen.reconstruction)
+
+    def teach(self, model: nn.Module, images: Images, folder: Path, reporter: Reporter, name: str) -> list[EpochRecord]:
+        """Train `model` and the spaces. Raises `StudentError`, `StorageError`."""
+        device = default_device()
+        whole = CommonStudent(model, self.spaces, self._weights, self.seed)
+        records = train(
+            whole,
+            images,
+            CommonLoss(whole, self.scores, self.scores.fingerprint, self.samples),
+            self.settings.fit,
+            self.settings.preprocessing,
+            seed=self.seed,
+            folder=folder / "training",
+            on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
+            device=device,
+        )
+        told = told_of(whole, images, self.samples, self.settings.preprocessing, device)
+        _write(folder, self, {"spaces": told, "weights": vars(self._weights)})
+        return records
+
+
+def _write(folder: Path, lesson: LayersThenAll | TogetherInCommon, told: dict[str, Any]) -> None:
+    about = {"learning": lesson.settings.learning, "target": lesson.settings.target, "without": list(lesson.without)}
+    write_json(folder / FILE, about | told)
+
+
+def _workers(device: torch.device) -> int:
+    """Return how many layers to train at a time: on a GPU decoding and steps overlap, a CPU has its threads already."""
+    return 4 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // torch.get_num_threads())

@@ -1,0 +1,209 @@
+"""Common-feature learning in a job: the student, its common spaces and the sites' stored features as one training.
+
+Lives here: which features meet in a space and in which form, the module that the training loop trains, its loss, and
+what is told of it afterwards. Does not live here: the networks of a space (common_feature), the loop (common/nets), the
+soft-target term (soft_labels, scores).
+
+Features of a site count in units of their own root mean square, so that a term weighs the same whatever a teacher's
+features are large. A sample that a site told nothing of has no part in that site's terms; it has one in the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from consilience.common.errors import StudentError
+from consilience.common.files import canonical_json, sha256
+from consilience.common.nets.batches import Normalise
+from consilience.common.nets.losses import Loss, Parted
+from consilience.common.nets.seeding import derive
+from consilience.common.nets.tapped import Tapped
+from consilience.common.preprocessing import Images, fit_shape
+from consilience.common.settings import Preprocessing
+from consilience.server.student.common_feature import WIDTH, CommonFeature, CommonFeatureLearning, Weights
+from consilience.server.student.picture import picture
+from consilience.server.student.site_taps import SiteTap, told_by_all
+
+SHOWN = 500
+"""Pool samples that reconstruction is measured on."""
+DRAWN = 1500
+"""Points of a picture, of all sites and the student together."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """One common space: the student's tap and the sites', and the form in which they meet.
+
+    `student_shape` is (C,) or (C, H, W). Where any of them is a vector, maps are averaged to one. Maps meet at `size`
+    by `size`, by default at the least height and width that any has.
+    """
+
+    student: str
+    student_shape: tuple[int, ...]
+    taps: tuple[SiteTap, ...]
+    width: int | None = None
+    size: int | None = None
+
+    @property
+    def vectors(self) -> bool:
+        """Whether vectors meet here."""
+        return any(len(shape) == 1 for shape in self._shapes)
+
+    @property
+    def meeting(self) -> tuple[int, int] | None:
+        """Height and width that maps are brought to; None where they are vectors."""
+        if self.vectors:
+            return None
+        if self.size is not None:
+            return self.size, self.size
+        return min(shape[1] for shape in self._shapes), min(shape[2] for shape in self._shapes)
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [self.student_shape, *(tap.card.shape for tap in self.taps)]
+
+    def build(self, seed: int) -> CommonFeature:
+        """Return the space's networks, freshly initialised. Raises `StudentError`."""
+        return CommonFeature(
+            [tap.card.shape[0] for tap in self.taps],
+            self.student_shape[0],
+            width=self.width or min(WIDTH, self.student_shape[0]),
+            size=self.meeting,
+            vectors=self.vectors,
+            seed=seed,
+        )
+
+    def formed(self, features: Tensor) -> Tensor:
+        """Return features (b, ...) as they meet here, but for their size: maps averaged where vectors meet."""
+        return features.mean(dim=(2, 3)) if self.vectors and features.ndim == 4 else features
+
+    def given(self, tap: SiteTap, ids: NDArray[np.int64], device: torch.device) -> Tensor:
+        """Return a site's features of the samples `ids`, pool ids, in units of their root mean square."""
+        return self.formed(torch.from_numpy(tap.take(ids) / np.float32(tap.scale)).to(device, non_blocking=True))
+
+
+class CommonStudent(nn.Module):
+    """A student and the common spaces that are trained with it: (scores, features of its taps, one a space)."""
+
+    def __init__(self, network: nn.Module, spaces: Sequence[Space], weights: Weights, seed: int) -> None:
+        """Raises `StudentError` for a tap that the student has not, and for spaces without sites."""
+        super().__init__()
+        self.spaces = tuple(spaces)
+        self.tapped = Tapped(network, [space.student for space in spaces])
+        built = {str(at): space.build(derive(seed, "common space", at)) for at, space in enumerate(spaces)}
+        self.common = CommonFeatureLearning(built, weights)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Map normalised images (n, C, H, W)."""
+        found: tuple[Tensor, tuple[Tensor, ...]] = self.tapped(images)
+        return found
+
+
+class CommonLoss:
+    """soft L_D + mmd L_M + reconstruction L_R of a batch, and the three by name.
+
+    `soft` is L_D, a loss of scores. `samples` (m,): training's sample j is the pool's samples[j].
+    """
+
+    def __init__(self, model: CommonStudent, soft: Loss, fingerprint: str, samples: NDArray[np.int64]) -> None:
+        self._model, self._soft, self._samples = model, soft, samples
+        self.fingerprint = f"{common_fingerprint(model.spaces, model.common.weights)} {fingerprint}"
+
+    def __call__(self, output: tuple[Tensor, tuple[Tensor, ...]], ids: Tensor) -> Parted:
+        """Return the loss of what `CommonStudent` gives for the samples `ids` (b,)."""
+        scores, features = output
+        at = self._samples[ids.cpu().numpy()]
+        soft = self._soft(scores, ids)
+        assert isinstance(soft, Tensor)
+        student: dict[str, Tensor] = {}
+        teachers: dict[str, list[Tensor]] = {}
+        rows: dict[str, list[Tensor | None]] = {}
+        for name, space, own in zip(self._model.common.names, self._model.spaces, features, strict=True):
+            student[name] = space.formed(own)
+            told = [_told(tap, at) for tap in space.taps]
+            pairs = zip(space.taps, told, strict=True)
+            teachers[name] = [space.given(tap, at if t is None else at[t], own.device) for tap, t in pairs]
+            rows[name] = [None if t is None else torch.from_numpy(t).to(own.device) for t in told]
+        terms = self._model.common(soft, student, teachers, rows)
+        named = {"soft": terms.soft, "mmd": terms.mmd, "reconstruction": terms.reconstruction}
+        return Parted(terms.total, {name: term.detach() for name, term in named.items()})
+
+
+def common_fingerprint(spaces: Sequence[Space], weights: Weights) -> str:
+    """Return what tells the features of these spaces, and what they count, from others."""
+    found = [[s.student, s.width, s.size, *(tap.fingerprint for tap in s.taps)] for s in spaces]
+    return f"common-feature {sha256(canonical_json([found, vars(weights)]))}"
+
+
+def _told(tap: SiteTap, ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Return which of the samples `ids` a site told; None for all."""
+    known = tap.known[ids]
+    return None if known.all() else np.flatnonzero(known)
+
+
+@torch.no_grad()
+def told_of(
+    model: CommonStudent, images: Images, samples: NDArray[np.int64], preprocessing: Preprocessing, device: torch.device
+) -> list[dict[str, Any]]:
+    """Return what the report tells of each trained space: who meets, what reconstruction misses, and a picture.
+
+    `images` are those learnt from, `samples` (m,) their pool ids; samples that every site of the space told, spread
+    evenly. Random numbers are not drawn.
+    """
+    model.eval()
+    normalise = Normalise(preprocessing, device)
+    found = []
+    for at, space in enumerate(model.spaces):
+        common = model.common.taps[at]
+        assert isinstance(common, CommonFeature)
+        places = told_by_all(space.taps, samples)
+        places = places[np.unique(np.linspace(0, len(places) - 1, SHOWN).astype(np.int64))] if len(places) else places
+        vectors: dict[str, list[NDArray[np.float32]]] = {"student": []}
+        missed = {tap.site: 0.0 for tap in space.taps}
+        for start in range(0, len(places), 64):
+            part = places[start : start + 64]
+            shaped = normalise(torch.from_numpy(fit_shape(np.array(images[part]), preprocessing)).to(device))
+            own = common.brought(space.formed(model(shaped)[1][at].float()))
+            vectors["student"].append(_unit(common.project(own)))
+            for number, tap in enumerate(space.taps):
+                given = common.brought(space.given(tap, samples[part], device))
+                missed[tap.site] += common.unexplained(given, number) * len(part) / len(places)
+                vectors.setdefault(f"site {tap.site}", []).append(_unit(common.project(given, number)))
+        drawn = max(2, DRAWN // len(vectors))
+        step = max(1, -(-len(places) // drawn))
+        joined = {who: np.concatenate(held)[::step] for who, held in vectors.items() if held}
+        found.append(
+            {
+                "student": space.student,
+                "sites": {tap.site: tap.card.name for tap in space.taps},
+                "width": common.width,
+                "size": space.meeting,
+                "missed": missed if len(places) else {},
+                "samples": len(places),
+                "picture": picture(joined),
+            }
+        )
+    return found
+
+
+def _unit(common: Tensor) -> NDArray[np.float32]:
+    """Return common features as MMD compares them: a sample's as one vector of length 1."""
+    held: NDArray[np.float32] = nn.functional.normalize(common.float().flatten(1), dim=1).cpu().numpy()
+    return held
+
+
+def need_spaces(spaces: Sequence[Space]) -> None:
+    """Raise `StudentError` unless every space has a site."""
+    for space in spaces:
+        if not space.taps:
+            raise StudentError(
+                f"No site that answered tells features for the common space at the student's {space.student}",
+                hint="Have sites set policy.features, or set student.learning to soft-labels",
+            )

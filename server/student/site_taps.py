@@ -1,0 +1,87 @@
+"""Sites' features as learning takes them: one tap of one site, a batch of samples at a time, from its store.
+
+Lives here: shape, scale, and which samples a site told. Does not live here: the store itself (server/answers), and
+what is learnt from features (learn_common, learn_layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.common.encoding.features import unpack_basis
+from consilience.common.files import canonical_json, sha256
+from consilience.common.protocol import TapCard
+from consilience.server.answers import AnswerStore
+
+BLOCK_VALUES = 2**22
+"""Numbers that a block of features holds at most, for each site."""
+SCALE_SAMPLES = 256
+"""Samples, spread evenly, that a tap's scale is measured on."""
+
+
+@dataclass(frozen=True)
+class SiteTap:
+    """What one site tells of one of its teacher's layers; `store` holds it."""
+
+    site: str
+    card: TapCard
+    store: AnswerStore
+
+    @cached_property
+    def known(self) -> NDArray[np.bool_]:
+        """Which of the pool's samples the site told, (size,) bool."""
+        return self.store.answered(0, self.store.about.size)
+
+    @cached_property
+    def scale(self) -> float:
+        """Root mean square of the features of a few samples; 1 where they are all 0, or there are none."""
+        ids = np.flatnonzero(self.known)
+        if not len(ids):
+            return 1.0
+        some = ids[np.unique(np.linspace(0, len(ids) - 1, SCALE_SAMPLES).astype(np.int64))]
+        squares = [np.square(self.take(part), dtype=np.float64).sum() for part in in_blocks(some, self.card.values)]
+        return float(np.sqrt(np.sum(squares) / (len(some) * self.card.values))) or 1.0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells these features from others, and which samples are told."""
+        about = self.store.about.model_dump(mode="json")
+        return sha256(canonical_json([about, list(self.store.missing()), self.card.model_dump(mode="json")]))
+
+    def take(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the features of the samples `ids` (b,) as they left the site, (b, *card.shape) float32.
+
+        Raises `StorageError` when one is missing or has changed since it was stored.
+        """
+        return self.store.take(ids).reshape(len(ids), *self.card.shape)
+
+    def channels(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the same in the layer's own channels, (b, card.channels, ...): of components, what they stand for."""
+        held = self.take(ids)
+        if self.card.basis is None:
+            return held
+        directions, mean = self._basis
+        flat = directions.T @ held.reshape(len(ids), len(directions), -1) + mean[:, None]
+        return flat.reshape(len(ids), len(mean), *self.card.shape[1:])
+
+    @cached_property
+    def _basis(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        assert self.card.basis is not None
+        return unpack_basis(self.card.basis, self.card.shape[0], self.card.channels)
+
+
+def told_by_all(taps: Sequence[SiteTap], samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the places in `samples` (m,), pool ids, of those that every one of `taps` tells, ascending."""
+    return np.flatnonzero(np.logical_and.reduce([tap.known[samples] for tap in taps]))
+
+
+def in_blocks(ids: NDArray[np.int64], values: int, most: int = BLOCK_VALUES) -> Iterator[NDArray[np.int64]]:
+    """Yield `ids` in parts of at most `most` numbers where a sample is `values`; at least one sample each."""
+    step = max(1, most // values)
+    for start in range(0, len(ids), step):
+        yield ids[start : start + step]

@@ -1,0 +1,146 @@
+"""What of sites' features fits a job's student: looked at before anything is asked.
+
+Lives here: the student's own taps, and the checks of site cards against them. Does not live here: what sites allow
+(server/contract), and learning from features (server/feature_learning).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from consilience.common.errors import SettingsError, StudentError
+from consilience.common.nets.architectures import Residual
+from consilience.common.nets.tapped import PENULTIMATE, tap_layouts, tap_shapes
+from consilience.common.nets.taps import Tap, one_layout
+from consilience.common.protocol import SiteCard, TapCard
+from consilience.common.settings import CommonSpace, JobSettings
+from consilience.server.contract import taps_asked
+from consilience.server.learning import build_student
+
+_FIELD = "student.common_feature.spaces"
+
+
+class StudentTaps:
+    """The taps of a job's student, and what it needs of sites that tell features."""
+
+    def __init__(self, job: JobSettings, shape: tuple[int, int, int]) -> None:
+        """Build the student for images of `shape` (H, W, C).
+
+        Raises `SettingsError` for a tap that it has not, and for an architecture that layer-wise amalgamation cannot
+        take.
+        """
+        self._job, settings = job, job.student
+        network = build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
+        height, width = settings.preprocessing.size or shape[:2]
+        channels = settings.preprocessing.channels or shape[2]
+        try:
+            self.shapes = tap_shapes(network, torch.zeros(2, channels, height, width))
+        except (RuntimeError, ValueError) as error:
+            raise SettingsError(
+                f"job.yaml: field 'student.architecture' is {settings.architecture!r}, which does not take images of "
+                f"{height}x{width} pixels: {str(error).splitlines()[0]}",
+                hint="Set student.preprocessing.size, or choose another architecture",
+            ) from error
+        self.layouts: dict[str, Tap] = tap_layouts(network)
+        if settings.learning == "layer-wise":
+            self._need_layers(network)
+        else:
+            for at, space in enumerate(settings.common_feature.spaces):
+                if space.student is not None and space.student not in self.shapes:
+                    raise SettingsError(
+                        f"job.yaml: field '{_FIELD}.{at}.student' is {space.student!r}; the student "
+                        f"{settings.architecture} has: {', '.join(self.shapes)}",
+                        hint="Name one of these taps",
+                    )
+
+    def _need_layers(self, network: nn.Module) -> None:
+        name = self._job.student.architecture
+        if not self.layouts:
+            raise SettingsError(
+                f"job.yaml: field 'student.architecture' is {name!r}, which is none of ours; layer-wise amalgamation "
+                "takes these alone",
+                hint="Choose cnn3, vgg6, resnet8@1, resnet20@1 or mobilenet-small as the teachers', with a width such "
+                "as @1.25, or set student.learning to common-feature",
+            )
+        if any(isinstance(m, Residual) and isinstance(m.shortcut, nn.Identity) for m in network.modules()):
+            raise SettingsError(
+                f"job.yaml: field 'student.architecture' is {name!r}, whose shortcuts have no weights that adapted "
+                "features could go into",
+                hint=f"Write {name}@1, which is the same with shortcuts of 1x1 convolutions, or {name}@1.25",
+            )
+
+    def check(self, card: SiteCard) -> None:
+        """Raise `SettingsError` where what a site tells cannot be joined with this student."""
+        if self._job.student.learning == "layer-wise" and card.features is not None:
+            self._check_layers(card.name, taps_asked(self._job, card))
+
+    def objection(self, card: SiteCard) -> str:
+        """Say why a site's features do not fit; empty where they do."""
+        try:
+            self.check(card)
+        except SettingsError as error:
+            return error.message
+        return ""
+
+    def check_all(self, cards: Sequence[SiteCard]) -> None:
+        """Raise `SettingsError` as `check` for each, and where they have too few channels together."""
+        for card in cards:
+            self.check(card)
+        if self._job.student.learning != "layer-wise":
+            return
+        told = [{tap.name: tap.channels for tap in taps_asked(self._job, card)} for card in cards]
+        for name, own in self.layouts.items():
+            channels = [taps[name] for taps in told if name in taps]
+            if channels and own.channels > sum(channels):
+                raise SettingsError(
+                    f"job.yaml: field 'student.architecture' is {self._job.student.architecture!r}, with "
+                    f"{own.channels} channels at {name}; the sites' have {' + '.join(map(str, channels))} there, and "
+                    "amalgamated features can only be fewer",
+                    hint="Choose a narrower student, such as NAME@1",
+                )
+
+    def tap_for(self, space: CommonSpace, taps: Sequence[TapCard]) -> str:
+        """Return the student's tap of a common space where the sites bring `taps`."""
+        if space.student is not None:
+            return space.student
+        if any(len(tap.shape) == 1 for tap in taps) and PENULTIMATE in self.shapes:
+            return PENULTIMATE
+        maps = [name for name, shape in self.shapes.items() if len(shape) == 3 and shape[1] * shape[2] > 1]
+        return maps[-1] if maps else list(self.shapes)[-1]
+
+    def _check_layers(self, site: str, told: Sequence[TapCard]) -> None:
+        held = {tap.name: tap for tap in told}
+        layouts = {
+            f"site {site}": [Tap(tap.name, tap.layout, tap.channels) for tap in told],
+            f"the student ({self._job.student.architecture})": list(self.layouts.values()),
+        }
+        missing = [name for name in self.layouts if name not in held]
+        if missing and set(held) < set(self.layouts):
+            raise SettingsError(
+                f"job.yaml: field 'student.learning' is 'layer-wise', which takes every layer; site {site} does not "
+                f"tell: {', '.join(missing)}",
+                hint="Ask that site to allow every layer in policy.features.taps, or none; or set student.learning to "
+                "common-feature",
+            )
+        try:
+            one_layout(layouts)
+        except StudentError as error:
+            raise SettingsError(
+                f"job.yaml: field 'student.learning' is 'layer-wise': {error.message}", hint=error.hint
+            ) from error
+        for name, tap in held.items():
+            own = self.shapes[name]
+            if tap.shape[1:] != own[1:]:
+                raise SettingsError(
+                    f"job.yaml: field 'student.learning' is 'layer-wise', which takes maps as they are: at {name} site "
+                    f"{site} tells maps of {_size(tap.shape)}, and the student's are of {_size(own)}",
+                    hint=f"Ask that site to leave policy.features.taps.{name}.size out and to have the student's "
+                    "preprocessing.size, or set student.learning to common-feature",
+                )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape[1:])) or "one value a channel"
