@@ -72,31 +72,31 @@ def answer(message: Message, context: Context) -> Message:
 @app.query("sum_terms")
 def sum_terms(message: Message, context: Context) -> Message:
     """Make keys for a secure sum."""
-    return _sum(message, context, lambda site: site.sum_keys(Terms.from_content(message.content)))
+    return _sum(message, context, lambda site: site.summing.keys(Terms.from_content(message.content)))
 
 
 @app.query("sum_roster")
 def sum_roster(message: Message, context: Context) -> Message:
     """Share the seeds of a secure sum."""
-    return _sum(message, context, lambda site: site.sum_share(Roster.from_content(message.content)))
+    return _sum(message, context, lambda site: site.summing.share(Roster.from_content(message.content)))
 
 
 @app.query("sum_delivery")
 def sum_delivery(message: Message, context: Context) -> Message:
     """Take the shares of the other sites of a secure sum."""
-    return _sum(message, context, lambda site: site.sum_deliver(Delivery.from_content(message.content)))
+    return _sum(message, context, lambda site: site.summing.deliver(Delivery.from_content(message.content)))
 
 
 @app.query("sum_rows")
 def sum_rows(message: Message, context: Context) -> Message:
     """Answer with masked rows."""
-    return _sum(message, context, lambda site: site.masked_rows(RowsQuestion.from_content(message.content)))
+    return _sum(message, context, lambda site: site.summing.rows(RowsQuestion.from_content(message.content)))
 
 
 @app.query("sum_unmask")
 def sum_unmask(message: Message, context: Context) -> Message:
     """Open the shares that unmask a sum."""
-    return _sum(message, context, lambda site: site.sum_open(Unmask.from_content(message.content)))
+    return _sum(message, context, lambda site: site.summing.open(Unmask.from_content(message.content)))
 
 
 def _sum(message: Message, context: Context, round_: Callable[[Site], Record | MaskedRows]) -> Message:

@@ -23,6 +23,7 @@ from consilience.client.agent_cli import papers
 from consilience.client.connection import DroppedError, LostError
 from consilience.client.coverage import load_coverage, tell_coverage
 from consilience.client.explain import tell_policy
+from consilience.client.features import open_taps, tell_taps
 from consilience.client.fleet import open_fleet
 from consilience.client.ledger import Ledger
 from consilience.client.policy import limits
@@ -30,6 +31,7 @@ from consilience.client.privacy import describe_privacy
 from consilience.client.reach import certificate_end, connect, resolve
 from consilience.client.teacher import CalibratedTeacher, load_teacher
 from consilience.common.data import open_data
+from consilience.common.encoding import feature_bytes
 from consilience.common.errors import (
     AdmissionError,
     ClockError,
@@ -95,6 +97,7 @@ class Preflight:
             ("teacher", ("settings",), self._load_teacher),
             ("coverage", ("teacher",), self._load_coverage),
             ("pools", ("settings",), self._verify_pools),
+            ("features", ("teacher", "pools"), self._open_taps),
             ("answer", ("teacher", "pools"), self._answer),
             ("state folder", ("settings",), self._look_at_state),
             ("ledger", ("state folder",), self._verify_ledger),
@@ -142,6 +145,9 @@ class Preflight:
         told[-1] += f" behind {behind}" if behind else ""
         if policy.coverage_encodings:
             told += [f"coverage, if the site has learned it, as {' or '.join(policy.coverage_encodings)}"]
+        if policy.features.taps:
+            encodings = " or ".join(policy.features.encodings)
+            told += [f"features of the taps {', '.join(policy.features.taps)} as {encodings}"]
         told += ["the class shares of the private data"] if policy.class_priors else []
         told += ["accuracy and calibration on private images kept out of training"] if policy.holdout_accuracy else []
         return f"lets out: {', '.join(told)}; nothing else. {'; '.join(tell_policy(policy))}"
@@ -174,6 +180,22 @@ class Preflight:
             pool.verify()
             self._pools.append(pool)
         return ", ".join(f"{len(pool):,} samples, digest {pool.digest[:12]}" for pool in self._pools)
+
+    def _open_taps(self) -> str:
+        taps = open_taps(self._settings, self._teacher)
+        if not taps:
+            raise SkippedError(tell_taps(self._settings, taps))
+        for tap in taps if len(self._pools[0]) else ():
+            tap.values(self._pools[0].read(0, 1))  # checks shape and values itself
+        total = sum(feature_bytes(tap.card.values, self._settings.policy.features.encodings[0]) for tap in taps)
+        most, asked = self._settings.policy.features.bytes, total * len(self._pools[0])
+        if asked > most:
+            raise WarnedError(
+                f"{tell_taps(self._settings, taps)}. Of the first pool that is {asked:,} bytes, and "
+                f"policy.features.bytes allows a job {most:,}: one that asks for every tap is refused",
+                "Let taps leave smaller or with fewer channels, name fewer, or raise policy.features.bytes",
+            )
+        return f"{tell_taps(self._settings, taps)}; {asked:,} bytes of the first pool"
 
     def _answer(self) -> str:
         for pool in self._pools:

@@ -5,17 +5,28 @@ Does not live here: the decisions (client/policy), how it is shown (client/polic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from consilience.client.features import OpenTap, tell_shape
 from consilience.client.policy import Demand, RefusedError, check_demand, check_sealed, limits
 from consilience.client.privacy import Spent, account, describe_privacy
 from consilience.client.privacy.spending import loss_limits, loss_of
 from consilience.client.site import Site
-from consilience.common.errors import PoolError, StorageError
+from consilience.common.errors import PoolError, SettingsError, StorageError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Kind
-from consilience.common.settings import Encoding, JobSettings, NoPrivacy, Policy, SiteSettings, largest_sent
+from consilience.common.settings import (
+    EVERY_LAYER,
+    Encoding,
+    JobSettings,
+    NoPrivacy,
+    Policy,
+    SiteSettings,
+    largest_sent,
+)
+from consilience.common.taps_asked import taps_asked
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,12 @@ class Part:
     encoding: Encoding
     samples: int
     new: int
+    tap: str = ""
+    """Of features, the tap's name."""
+    width: int = 0
+    """Bytes of one sample's."""
+    shape: tuple[int, ...] = ()
+    """Of one sample's features."""
     summed: bool = False
     """The server learns sums over sites of these answers, and no single one (docs/secure_sums.md)."""
 
@@ -36,6 +53,9 @@ class Part:
         most = largest_sent(self.encoding)
         if self.kind == "coverage":
             what = "coverage, one number a sample"
+        elif self.kind == "features":
+            total = f"{self.width:,} bytes a sample, {self.width * self.samples:,} in all"
+            what = f"features of tap {self.tap}, {tell_shape(self.shape)}, {total}"
         elif self.encoding == "votes":
             what = "the likeliest class"
         elif most is not None:
@@ -74,17 +94,25 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     """Work out what `job` would take from `site` now. Raises `PoolError`, `LedgerError`, `StorageError`."""
     pools, here = _pools(job, site)
     policy, summed, refusal = site.settings.policy, job.privacy.secure_sum, ""
-    demand = site.demand(job.name, pools, job.ask.encoding, coverage=job.asks_coverage, summed=summed)
-    fresh = site.new_of(demand)
-    parts = tuple(
-        Part(question.pool, question.kind, question.encoding, len(question), new, summed)
-        for question, new in zip(demand.questions, fresh, strict=True)
+    wanted, unfit = _taps(job, site)
+    demand = site.demand(
+        job.name,
+        pools,
+        job.ask.encoding,
+        coverage=job.asks_coverage,
+        summed=summed,
+        taps=wanted,
+        features=job.ask.features,
     )
+    fresh = site.new_of(demand)
+    parts = _parts(demand, fresh, wanted, summed=summed)
     held = Explanation(demand, parts, here, "", {})
     try:
+        if unfit:
+            raise RefusedError("bad-question", "the job asks for features that the site does not tell", unfit)
         check_sealed(policy, sealed=job.privacy.sealed)
         check_demand(policy, site.ledger, demand)
-        site.permit(job.name, demand.asked, held.new)
+        site.permit(job.name, demand.asked, held.new, demand.feature_bytes(fresh))
         _check_papers(job, site.settings)
     except RefusedError as error:
         refusal = error.told_here
@@ -100,6 +128,26 @@ def explain(job: JobSettings, site: Site) -> Explanation:
             if limit.most is not None:
                 most[limit.name] = (limit.most, account(limit.events, loss[0].delta).epsilon)
     return replace(held, refusal=refusal, left=left, loss=loss, most=most)
+
+
+def _taps(job: JobSettings, site: Site) -> tuple[tuple[OpenTap, ...], str]:
+    """Return the taps whose features a job would ask for, and why it could not; the server goes by the same rule."""
+    try:
+        return site.taps_named([tap.name for tap in taps_asked(job, site.card)]), ""
+    except SettingsError as error:
+        return (), error.message
+
+
+def _parts(demand: Demand, fresh: Sequence[int], taps: Sequence[OpenTap], *, summed: bool) -> tuple[Part, ...]:
+    cards = {tap.card.fingerprint: tap.card for tap in taps}
+    parts = []
+    for question, width, new in zip(demand.questions, demand.widths, fresh, strict=True):
+        part = Part(question.pool, question.kind, question.encoding, len(question), new, width=width, summed=summed)
+        if question.kind == "features":
+            card = cards[question.teacher]
+            part = replace(part, tap=card.name, shape=card.shape)
+        parts.append(part)
+    return tuple(parts)
 
 
 def _check_papers(job: JobSettings, settings: SiteSettings) -> None:
@@ -136,6 +184,9 @@ def tell_policy(policy: Policy) -> list[str]:
     if policy.floor > 0:
         lines.append(f"no probability below {policy.floor:g} leaves")
     lines.append(f"pools: {', '.join(digest[:12] for digest in policy.pools) or 'those that site.yaml names'}")
+    if policy.features.taps:
+        named = ", ".join("every layer" if name == EVERY_LAYER else name for name in policy.features.taps)
+        lines.append(f"features leave of: {named}; at most {policy.features.bytes:,} bytes a job")
     lines += ["answers leave in secure sums alone"] if policy.sums_only else []
     if policy.sum_owners > 1:
         lines.append(f"sums are of classes that {policy.sum_owners} sites know, this one among them")

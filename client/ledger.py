@@ -213,6 +213,10 @@ class Ledger:
             self.spent.jobs[entry.job] += entry.samples
             self.spent.months[row.month] += entry.samples
             self.spent.lifetime += entry.samples
+            if entry.body.get("kind") == "features":
+                if entry.body["width"] < 0:
+                    raise self._bad(row.seq, CHANGED)
+                self.spent.features[entry.job] += entry.samples * entry.body["width"]
             if not entry.body.get("behind"):
                 self.spent.mechanisms[entry.job, row.month, "none", "{}"] += entry.samples
         if entry.kind == "mechanism":

@@ -68,6 +68,8 @@ class Spent:
     jobs: Counter[str] = field(default_factory=Counter)
     months: Counter[str] = field(default_factory=Counter)
     lifetime: int = 0
+    features: Counter[str] = field(default_factory=Counter)
+    """Bytes of features by job."""
     mechanisms: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     """Uses by job, month, name and parameters, these as JSON; `none` for samples that left behind no mechanism."""
 

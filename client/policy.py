@@ -6,7 +6,7 @@ Lives here: yes or no, with the constant reason that a stranger is told. Does no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from consilience.client.ledger import Ledger
@@ -61,6 +61,14 @@ class Demand:
     job: str
     questions: tuple[Question, ...]
     use: str = ""
+    widths: tuple[int, ...] = ()
+    """Bytes a sample of each question's answers."""
+
+    def feature_bytes(self, samples: Sequence[int] | None = None) -> int:
+        """Return the bytes of features, of so many `samples` of each question, or of all."""
+        counts = [len(question) for question in self.questions] if samples is None else samples
+        told = zip(self.questions, self.widths, counts, strict=True)
+        return sum(width * count for question, width, count in told if question.kind == "features")
 
     @property
     def asked(self) -> frozenset[Asked]:
@@ -94,13 +102,14 @@ def check_pool(policy: Policy, pool: str) -> None:
 
 def check_encoding(policy: Policy, kind: Kind, encoding: str) -> None:
     """Refuse an encoding that is finer than the policy allows. Raises `RefusedError`."""
-    allowed = allowed_by(policy.encodings, encoding) if kind == "log-probs" else encoding in policy.coverage_encodings
+    if kind == "coverage":
+        allowed, most = encoding in policy.coverage_encodings, f"policy.coverage is {policy.coverage}"
+    elif kind == "features":
+        allowed = encoding in policy.features.encodings
+        most = f"policy.features.precision is {policy.features.precision}"
+    else:
+        allowed, most = allowed_by(policy.encodings, encoding), f"policy.precision is {policy.precision}"
     if not allowed:
-        most = (
-            f"policy.precision is {policy.precision}"
-            if kind == "log-probs"
-            else f"policy.coverage is {policy.coverage}"
-        )
         detail = f"{kind} as {encoding}; {most}"
         raise RefusedError("encoding-not-allowed", "the site's policy does not allow this encoding", detail)
 
@@ -176,6 +185,7 @@ def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
     for question in demand.questions:
         check_encoding(policy, question.kind, question.encoding)
         check_pool(policy, question.pool)
+    check_bytes(policy, demand.job, demand.feature_bytes())
 
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:
@@ -184,3 +194,14 @@ def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None
         if limit.left is not None and samples > limit.left:
             detail = f"{limit.name}: {samples:,} more, {limit.left:,} left of {limit.most:,}"
             raise RefusedError("budget-exhausted", "the site's limits do not allow so many samples more", detail)
+
+
+def check_bytes(policy: Policy, job: str, features: int) -> None:
+    """Refuse a job that takes so many bytes of features in all, where that is too much. Raises `RefusedError`."""
+    if features > policy.features.bytes:
+        raise RefusedError(
+            "too-many-bytes",
+            "the job asks for more bytes of features than the site's policy allows",
+            f"job {job}: {features:,}; policy.features.bytes is {policy.features.bytes:,}; let taps leave smaller or "
+            "with fewer channels, ask for fewer, or raise it",
+        )

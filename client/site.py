@@ -1,7 +1,7 @@
 """One site: its settings, its teacher, its copies of the public pools, and how it answers a question.
 
-Lives here: everything between a validated question and the encoded rows. Does not live here: Flower (client/app)
-and how a teacher comes to be (client/teacher).
+Lives here: everything between a validated question and the encoded rows. Does not live here: Flower (client/app),
+secure sums (client/summing), and how a teacher comes to be (client/teacher).
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from consilience.client.card import card_of
 from consilience.client.coverage import Coverage, load_coverage
+from consilience.client.features import OpenTap, open_taps
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked
 from consilience.client.policy import (
@@ -25,95 +27,91 @@ from consilience.client.policy import (
     RefusedError,
     asked_by,
     check_budget,
+    check_bytes,
     check_demand,
     check_encoding,
     check_job,
     check_job_key,
     check_open,
-    check_peers,
     check_pool,
-    check_sealed,
 )
 from consilience.client.privacy import Event, answering_costs, describe_privacy
-from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
-from consilience.client.privacy.sum_noise import share_of_noise
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape
-from consilience.client.sum_index import DIGEST_BYTES, image_digests
-from consilience.client.sums import SumSite
-from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher, load_teacher
-from consilience.common.data import open_data
-from consilience.common.encoding import coverage_bytes, coverage_problem, decode, encode, encode_coverage, row_bytes
-from consilience.common.errors import DataError, PoolError, StorageError, TeacherError
-from consilience.common.identity import key_fingerprint, key_line, load_key
+from consilience.client.summing import Summing
+from consilience.client.teacher import CalibratedTeacher, Teacher, load_teacher
+from consilience.common.encoding import (
+    coverage_bytes,
+    coverage_problem,
+    encode,
+    encode_coverage,
+    encode_features,
+    feature_bytes,
+    row_bytes,
+)
+from consilience.common.errors import PoolError, StorageError, TeacherError
+from consilience.common.identity import load_key
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
+    MOST_ANSWER_BYTES,
     Agreement,
     Answer,
-    CalibrationCard,
     Contract,
-    CoverageCard,
     Guarantee,
     Kind,
     Question,
     SiteCard,
-    SumNoiseCard,
 )
 from consilience.common.sealing import seal_answer
-from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, SiteSettings, SumNoise
+from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, FeatureEncoding, SiteSettings
 from consilience.common.settings_file import load_settings
-from consilience.common.sums.messages import (
-    Advert,
-    Delivered,
-    Delivery,
-    MaskedRows,
-    Opened,
-    Roster,
-    RowsQuestion,
-    SealedShares,
-    Terms,
-    Unmask,
-)
-from consilience.common.sums.revealed import determined
 from consilience.common.vouching import Signer
 
 log = logging.getLogger(__name__)
 
 
-MOST_ANSWER_BYTES = 64 * 2**20
-"""A larger answer is more than a server takes in one call."""
+Scores = Callable[[Images], NDArray[np.float32]]
+"""(n, H, W, C) uint8 images -> (n, ...) float32. Raises `TeacherError`."""
 
 
 class Site:
     """A data owner taking part. One per process and site file; safe to call from several threads."""
 
-    def __init__(self, settings: SiteSettings, teacher: Teacher, coverage: Coverage | None = None) -> None:
+    def __init__(
+        self,
+        settings: SiteSettings,
+        teacher: Teacher,
+        coverage: Coverage | None = None,
+        taps: tuple[OpenTap, ...] = (),
+    ) -> None:
         check_floor(settings.policy, len(teacher.classes))
         self.settings = settings
         self.teacher = teacher
         self.coverage = coverage
-        self._lock = threading.Lock()
+        self.taps = taps
+        self.lock = threading.Lock()
+        """Held while an answer is made: the ledger and the teacher are for one thread at a time."""
         self._verified: dict[str, Pool] = {}
-        self._images: dict[str, bytes] = {}
         self._allowance = Allowance(settings)
         # of the training whose teacher answers here, whatever is trained beside it meanwhile
         self._training = answering_costs(settings, 1) if isinstance(settings.privacy, DpSgd) else None
 
     @classmethod
     def load(cls, path: Path) -> Site:
-        """Read site.yaml, load teacher and, where there is one, coverage.
+        """Read site.yaml, load teacher and, where there are any, coverage and the taps that the policy lets out.
 
-        Raises `SettingsError`, `TeacherError`, `CoverageError`, `StorageError`. The ledger is opened when it is needed.
+        Raises `SettingsError`, `TeacherError`, `CoverageError`, `PoolError`, `StorageError`. The ledger is opened when
+        it is needed.
         """
         settings = load_settings(path, SiteSettings)
         teacher = load_teacher(settings)
-        return cls(settings, teacher, load_coverage(settings, teacher))
+        return cls(settings, teacher, load_coverage(settings, teacher), open_taps(settings, teacher))
 
     def close(self) -> None:
         """Let go of what is open; another use opens it again."""
-        with self._lock:
+        with self.lock:
             if (ledger := self.__dict__.pop("ledger", None)) is not None:
                 ledger.close()
             self.__dict__.pop("released", None)
@@ -141,30 +139,8 @@ class Site:
 
     @cached_property
     def card(self) -> SiteCard:
-        """What the site says of itself first."""
-        description, accuracy = describe_teacher(self.settings)
-        return SiteCard(
-            name=self.settings.name,
-            classes=self.teacher.classes,
-            encodings=self.settings.policy.encodings,
-            teacher=self.teacher.fingerprint,
-            description=description,
-            policy=self.settings.policy.version,
-            holdout_accuracy=accuracy if self.settings.policy.holdout_accuracy else None,
-            calibration=self._calibration() if self.settings.policy.holdout_accuracy else None,
-            class_priors=self._class_priors() if self.settings.policy.class_priors else None,
-            coverage=self._coverage_card(),
-            sums_only=self.settings.policy.sums_only,
-            sum_noise=self._sum_noise,
-            sealed_only=self.settings.policy.sealed_only,
-            identity=None if self.signer is None else key_fingerprint(self.signer.key.public_key()),
-            public_key=None if self.signer is None else key_line(self.signer.key.public_key()),
-        )
-
-    @property
-    def _sum_noise(self) -> SumNoiseCard | None:
-        private = self.settings.privacy
-        return SumNoiseCard(sigma=private.sigma, honest=private.honest) if isinstance(private, SumNoise) else None
+        """What the site says of itself first. Raises `DataError`, `TeacherError`, `IdentityError`, `StorageError`."""
+        return card_of(self.settings, self.teacher, self.coverage, self.taps, self.signer)
 
     @cached_property
     def signer(self) -> Signer | None:
@@ -172,20 +148,12 @@ class Site:
         key = self.settings.key
         return Signer(load_key(key), self.settings.name, self.teacher.classes) if key.exists() else None
 
-    def _coverage_card(self) -> CoverageCard | None:
-        allowed = self.settings.policy.coverage_encodings
-        if self.coverage is None or not allowed:
-            return None
-        return CoverageCard(
-            fingerprint=self.coverage.fingerprint, encodings=allowed, description=self.coverage.description
-        )
-
     def agree(self, contract: Contract) -> Agreement:
         """Check that the site can take part: same teacher, its classes in place, every pool here and intact.
 
-        The policy must allow the job, and all of its pools within the limits. The teacher is tried on the first batch,
-        so that one that does not work is known before anybody counts on it. Raises `RefusedError`, `LedgerError`,
-        `StorageError`.
+        The policy must allow the job, and all of its pools within the limits. The teacher, and every tap that is to be
+        told, is tried on the first batch, so that one that does not work is known before anybody counts on it. Raises
+        `RefusedError`, `LedgerError`, `StorageError`.
         """
         if contract.teacher != self.teacher.fingerprint:
             raise RefusedError("other-teacher", "the contract names another teacher")
@@ -193,25 +161,30 @@ class Site:
         within = all(label < len(contract.labels) for label in contract.class_set)
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
-        pools = [self._pool(digest) for digest in dict.fromkeys(contract.pools)]
+        taps = self.taps_named(contract.features)
+        pools = [self.pool(digest) for digest in dict.fromkeys(contract.pools)]
         tried = min(self.settings.batch_size, len(pools[0]))
-        with self._lock:
+        with self.lock:
             self.ledger.refresh()
             demand = self.demand(
                 contract.job,
                 pools[:1] if contract.secure_sum else pools,
                 contract.encoding,
                 coverage=contract.coverage,
+                taps=taps,
+                features=contract.feature_encoding,
                 summed=contract.secure_sum,
             )
             check_demand(self.settings.policy, self.ledger, demand)
-            new = sum(self.new_of(demand))
-            self.permit(contract.job, demand.asked, new)
+            fresh = self.new_of(demand)
+            new = sum(fresh)
+            self.permit(contract.job, demand.asked, new, demand.feature_bytes(fresh))
             guarantee = self._guarantee(new)
             began = time.perf_counter()
-            for _ in self._score(pools[0], 0, np.ones(tried, np.bool_), "log-probs"):
-                pass
-        seconds = time.perf_counter() - began
+            self._try(pools[0], tried, self._told, "teacher")
+            seconds = time.perf_counter() - began
+            for tap in taps:
+                self._try(pools[0], tried, tap.values, f"tap {tap.card.name}")
         return Agreement(pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee)
 
     def _guarantee(self, samples: int) -> Guarantee | None:
@@ -224,30 +197,67 @@ class Site:
             return None
         return Guarantee(mechanism=mechanism, unit=spent.unit, epsilon=spent.epsilon, delta=spent.delta)
 
-    def demand(self, job: str, pools: Sequence[Pool], encoding: Encoding, *, coverage: bool, summed: bool) -> Demand:
+    def taps_named(self, names: Sequence[str]) -> tuple[OpenTap, ...]:
+        """Return the taps with these names that the site tells. Raises `RefusedError` for one that it does not."""
+        known = {tap.card.name: tap for tap in self.taps}
+        if unknown := [name for name in names if name not in known]:
+            raise RefusedError(
+                "bad-question",
+                "the contract names a tap that the site does not tell",
+                f"{', '.join(unknown)}; policy.features.taps lets out: {', '.join(known) or 'none'}",
+            )
+        return tuple(known[name] for name in dict.fromkeys(names))
+
+    def demand(
+        self,
+        job: str,
+        pools: Sequence[Pool],
+        encoding: Encoding,
+        *,
+        coverage: bool,
+        summed: bool,
+        taps: Sequence[OpenTap] = (),
+        features: FeatureEncoding = "f16",
+    ) -> Demand:
         """Return all that a job would ask of this site about `pools`: `coverage`: that too, if the site offers it.
 
-        `summed`: in secure sums, to which answers are added as precise as the policy allows, whatever `encoding` is.
+        `taps`: those whose features of the first pool it asks for too, as `features`. `summed`: in secure sums, to
+        which answers are added as precise as the policy allows, whatever `encoding` is.
         """
         policy = self.settings.policy
         kinds: list[tuple[Kind, Encoding]] = [("log-probs", policy.encodings[0] if summed else encoding)]
         if coverage and self.card.coverage is not None:
             kinds.append(("coverage", self.card.coverage.encodings[0]))
-        questions = (self.question(job, pool.digest, len(pool), *kind) for kind in kinds for pool in pools if len(pool))
-        return Demand(job, tuple(questions), self.summed.use if summed else "")
+        questions = [self.question(job, pool.digest, len(pool), *kind) for kind in kinds for pool in pools if len(pool)]
+        for tap in taps if pools and len(pools[0]) else ():
+            questions.append(self.question(job, pools[0].digest, len(pools[0]), "features", features, tap))
+        widths = tuple(self._width(question) for question in questions)
+        return Demand(job, tuple(questions), self.summed.use if summed else "", widths)
 
     def new_of(self, demand: Demand) -> list[int]:
         """Return how many samples of each question were not released yet. Raises what `ledger` raises."""
         released = self.summed if demand.use else self.released
         return [int(released.missing(question, len(question)).sum()) for question in demand.questions]
 
-    def question(self, job: str, pool: str, size: int, kind: Kind, encoding: Encoding | CoverageEncoding) -> Question:
+    def question(
+        self,
+        job: str,
+        pool: str,
+        size: int,
+        kind: Kind,
+        encoding: Encoding | CoverageEncoding | FeatureEncoding,
+        tap: OpenTap | None = None,
+    ) -> Question:
         """Return the question about all `size` samples, at least 1, of a pool that this site would answer now.
 
-        For kind `coverage` the site must have one.
+        For kind `coverage` the site must have one; for kind `features` it is about `tap`.
         """
-        answering = self.teacher if kind == "log-probs" else self.coverage
-        assert answering is not None
+        if tap is not None:
+            fingerprint = tap.card.fingerprint
+        else:
+            answering = self.teacher if kind == "log-probs" else self.coverage
+            assert answering is not None
+            fingerprint = answering.fingerprint
         return Question(
             job=job,
             pool=pool,
@@ -255,7 +265,7 @@ class Site:
             stop=size,
             kind=kind,
             encoding=encoding,
-            teacher=answering.fingerprint,
+            teacher=fingerprint,
             policy=self.settings.policy.version,
         )
 
@@ -263,37 +273,49 @@ class Site:
         """Score the samples a question asks about and encode them as it asks; what left before leaves as it did.
 
         It is signed, and sealed where the question names a job key; the plain rows are what is kept and counted.
-        Teacher and coverage always see the same aligned batches of the pool, whatever range is asked, so that a
+        Teacher, coverage and taps always see the same aligned batches of the pool, whatever range is asked, so that a
         sample's answer is the same bytes however the server cuts its questions. Raises `RefusedError`, `LedgerError`,
         `StorageError`: nothing leaves then.
         """
-        policy, answering = self.settings.policy, self.teacher if question.kind == "log-probs" else self.coverage
-        fingerprint = None if answering is None else answering.fingerprint
-        if question.teacher != fingerprint or question.policy != policy.version:
+        policy = self.settings.policy
+        if question.teacher not in self._fingerprints(question.kind) or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
         check_open(policy)
         check_job_key(self.settings, question.job, question.job_key)
         check_encoding(policy, question.kind, question.encoding)
-        pool = self._pool(question.pool)
+        pool = self.pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         if len(question) * self._width(question) > MOST_ANSWER_BYTES:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
         signer, began = self.signer, time.perf_counter()
-        with self._lock:
-            data = self._given(self.released, question, pool)
+        with self.lock:
+            data = self.given(self.released, question, pool)
         seconds = time.perf_counter() - began
         answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
         return answer if question.job_key is None else seal_answer(answer, self.settings.name)
 
-    def _given(self, released: Released, question: Question, pool: Pool) -> bytes:
+    def _fingerprints(self, kind: Kind) -> tuple[str, ...]:
+        """Return the fingerprints of what answers questions of a kind."""
+        if kind == "features":
+            return tuple(tap.card.fingerprint for tap in self.taps)
+        answering = self.teacher if kind == "log-probs" else self.coverage
+        return () if answering is None else (answering.fingerprint,)
+
+    def _tap(self, question: Question) -> OpenTap:
+        return next(tap for tap in self.taps if tap.card.fingerprint == question.teacher)
+
+    def given(self, released: Released, question: Question, pool: Pool) -> bytes:
         """Return the encoded rows of a question, kept and counted among the answers `released`."""
+        width = self._width(question)
+        a_sample = width if question.kind == "features" else 0
+        asked = (asked_by(question, released.use),)
         return released.give(
             question,
             size=len(pool),
-            width=self._width(question),
+            width=width,
             score=lambda new: self._encoded(question, pool, new),
-            permit=lambda samples: self.permit(question.job, (asked_by(question, released.use),), samples),
+            permit=lambda samples: self.permit(question.job, asked, samples, samples * a_sample),
             costs=lambda samples: entries_of(question.job, self.costs(samples)),
         )
 
@@ -301,121 +323,41 @@ class Site:
         """Return the bytes of one sample's answer."""
         if question.kind == "coverage":
             return coverage_bytes(cast(CoverageEncoding, question.encoding))
+        if question.kind == "features":
+            return feature_bytes(self._tap(question).card.values, cast(FeatureEncoding, question.encoding))
         return row_bytes(len(self.teacher.classes), question.encoding)
 
     def costs(self, samples: int) -> tuple[Event, ...]:
         """Return the events of answering about so many samples, at least 1."""
         return answering_costs(self.settings, samples) if self._training is None else self._training
 
-    def permit(self, job: str, asked: Iterable[Asked], samples: int) -> None:
-        """Refuse what the policy does not allow now, or so many samples more. Raises `RefusedError`."""
+    def permit(self, job: str, asked: Iterable[Asked], samples: int, features: int) -> None:
+        """Refuse what the policy does not allow now, or so many samples, or bytes of `features`, more.
+
+        Raises `RefusedError`.
+        """
         check_job(self.settings.policy, self.ledger, job, asked)
         check_budget(self.settings.policy, self.ledger, job, samples)
+        check_bytes(self.settings.policy, job, self.ledger.spent.features[job] + features)
         if samples:
             self._allowance.check(self.ledger, job, self.costs(samples))
 
     def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
         """Return the encoded rows of those samples of a question that the mask `new` chooses."""
-        scored = self._score(pool, question.start, new, question.kind)
         if question.kind == "coverage":
-            return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in scored)
+            covered = self._score(pool, question.start, new, self._coverage_of, "coverage")
+            return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in covered)
+        if question.kind == "features":
+            tap = self._tap(question)
+            told = self._score(pool, question.start, new, tap.values, f"tap {tap.card.name}")
+            return b"".join(encode_features(rows, cast(FeatureEncoding, question.encoding)) for rows in told)
+        scored = self._score(pool, question.start, new, self._told, "teacher")
         return b"".join(encode(rows, question.encoding) for rows in scored)
 
     @cached_property
-    def sums(self) -> SumSite:
-        """The site's part in secure sums. Raises `RefusedError` when it has no key to sign with."""
-        if not self.settings.key.exists():
-            raise RefusedError("sum-refused", "the site has no key to sign with in secure sums")
-        return SumSite(
-            self.settings.state / "sums", self.settings.name, load_key(self.settings.key), self._summed_images
-        )
-
-    def _summed_images(self, terms: Terms) -> bytes:
-        """Return 16 bytes for each image that a sum is about. Raises `RefusedError`."""
-        pool = self._pool(terms.pool)
-        with self._lock:
-            if pool.digest not in self._images:
-                self._images[pool.digest] = image_digests(pool)
-            return self._images[pool.digest][terms.start * DIGEST_BYTES : terms.stop * DIGEST_BYTES]
-
-    def sum_keys(self, terms: Terms) -> Advert:
-        """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""
-        check_peers(self.settings, terms)
-        if terms.stop > (size := len(self._pool(terms.pool))):
-            raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
-        policy = self.settings.policy
-        whole = self.question(terms.job, terms.pool, size, "log-probs", policy.encodings[0])
-        self._check_job(terms.job, (asked_by(whole, self.summed.use),))
-        own = self.teacher
-        advert = self.sums.advertise(
-            terms,
-            teacher=own.fingerprint,
-            policy=policy.version,
-            classes=own.classes,
-            noise=self._sum_noise,
-            owners=policy.sum_owners,
-        )
-        told = determined({member.site: member.classes for member in terms.members})[self.settings.name]
-        if told and self._sum_noise is None:
-            log.warning(
-                "the sum of job %s tells this site's own answers for %d of its %d classes, if nobody is lost",
-                terms.job,
-                len(told),
-                len(own.classes),
-            )
-        return advert
-
-    def sum_share(self, roster: Roster) -> SealedShares:
-        """Share the site's seeds, if the policy still allows the job. Raises as `sum_keys` does."""
-        self._check_job(self.sums.job_of(roster.terms))
-        return self.sums.share(roster)
-
-    def sum_deliver(self, delivery: Delivery) -> Delivered:
-        """Take the others' shares, if the policy still allows the job. Raises as `sum_keys` does."""
-        self._check_job(self.sums.job_of(delivery.terms))
-        return self.sums.deliver(delivery)
-
-    def sum_open(self, unmask: Unmask) -> Opened:
-        """Open shares, if the policy still allows the job. Raises as `sum_keys` does."""
-        self._check_job(self.sums.job_of(unmask.terms))
-        return self.sums.open(unmask)
-
-    def _check_job(self, job: str, asked: Iterable[Asked] = ()) -> None:
-        with self._lock:
-            self.ledger.refresh()
-            check_sealed(self.settings.policy, sealed=False)
-            check_job(self.settings.policy, self.ledger, job, asked)
-
-    def masked_rows(self, question: RowsQuestion) -> MaskedRows:
-        """Answer with masked rows, as precise as the policy allows answers to be. Raises as `answer` does."""
-
-        def answering(terms: Terms, start: int, stop: int) -> NDArray[np.float32]:
-            check_peers(self.settings, terms)
-            own, finest = terms.by_name[self.settings.name], self.settings.policy.encodings[0]
-            if (own.teacher, own.policy) != (self.teacher.fingerprint, self.settings.policy.version):
-                raise RefusedError("other-teacher", "the question is for another teacher or policy version")
-            if (stop - start) * len(self.teacher.classes) * 8 > MOST_ANSWER_BYTES:  # as they are added up, in fp64
-                raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
-            pool = self._pool(terms.pool)
-            asked = self.question(terms.job, terms.pool, len(pool), "log-probs", finest)
-            part = asked.model_copy(update={"start": start, "stop": stop})
-            with self._lock:
-                data = self._given(self.summed, part, pool)
-            return decode(data, stop - start, len(self.teacher.classes), finest)
-
-        def noise(terms: Terms, start: int, stop: int, rows: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-            private = self.settings.privacy
-            if not isinstance(private, SumNoise):
-                raise RefusedError("other-teacher", "the question is for another teacher or policy version")
-            images = self._pool(terms.pool).read(start, stop)
-            return share_of_noise(private, self._secret, terms, self.settings.name, images, rows.astype(np.float32))
-
-        return self.sums.rows(question, answering, noise)
-
-    @cached_property
-    def _secret(self) -> Secret:
-        """What noise in sums follows from. Raises `IdentityError`, `StorageError`."""
-        return load_secret(self.settings)
+    def summing(self) -> Summing:
+        """The site's part in secure sums."""
+        return Summing(self)
 
     def _coverage_of(self, images: Images) -> NDArray[np.float32]:
         """Return (n,) coverage of one batch. Raises `TeacherError` when it is none."""
@@ -427,13 +369,19 @@ class Site:
             raise TeacherError(f"Coverage: {problem}")
         return scores.astype(np.float32)
 
-    def _score(self, pool: Pool, start: int, new: NDArray[np.bool_], kind: Kind) -> Iterator[NDArray[np.float32]]:
-        """Yield, batch by batch, (b, classes) log-probabilities as they may leave, or (b,) coverage.
+    def _try(self, pool: Pool, samples: int, scores: Scores, what: str) -> None:
+        """See that `scores` works on the first samples of a pool. Raises `RefusedError`."""
+        for _ in self._score(pool, 0, np.ones(samples, np.bool_), scores, what):
+            pass
 
-        Of the samples from `start` on, those that the mask `new` (n,) chooses. Raises `RefusedError`.
+    def _score(
+        self, pool: Pool, start: int, new: NDArray[np.bool_], scores: Scores, what: str
+    ) -> Iterator[NDArray[np.float32]]:
+        """Yield, batch by batch, what `scores`, named `what`, gives as it may leave: (b, ...) float32.
+
+        Of the samples from `start` on, for those that the mask `new` (n,) chooses. Raises `RefusedError`.
         """
-        teaches, stop = kind == "log-probs", start + len(new)
-        size, scores = self.settings.batch_size, self._told if teaches else self._coverage_of
+        size, stop = self.settings.batch_size, start + len(new)
         for first in range(start - start % size, stop, size):
             last = min(first + size, len(pool))
             low, high = max(start, first), min(stop, last)
@@ -442,7 +390,6 @@ class Site:
             try:
                 rows = scores(pool.read(first, last))
             except TeacherError as error:
-                what = "teacher" if teaches else "coverage"
                 raise RefusedError("teacher-failed", f"the site's {what} gave no usable answer") from error
             yield np.asarray(rows[low - first : high - first], np.float32)[new[low - start : high - start]]
 
@@ -450,10 +397,10 @@ class Site:
         """Return the teacher's (n, classes) log-probabilities as the policy lets them leave. Raises `TeacherError`."""
         return shape(self.teacher.log_probs(images), self.settings.policy)
 
-    def _pool(self, digest: str) -> Pool:
+    def pool(self, digest: str) -> Pool:
         """Return the site's copy of a pool, verified once per process. Raises `RefusedError`."""
         check_pool(self.settings.policy, digest)
-        with self._lock:
+        with self.lock:
             if digest not in self._verified:
                 self._verified[digest] = self._find(digest)
             return self._verified[digest]
@@ -472,30 +419,3 @@ class Site:
         if damaged is not None:
             raise RefusedError("pool-damaged", "the site's copy of a pool is damaged") from damaged
         raise RefusedError("unknown-pool", "the site has no copy of this pool")
-
-    def _calibration(self) -> CalibrationCard | None:
-        record = self.teacher.record if isinstance(self.teacher, CalibratedTeacher) else None
-        if record is None or record.before is None or record.after is None:
-            return None
-        return CalibrationCard(
-            method=record.method,
-            samples=record.samples,
-            ece_before=record.before.ece,
-            ece_after=record.after.ece,
-            nll_before=record.before.nll,
-            nll_after=record.after.nll,
-        )
-
-    def _class_priors(self) -> tuple[float, ...] | None:
-        if self.settings.data is None:
-            return None
-        data = open_data(self.settings.data)
-        labels = data.need_labels("The site's private data")
-        missing = [name for name in self.teacher.classes if name not in data.class_names]
-        if missing:
-            raise DataError(
-                f"The private data have no class {missing[0]!r}; they have: {', '.join(data.class_names[:20])}",
-                hint="Name the teacher's classes as the data do, or set policy.class_priors: false",
-            )
-        counts = np.array([np.sum(labels == data.class_names.index(name)) for name in self.teacher.classes])
-        return tuple(float(share) for share in counts / counts.sum()) if counts.all() else None

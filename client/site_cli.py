@@ -12,6 +12,7 @@ from rich.text import Text
 from consilience.client.check import Preflight
 from consilience.client.coverage import learn_and_show, tell_coverage
 from consilience.client.explain import tell_policy
+from consilience.client.features import learn_and_show_bases, tell_taps
 from consilience.client.policy import limits
 from consilience.client.privacy import train_private, training_epochs
 from consilience.client.site import Site
@@ -29,27 +30,33 @@ SiteFile = Annotated[Path, typer.Argument(help="The site's site.yaml.")]
 def train(site: SiteFile, as_json: AsJson = False) -> None:
     """Train the site's teacher on its private data, calibrate it, learn coverage; goes on where it was interrupted.
 
-    A teacher that exists already is calibrated only. Coverage is learned where the policy lets it out.
+    A teacher that exists already is calibrated only. Coverage is learned where the policy lets it out, and so are the
+    principal components of features.
     """
 
     def action() -> Result:
         settings = load_settings(site, SiteSettings)
         covers = settings.policy.coverage != "off"
+        calibrates = settings.calibration != "off" and settings.data is not None
+        reduces = any(reduction.channels is not None for reduction in settings.policy.features.taps.values())
         if settings.teacher.kind == "train":
             with Reporter() as reporter:
                 train_private(settings, epoch_task(reporter, f"training {settings.name}", training_epochs(settings)))
-        elif (settings.calibration == "off" and not covers) or settings.data is None:
+        elif not (calibrates or (covers and settings.data is not None) or reduces):
             raise SettingsError(
                 f"{site}: field 'teacher.kind' is {settings.teacher.kind!r}, which is not trained here, and there is "
                 f"nothing to calibrate: "
                 + ("'calibration' is off" if settings.calibration == "off" else "'data' is not given"),
                 hint="Such a teacher answers as it is: `consilience site show` shows it",
             )
-        if settings.calibration != "off":
+        if calibrates:
             calibrate_teacher(settings)
         if covers:
             with Reporter() as reporter:
                 learn_and_show(settings, reporter)
+        if reduces:
+            with Reporter() as reporter:
+                learn_and_show_bases(settings, reporter)
         return _about(Site.load(site))
 
     emit(as_json, action)
@@ -76,11 +83,13 @@ def check(site: SiteFile, as_json: AsJson = False) -> None:
 
 
 def _about(site: Site) -> Result:
-    card = site.card.model_dump(mode="json")
+    card = site.card.model_dump(mode="json", exclude={"features": {"taps": {"__all__": {"basis"}}}})
     table = Table(show_header=False)
     for field, value in card.items():
         if field == "calibration":  # how it is applied concerns the site whether or not its policy tells it
             table.add_row(field, Text(site.calibration + ("; not told" if value is None else "")))
+        elif field == "features" and value is not None:
+            table.add_row(field, Text(tell_taps(site.settings, site.taps)))
         elif value is not None:
             table.add_row(field, Text(_shown(value)))
     table.add_row("coverage, not told", Text(tell_coverage(site.settings)))

@@ -41,6 +41,8 @@ _FIELD, _MOST_FIELDS = re.compile(r'"\s*:'), 10_000
 """A field's name in JSON, and how many there may be: the largest record, of a sum over 255 sites, has some 2,000."""
 _MOST_MISTAKES = 1000
 """Mistakes in a record that are looked at: a list of them takes far more than the record."""
+MOST_ANSWER_BYTES = 64 * 2**20
+"""Encoded rows of an answer: more than a server takes in one call."""
 MOST_VOUCH_BYTES = 200
 """Salt and signature of an answer."""
 
@@ -66,6 +68,7 @@ RefusalCode = Literal[
     "not-approved",
     "policy-ended",
     "budget-exhausted",
+    "too-many-bytes",
     "ledger-damaged",
     "sum-refused",
     "unknown-peer",
@@ -80,6 +83,7 @@ FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
         "not-approved",
         "policy-ended",
         "budget-exhausted",
+        "too-many-bytes",
         "ledger-damaged",
         "sum-refused",
         "unknown-peer",

@@ -18,6 +18,7 @@ from flwr.app import Context, RecordDict
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.client.coverage import learn_and_show
+from consilience.client.features import learn_and_show_bases
 from consilience.client.privacy import train_private, training_epochs
 from consilience.client.teacher import calibrate_teacher
 from consilience.common.data import ImageData, open_data
@@ -209,7 +210,7 @@ def _write_npz(path: Path, data: ImageData) -> None:
 
 
 def train_site(path: Path, reporter: Reporter) -> None:
-    """Train and calibrate a site's teacher and learn its coverage; resumes, and returns at once when that is done."""
+    """Train and calibrate a site's teacher and learn what it tells beside; resumes, and returns at once when done."""
     settings = load_settings(path, SiteSettings)
     if settings.teacher.kind == "train":
         name = f"training {settings.name} ({settings.teacher.architecture})"
@@ -218,3 +219,4 @@ def train_site(path: Path, reporter: Reporter) -> None:
             calibrate_teacher(settings)
     if settings.policy.coverage != "off":
         learn_and_show(settings, reporter)
+    learn_and_show_bases(settings, reporter)

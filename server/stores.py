@@ -11,8 +11,9 @@ from pathlib import Path
 from consilience.common.pool import Pool
 from consilience.common.protocol import Kind, SiteCard
 from consilience.common.settings import JobSettings
+from consilience.common.taps_asked import taps_asked
 from consilience.server.answers import About, AnswerStore
-from consilience.server.contract import coverage_encoding, taps_asked
+from consilience.server.contract import coverage_encoding
 from consilience.server.trust import signer_of
 
 

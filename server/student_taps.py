@@ -17,7 +17,7 @@ from consilience.common.nets.tapped import PENULTIMATE, tap_layouts, tap_shapes
 from consilience.common.nets.taps import Tap, one_layout
 from consilience.common.protocol import SiteCard, TapCard
 from consilience.common.settings import CommonSpace, JobSettings
-from consilience.server.contract import taps_asked
+from consilience.common.taps_asked import taps_asked
 from consilience.server.learning import build_student
 
 _FIELD = "student.common_feature.spaces"

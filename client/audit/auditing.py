@@ -196,6 +196,8 @@ def _notes(site: Site, shadows: bool) -> tuple[str, ...]:
         notes.append("The noise of sums is in none of these figures: answers were attacked as they are before a sum.")
     if settings.policy.coverage != "off":
         notes.append("The policy lets coverage out, which learned from private data too and was not attacked.")
+    if settings.policy.features.taps:
+        notes.append("The policy lets features out, which tell more than answers do and were not attacked.")
     if settings.policy.class_priors:
         notes.append("The policy tells the shares of the classes anyway.")
     if settings.privacy.mechanism == "output-noise":

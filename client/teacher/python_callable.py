@@ -1,24 +1,50 @@
 """A teacher from a Python callable that the site itself installed.
 
-Lives here: importing it and telling its version. Nothing is sandboxed: the site names code of its own.
+Lives here: importing it, telling its version, and calling it. Nothing is sandboxed: the site names code of its own.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from consilience.client.teacher.protocol import Scores, brief
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.client.teacher.protocol import brief
 from consilience.common.errors import TeacherError
 from consilience.common.files import sha256_file
 from consilience.common.preprocessing import Images, preprocess
 from consilience.common.settings import CallableTeacher
 
 
-def scores_of(settings: CallableTeacher) -> tuple[Scores, str]:
+class CallableScores:
+    """Scores images with a callable, and gives the features that it tells beside: its attribute `features`, if any."""
+
+    def __init__(self, scores: Callable[[NDArray[np.float32]], Any], settings: CallableTeacher) -> None:
+        self._scores, self._features = scores, getattr(scores, "features", None)
+        self.where, self.preprocessing = settings.callable, settings.preprocessing
+
+    @property
+    def tells_features(self) -> bool:
+        """Whether the callable has features at all."""
+        return callable(self._features)
+
+    def __call__(self, images: Images) -> Any:
+        """Return what the callable gives for (n, H, W, C) uint8."""
+        return self._scores(preprocess(images, self.preprocessing))
+
+    def features(self, images: Images) -> Any:
+        """Return what the callable's `features` gives for (n, H, W, C) uint8; to be called where it has that."""
+        assert self._features is not None
+        return self._features(preprocess(images, self.preprocessing))
+
+
+def scores_of(settings: CallableTeacher) -> tuple[CallableScores, str]:
     """Return the scoring function and what stands for its bytes in the fingerprint. Raises `TeacherError`."""
     module_name, _, name = settings.callable.partition(":")
     try:
@@ -36,10 +62,7 @@ def scores_of(settings: CallableTeacher) -> tuple[Scores, str]:
             hint="Correct teacher.callable in the site's settings",
         )
 
-    def on_images(images: Images) -> Any:
-        return scores(preprocess(images, settings.preprocessing))
-
-    return on_images, f"{settings.callable} {version_of(module)}"
+    return CallableScores(scores, settings), f"{settings.callable} {version_of(module)}"
 
 
 def version_of(module: ModuleType) -> str:

@@ -1,7 +1,7 @@
 """Scoring with a torch module, shared by every kind of teacher that is one.
 
-Lives here: preprocessing on the device, memory format and inference mode; a network's features. Does not live here:
-where a module comes from.
+Lives here: preprocessing on the device, memory format and inference mode; what the last layer of a
+network is fed. Does not live here: where a module comes from, the features of other layers (client/features).
 """
 
 from __future__ import annotations
@@ -22,18 +22,27 @@ from consilience.common.settings import Preprocessing
 
 def module_scores(module: Callable[[torch.Tensor], Any], preprocessing: Preprocessing, device: torch.device) -> Scores:
     """Return the function that scores images with a module that is on `device` and in evaluation mode."""
-    normalise = Normalise(preprocessing, device)
+    prepare = prepared(preprocessing, device)
 
     def scores(images: Images) -> NDArray[np.float32]:
-        # A copy: images may be a read-only view of the pool, which torch warns about.
-        shaped = torch.from_numpy(np.array(fit_shape(images, preprocessing)))
         with torch.inference_mode():
-            out = module(normalise(shaped.to(device)))
+            out = module(prepare(images))
             if not isinstance(out, torch.Tensor):
                 raise TypeError(f"the model gives {type(out).__name__}; expected one tensor")
             return np.asarray(out.float().cpu().numpy())
 
     return scores
+
+
+def prepared(preprocessing: Preprocessing, device: torch.device) -> Callable[[Images], torch.Tensor]:
+    """Return the function that makes what a module is fed, (n, C, H, W) float32 on `device`, of images."""
+    normalise = Normalise(preprocessing, device)
+
+    def prepare(images: Images) -> torch.Tensor:
+        # A copy: images may be a read-only view of the pool, which torch warns about.
+        return normalise(torch.from_numpy(np.array(fit_shape(images, preprocessing))).to(device))
+
+    return prepare
 
 
 class NetworkScores:
@@ -43,6 +52,9 @@ class NetworkScores:
     """
 
     def __init__(self, network: nn.Module, classes: int, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.network, self.preprocessing = network, preprocessing
+        self.prepare = prepared(preprocessing, device)
+        """(n, H, W, C) uint8 images -> (n, C, H, W) float32 as the network takes them, on its device."""
         self._scores = module_scores(network, preprocessing, device)
         layers = [
             layer for layer in network.modules() if isinstance(layer, nn.Linear) and layer.out_features == classes

@@ -508,5 +508,5 @@ def test_the_site_s_log_says_what_sums_tell_of_it(world: World, caplog: pytest.L
     fields = {"labels": contract.labels, "members": members_of(contract, {}), "pool": world.pool.digest, "job": "other"}
     terms = Terms.model_validate_json(world.terms.model_copy(update=fields).model_dump_json())
     (world.folder / "ant" / "state" / "sums").rename(world.folder / "away")
-    site.sum_keys(terms)
+    site.summing.keys(terms)
     assert "tells this site's own answers for 1 of its 3 classes" in caplog.text
