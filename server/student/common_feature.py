@@ -63,8 +63,10 @@ class CommonFeature(nn.Module):
 
     `teachers[i]` and `student` are channels. `size` (h, w) says what maps are brought to first: averaged where they
     are larger (adaptive pooling), interpolated where they are smaller (bilinear), each direction by itself; None for
-    maps that have one size already. With `vectors` features are (n, C) and convolutions are linear layers. Weights
-    depend on the arguments alone (`seed`); He et al. (ICCV 2015), no biases.
+    maps that have one size already. With `vectors` features are (n, C) and convolutions are linear layers. With
+    `normalise` batch normalisation comes before every activation, as in the authors' later code: the paper's networks
+    have none, and gradient descent at the rates of a student makes them diverge. Weights depend on the arguments alone
+    (`seed`); He et al. (ICCV 2015), no biases.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class CommonFeature(nn.Module):
         size: tuple[int, int] | None = None,
         vectors: bool = False,
         bandwidths: Sequence[float] | None = BANDWIDTHS,
+        normalise: bool = False,
         seed: int,
     ) -> None:
         """Raises `StudentError` without teachers, for widths or sizes below 1 and bandwidths that are not above 0."""
@@ -89,11 +92,12 @@ class CommonFeature(nn.Module):
                 hint="Correct these",
             )
         self.size, self.vectors, self.bandwidths, self.width = size, vectors, bandwidths, width
+        make = _Make(vectors, normalise)
         with seeded(derive(seed, "common feature")):
-            self.adaptations = nn.ModuleList(_adaptation(channels, width, vectors) for channels in teachers)
-            self.adaptation = _adaptation(student, width, vectors)
-            self.extractor = _extractor(width, vectors)
-            self.decoders = nn.ModuleList(_decoder(width, channels, vectors) for channels in teachers)
+            self.adaptations = nn.ModuleList(_adaptation(channels, width, make) for channels in teachers)
+            self.adaptation = _adaptation(student, width, make)
+            self.extractor = _extractor(width, make)
+            self.decoders = nn.ModuleList(_decoder(width, channels, make) for channels in teachers)
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -216,40 +220,54 @@ def _counts(rows: Sequence[Tensor | None], samples: int) -> list[int]:
     return [samples if at is None else len(at) for at in rows]
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut, no normalisation; a 1x1 shortcut where the channels change."""
+@dataclass(frozen=True)
+class _Make:
+    """Makes layers: convolutions, or linear layers for vectors, with batch normalisation or without."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    vectors: bool
+    normalise: bool
+
+    def layer(self, inputs: int, outputs: int, kernel: int) -> nn.Module:
+        """Return one with weights, without a bias."""
+        if self.vectors:
+            return nn.Linear(inputs, outputs, bias=False)
+        return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+
+    def normed(self, inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
+        """Return one that comes before an activation or a sum."""
+        norm = nn.BatchNorm1d if self.vectors else nn.BatchNorm2d
+        return [self.layer(inputs, outputs, kernel), *([norm(outputs)] if self.normalise else [])]
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions around a shortcut; a 1x1 shortcut where the channels change."""
+
+    def __init__(self, inputs: int, outputs: int, make: _Make) -> None:
         super().__init__()
-        self.body = nn.Sequential(_convolution(inputs, outputs, 3), nn.ReLU(), _convolution(outputs, outputs, 3))
-        self.shortcut = nn.Identity() if inputs == outputs else _convolution(inputs, outputs, 1)
+        self.body = nn.Sequential(*make.normed(inputs, outputs, 3), nn.ReLU(), *make.normed(outputs, outputs, 3))
+        same = inputs == outputs
+        self.shortcut = nn.Identity() if same else _joined(make.normed(inputs, outputs, 1))
 
     def forward(self, features: Tensor) -> Tensor:
         return F.relu(self.body(features) + self.shortcut(features))
 
 
-def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Module:
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+def _joined(layers: Sequence[nn.Module]) -> nn.Module:
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Module:
-    return nn.Linear(inputs, outputs, bias=False)
+def _adaptation(channels: int, width: int, make: _Make) -> nn.Sequential:
+    return nn.Sequential(*make.normed(channels, 2 * width, 1), nn.ReLU())
 
 
-def _adaptation(channels: int, width: int, vectors: bool) -> nn.Sequential:
-    return nn.Sequential(_linear(channels, 2 * width) if vectors else _convolution(channels, 2 * width, 1), nn.ReLU())
+def _extractor(width: int, make: _Make) -> nn.Sequential:
+    if make.vectors:
+        return nn.Sequential(*make.normed(2 * width, width, 1), nn.ReLU(), make.layer(width, width, 1))
+    return nn.Sequential(_Block(2 * width, width, make), _Block(width, width, make), _Block(width, width, make))
 
 
-def _extractor(width: int, vectors: bool) -> nn.Sequential:
-    if vectors:
-        return nn.Sequential(_linear(2 * width, width), nn.ReLU(), _linear(width, width))
-    return nn.Sequential(_Block(2 * width, width), _Block(width, width), _Block(width, width))
-
-
-def _decoder(width: int, channels: int, vectors: bool) -> nn.Sequential:
-    if vectors:
-        return nn.Sequential(_linear(width, channels), nn.ReLU(), _linear(channels, channels))
-    return nn.Sequential(_convolution(width, channels, 3), nn.ReLU(), _convolution(channels, channels, 1))
+def _decoder(width: int, channels: int, make: _Make) -> nn.Sequential:
+    return nn.Sequential(*make.normed(width, channels, 3), nn.ReLU(), make.layer(channels, channels, 1))
 
 
 def _resized(features: Tensor, size: tuple[int, int]) -> Tensor:

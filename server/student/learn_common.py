@@ -4,8 +4,10 @@ Lives here: which features meet in a space and in which form, the module that th
 what is told of it afterwards. Does not live here: the networks of a space (common_feature), the loop (common/nets), the
 soft-target term (soft_labels, scores).
 
-Features of a site count in units of their own root mean square, so that a term weighs the same whatever a teacher's
-features are large. A sample that a site told nothing of has no part in that site's terms; it has one in the others'.
+Features of a site count in units of their own root mean square, so that a term weighs the same however large a
+teacher's features are. A sample that a site told nothing of has no part in that site's terms; it has one in the
+others'. The networks of a space are normalised by batch: the paper trains them without, by Adam; under the loop's
+gradient descent they then diverge, or the common space collapses to a point.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ class Space:
             width=self.width or min(WIDTH, self.student_shape[0]),
             size=self.meeting,
             vectors=self.vectors,
+            normalise=True,
             seed=seed,
         )
 
@@ -143,9 +146,12 @@ def common_fingerprint(spaces: Sequence[Space], weights: Weights) -> str:
 
 
 def _told(tap: SiteTap, ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """Return which of the samples `ids` a site told; None for all."""
+    """Return which of the samples `ids` a site told; None for all. One alone cannot be normalised by, nor compared."""
     known = tap.known[ids]
-    return None if known.all() else np.flatnonzero(known)
+    if known.all():
+        return None
+    found = np.flatnonzero(known)
+    return found if len(found) > 1 else found[:0]
 
 
 @torch.no_grad()
