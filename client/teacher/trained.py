@@ -154,12 +154,11 @@ def teacher_of(folder: Path, record: TrainedTeacher, module: nn.Module, kind: st
     data = read_model(path)
     if sha256(data) != record.model_digest:
         raise TeacherError(f"{path}: is not the model that teacher.json speaks of", hint=RETRAIN)
-    parts = record.model_dump(mode="json", include={"classes", "architecture", "preprocessing"}) | code_of(
-        record.architecture
-    )
+    parts = record.model_dump(mode="json", include={"classes", "architecture", "preprocessing"})
+    parts |= {"kind": kind} | code_of(record.architecture)
     return ScoringTeacher(
         classes=record.classes,
-        fingerprint=fingerprint_of({"kind": kind, **parts}, record.model_digest),
+        fingerprint=fingerprint_of(parts, record.model_digest),
         outputs="logits",
         where=str(path),
         scores=network_scores(

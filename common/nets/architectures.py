@@ -79,8 +79,8 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     known: list[str] = vision.model_names()
     if bare not in known:
         raise SettingsError(
-            f"Architecture {name!r} is unknown; allowed: {', '.join(ARCHITECTURES)}, {PYTHON}package.module:function, and "
-            f"torchvision's classifiers: {', '.join(known)}",
+            f"Architecture {name!r} is unknown; allowed: {', '.join(ARCHITECTURES)}, "
+            f"{PYTHON}package.module:function, and torchvision's classifiers: {', '.join(known)}",
             hint="Correct the field architecture",
         )
     network: nn.Module = vision.build_model(bare, classes)

@@ -1,7 +1,8 @@
 """What an interrupted training continues from.
 
-Lives here: one safetensors file with what of the network training changes, the optimizer's momentum and, in its metadata, the records of the
-epochs done, so that they cannot be torn apart. What is frozen is not in it: a training begins with it. Does not live here: random state; there is none to keep (seeding).
+Lives here: one safetensors file with what training changes of the network, the optimizer's momentum and, in its
+metadata, the records of the epochs done, so that they cannot be torn apart. A frozen parameter is not in it: the
+training begins with that. Does not live here: random state; there is none to keep (seeding).
 """
 
 from __future__ import annotations

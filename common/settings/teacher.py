@@ -44,8 +44,8 @@ class TrainTeacher(Settings):
     kind: Literal["train"]
     architecture: str
     """cnn3, resnet8, resnet20, vgg6 or mobilenet-small, or `vgg6@1.25` for layers 1.25 times as wide; the name of one
-    of torchvision's classifiers; or `python:package.module:function`, a network of your own, which that function, called
-    with `classes` and `channels`, returns (docs/architectures.md)."""
+    of torchvision's classifiers; or `python:package.module:function`, a network of your own, which that function
+    returns (docs/architectures.md)."""
     fit: Fit = Fit()
     preprocessing: Preprocessing = Preprocessing()
     holdout: float = Field(default=0.1, ge=0, lt=0.9)
