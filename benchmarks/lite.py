@@ -67,8 +67,9 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the features, remembered or computed."""
         known = KNOWN.get(self.name, {})
-        found = [known.get(key) for key in _keys(images)]
-        if known and all(vector is not None for vector in found):
+        keys = _keys(images) if known else []
+        found = [known[key] for key in keys if key in known]
+        if found and len(found) == len(images):
             return torch.from_numpy(np.stack(found)).to(images.device)
         return self.compute(images)
 
