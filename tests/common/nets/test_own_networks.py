@@ -50,7 +50,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
         (OWN + "all_frozen", "nothing can be taught: no parameter has requires_grad"),
         (OWN + "failing", "failed for 2 classes and 1 channels: KeyError: 'no weights here'"),
         (OWN + "positional", "failed for 2 classes and 1 channels: TypeError"),
-        ("python:os:kill", "failed for 2 classes and 1 channels: TypeError"),
+        ("python:operator:add", "failed for 2 classes and 1 channels: TypeError"),
     ],
 )
 def test_mistakes_are_told_when_it_is_built(name: str, words: str) -> None:
