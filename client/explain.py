@@ -40,8 +40,7 @@ class Part:
     new: int
     tap: str = ""
     """Of features, the tap's name."""
-    width: int = 0
-    """Bytes of one sample's."""
+    bytes_a_sample: int = 0
     shape: tuple[int, ...] = ()
     """Of one sample's features."""
     summed: bool = False
@@ -54,7 +53,7 @@ class Part:
         if self.kind == "coverage":
             what = "coverage, one number a sample"
         elif self.kind == "features":
-            total = f"{self.width:,} bytes a sample, {self.width * self.samples:,} in all"
+            total = f"{self.bytes_a_sample:,} bytes a sample, {self.bytes_a_sample * self.samples:,} in all"
             what = f"features of tap {self.tap}, {tell_shape(self.shape)}, {total}"
         elif self.encoding == "votes":
             what = "the likeliest class"
@@ -142,7 +141,9 @@ def _parts(demand: Demand, fresh: Sequence[int], taps: Sequence[OpenTap], *, sum
     cards = {tap.card.fingerprint: tap.card for tap in taps}
     parts = []
     for question, width, new in zip(demand.questions, demand.widths, fresh, strict=True):
-        part = Part(question.pool, question.kind, question.encoding, len(question), new, width=width, summed=summed)
+        part = Part(
+            question.pool, question.kind, question.encoding, len(question), new, bytes_a_sample=width, summed=summed
+        )
         if question.kind == "features":
             card = cards[question.teacher]
             part = replace(part, tap=card.name, shape=card.shape)

@@ -112,12 +112,16 @@ def explain(
         lines = [f"Job {wanted.name} would take from {held.settings.name}:"]
         lines += _parts(found)
         lines.append(_sealing(wanted))
+        if told := found.demand.feature_bytes():
+            lines.append(
+                f"Features are {told:,} bytes in all; a job may ask for {held.settings.policy.features.bytes:,}."
+            )
         lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
         for name, (before, after) in found.left.items():
             lines.append(f"- {name}: {_left(before, after)}")
         if found.loss is not None:
-            told = " -> ".join(_epsilon(spent) for spent in found.loss)
-            lines.append(f"Privacy loss of all that left, before and after: {told}")
+            losses = " -> ".join(_epsilon(spent) for spent in found.loss)
+            lines.append(f"Privacy loss of all that left, before and after: {losses}")
             for name, (most, spent) in found.most.items():
                 lines.append(f"- {name}: epsilon {'unknown' if spent is None else f'{spent:.3g}'} of {most:g} is spent")
         lines += ["By the policy:", *(f"- {line}" for line in tell_site(held.settings))]
@@ -127,6 +131,7 @@ def explain(
             "policy": held.settings.policy.version,
             "parts": [{**vars(part)} for part in found.parts],
             "pools_are_the_job_s": found.here,
+            "feature_bytes": {"asked": found.demand.feature_bytes(), "most": held.settings.policy.features.bytes},
             "sealed": wanted.privacy.sealed,
             "new": found.new,
             "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},

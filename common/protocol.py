@@ -188,6 +188,8 @@ class TapCard(BaseModel):
             or (self.basis is None) != (self.shape[0] == self.channels)
         ):
             raise ValueError("shape is not (C,) or (C, H, W) with a basis where C is less than channels")
+        if self.values > MOST_ANSWER_BYTES // 2:
+            raise ValueError("a sample's features are more than an answer holds")
         if self.basis is not None:
             unpack_basis(self.basis, self.shape[0], self.channels)
         return self

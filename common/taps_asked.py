@@ -24,7 +24,7 @@ def taps_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
     if not job.asks_features:
         return ()
     named = [space.sites.get(card.name) for space in job.student.common_feature.spaces]
-    told = () if card.features is None else card.features.taps
+    told: tuple[TapCard, ...] = () if card.features is None else card.features.taps
     if job.student.learning == "common-feature":
         for at, name in enumerate(named):
             if name is not None and name not in {tap.name for tap in told}:

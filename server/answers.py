@@ -261,7 +261,9 @@ class AnswerStore:
         if self.about.kind == "coverage":
             out[:, 0] = coverage_values(raw, cast(CoverageEncoding, self.about.encoding))
         elif self.about.kind == "features":
-            out[:] = feature_values(raw.reshape(len(out), -1), cast(FeatureEncoding, self.about.encoding))
+            out[:] = feature_values(
+                raw.reshape(len(out), self.about.row_bytes), cast(FeatureEncoding, self.about.encoding)
+            )
         else:
             unpack(raw, self.about.encoding, out)
 

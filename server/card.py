@@ -13,6 +13,7 @@ from typing import Any
 from consilience.common.identity import words
 from consilience.common.pages.numbers import MISSING, count, decimal, number_of, percent, size
 from consilience.common.settings import largest_sent
+from consilience.server.report_amalgamation import amalgamation_summary
 from consilience.server.report_coverage import coverage_summary
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_page import CONTENDERS
@@ -81,6 +82,8 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
         f"* Input: one image, as the pool's: {shape} (height × width × channels), 8 bits a value",
         f"* Learning: {escape(student.learning)}",
     ]
+    if told := amalgamation_summary(findings):
+        facts.append(f"* Features: {escape(told)}")
     if findings.card.licence.strip():
         facts.append(f"* Licence: {escape(findings.card.licence)}")
     lines = [f"# {escape(findings.job)}", about, escape(str(report["headline"])), "\n".join(facts)]
@@ -193,6 +196,21 @@ def _privacy(findings: Findings) -> str:
         [f"{escape(name)} (coverage)", count(c.answers), "1", _precision(c.encoding or ""), _bytes(c.bytes)]
         for name, c in told
     ]
+    featured = [(s.name, s.features) for s in findings.sites if s.features is not None]
+    rows += [
+        [
+            f"{escape(name)} (features of {escape(', '.join(f.taps))})",
+            count(f.answers),
+            MISSING,
+            _precision(f.encoding),
+            _bytes(f.bytes),
+        ]
+        for name, f in featured
+    ]
+    features = (
+        "Some sites also told features of their teachers' layers, which say far more about an image than an answer "
+        "does. "
+    ) * bool(featured)
     coverage = (
         "Sites that offered coverage also told, in one number an image, how likely the image is of one of their "
         "classes. "
@@ -204,9 +222,9 @@ def _privacy(findings: Findings) -> str:
             f"{escape(privacy_summary(findings))} Soft labels over the pool left the sites. No private sample, weight "
             f"or gradient did, and no code of the server ran at a site. {sealing_line(findings)} {_answer(findings)}; "
             "answers can tell something about the data that a teacher was trained on, and so can this student, "
-            f"which was trained from them. {coverage}Beside its site card (name, class names, the teacher in words and "
-            "its fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and calibration "
-            "on held-out private images and the shares of the classes) each site let out:",
+            f"which was trained from them. {coverage}{features}Beside its site card (name, class names, the teacher in "
+            "words and its fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and "
+            "calibration on held-out private images and the shares of the classes) each site let out:",
             table(head, rows, right=4),
         ]
     )
@@ -215,7 +233,7 @@ def _privacy(findings: Findings) -> str:
 def _signatures(findings: Findings) -> list[str]:
     """Say who vouched for how many answers; nothing where nobody signed any."""
     rows = [
-        [escape(site.name), words(site.key), f"{site.signed:,} of {site.answers + site.coverage.answers:,}"]
+        [escape(site.name), words(site.key), f"{site.signed:,} of {_vouched(site):,}"]
         for site in findings.sites
         if site.signed and site.key is not None
     ]
@@ -227,6 +245,10 @@ def _signatures(findings: Findings) -> list[str]:
         "site says that its words are these:",
         table(("Site", "Words of its key", "Answers signed"), rows, right=1),
     ]
+
+
+def _vouched(site: SiteFindings) -> int:
+    return site.answers + site.coverage.answers + (site.features.answers if site.features is not None else 0)
 
 
 def _answer(findings: Findings) -> str:

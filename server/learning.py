@@ -37,6 +37,7 @@ from consilience.common.settings import Preprocessing, Student
 from consilience.server.answered import CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.student.direct import DirectCE, DirectMFLF
+from consilience.server.student.own_taps import own_taps
 from consilience.server.student.soft_labels import SoftLabels
 
 
@@ -184,7 +185,9 @@ def check_student(settings: Student, shape: tuple[int, int, int]) -> None:
             f"have {channels} channels",
             hint="Give one value for all channels or one each, or set preprocessing.channels",
         )
-    build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
+    network = build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
+    if settings.target is not None:
+        own_taps(network, settings, shape)
 
 
 def soft_label_loss(

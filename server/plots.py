@@ -150,13 +150,15 @@ def reliability(
         return inline(figure)
 
 
-def learning_curves(curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> Markup:
+def learning_curves(
+    curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], label: str = "Learning curves"
+) -> Markup:
     """Draw loss by epoch; `curves` are (name, colour, (epoch, loss) points), each with at least one point."""
     side, left = 300, 58
     top = 14 + 18 * len(curves)
     points = np.array([point for _, _, curve in curves for point in curve], np.float64)
     first, last, highest = points[:, 0].min(), points[:, 0].max(), max(points[:, 1].max(), 1e-9)
-    with sheet(left + side + 16, top + side + 42, "Learning curves") as figure:
+    with sheet(left + side + 16, top + side + 42, label) as figure:
         ax = place(figure, left, top, side, side)
         for name, colour, curve in curves:
             # More points than pixels would only make the page larger.

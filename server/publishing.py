@@ -30,6 +30,7 @@ from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
+from consilience.server.feature_learning import FILE
 from consilience.server.guarantees import read_guarantees
 from consilience.server.judge import Judgement, agreement, auroc, judge
 from consilience.server.labelling import Diagnostics, anchored, load_other, unifier, usable_coverage
@@ -38,6 +39,7 @@ from consilience.server.publishing_coverage import coverage_findings
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
     CoverageFindings,
+    FeatureFindings,
     Findings,
     Partition,
     PoolFindings,
@@ -89,7 +91,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             f"Unification did not converge for {diagnostics.not_converged:,} of {diagnostics.samples:,} samples."
         )
     learning = settings.student.learning
-    if max(space.components) > 0 and learning != "soft-labels" and not (joined and learning == "direct-ce"):
+    if max(space.components) > 0 and not settings.student.learns_labels and not (joined and learning == "direct-ce"):
         warnings.append(
             f"The student learnt by {learning}, which says nothing about the odds between components; "
             "student.learning: soft-labels would follow the rule unify.across."
@@ -154,6 +156,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         samples=_samples(outcome, student, truth),
         versions=versions(),
         audits=read_audits(outcome.run),
+        amalgamation=_amalgamation(outcome),
     )
 
 
@@ -239,10 +242,31 @@ def _site(
             missed=sum(store.about.size - len(store) for store in covers),
         ),
         coverage_auroc=coverage_auroc,
+        features=_features([store for store in held if store.about.kind == "features"], card),
         guarantee=None if guarantee is None else guarantee.model_dump(),
         signed=sum(shard.stop - shard.start for store in held for shard in store.shards()),
         key=None if card.public_key is None else card.identity,
     )
+
+
+def _features(stores: Sequence[AnswerStore], card: SiteCard) -> FeatureFindings | None:
+    """Return what a site told of features; None where it was asked for none."""
+    if not stores or card.features is None:
+        return None
+    named = {tap.fingerprint: tap.name for tap in card.features.taps}
+    return FeatureFindings(
+        taps=tuple(named[store.about.teacher] for store in stores),
+        encoding=stores[0].about.encoding,
+        bytes=sum(store.bytes for store in stores),
+        answers=sum(len(store) for store in stores),
+        missed=sum(store.about.size - len(store) for store in stores),
+    )
+
+
+def _amalgamation(outcome: Outcome) -> dict[str, Any] | None:
+    path = outcome.run / "student" / FILE
+    told: dict[str, Any] | None = read_json(path) if outcome.settings.asks_features else None
+    return told
 
 
 def _pool_truth(outcome: Outcome) -> NDArray[np.int64] | None:

@@ -17,6 +17,7 @@ import numpy as np
 from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server.judge import BASELINES, Judgement, Score, SiteScore
+from consilience.server.report_amalgamation import amalgamation_warnings
 from consilience.server.report_coverage import coverage_dict, coverage_summary, coverage_warnings
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_page import render_page
@@ -74,6 +75,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
         "privacy": privacy_summary(findings),
         "audits": {name: audit.model_dump(mode="json") for name, audit in findings.audits.items()},
         "agreement": findings.agreement,
+        "amalgamation": findings.amalgamation,
         "partition": None
         if findings.partition is None
         else {
@@ -141,6 +143,7 @@ def derived_warnings(findings: Findings) -> list[str]:
             found.append(f"Site {site.name}: no coverage for {number_of(told.missed, 'sample')} of {total:,}{why}.")
     found += [f"{who[0].upper()}{who[1:]} does not take part: {why}." for who, why in findings.left_out.items()]
     found += coverage_warnings(findings)
+    found += amalgamation_warnings(findings)
     pool = findings.pool
     if pool.left_out:
         worst = sorted(pool.unknown, key=lambda name: -pool.unknown[name])
@@ -214,6 +217,7 @@ def _site(site: SiteFindings, score: SiteScore | None, space: LabelSpace) -> dic
     return {
         **vars(site),
         "coverage": coverage_dict(site.coverage, space),
+        "features": None if site.features is None else vars(site.features),
         "took_part": site.name in space.sites,
         "test_images": score.count if score else None,
         **{name: getattr(score, name) if score else None for name in names},

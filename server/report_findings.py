@@ -19,7 +19,7 @@ from consilience.server.judge import Judgement
 from consilience.server.judge_coverage import CoverageFigures
 
 Curve = Sequence[Mapping[str, Any]]
-"""One mapping an epoch, with `epoch`, `loss`, `learning_rate`, `seconds`."""
+"""One mapping an epoch, with `epoch`, `loss`, `learning_rate`, `seconds`, and `terms` by name."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,20 @@ class CoverageFindings:
 
 
 @dataclass(frozen=True)
+class FeatureFindings:
+    """What one site told of its features: of which taps, in what encoding, in how many bytes.
+
+    `answers` counts samples of all taps together, `missed` those that it was asked about and did not answer.
+    """
+
+    taps: tuple[str, ...]
+    encoding: str
+    bytes: int
+    answers: int
+    missed: int = 0
+
+
+@dataclass(frozen=True)
 class SiteFindings:
     """One site, whether it took part to the end or not.
 
@@ -81,10 +95,11 @@ class SiteFindings:
     test pool together; `bytes` is the size of the answers. `reason` says why samples were missed. `precision` is the
     encoding of its answers. `holdout_accuracy` and `calibration` (the fields of `CalibrationCard`) are the site's own
     claims about its teacher, where it makes them. All these are about log-probabilities; `coverage` is about coverage.
+    `features`: what it told of features, None where it was not asked for any.
     `coverage_auroc`: AUROC of its coverage as a score for "this image is of one of my classes", None where that is not
     known. `guarantee` (the fields of `Guarantee`): what its answers come to, by its own word, where it has a mechanism.
-    `signed`: of how many samples it signed what it answered, coverage included; `key`: fingerprint of the key that it
-    signs with.
+    `signed`: of how many samples it signed what it answered, coverage and features included; `key`: fingerprint of the
+    key that it signs with.
     """
 
     name: str
@@ -102,6 +117,7 @@ class SiteFindings:
     calibration: Mapping[str, Any] | None = None
     coverage: CoverageFindings = CoverageFindings()
     coverage_auroc: float | None = None
+    features: FeatureFindings | None = None
     guarantee: Mapping[str, Any] | None = None
     signed: int = 0
     key: str | None = None
@@ -183,7 +199,8 @@ class Findings:
     `space` holds the sites that took part to the end, in the order of every array here; `sites` may list more.
     `learning` has the curves `student` and, where there is one, `oracle`. `agreement` is what `judge.agreement`
     gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
-    the job as a plain mapping. `audits` is what the sites of a simulation found out about their own answers.
+    the job as a plain mapping. `amalgamation` is the student's amalgamation.json, None where no features were learnt
+    from. `audits` is what the sites of a simulation found out about their own answers.
     """
 
     job: str
@@ -205,6 +222,7 @@ class Findings:
     versions: Mapping[str, str] = field(default_factory=dict)
     card: CardTexts = CardTexts()
     audits: Mapping[str, SiteAudit] = field(default_factory=dict)
+    amalgamation: Mapping[str, Any] | None = None
 
     def synonyms(self) -> dict[str, dict[str, str]]:
         """Return class -> site -> the site's own name of it, where that is another one."""

@@ -1,76 +1,31 @@
 """What of sites' features fits a job's student: looked at before anything is asked.
 
-Lives here: the student's own taps, and the checks of site cards against them. Does not live here: what sites allow
-(server/contract), and learning from features (server/feature_learning).
+Lives here: the checks of site cards against the student's own taps. Does not live here: those taps
+(server/student/own_taps), what sites allow (common/taps_asked), and learning from features (server/feature_learning).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import nn
-
 from consilience.common.errors import SettingsError, StudentError
-from consilience.common.nets.architectures import Residual
-from consilience.common.nets.tapped import PENULTIMATE, tap_layouts, tap_shapes
+from consilience.common.nets.tapped import PENULTIMATE
 from consilience.common.nets.taps import Tap, one_layout
 from consilience.common.protocol import SiteCard, TapCard
 from consilience.common.settings import CommonSpace, JobSettings
 from consilience.common.taps_asked import taps_asked
 from consilience.server.learning import build_student
-
-_FIELD = "student.common_feature.spaces"
+from consilience.server.student.own_taps import own_taps
 
 
 class StudentTaps:
     """The taps of a job's student, and what it needs of sites that tell features."""
 
     def __init__(self, job: JobSettings, shape: tuple[int, int, int]) -> None:
-        """Build the student for images of `shape` (H, W, C).
-
-        Raises `SettingsError` for a tap that it has not, and for an architecture that layer-wise amalgamation cannot
-        take.
-        """
+        """Build the student for images of `shape` (H, W, C). Raises `SettingsError` as `own_taps`."""
         self._job, settings = job, job.student
         network = build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
-        height, width = settings.preprocessing.size or shape[:2]
-        channels = settings.preprocessing.channels or shape[2]
-        try:
-            self.shapes = tap_shapes(network, torch.zeros(2, channels, height, width))
-        except (RuntimeError, ValueError) as error:
-            raise SettingsError(
-                f"job.yaml: field 'student.architecture' is {settings.architecture!r}, which does not take images of "
-                f"{height}x{width} pixels: {str(error).splitlines()[0]}",
-                hint="Set student.preprocessing.size, or choose another architecture",
-            ) from error
-        self.layouts: dict[str, Tap] = tap_layouts(network)
-        if settings.learning == "layer-wise":
-            self._need_layers(network)
-        else:
-            for at, space in enumerate(settings.common_feature.spaces):
-                if space.student is not None and space.student not in self.shapes:
-                    raise SettingsError(
-                        f"job.yaml: field '{_FIELD}.{at}.student' is {space.student!r}; the student "
-                        f"{settings.architecture} has: {', '.join(self.shapes)}",
-                        hint="Name one of these taps",
-                    )
-
-    def _need_layers(self, network: nn.Module) -> None:
-        name = self._job.student.architecture
-        if not self.layouts:
-            raise SettingsError(
-                f"job.yaml: field 'student.architecture' is {name!r}, which is none of ours; layer-wise amalgamation "
-                "takes these alone",
-                hint="Choose cnn3, vgg6, resnet8@1, resnet20@1 or mobilenet-small as the teachers', with a width such "
-                "as @1.25, or set student.learning to common-feature",
-            )
-        if any(isinstance(m, Residual) and isinstance(m.shortcut, nn.Identity) for m in network.modules()):
-            raise SettingsError(
-                f"job.yaml: field 'student.architecture' is {name!r}, whose shortcuts have no weights that adapted "
-                "features could go into",
-                hint=f"Write {name}@1, which is the same with shortcuts of 1x1 convolutions, or {name}@1.25",
-            )
+        self.shapes, self.layouts = own_taps(network, settings, shape)
 
     def check(self, card: SiteCard) -> None:
         """Raise `SettingsError` where what a site tells cannot be joined with this student."""

@@ -55,7 +55,8 @@ def principal(moments: Moments, kept: int) -> Basis:
     largest = directions[np.arange(kept), np.abs(directions).argmax(axis=1)]
     directions = directions * np.where(largest < 0, -1.0, 1.0)[:, None]
     share = 1.0 if not values.sum() else float(min(1.0, values[:kept].sum() / values.sum()))
-    return Basis(directions.astype(np.float32), moments.mean.astype(np.float32), share)
+    # in C order: a file would take the numbers as they lie in memory
+    return Basis(np.ascontiguousarray(directions, np.float32), moments.mean.astype(np.float32), share)
 
 
 def _windows(length: int, parts: int) -> NDArray[np.float32]:

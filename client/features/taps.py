@@ -110,19 +110,18 @@ def find(settings: SiteSettings, teacher: Teacher) -> Found | None:
             )
         return None
     every = layers.find(np.zeros((1, *_image_shape(settings, layers)), np.uint8))
-    ours = [layer.name for layer in every if layer.layout]
-    known = {layer.name for layer in every}
+    known = [layer.name for layer in every]
     for name in named:
-        if name == EVERY_LAYER and not ours:
+        if name == EVERY_LAYER and not any(layer.layout for layer in every):
             raise SettingsError(
                 f"{settings.name}: field {_FIELD}.{name!r} stands for the layers of one of our architectures, which "
-                f"the teacher is not; it has: {', '.join(known)}",
+                f"the teacher is not; it has: {', '.join(known) or 'none'}",
                 hint="Name layers; `consilience site taps` lists them",
             )
         if name not in {*known, EVERY_LAYER}:
             raise SettingsError(
                 f"{settings.name}: field {_FIELD}.{name} is no tap of the teacher; it has: "
-                f"{', '.join(layer.name for layer in every) or 'none'}",
+                f"{', '.join(known) or 'none'}",
                 hint="Name one of these; `consilience site taps` lists them with their shapes",
             )
     allowed = {}
@@ -186,11 +185,10 @@ def kept_shares(settings: SiteSettings, found: Found) -> dict[str, float]:
 
 def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis | None) -> OpenTap:
     layer, text = allowed.layer, None if basis is None else pack_basis(basis.directions, basis.mean)
-    parts = {
+    parts = {  # the shape decides how maps are averaged
         "kind": "features",
         "teacher": found.layers.fingerprint,
         "tap": layer.name,
-        "size": allowed.reduction.size,
         "channels": layer.shape[0],
         "shape": allowed.shape,
         "basis": text,

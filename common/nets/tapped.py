@@ -13,7 +13,7 @@ The names are, from the input to the output,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,10 +70,9 @@ class Tapped(nn.Module):
         try:
             for name, given in found.items():
                 if name == PENULTIMATE and last is not None:
-                    hooks.append(last.register_forward_pre_hook(lambda _, fed, into=given: into.append(fed[0])))
+                    hooks.append(last.register_forward_pre_hook(_taking_input(given)))
                 else:
-                    hook = modules[name].register_forward_hook(lambda _, __, out, into=given: into.append(_kept(out)))
-                    hooks.append(hook)
+                    hooks.append(modules[name].register_forward_hook(_taking_output(given)))
             scores: Tensor = self.network(images)
         finally:
             for hook in hooks:
@@ -137,9 +136,20 @@ def _in_turn(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module
         yield full, inner
 
 
-def _kept(out: Any) -> Any:
-    """A copy: what comes next may write into it, as a ReLU in place does."""
-    return out.clone() if isinstance(out, Tensor) else out
+def _taking_input(into: list[Any]) -> Callable[[nn.Module, Any], None]:
+    def hook(_: nn.Module, fed: Any) -> None:
+        into.append(fed[0])
+
+    return hook
+
+
+def _taking_output(into: list[Any]) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that keeps a copy: what comes next may write into the output, as a ReLU in place does."""
+
+    def hook(_: nn.Module, __: Any, out: Any) -> None:
+        into.append(out.clone() if isinstance(out, Tensor) else out)
+
+    return hook
 
 
 def _one(found: list[Any], name: str, samples: int) -> Tensor:

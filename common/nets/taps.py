@@ -65,7 +65,8 @@ def units(network: nn.Module) -> list[Unit]:
     found: list[Unit] = []
     between: list[nn.Module] = []
     learned: list[nn.Module] = []
-    for module in network if isinstance(network, nn.Sequential) else []:
+    ours = isinstance(network, nn.Sequential) and all(isinstance(module, _PARTS) for module in network.modules())
+    for module in network if isinstance(network, nn.Sequential) and ours else []:
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | Residual):
             learned.append(module)
         elif learned:  # only the activation inside a depthwise separable unit
@@ -77,7 +78,8 @@ def units(network: nn.Module) -> list[Unit]:
             unit = " ".join(_written(part) for part in (*between, *learned))
             found.append(Unit(Tap(name, unit, _channels(module)), between, learned))
             between, learned = [nn.ReLU()] if isinstance(module, Residual) else [], []
-    if not found or between or learned or found[-1].tap.name != SCORES:
+    # a classifier that needs more than its linear layer has layers before it that are none of ours
+    if not found or between or learned or found[-1].tap.name != SCORES or len(found[-1].learned) != 1:
         raise StudentError(
             f"A network {type(network).__name__} is not laid out as one of our architectures, so it has no taps that "
             "layer-wise amalgamation could use",
@@ -125,6 +127,22 @@ _NEXT = (
     "Layer-wise amalgamation needs teachers of one architecture of ours; for others use common-feature learning, which "
     "takes any"
 )
+
+
+_PARTS = (
+    nn.Sequential,
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.Linear,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Flatten,
+    nn.Identity,
+    Residual,
+)
+"""What our architectures are made of. Not of group normalisation, as private training puts it in: of a group of channels
+it is no map of each channel by itself."""
 
 
 def _ends(module: nn.Module, learned: Sequence[nn.Module]) -> bool:

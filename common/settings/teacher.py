@@ -104,7 +104,11 @@ class OnnxTeacher(_Hosted):
 
 
 class CallableTeacher(_Hosted):
-    """A Python callable the site itself installed: (n, C, H, W) float32 in, (n, classes) probabilities out."""
+    """A Python callable the site itself installed: (n, C, H, W) float32 in, (n, classes) probabilities out.
+
+    Where it has an attribute `features`, that is called with the same images and gives taps by name, from the input to
+    the output: (n, C) or (n, C, H, W) floating each (docs/amalgamation.md).
+    """
 
     kind: Literal["callable"]
     callable: str = Field(pattern=CALLABLE_PATTERN)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
@@ -46,7 +47,7 @@ def site(superlink: SuperLink, tmp_path_factory: pytest.TempPathFactory) -> Site
 
 @pytest.fixture(scope="module")
 def node(site: SiteFolder) -> int:
-    site.write_settings(health_port=free_ports(1)[0])
+    site.write_settings(health_port=free_ports(1)[0], policy={"features": {"taps": {"means": {}}}})
     return site.register()
 
 
@@ -88,6 +89,7 @@ def test_it_answers_card_contract_and_questions(
             pools=(site.pool.digest,),
             teacher=card.teacher,
             encoding="f32",
+            features=("means",),
         )
         (reply,) = ask(grid, node, "query.contract", contract.to_content())
         assert read_reply(reply.content, Agreement).pools == (site.pool.digest,)
@@ -108,6 +110,14 @@ def test_it_answers_card_contract_and_questions(
             rows = decode(Answer.from_content(answer.content, question).data, 5, 3, "f32")
             pixels = site.pool.read(question.start, question.stop)
             assert rows.argmax(axis=1).tolist() == pixels.reshape(5, -1, 3).mean(axis=1).argmax(axis=1).tolist()
+        assert card.features is not None
+        told = questions[0].model_copy(
+            update={"kind": "features", "encoding": "f16", "teacher": card.features.taps[0].fingerprint}
+        )
+        (reply,) = ask(grid, node, "query.answer", told.to_content())
+        means = np.frombuffer(Answer.from_content(reply.content, told).data, "<f2").reshape(5, 3)
+        expected = site.pool.read(0, 5).reshape(5, -1, 3).mean(axis=1) / 127.5 - 1  # as it is fed
+        np.testing.assert_allclose(means, expected, atol=1e-3)
     assert superlink.authority.pem not in agent.text()
     status, held = health(site.raw["health_port"])
     assert status == 200

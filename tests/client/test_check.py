@@ -52,7 +52,12 @@ def test_an_admitted_site_passes_and_the_server_does_not_take_it_to_be_online(
     site.register()
     code, rows, error = check(site)
     assert (code, error) == (0, None)
-    assert {name for name, row in rows.items() if row["result"] != "ok"} == {"private data", "coverage", "agent"}
+    assert {name for name, row in rows.items() if row["result"] != "ok"} == {
+        "private data",
+        "coverage",
+        "features",
+        "agent",
+    }
     assert "f32" in rows["policy"]["found"]
     assert "coverage" not in rows["policy"]["found"]
     assert site.pool.digest[:12] in rows["pools"]["found"]

@@ -31,7 +31,7 @@ from consilience.common.pool import Pool
 from consilience.common.protocol import FINAL_REFUSALS, Contract, Refusal
 from consilience.common.settings import JobSettings
 from consilience.deploy.local_grid import LocalGrid
-from helpers.small_site import CLASSES, SIZE, Familiar, Fickle, about, make_pool, make_site
+from helpers.small_site import CLASSES, ROW, SIZE, Familiar, Fickle, about, make_pool, make_site
 
 
 @pytest.fixture
@@ -312,9 +312,8 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}}))
     release(file, pool, 0, 8, job="earlier")
     found = call("explain", job, file)
-    assert found["parts"] == [
-        {"pool": pool.digest, "kind": "log-probs", "encoding": "f32", "samples": SIZE, "new": SIZE - 8, "summed": False}
-    ]
+    part = {"pool": pool.digest, "kind": "log-probs", "encoding": "f32", "samples": SIZE, "new": SIZE - 8}
+    assert found["parts"] == [part | {"tap": "", "bytes_a_sample": ROW, "shape": [], "summed": False}]
     assert (found["new"], found["refusal"], found["pools_are_the_job_s"]) == (42, None, True)
     (month,) = (name for name in found["left"] if name.startswith("month"))
     assert found["left"] == {

@@ -23,9 +23,10 @@ from consilience.client import ledger as ledger_module
 from consilience.client import released as module
 from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError
-from consilience.client.site import MOST_ANSWER_BYTES, Site
+from consilience.client.site import Site
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.pool import Pool
+from consilience.common.protocol import MOST_ANSWER_BYTES
 from helpers.small_site import ROW, SIZE, Fickle, about, make_pool, make_site
 
 

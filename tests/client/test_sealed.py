@@ -134,7 +134,7 @@ def test_a_site_that_seals_only_answers_in_no_other_way(tmp_path: Path, home: Ho
 def test_a_site_that_seals_only_takes_part_in_no_sum(tmp_path: Path, home: Home, pool: Pool) -> None:
     terms = make_terms({"site-1": [0, 1, 2], "site-2": [0, 1, 2], "site-3": [0, 1, 2]}, 4, pool=pool.digest)
     with pytest.raises(RefusedError) as caught:
-        admitted(tmp_path, home, sealed_only=True).sum_keys(terms)
+        admitted(tmp_path, home, sealed_only=True).summing.keys(terms)
     assert caught.value.code == "sealed-only"
 
 

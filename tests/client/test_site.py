@@ -152,7 +152,7 @@ def test_priors_of_other_names_are_an_error_and_accuracy_is_told_only_if_allowed
     other = site.settings.model_copy(update={"policy": Policy(class_priors=True), "data": data})
     with pytest.raises(DataError, match="no class 'cat'; they have: Cat"):
         Site(other, teacher).card.class_priors  # noqa: B018
-    monkeypatch.setattr("consilience.client.site.describe_teacher", lambda settings: ("a teacher", 0.75))
+    monkeypatch.setattr("consilience.client.card.describe_teacher", lambda settings: ("a teacher", 0.75))
     told = site.settings.model_copy(update={"policy": Policy(holdout_accuracy=True)})
     assert Site(site.settings, teacher).card.holdout_accuracy is None
     assert Site(told, teacher).card.holdout_accuracy == 0.75
@@ -254,17 +254,24 @@ def test_unforeseen_failures_are_a_code_too(
     assert "secret" not in refusal.model_dump_json()
 
 
-def test_nobody_can_ask_for_features(ask_app: Any, site: Site, pool: Pool, teacher: Linear) -> None:
+def test_nobody_can_ask_for_features_of_a_site_that_tells_none(
+    ask_app: Any, site: Site, pool: Pool, teacher: Linear
+) -> None:
     def asked(raw: dict[str, Any]) -> RecordDict:
         return RecordDict({"record": ConfigRecord({"json": json.dumps(raw)})})
 
     raw = question(site, pool, 0, 5).model_dump(mode="json")
     assert Refusal.find(ask_app("query.answer", asked(raw))) is None
     seen = teacher.batches[:]
-    for changes in ({"kind": "features"}, {"features": True}, {"kind": "features", "encoding": "f16"}):
+    hostile: list[tuple[dict[str, Any], str]] = [
+        ({"kind": "features"}, "bad-question"),
+        ({"features": True}, "bad-question"),
+        ({"kind": "features", "encoding": "f16"}, "other-teacher"),
+    ]
+    for changes, code in hostile:
         refusal = Refusal.find(ask_app("query.answer", asked({**raw, **changes, "start": 5, "stop": 9})))
         assert refusal is not None
-        assert refusal.code == "bad-question"
+        assert refusal.code == code
     assert (teacher.batches, site.ledger.spent.lifetime) == (seen, 5)
 
 

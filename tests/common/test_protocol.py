@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consilience.common.encoding.features import pack_basis
 from consilience.common.errors import ProtocolError
 from consilience.common.protocol import (
     Agreement,
@@ -26,6 +27,16 @@ from consilience.common.protocol import (
 )
 
 DIGEST, OTHER, POLICY = "a" * 64, "b" * 64, "c" * 16
+TAP: dict[str, Any] = {
+    "name": "layer1",
+    "layout": "conv3x3/1 norm",
+    "shape": (2, 4, 4),
+    "channels": 3,
+    "kept": 0.9,
+    "basis": pack_basis(np.eye(3)[:2], np.zeros(3)),
+    "fingerprint": OTHER,
+}
+FEATURES: dict[str, Any] = {"taps": (TAP,), "encodings": ("f16", "u8")}
 COVERAGE = {"fingerprint": OTHER, "encodings": ["f16", "u8"], "description": "a forest"}
 
 
@@ -54,7 +65,14 @@ RECORDS: list[Record] = [
     SiteCard(**card(encodings=("top-3", "votes"))),
     question(kind="coverage", encoding="u8"),
     question(kind="coverage", encoding="f16"),
-]
+    SiteCard(**card(features=FEATURES)),
+    Contract(
+        job="job", labels=("cat",), class_set=(0,), pools=(DIGEST,), teacher=OTHER, encoding="f16",
+        features=("layer1", "features.3"), feature_encoding="u8",
+    ),
+    question(kind="features", encoding="f16"),
+    question(kind="features", encoding="u8"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
@@ -108,13 +126,53 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
         {"coverage": {**COVERAGE, "description": "\x1b[2Jowned"}},
         {"coverage": {**COVERAGE, "description": "x" * 501}},
         {"coverage": {**COVERAGE, "surprise": 1}},
+        {"features": {}},
+        {"features": {**FEATURES, "taps": []}},
+        {"features": {**FEATURES, "taps": [TAP, TAP]}},
+        {"features": {**FEATURES, "taps": [{**TAP, "name": f"layer{k}"} for k in range(257)]}},
+        {"features": {**FEATURES, "encodings": []}},
+        {"features": {**FEATURES, "encodings": ["f32"]}},
+        {"features": {**FEATURES, "surprise": 1}},
+        *(
+            {"features": {**FEATURES, "taps": [{**TAP, **wrong}]}}
+            for wrong in (
+                {"name": "../layer"},
+                {"name": ""},
+                {"name": "x" * 101},
+                {"layout": "\x1b[2Jowned"},
+                {"shape": []},
+                {"shape": [2, 4]},
+                {"shape": [2, 4, 4, 4]},
+                {"shape": [0, 4, 4]},
+                {"shape": [2, 4, 2**21]},
+                {"shape": [2, 2**12, 2**12 + 1]},
+                {"shape": [2.5, 4, 4]},
+                {"shape": [3, 4, 4]},  # all of its channels, and a basis
+                {"shape": [4, 4, 4], "basis": None},  # more than its channels
+                {"basis": None},
+                {"basis": "AAAA"},
+                {"basis": "no base64!"},
+                {"basis": pack_basis(np.full((2, 3), np.nan), np.zeros(3))},
+                {"channels": 4},
+                {"channels": 0},
+                {"channels": 2**40},
+                {"kept": 1.5},
+                {"kept": float("nan")},
+                {"fingerprint": "abc"},
+                {"surprise": 1},
+            )
+        ),
         {"protocol": 2},
     ],
 )
 def test_a_card_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:
     import json
 
-    whole = {**card(calibration=CALIBRATION), "coverage": COVERAGE}  # without the change it is fine
+    whole = {
+        **card(calibration=CALIBRATION),
+        "coverage": COVERAGE,
+        "features": FEATURES,
+    }  # without the change it is fine
     SiteCard.from_content(RecordDict({"record": ConfigRecord({"json": json.dumps(whole)})}))
     content = RecordDict({"record": ConfigRecord({"json": json.dumps({**card(), **changes})})})
     with pytest.raises(ProtocolError, match="SiteCard"):
@@ -134,6 +192,8 @@ def test_a_card_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None
         {"kind": "coverage", "encoding": "f32"},
         {"kind": "coverage", "encoding": "top-3"},
         {"kind": "coverage", "encoding": "votes"},
+        {"kind": "features", "encoding": "f32"},
+        {"kind": "features", "encoding": "votes"},
     ],
 )
 def test_a_question_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:

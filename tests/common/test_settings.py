@@ -191,6 +191,7 @@ def test_every_field_of_the_policy_enters_its_version() -> None:
     others: dict[str, Any] = {
         "precision": "f16",
         "coverage": "u8",
+        "features": {"taps": {"layer1": {}}},
         "class_priors": True,
         "holdout_accuracy": True,
         "pools": ("0" * 64,),
@@ -208,7 +209,11 @@ def test_every_field_of_the_policy_enters_its_version() -> None:
     assert set(others) == set(Policy.model_fields)
     versions = {Policy().version, *(Policy(**{name: value}).version for name, value in others.items())}
     versions |= {Policy(limits=Limits(**{name: None})).version for name in Limits.model_fields}
-    assert len(versions) == 1 + len(others) + 3
+    told: dict[str, Any] = {"layer1": {"size": 4}}
+    versions |= {Policy.model_validate({"features": {"taps": told, **more}}).version for more in (
+        {}, {"precision": "u8"}, {"bytes": 5}, {"taps": {"layer1": {"channels": 4}}}, {"taps": {"*": {"size": 4}}},
+    )}  # fmt: skip
+    assert len(versions) == 1 + len(others) + 3 + 5
 
 
 def test_a_policy_s_end_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 from consilience.__main__ import app
 from consilience.client.app import forget_sites
 from consilience.client.ledger import Ledger
+from consilience.client.site import Site
 from consilience.common.errors import StorageError
 from consilience.common.files import read_json
-from consilience.common.settings import SiteSettings
+from consilience.common.progress import Reporter
+from consilience.common.settings import JobSettings, SiteSettings
 from consilience.common.settings_file import load_settings
 from consilience.deploy import simulation
 from consilience.server.answers import AnswerStore
@@ -460,3 +462,21 @@ def test_sites_without_a_common_class_are_joined_by_the_coverage_that_they_learn
     inside = np.isin(truth, known)
     right = {key: float((known[q.argmax(axis=1)] == truth)[inside].mean()) for key, q in labels.items()}
     assert right["with"] > right["without"]
+
+
+def test_simulated_sites_tell_features_by_the_simulation_s_policy(tmp_path: Path) -> None:
+    raw = job()
+    raw["simulation"]["policy"] = {"features": {"taps": {"*": {"channels": 4}, "penultimate": {}}}}
+    settings = JobSettings.model_validate(raw)
+    with Reporter() as reporter:
+        _, paths = simulation.prepare_run(settings, tmp_path, reporter)
+    for path in paths:
+        with closing(Site.load(path)) as site:
+            assert site.card.features is not None
+            shapes = [(tap.name, tap.shape[0], tap.basis is None) for tap in site.card.features.taps]
+            assert shapes == [
+                ("layer1", 4, False),
+                ("layer2", 4, False),
+                ("layer3", 4, False),
+                ("penultimate", 128, True),
+            ]

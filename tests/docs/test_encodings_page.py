@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from consilience.common.encoding import check, encode, row_bytes
+from consilience.common.encoding import check, check_features, encode, encode_features, row_bytes
+from consilience.common.settings import FeatureEncoding
 
 PAGE = (Path(__file__).parents[2] / "docs" / "encodings.md").read_text()
 
@@ -22,6 +23,7 @@ def table(head: str) -> list[list[str]]:
 
 SIZES = table("| encoding | 10 classes | 100 | 1,000 | 100,000 |")
 ROWS = table("| encoding | probabilities | bytes |")
+FEATURES = table("| encoding | features | bytes |")
 
 
 def test_the_table_of_sizes_is_right() -> None:
@@ -43,6 +45,16 @@ def test_the_bytes_on_the_page_are_those_that_are_sent(encoding: str, written: s
     data = bytes.fromhex(expected)
     assert encode(row, encoding) == data
     check(data, 1, len(probs), encoding)
+
+
+@pytest.mark.parametrize(("encoding", "written", "expected"), FEATURES, ids=[f"{row[0]}-{row[2]}" for row in FEATURES])
+def test_the_bytes_of_features_on_the_page_are_those_that_are_sent(
+    encoding: FeatureEncoding, written: str, expected: str
+) -> None:
+    row = np.array([[float(value) for value in written.split()]], np.float32)
+    data = bytes.fromhex(expected)
+    assert encode_features(row, encoding) == data
+    check_features(data, 1, row.shape[1], encoding)
 
 
 def test_every_encoding_has_bytes_on_the_page() -> None:

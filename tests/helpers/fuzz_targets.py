@@ -28,8 +28,18 @@ from cryptography.x509.oid import NameOID
 from flwr.app import ConfigRecord, RecordDict
 
 from consilience.client.bundle import APP, bundle_problem
-from consilience.common.encoding import check, decode, encode, row_bytes
+from consilience.common.encoding import (
+    check,
+    check_features,
+    decode,
+    encode,
+    encode_features,
+    feature_bytes,
+    feature_values,
+    row_bytes,
+)
 from consilience.common.encoding.coverage import decode_coverage, encode_coverage
+from consilience.common.encoding.features import LARGEST, pack_basis
 from consilience.common.errors import ConsilienceError, ProtocolError
 from consilience.common.files import sha256
 from consilience.common.identity import Kit, PrivateKey, Request, key_fingerprint, key_line
@@ -40,11 +50,13 @@ from consilience.common.protocol import (
     Answer,
     CardRequest,
     Contract,
+    FeaturesCard,
     Question,
     Record,
     Refusal,
     SiteCard,
     SumNoiseCard,
+    TapCard,
     read_reply,
 )
 from consilience.common.sealing import Secret, info_of, seal_answer, unseal_answer
@@ -79,6 +91,7 @@ from consilience.server.signatures import (
 DIGEST, POLICY = "a" * 64, "c" * 16
 MOST_TIMES, MOST_SPARE = 4, 8 * 2**20
 CLASSES = (1, 2, 5, 41, 256, 257, 70_000)
+WIDTHS = (1, 3, 64, 1000, 70_000)
 MOST_DECODED = 200_000
 CORPUS = Path(__file__).parents[1] / "attacks" / "corpus"
 
@@ -165,6 +178,32 @@ def _coverage(encoding: Any) -> Target:
         return True
 
     return Target(run, (encode_coverage(np.linspace(0, 1, 9), encoding), b""))
+
+
+def _features(encoding: Any) -> Target:
+    """Encoded features: the first byte says of how many values a sample."""
+
+    def run(data: bytes) -> bool:
+        width = WIDTHS[data[0] % len(WIDTHS)] if data else 1
+        body = data[1:]
+        rows = len(body) // feature_bytes(width, encoding)
+        try:
+            check_features(body, rows, width, encoding)
+        except ProtocolError:
+            return False
+        few = min(rows, MOST_DECODED // width)  # the server too reads features in blocks
+        raw = np.frombuffer(body, np.uint8).reshape(rows, feature_bytes(width, encoding))[:few]
+        found = feature_values(raw, encoding)
+        if found.shape != (few, width) or not np.all(np.abs(found) <= LARGEST * 1.00001):
+            raise DecoderError("what was taken is no features")
+        return True
+
+    def seeds() -> Iterator[bytes]:
+        random = np.random.default_rng(0)
+        for place, width in enumerate(WIDTHS[:-1]):
+            yield bytes([place]) + encode_features(random.normal(0, 3, (2, width)).astype(np.float32), encoding)
+
+    return Target(run, tuple(seeds()))
 
 
 def _key(number: int) -> PrivateKey:
@@ -272,6 +311,9 @@ def _masked(text: bytes, data: bytes | None) -> object:
 _ROWS = encode(np.log(np.full((2, 3), 1 / 3, np.float32)), "f32")
 CARD = SiteCard(name="site-0", classes=("a", "b"), encodings=("f16", "u8"), teacher=DIGEST, description="cnn3",
                 policy=POLICY, class_priors=(0.25, 0.75), identity=DIGEST)  # fmt: skip
+TAP = TapCard(name="layer1", layout="conv3x3/1 norm", shape=(1, 2, 2), channels=2, kept=0.5, fingerprint=DIGEST,
+              basis=pack_basis(np.eye(2)[:1], np.ones(2)))  # fmt: skip
+FEATURED = CARD.model_copy(update={"features": FeaturesCard(taps=(TAP,), encodings=("f16", "u8"))})
 CONTRACT = Contract(
     job="job", labels=("a", "b", "c"), class_set=(0, 1), pools=(DIGEST,), teacher=DIGEST, encoding="f16"
 )
@@ -281,6 +323,7 @@ FROM_SITES = _records(
     _plain(Agreement(pools=(DIGEST,), samples=3, seconds=0.1)),
     (_refusal, Refusal(code="internal", reason="why").model_dump_json().encode()),
     (_answer, QUESTION.model_dump_json().encode() + _TEXT_END + _ROWS),
+    _plain(FEATURED),
 )
 TO_SITES = _records(_plain(CardRequest(job="job")), _plain(CONTRACT), _plain(QUESTION))
 SUMS_FROM_SITES = _records(
@@ -402,6 +445,7 @@ def _certificate() -> str:
 TARGETS: dict[str, Target] = {
     **{f"rows-{encoding}": _rows(encoding) for encoding in ("f32", "f16", "u8", "top-1", "top-3", "top-40", "votes")},
     **{f"coverage-{encoding}": _coverage(encoding) for encoding in ("f16", "u8")},
+    **{f"features-{encoding}": _features(encoding) for encoding in ("f16", "u8")},
     "records-from-sites": FROM_SITES,
     "records-to-sites": TO_SITES,
     "sums-from-sites": SUMS_FROM_SITES,

@@ -11,7 +11,16 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from consilience.common.encoding import encode, encode_coverage
-from consilience.common.protocol import Agreement, Answer, Contract, CoverageCard, Question, Refusal, SiteCard
+from consilience.common.protocol import (
+    Agreement,
+    Answer,
+    Contract,
+    CoverageCard,
+    FeaturesCard,
+    Question,
+    Refusal,
+    SiteCard,
+)
 from consilience.common.settings import ENCODINGS, CoverageEncoding
 from consilience.deploy.local_grid import LocalGrid
 
@@ -51,11 +60,13 @@ class Sites:
         cards: dict[str, str] | None = None,
         classes: dict[str, tuple[str, ...]] | None = None,
         coverage: dict[str, tuple[CoverageEncoding, ...]] | None = None,
+        features: dict[str, FeaturesCard] | None = None,
     ) -> None:
         self.handlers, self.cards, self.classes = handlers, cards or {}, classes or {}
-        self.coverage = coverage or {}
+        self.coverage, self.features = coverage or {}, features or {}
         self.attempts: dict[tuple[str, int], int] = {}
         self.asked_coverage: dict[tuple[str, int], int] = {}
+        self.asked_features: dict[tuple[str, str, int], int] = {}
         self.lock = threading.Lock()
         self.app = ClientApp()
         self.app.query("card")(self.card)
@@ -75,6 +86,7 @@ class Sites:
             coverage=CoverageCard(fingerprint=COVERAGE, encodings=self.coverage[name], description="")
             if name in self.coverage
             else None,
+            features=self.features.get(name),
         )
         return Message(card.to_content(), reply_to=message)
 
@@ -91,6 +103,11 @@ class Sites:
         """Let the site's handler answer."""
         name = str(context.node_config["name"])
         question = Question.from_content(message.content)
+        if question.kind == "features":
+            with self.lock:
+                asked = name, question.teacher, question.start
+                attempt = self.asked_features[asked] = self.asked_features.get(asked, 0) + 1
+            return Message(self.handlers[name](question, attempt), reply_to=message)
         with self.lock:
             counts = self.asked_coverage if question.kind == "coverage" else self.attempts
             attempt = counts[name, question.start] = counts.get((name, question.start), 0) + 1

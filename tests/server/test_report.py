@@ -19,12 +19,14 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pages import numbers
 from consilience.common.pages.figures import BAR, RUST
 from consilience.server import plots
+from consilience.server.card import card_markdown
 from consilience.server.judge import BASELINES, Bin, Judgement, agreement, judge
 from consilience.server.judge_coverage import coverage_figures
 from consilience.server.report import comparable, headline, render_html, report_dict
 from consilience.server.report_findings import (
     CoverageExamples,
     CoverageFindings,
+    FeatureFindings,
     Findings,
     Partition,
     PoolFindings,
@@ -122,6 +124,31 @@ def wide(sites: int, classes: int, **changes: Any) -> Findings:
     covered = {c for known in sets for c in known}
     sets = ((*sets[0], *(c for c in range(classes) if c not in covered)), *sets[1:])
     return make(tuple(f"class {c}" for c in range(classes)), sets, m=1000, **changes)
+
+
+def amalgamated() -> Findings:
+    """Return findings of a student that learned by layers from two of three sites."""
+    layer = {
+        "tap": "layer1",
+        "channels": {"s00": 32, "s02": 48},
+        "components": {},
+        "width": 40,
+        "explained": 0.42,
+        "by_site": {"s00": 0.5, "s02": 0.375},
+        "losses": [21.5, 3.25],
+    }
+    told = {
+        "learning": "layer-wise",
+        "target": "unified",
+        "without": ["s01"],
+        "samples": 77,
+        "layers": [layer, {"tap": "scores", "losses": [1.0, 0.5]}],
+        "picture": {"points": {"amalgamated": [[0, 1], [1, 0]], "student": [[0, 0], [2, 2]]}, "shown": [0.6, 0.3]},
+    }
+    made = make(amalgamation=told)
+    features = FeatureFindings(("layer1",), "u8", 5_000_000, 70, 7)
+    sites = [replace(site, features=None if site.name == "s01" else features) for site in made.sites]
+    return replace(made, sites=sites)
 
 
 EVIL = '<script>alert("x")</script>'
@@ -708,3 +735,54 @@ def test_lists_and_nouns() -> None:
     assert numbers.listing(["a", "b", "c"], 2) == "a, b, c"
     assert numbers.listing(["a", "b", "c", "d"], 2) == "a, b and 2 more"
     assert numbers.shorten("a" * 30, 10) == "a" * 9 + "…"
+
+
+class TestAmalgamation:
+    def test_the_page_tells_layers_sites_and_bytes(self) -> None:
+        text = words(amalgamated())
+        for part in (
+            "layer-wise amalgamation (Shen et al., AAAI 2019) from features of s00, s02, its scores from unified soft",
+            "Without features, by their labels alone: s01.",
+            "32 + 48",
+            "42.0 %",
+            "37.5 %",
+            "over 77 samples",
+            "5.0 MB features as u8",
+            "Site s00: features of 7 samples of 77 went unanswered.",
+            "At layer1 the amalgamated features keep 42.0 % of the variance",
+        ):
+            assert part in text, part
+        assert "What it learned from features" not in words(make())
+
+    def test_the_report_has_it_whole_and_the_card_says_so(self) -> None:
+        findings = amalgamated()
+        report = strict(report_dict(findings))
+        assert report["amalgamation"] == findings.amalgamation
+        assert report["sites"][0]["features"]["bytes"] == 5_000_000
+        assert report["sites"][1]["features"] is None
+        assert strict(report_dict(make()))["amalgamation"] is None
+        card = card_markdown(findings, report)
+        assert "* Features: The student learned by layer-wise amalgamation" in card
+        assert "| s00 (features of layer1) | 70 | – | 8-bit (u8) | 5,000,000 (5.0" in card
+        assert "Features" not in card_markdown(make(), report_dict(make()))
+
+    def test_spaces_and_terms_are_drawn_with_names_escaped(self) -> None:
+        space = {
+            "student": "layer3",
+            "sites": {"s00": "layer2", "s02": "penultimate"},
+            "width": 16,
+            "size": [4, 4],
+            "missed": {"s00": 0.125, "s02": 0.25},
+            "samples": 9,
+            "picture": {"points": {"student": [[0, 1]], f"site {EVIL}": [[1, 1]]}, "shown": [1, 0]},
+        }
+        told = {"learning": "common-feature", "target": "concatenated", "without": [EVIL], "spaces": [space]}
+        terms = {"soft": 1.0, "mmd": 0.5, "reconstruction": 2.0}
+        curve = [{"epoch": e, "loss": 1.0, "learning_rate": 0.1, "seconds": 0.1, "terms": terms} for e in (0, 1)]
+        findings = replace(amalgamated(), amalgamation=told, learning={"student": curve})
+        text = words(findings)
+        for part in ("In common at the student’s layer3: maps of 4×4 with 16 channels", "12.5 %", "side by side"):
+            assert part in text, part
+        assert "distance in common: 0.500 at the end" in text
+        page(findings)
+        assert EVIL not in render_html(findings, report_dict(findings))

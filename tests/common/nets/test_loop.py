@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
-from consilience.common.nets import EpochRecord, Supervised, build, scores, train
+from consilience.common.nets import EpochRecord, Parted, Supervised, build, scores, train
 from consilience.common.nets.loop import one_cycle
 from consilience.common.settings import Fit, Preprocessing
 
@@ -318,3 +318,89 @@ def test_supervised_is_cross_entropy() -> None:
     assert loss(logits, torch.tensor([2, 1])) == pytest.approx(expected.item())
     with pytest.raises(StudentError, match="Label -100 is negative"):
         Supervised(np.array([1, -100]), CPU)
+
+
+class WithSum(nn.Module):
+    """A network that gives its scores and a feature of them, and a weight that only the loss uses."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.network, self.weight = small(), nn.Parameter(torch.tensor([scale]))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        scores = self.network(images)
+        return scores, (scores.sum(dim=1),)
+
+
+class InParts:
+    """Cross-entropy, and the square of a feature times the model's own weight."""
+
+    fingerprint = "in parts"
+
+    def __init__(self, model: WithSum, labels: NDArray[np.int64]) -> None:
+        self.model, self.labels = model, Supervised(labels, CPU)
+        self.told: list[tuple[float, float]] = []
+
+    def __call__(self, output: tuple[Tensor, tuple[Tensor]], ids: Tensor) -> Parted:
+        scores, (feature,) = output
+        assert feature.dtype == torch.float32
+        plain, square = self.labels(scores, ids), (feature * self.model.weight).square().mean()
+        self.told.append((plain.item(), square.item()))
+        return Parted(plain + 0.5 * square, {"plain": plain.detach(), "square": square.detach()})
+
+
+def in_parts(
+    stripes: Labelled, folder: Path | None = None, scale: float = 1.0, **options: Any
+) -> tuple[WithSum, InParts, list[EpochRecord]]:
+    images, labels = stripes
+    model = WithSum(scale)
+    loss = InParts(model, labels)
+    records = train(model, images, loss, FIT, PLAIN, seed=3, folder=folder, device=CPU, **options)
+    return model, loss, records
+
+
+def test_a_loss_tells_its_terms_and_trains_what_it_owns(stripes: Labelled) -> None:
+    model, loss, records = in_parts(stripes)
+    steps = len(stripes[0]) // FIT.batch_size
+    for record in records:
+        told = np.array(loss.told[record.epoch * steps :][:steps]).mean(axis=0)
+        assert record.terms == pytest.approx({"plain": told[0], "square": told[1]}, rel=1e-5)
+        assert record.loss == pytest.approx(told[0] + 0.5 * told[1], rel=1e-5)
+    assert model.weight.item() != 1.0
+    assert json.loads(json.dumps(asdict(records[0])))["terms"].keys() == {"plain", "square"}
+
+
+def test_a_training_of_several_outputs_resumes_bit_for_bit(
+    stripes: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilience.common.nets.loop.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    whole, _, records = in_parts(stripes)
+
+    def stop(record: EpochRecord) -> None:
+        if record.epoch == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        in_parts(stripes, tmp_path, on_epoch=stop)
+    resumed, loss, again = in_parts(stripes, tmp_path)
+    assert len(loss.told) == 2 * (len(stripes[0]) // FIT.batch_size)
+    assert same(whole, resumed)
+    assert [dict(record.terms) for record in again] == [dict(record.terms) for record in records]
+
+
+def test_a_training_from_other_weights_is_another_one(stripes: Labelled, tmp_path: Path) -> None:
+    in_parts(stripes, tmp_path)
+    _, finished, _ = in_parts(stripes, tmp_path)
+    assert not finished.told
+    _, other, _ = in_parts(stripes, tmp_path, scale=2.0)
+    assert other.told
+
+
+def test_a_tuple_without_scores_is_refused(stripes: Labelled) -> None:
+    class Empty(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            return (images,)
+
+    images, labels = stripes
+    with pytest.raises(StudentError, match="one row of scores"):
+        train(Empty(), images, Supervised(labels, CPU), FIT, PLAIN, seed=0, folder=None, device=CPU)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -50,8 +52,15 @@ def test_taps_of_other_networks_are_their_modules(name: str) -> None:
     whole, given = network(name, 3), images(3)
     names = list(tap_shapes(whole, given))
     expected: dict[str, Tensor] = {}
+
+    def keep(at: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
+            expected[at] = out.clone()
+
+        return hook
+
     for at in names[:-1]:
-        module_at(whole, at).register_forward_hook(lambda _, __, out, at=at: expected.update({at: out.clone()}))
+        module_at(whole, at).register_forward_hook(keep(at))
     scores, found = Tapped(whole, names)(given)
     assert torch.equal(scores, whole(given))
     assert list(expected) == names[:-1]  # from the input to the output, each once

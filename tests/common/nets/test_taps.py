@@ -88,6 +88,21 @@ def test_networks_without_taps(other: nn.Module) -> None:
         taps(other)
 
 
+@pytest.mark.parametrize("name", ["cnn3", "resnet8", "mobilenet-small"])
+def test_networks_with_group_normalisation_have_no_taps(name: str) -> None:
+    def regroup(module: nn.Module) -> nn.Module:
+        for at, child in module.named_children():
+            setattr(module, at, nn.GroupNorm(4, child.num_features) if isinstance(child, nn.BatchNorm2d) else child)
+            regroup(child)
+        return module
+
+    with pytest.raises(StudentError, match="is not laid out"):
+        taps(regroup(network(name)))
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(StudentError, match="is not laid out"):
+        taps(plain)
+
+
 def test_one_layout() -> None:
     one_layout({"a": taps(network("resnet8")), "b": taps(network("resnet8@1.4", channels=3))})
     one_layout({"a": taps(network("cnn3"))})

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
 
 from consilience.common.errors import StudentError
 from consilience.common.moments import Moments
-from consilience.server.student.amalgamate import concatenated, direct, incremental
+from consilience.server.student.amalgamate import concatenated, direct, incremental, incremental_descent
 from consilience.server.student.autoencoder import principal
-from consilience.server.student.scores import ConcatenatedScores
+from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
 
 Floats = NDArray[np.float64]
 CPU = torch.device("cpu")
@@ -122,3 +123,35 @@ def test_concatenated_scores() -> None:
 def test_scores_of_shared_or_unknown_classes(class_sets: list[list[int]], message: str) -> None:
     with pytest.raises(StudentError, match=message + r" sites.*unified soft labels"):
         ConcatenatedScores([np.ones((1, len(c))) for c in class_sets], class_sets, CPU)
+
+
+def test_the_softmax_over_concatenated_scores_against_a_direct_computation() -> None:
+    rng = np.random.default_rng(0)
+    scores = [rng.normal(size=(6, 2)), rng.normal(size=(6, 1))]
+    samples = np.array([5, 3, 0, 1])
+    loss = ConcatenatedSoftmax(scores, [[2, 0], [1]], CPU, "x", samples, temperature=2.0)
+    logits, ids = rng.normal(size=(2, 3)), np.array([1, 3])
+    target = np.column_stack([scores[0][:, 1], scores[1][:, 0], scores[0][:, 0]])[samples[ids]] / 2
+    expected = -4 * (softmax(target, axis=1) * log_softmax(logits / 2, axis=1)).sum(axis=1).mean()
+    assert loss(torch.from_numpy(logits), torch.from_numpy(ids)).item() == pytest.approx(expected, rel=1e-6)
+    plain = ConcatenatedScores(scores, [[2, 0], [1]], CPU, "x", samples)
+    assert plain.target(ids) == pytest.approx(2 * target, rel=1e-6)
+    other = ConcatenatedSoftmax(scores, [[2, 0], [1]], CPU, "x")
+    assert len({loss.fingerprint, plain.fingerprint, other.fingerprint}) == 3
+
+
+def test_incremental_descent_takes_a_teacher_at_a_time() -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(400, 3)) @ rng.normal(size=(3, 6))).astype(np.float32) / 3
+    blocks = [rows[:200], rows[200:]]
+    found = incremental_descent(blocks, [2, 2, 2], [3, 3], epochs=300, learning_rate=0.05, seed=0)
+    moments = Moments(6)
+    moments.update(rows)
+    assert found.encoder.weight.shape == (3, 6)
+    assert found.explained == pytest.approx(1, abs=0.02)  # three directions are all there are
+    back = found.decoder(found.encoder(rows))
+    assert np.square(back - rows).sum(axis=1).mean() == pytest.approx(found.error, rel=1e-3)
+    with pytest.raises(StudentError, match="one width fewer"):
+        incremental_descent(blocks, [2, 2, 2], [3], epochs=1, learning_rate=0.05, seed=0)
+    with pytest.raises(StudentError, match="read only once"):
+        incremental_descent(iter(blocks), [2, 2, 2], [3, 3], epochs=1, learning_rate=0.05, seed=0)

@@ -255,3 +255,39 @@ def test_weights_that_are_none(weight: float) -> None:
 def test_spaces_that_are_none(wrong: dict[str, object]) -> None:
     with pytest.raises(StudentError, match="A common space needs one teacher or more"):
         CommonFeature(**{"teachers": [3], "student": 2, "seed": 0} | wrong)  # type: ignore[arg-type]
+
+
+def test_a_teacher_that_told_some_samples_is_compared_with_those(tap: CommonFeature) -> None:
+    student, teachers = maps(5)
+    rows = torch.tensor([4, 1, 2])
+    found = tap(student, [teachers[0], teachers[1][rows]], rows=[None, rows])
+    first, second = (
+        CommonFeature([3], 6, width=4, seed=0),
+        CommonFeature([8], 6, width=4, seed=0),
+    )
+    for number, made in enumerate((first, second)):
+        made.adaptation, made.extractor = tap.adaptation, tap.extractor
+        made.adaptations[0], made.decoders[0] = tap.adaptations[number], tap.decoders[number]
+    pairs = zip(first(student, teachers[:1]), second(student[rows], [teachers[1][rows]]), strict=True)
+    expected = [one + other for one, other in pairs]
+    assert [float(each.detach()) for each in found] == pytest.approx([float(each.detach()) for each in expected])
+    nothing = tap(student, [teachers[0], teachers[1][:0]], rows=[None, rows[:0]])
+    alone = first(student, teachers[:1])
+    assert [each.item() for each in nothing] == pytest.approx([each.item() for each in alone])
+
+
+def test_rows_and_features_of_unequal_number(tap: CommonFeature) -> None:
+    student, teachers = maps(5)
+    with pytest.raises(StudentError, match="have shapes"):
+        tap(student, teachers, rows=[None, torch.tensor([1, 2])])
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_normalised_networks_do_not_depend_on_the_scale_of_features(vectors: bool) -> None:
+    made = CommonFeature([3], 6, width=4, normalise=True, vectors=vectors, seed=0)
+    student, teacher = (drawn(8, 6), drawn(8, 3, seed=1)) if vectors else (drawn(8, 6, 4, 4), drawn(8, 3, 4, 4, seed=1))
+    small, large = made(student, [teacher])[0], made(100 * student, [100 * teacher])[0]
+    assert small.item() == pytest.approx(large.item(), rel=1e-3)
+    plain = CommonFeature([3], 6, width=4, vectors=vectors, seed=0)
+    assert sum("running_mean" in name for name in plain.state_dict()) == 0
+    assert sum("running_mean" in name for name in made.state_dict()) == (4 if vectors else 3 + 7)

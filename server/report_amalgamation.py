@@ -1,0 +1,129 @@
+"""Learning from features in report and card: the sentences about it, and what the page shows.
+
+Lives here: wording, warnings and views. Does not live here: the figures' values (server/student, by way of
+server/feature_learning), pictures (server/plots_amalgamation), markup (templates/amalgamation.html.j2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from consilience.common.pages.figures import BLUE, GREY, INK, RUST, site_colour
+from consilience.common.pages.numbers import listing, number_of, percent
+from consilience.server import plots, plots_amalgamation
+from consilience.server.report_findings import Findings, SiteFindings
+
+LITTLE = 0.5
+"""Below this share of a layer's variance amalgamated features are warned of."""
+MOST_LISTED = 40
+"""Sites in the tables; report.json has all."""
+_TERMS = (
+    ("soft", "soft targets", BLUE),
+    ("mmd", "distance in common", RUST),
+    ("reconstruction", "reconstruction", GREY),
+)
+_METHODS = {
+    "layer-wise": "layer-wise amalgamation (Shen et al., AAAI 2019)",
+    "common-feature": "common-feature learning (Luo et al., IJCAI 2019)",
+}
+_TARGETS = {"unified": "unified soft labels", "concatenated": "the sites' scores side by side"}
+
+
+def amalgamation_summary(findings: Findings) -> str:
+    """Return in a sentence or two by which method features were learnt from, and whose; empty where none were."""
+    told = findings.amalgamation
+    if told is None:
+        return ""
+    sites = [site.name for site in findings.sites if _took_part(site, findings)]
+    text = f"The student learned by {_METHODS[told['learning']]} from features of {listing(sites)}"
+    text += f", its scores from {_TARGETS[told['target']]}."
+    if told["without"]:
+        text += f" Without features, by their labels alone: {listing(told['without'])}."
+    return text
+
+
+def amalgamation_warnings(findings: Findings) -> list[str]:
+    """Return what is suspicious about features, in plain words."""
+    found = []
+    for site in findings.sites:
+        told = site.features
+        if told is not None and told.missed and site.name in findings.space.sites:
+            missing = number_of(told.missed, "sample")
+            found.append(f"Site {site.name}: features of {missing} of {told.answers + told.missed:,} went unanswered.")
+    for layer in (findings.amalgamation or {}).get("layers", ()):
+        if layer.get("explained", 1.0) < LITTLE:
+            found.append(
+                f"At {layer['tap']} the amalgamated features keep {percent(layer['explained'])} of the variance of the "
+                "sites': a wider student would keep more."
+            )
+    return found
+
+
+def amalgamation_views(findings: Findings) -> dict[str, Any] | None:
+    """Return what the page shows of features; None where none were learnt from."""
+    told = findings.amalgamation
+    if told is None:
+        return None
+    colours = {site: site_colour(i) for i, site in enumerate(findings.space.sites)}
+    sites = [site.name for site in findings.sites if _took_part(site, findings)][:MOST_LISTED]
+    terms = {
+        name: [(float(e["epoch"]), float(e["terms"][name])) for e in _epochs(findings, name)] for name, _, _ in _TERMS
+    }
+    curves = [(words, colour, terms[name]) for name, words, colour in _TERMS if terms[name]]
+    return {
+        "summary": amalgamation_summary(findings),
+        "sites": sites,
+        "layers": [_layer(layer, sites) for layer in told.get("layers", ()) if "explained" in layer],
+        "samples": told.get("samples"),
+        "spaces": [_space(space, colours) for space in told.get("spaces", ())],
+        "terms": plots.learning_curves(curves, "Terms of the loss") if curves else None,
+        "picture": _picture(told.get("picture"), colours, "The last layer: amalgamated features and the student’s"),
+    }
+
+
+def _took_part(site: SiteFindings, findings: Findings) -> bool:
+    told = findings.amalgamation or {}
+    return site.features is not None and site.name in findings.space.sites and site.name not in told.get("without", ())
+
+
+def _epochs(findings: Findings, term: str) -> list[Mapping[str, Any]]:
+    return [epoch for epoch in findings.learning.get("student") or () if term in (epoch.get("terms") or {})]
+
+
+def _layer(layer: Mapping[str, Any], sites: list[str]) -> dict[str, Any]:
+    return {
+        "tap": layer["tap"],
+        "channels": " + ".join(str(layer["channels"].get(site, "–")) for site in sites),
+        "width": layer["width"],
+        "explained": layer["explained"],
+        "by_site": [layer["by_site"].get(site) for site in sites],
+        "first": layer["losses"][0],
+        "last": layer["losses"][-1],
+    }
+
+
+def _space(space: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Any]:
+    size = "×".join(map(str, space["size"])) if space["size"] else None
+    return {
+        "student": space["student"],
+        "form": f"maps of {size} with {space['width']} channels" if size else f"vectors of {space['width']} numbers",
+        "samples": space["samples"],
+        "rows": [
+            {"site": site, "tap": tap, "missed": space["missed"].get(site)}
+            for site, tap in list(space["sites"].items())[:MOST_LISTED]
+        ],
+        "picture": _picture(space["picture"], colours, f"The common space at the student’s {space['student']}"),
+    }
+
+
+def _picture(told: Mapping[str, Any] | None, colours: Mapping[str, str], label: str) -> Any:
+    if told is None:
+        return None
+    owners = []
+    for who, points in told["points"].items():
+        site = who.removeprefix("site ")
+        colour = INK if who == "student" else colours.get(site, GREY)
+        owners.append((site, colour, points))
+    owners.sort(key=lambda owner: owner[1] == INK)  # the student is drawn last, on top
+    return plots_amalgamation.scatter(owners, told["shown"], label)

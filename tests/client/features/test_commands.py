@@ -1,0 +1,155 @@
+"""`site taps`, `train`, `show` and `explain` of a site that tells features: what people and programs read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from consilience.__main__ import app
+from consilience.client.app import forget_sites
+from consilience.common.encoding import feature_bytes
+from consilience.common.pool import Pool
+from helpers.feature_site import CALLABLE, SIZE, hosted, make_pool, make_settings
+
+TAPS: dict[str, Any] = {"*": {"size": 4, "channels": 8}, "penultimate": {}}
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Pool:
+    forget_sites()
+    return make_pool(tmp_path / "pool")
+
+
+@pytest.fixture
+def file(tmp_path: Path, pool: Pool) -> Path:
+    make_settings(tmp_path, TAPS)
+    return tmp_path / "site.yaml"
+
+
+def call(*words: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["site", *map(str, words), "--json"])
+    assert result.exit_code == code, result.output
+    held = json.loads(result.stdout)
+    return held["data"] if code == 0 else held["error"]
+
+
+def said(*words: object) -> str:
+    result = CliRunner().invoke(app, ["site", *map(str, words)], env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def job(file: Path, **student: Any) -> Path:
+    path = file.with_name("job.yaml")
+    path.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "student": student}))
+    return path
+
+
+def test_taps_lists_what_there_is_and_what_of_it_leaves(file: Path, pool: Pool) -> None:
+    make_settings(file.parent, {"layer2": {"size": 4, "channels": 8}})
+    before = call("taps", file)
+    assert [(row["tap"], row["shape"], row["leaves"]) for row in before["taps"]] == [
+        ("layer1", [32, 16, 16], None),
+        ("layer2", [64, 8, 8], [8, 4, 4]),
+        ("layer3", [128, 4, 4], None),
+        ("penultimate", [128], None),
+    ]
+    assert before["taps"][1]["kept"] is None
+    text = said("taps", file)
+    assert "not learned yet" in text
+    assert "does not leave" in text
+    call("train", file)
+    row = call("taps", file)["taps"][1]
+    assert 0 < row["kept"] < 1
+    assert row["bytes_a_sample"] == {"f16": 256, "u8": 136}
+    assert row["bytes"] == {pool.digest: {"f16": 256 * SIZE, "u8": 136 * SIZE}}
+    text = said("taps", file)
+    assert f"{row['kept']:.1%}" in text
+    assert f"{256 * SIZE:,}" in text
+    assert f"at most {2**30:,} bytes" in text
+
+
+def test_taps_of_a_policy_that_lets_none_out(file: Path, pool: Pool) -> None:
+    make_settings(file.parent, {})
+    assert [row["leaves"] for row in call("taps", file)["taps"]] == [None] * 4
+    assert "penultimate" in said("taps", file)
+
+
+def test_taps_of_a_teacher_without_any(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tapless_model.py").write_text(CALLABLE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    make_settings(tmp_path, {}, teacher={**hosted("plain"), "callable": "tapless_model:plain"})
+    assert call("taps", file) == {"taps": [], "limit": None}
+    assert "A teacher of kind callable has no taps here: it takes part by its labels." in said("taps", file)
+
+
+def test_a_tap_that_does_not_exist_is_an_error_of_the_settings(file: Path) -> None:
+    make_settings(file.parent, {"layer9": {}})
+    error = call("taps", file, code=3)
+    assert "policy.features.taps.layer9 is no tap of the teacher; it has: layer1, layer2" in error["message"]
+
+
+def test_train_learns_what_the_card_then_tells_without_its_basis(file: Path) -> None:
+    error = call("show", file, code=7)
+    assert "principal components of layer1, layer2, layer3" in error["message"]
+    assert error["hint"] == "Run `consilience site train`"
+    card = call("train", file)
+    assert [tap["name"] for tap in card["features"]["taps"]] == ["layer1", "layer2", "layer3", "penultimate"]
+    assert "basis" not in card["features"]["taps"][0]
+    text = " ".join(said("show", file).replace("│", " ").split())  # of a table's cell
+    assert "layer2: 8 x 4 x 4 of 64 channels, with " in text
+    assert "256 bytes a sample; " in text
+    assert "penultimate: 128, 256 bytes a sample; as f16 or u8" in text
+
+
+def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, pool: Pool) -> None:
+    call("train", file)
+    layer, last = feature_bytes(8 * 16, "f16"), feature_bytes(128, "f16")
+    everything = call("explain", job(file, architecture="cnn3", learning="layer-wise"), file)
+    parts = [part for part in everything["parts"] if part["kind"] == "features"]
+    assert [part["tap"] for part in parts] == ["layer1", "layer2", "layer3", "penultimate"]
+    assert [part["bytes_a_sample"] for part in parts] == [layer] * 3 + [last]
+    assert [(part["shape"], part["samples"], part["pool"]) for part in parts[:1]] == [([8, 4, 4], SIZE, pool.digest)]
+    assert everything["feature_bytes"] == {"asked": SIZE * (3 * layer + last), "most": 2**30}
+    assert everything["new"] == 5 * SIZE
+    one = job(file, architecture="cnn3", learning="common-feature")
+    assert [part["tap"] for part in call("explain", one, file)["parts"]] == ["", "penultimate"]
+    text = said("explain", one, file)
+    assert (
+        f"- features of tap penultimate, 128, 256 bytes a sample, {256 * SIZE:,} in all, as f16, of 50 samples" in text
+    )
+    assert f"Features are {256 * SIZE:,} bytes in all; a job may ask for {2**30:,}." in text
+    assert "features leave of: every layer, penultimate; at most" in text
+    assert "It would be answered." in text
+    plain = call("explain", job(file), file)
+    assert [part["kind"] for part in plain["parts"]] == ["log-probs"]
+    assert plain["feature_bytes"]["asked"] == 0
+
+
+def test_explain_says_why_features_would_be_refused(file: Path) -> None:
+    make_settings(file.parent, {"penultimate": {}}, features={"bytes": 256 * SIZE - 1})
+    wanted = job(file, learning="common-feature")
+    assert (
+        "more bytes of features than the site's policy allows (job clothes: 12,800"
+        in (call("explain", wanted, file)["refusal"])
+    )
+    make_settings(file.parent, {"penultimate": {}})
+    spaces = [{"sites": {"site-1": "layer2"}}]
+    refusal = call("explain", job(file, learning="common-feature", common_feature={"spaces": spaces}), file)["refusal"]
+    assert "asks for features that the site does not tell" in refusal
+    assert "tells the features of: penultimate" in refusal
+
+
+def test_approve_is_of_the_features_that_are_shown(file: Path) -> None:
+    make_settings(file.parent, {"penultimate": {}}, policy={"approval": True})
+    held = call("approve", job(file, learning="common-feature"), file)
+    assert [(part["kind"], part["tap"]) for part in held["parts"]] == [("log-probs", ""), ("features", "penultimate")]
+    assert held["refusal"] is None
+    assert "not approved" not in said("explain", job(file), file)
+    make_settings(file.parent, {"penultimate": {}, "layer1": {}}, policy={"approval": True})
+    assert "nobody at the site has approved" in said("explain", job(file), file)

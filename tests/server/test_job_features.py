@@ -1,0 +1,356 @@
+"""A job that learns from features: what is asked, learnt and told, and what is refused before anything is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from consilience.common.data import from_arrays
+from consilience.common.errors import ConsilienceError, SettingsError
+from consilience.common.files import read_json
+from consilience.common.nets import EpochRecord, loop
+from consilience.common.pool import Pool
+from consilience.common.progress import Reporter
+from consilience.common.protocol import TapCard
+from consilience.common.settings import JobSettings
+from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.server.job import Job
+from helpers.feature_answers import features_card, images, tap_cards, teacher, telling
+from helpers.sites import Sites, grid_of, refusing
+
+SAMPLES, TEST = 48, 12
+PIXELS = images(SAMPLES)
+APART = {"east": ("a", "b", "c"), "north": ("d", "e", "f")}
+CHAIN = {"east": ("a", "b", "c"), "north": ("c", "d", "e"), "west": ("e", "f", "a")}
+LAYERS = {"east": "cnn3@0.2", "north": "cnn3@0.15", "west": "cnn3@0.2"}
+MIXED = {"east": "cnn3@0.2", "north": "resnet8@0.2", "west": "vgg6@0.1"}
+Cards = dict[str, tuple[TapCard, ...]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quick(unsynced: None) -> None:
+    """Nothing waits for the disk."""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    Pool.build(from_arrays(PIXELS[..., 0], None, (), where="test"), tmp_path / "pool")
+    test = images(TEST, 5)[..., 0]
+    np.savez(tmp_path / "test.npz", x=test, y=np.arange(TEST) % 6, names=np.array(["a", "b", "c", "d", "e", "f"]))
+    return tmp_path
+
+
+@pytest.fixture
+def reporter() -> Iterator[Reporter]:
+    with Reporter(quiet=True) as quiet:
+        yield quiet
+
+
+def cards_of(architectures: dict[str, str], sites: Sequence[str], names: Sequence[str] | None = None) -> Cards:
+    return {site: tap_cards(teacher(architectures[site], 1), site, names) for site in sites}
+
+
+def sites_of(classes: dict[str, tuple[str, ...]], architectures: dict[str, str], cards: Cards) -> Sites:
+    """Sites whose teachers answer; those in `cards` tell features too."""
+    handlers = {site: telling(teacher(architectures[site], 1), PIXELS, cards.get(site, ())) for site in classes}
+    return Sites(handlers, classes=classes, features={site: features_card(held) for site, held in cards.items()})
+
+
+def settings(home: Path, learning: str, **student: Any) -> JobSettings:
+    raw: dict[str, Any] = {
+        "name": "job",
+        "pool": "pool",
+        "ask": {"encoding": "f32", "question_size": 16, "retries": 0, **student.pop("ask", {})},
+        "student": {
+            "architecture": "cnn3@0.25",
+            "learning": learning,
+            "fit": {"epochs": 3, "batch_size": 16, "precision": "f32", "learning_rate": 0.05},
+            **student,
+        },
+        "judge": {"test": {"kind": "npz", "path": "test.npz"}},
+    }
+    raw["student"].setdefault("layer_wise", {}).setdefault("epochs", 2)
+    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+
+
+def do(home: Path, sites: Sites, reporter: Reporter, learning: str, run: str = "run", **student: Any) -> dict[str, Any]:
+    folder = home / run
+    folder.mkdir(exist_ok=True)
+    dump_settings(settings(home, learning, **student), folder / "job.yaml")
+    with grid_of(sites) as grid:
+        Job.open(folder, reporter).do(grid)
+    report: dict[str, Any] = read_json(folder / "report.json")
+    return report
+
+
+def weights(home: Path, run: str = "run") -> bytes:
+    return (home / run / "student" / "model.safetensors").read_bytes()
+
+
+def test_layers_are_amalgamated_and_everything_is_told(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(LAYERS, ("east", "west"))
+    sites = sites_of(CHAIN, LAYERS, cards)
+    report = do(home, sites, reporter, "layer-wise")
+    told = report["amalgamation"]
+    assert told == read_json(home / "run" / "student" / "amalgamation.json")
+    assert told["without"] == ["north"]
+    assert told["samples"] == SAMPLES
+    assert [layer["tap"] for layer in told["layers"]] == ["layer1", "layer2", "layer3", "scores"]
+    assert [layer["width"] for layer in told["layers"][:3]] == [8, 16, 32]
+    assert told["layers"][0]["channels"] == {"east": 6, "west": 6}
+    assert all(0.5 < layer["explained"] <= 1 for layer in told["layers"][:3])
+    assert told["picture"]["points"].keys() == {"amalgamated", "student"}
+    assert len(report["learning"]["student"]) == 3
+    by_name = {site["name"]: site for site in report["sites"]}
+    values = sum(card.values for card in cards["east"])
+    assert by_name["east"]["features"] == {
+        "taps": ["layer1", "layer2", "layer3"],
+        "encoding": "f16",
+        "bytes": 2 * values * SAMPLES,
+        "answers": 3 * SAMPLES,
+        "missed": 0,
+    }
+    assert by_name["north"]["features"] is None
+    assert by_name["north"]["answers"] == SAMPLES
+    page, card = (home / "run" / "report.html").read_text(), (home / "run" / "card.md").read_text()
+    for text in (page, card):
+        assert "layer-wise amalgamation (Shen et al., AAAI 2019) from features of east, west" in text
+        assert "by their labels alone: north." in text
+    assert "What it learned from features" in page
+    assert "6 + 6" in page
+    assert "east (features of layer1, layer2, layer3)" in card
+
+
+def test_common_features_of_a_mixed_federation(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(MIXED, ("east", "north"), ["layer2", "layer3"])
+    report = do(
+        home, sites_of(CHAIN, MIXED, cards), reporter, "common-feature", common_feature={"spaces": [{"width": 8}]}
+    )
+    told = report["amalgamation"]
+    assert told["without"] == ["west"]
+    (space,) = told["spaces"]
+    assert space["sites"] == {"east": "layer3", "north": "layer3"}
+    assert space["student"] == "layer3"
+    assert space["missed"].keys() == {"east", "north"}
+    assert all(0 < missed < 2 for missed in space["missed"].values())
+    assert space["picture"]["points"].keys() == {"student", "site east", "site north"}
+    terms = [epoch["terms"] for epoch in report["learning"]["student"]]
+    assert [each.keys() for each in terms] == [{"soft", "mmd", "reconstruction"}] * 3
+    losses = [epoch["loss"] for epoch in report["learning"]["student"]]
+    assert losses == pytest.approx([t["soft"] + 10 * t["mmd"] + 10 * t["reconstruction"] for t in terms], rel=1e-4)
+    page = (home / "run" / "report.html").read_text()
+    assert "Terms of the loss" in page
+    assert "common-feature learning (Luo et al., IJCAI 2019) from features of east, north" in page
+
+
+def test_only_the_taps_that_the_job_names_are_asked_for(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(MIXED, ("east", "north"), ["layer1", "layer3", "penultimate"])
+    space = {"sites": {"east": "penultimate"}, "width": 4}
+    sites = sites_of(CHAIN, MIXED, cards)
+    report = do(home, sites, reporter, "common-feature", common_feature={"spaces": [space]})
+    asked = {(site, fingerprint) for site, fingerprint, _ in sites.asked_features}
+    assert asked == {(site, cards[site][2].fingerprint) for site in cards}
+    (told,) = report["amalgamation"]["spaces"]
+    assert told["student"] == "penultimate"
+    assert told["size"] is None
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+def test_a_run_killed_while_it_learns_goes_on_to_the_same_student(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch, learning: str
+) -> None:
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    cards = cards_of(LAYERS, ("east", "west"))
+    spaces: dict[str, Any] = {"common_feature": {"spaces": [{"width": 4}]}}
+    report = do(home, sites_of(CHAIN, LAYERS, cards), reporter, learning, run="whole", **spaces)
+    real = loop._Run.epoch
+
+    def killed(self: Any, epoch: int) -> EpochRecord:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return real(self, epoch)
+
+    monkeypatch.setattr(loop._Run, "epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        do(home, sites_of(CHAIN, LAYERS, cards), reporter, learning, run="cut", **spaces)
+    monkeypatch.setattr(loop._Run, "epoch", real)
+    again = do(home, sites_of(CHAIN, LAYERS, cards), reporter, learning, run="cut", **spaces)
+    assert weights(home, "cut") == weights(home, "whole")
+    assert again["amalgamation"] == report["amalgamation"]
+
+
+def test_the_target_is_unified_or_the_sites_scores_side_by_side(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(LAYERS, ("east", "north"))
+    for learning, field in (("layer-wise", "layer_wise"), ("common-feature", "common_feature")):
+        spaces: dict[str, Any] = {"spaces": [{"width": 4}]} if field == "common_feature" else {}
+        for target in ("unified", "concatenated"):
+            student: dict[str, Any] = {field: {"target": target, **spaces}}
+            report = do(
+                home,
+                sites_of(APART, LAYERS, cards),
+                reporter,
+                learning,
+                run=f"{field}-{target}",
+                **student,
+            )
+            assert report["amalgamation"]["target"] == target
+            said = any("says nothing about the odds between components" in line for line in report["warnings"])
+            assert said == (target == "concatenated")
+        assert weights(home, f"{field}-unified") != weights(home, f"{field}-concatenated")
+
+
+def test_without_the_joint_phase_the_layers_are_the_student(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(LAYERS, ("east", "west"))
+    report = do(home, sites_of(CHAIN, LAYERS, cards), reporter, "layer-wise", layer_wise={"joint": False})
+    assert report["learning"]["student"] == []
+    assert report["student"]["accuracy"] is not None
+    assert not (home / "run" / "student" / "training").exists()
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, learning: str) -> None:
+    cards = cards_of(LAYERS, ("east", "west"))
+    sites = sites_of(CHAIN, LAYERS, cards)
+    whole = sites.handlers["west"]
+    sites.handlers["west"] = lambda question, attempt: (
+        refusing(question, attempt)
+        if question.kind == "features" and question.start >= 16
+        else whole(question, attempt)
+    )
+    spaces: dict[str, Any] = {"common_feature": {"spaces": [{"width": 4}]}}
+    report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
+    assert any("Site west: features of" in line for line in report["warnings"])
+    told = report["amalgamation"]
+    assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+    assert told["without"] == ["north"]
+
+
+def changed(cards: Cards, site: str, **fields: Any) -> Cards:
+    return cards | {site: (cards[site][0].model_copy(update=fields), *cards[site][1:])}
+
+
+LAYERED = cards_of(LAYERS, ("east", "west"))
+REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
+    "no features": ({}, "layer-wise", {}, "no site tells features"),
+    "no features in common": ({}, "common-feature", {}, "no site tells features"),
+    "another layout": (
+        LAYERED | {"north": tap_cards(teacher("vgg6@0.1", 1), "north")},
+        "layer-wise",
+        {},
+        r"site north and the student \(cnn3@0.25\) differ in layout at layer2.*common-feature",
+    ),
+    "no layout": (changed(LAYERED, "east", layout=""), "layer-wise", {}, "differ in layout at layer1.*common-feature"),
+    "a layer missing": (
+        LAYERED | {"west": LAYERED["west"][:2]},
+        "layer-wise",
+        {},
+        "site west does not tell: layer3.*policy.features.taps",
+    ),
+    "no layers": (cards_of(LAYERS, ("east",), ["penultimate"]), "layer-wise", {}, "no site tells features"),
+    "maps averaged": (
+        changed(LAYERED, "west", shape=(6, 8, 8)),
+        "layer-wise",
+        {},
+        r"at layer1 site west tells maps of 8x8, and the student's are of 16x16.*policy.features.taps.layer1.size",
+    ),
+    "a student too wide": (
+        LAYERED,
+        "layer-wise",
+        {"architecture": "cnn3@1"},
+        r"32 channels at layer1; the sites' have 6 \+ 6 there.*narrower",
+    ),
+    "shortcuts without weights": (LAYERED, "layer-wise", {"architecture": "resnet8"}, "resnet8@1,"),
+    "a student of no layout": (LAYERED, "layer-wise", {"architecture": "resnet18"}, "none of ours"),
+    "a tap that the student has not": (
+        LAYERED,
+        "common-feature",
+        {"common_feature": {"spaces": [{"student": "layer7"}]}},
+        r"spaces.0.student' is 'layer7'; the student cnn3@0.25 has: layer1, layer2, layer3, penultimate",
+    ),
+    "a tap that the site does not tell": (
+        LAYERED,
+        "common-feature",
+        {"common_feature": {"spaces": [{"sites": {"east": "layer9"}}]}},
+        "spaces.0.sites.east' is 'layer9'; site east tells the features of: layer1, layer2, layer3",
+    ),
+    "overlap and scores side by side": (
+        LAYERED,
+        "layer-wise",
+        {"layer_wise": {"target": "concatenated"}},
+        r"student.layer_wise.target' is 'concatenated'.*several know: a, c, e.*unified",
+    ),
+    "overlap in common": (
+        LAYERED,
+        "common-feature",
+        {"common_feature": {"target": "concatenated"}},
+        r"student.common_feature.target' is 'concatenated'.*several know: a, c, e",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_is_asked(home: Path, reporter: Reporter, case: str) -> None:
+    cards, learning, student, words = REFUSED[case]
+    if student.get("architecture") == "resnet18":
+        pytest.importorskip("consilience.common.nets.vision")
+    sites = sites_of(CHAIN, LAYERS, {})
+    sites.features = {site: features_card(held) for site, held in cards.items()}
+    with pytest.raises(SettingsError) as caught:
+        do(home, sites, reporter, learning, **student)
+    assert re.search(words, str(caught.value)), str(caught.value)
+    assert caught.value.hint
+    assert not sites.attempts
+    assert not sites.asked_features
+
+
+def test_where_others_are_enough_a_site_of_another_layout_is_left_out(home: Path, reporter: Reporter) -> None:
+    odd = {**LAYERS, "extra": "vgg6@0.1"}
+    classes = {**CHAIN, "extra": ("a", "b", "c")}
+    cards = {**LAYERED, "extra": tap_cards(teacher("vgg6@0.1", 1), "extra")}
+    report = do(home, sites_of(classes, odd, cards), reporter, "layer-wise", ask={"min_sites": 3})
+    assert "differ in layout" in report["left_out"]["extra"]
+    assert "extra" not in report["amalgamation"]["without"]
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({"common_feature": {"soft": 0, "mmd": 0}}, "nothing reaches the student"),
+        ({"common_feature": {"mmd": -1}}, "mmd"),
+        ({"common_feature": {"spaces": []}}, "spaces"),
+        ({"layer_wise": {"order": "sideways"}}, "order"),
+    ],
+)
+def test_settings_that_cannot_be(home: Path, student: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConsilienceError, match=words):
+        settings(home, "common-feature", **student)
+
+
+def test_features_are_open_so_secure_sums_exclude_them(home: Path) -> None:
+    raw = settings(home, "layer-wise").model_dump(mode="json")
+    raw["privacy"]["secure_sum"] = True
+    with pytest.raises(SettingsError, match=r"student.learning is 'layer-wise', which needs single answers"):
+        parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+
+
+def test_what_corrects_soft_labels_goes_with_unified_targets_alone(home: Path) -> None:
+    raw = settings(home, "layer-wise").model_dump(mode="json")
+    raw["unify"]["prior_correction"] = True
+    assert parse_settings(raw, JobSettings, source="job.yaml", folder=home).unify.prior_correction
+    raw["student"]["layer_wise"]["target"] = "concatenated"
+    with pytest.raises(SettingsError, match=r"prior_correction corrects soft labels"):
+        parse_settings(raw, JobSettings, source="job.yaml", folder=home)
