@@ -175,7 +175,9 @@ def job(method: str, rate: float, seed: int, pool: Path, arguments: argparse.Nam
 
 def agreement(method: str, rate: float, home: Path, paths: list[Path], arguments: argparse.Namespace) -> float:
     """Return how often a student agrees with unified labels, with or without coverage, of images it has not seen."""
-    asked = job(slug(f"asked {method.partition(', ')[2]}"), 0.01, 0, home / "chosen-on" / "pool", arguments)
+    asked = job(
+        slug("asked" + method.removeprefix("KD").removeprefix("CFL")), 0.01, 0, home / "chosen-on" / "pool", arguments
+    )
     asked = asked.model_copy(
         update={"ask": Ask(coverage=method.endswith("coverage")), "student": Student(architecture="cnn3", fit=QUICKLY)}
     )
