@@ -114,9 +114,7 @@ def test_a_site_trains_such_a_teacher_and_its_code_is_in_the_fingerprint(
         ({"architecture": OWN + "kept", "learning": "layer-wise"}, "none of ours"),
     ],
 )
-def test_mistakes_stop_the_job_before_anything_is_asked(
-    tmp_path: Path, student: dict[str, Any], words: str
-) -> None:
+def test_mistakes_stop_the_job_before_anything_is_asked(tmp_path: Path, student: dict[str, Any], words: str) -> None:
     (tmp_path / "job.yaml").write_text(job(**student))
     result = consilience("simulate", tmp_path / "job.yaml", "--out", tmp_path / "run")
     assert result.exit_code == 3, result.output
