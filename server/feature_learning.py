@@ -148,7 +148,7 @@ class LayersThenAll:
             with lock:
                 task.advance(1)
 
-        told = self.layers.teach(model, images, folder / "layers", device, workers=_workers(device), on_layer=on_layer)
+        told = self.layers.teach(model, images, _beside(folder), device, workers=_workers(device), on_layer=on_layer)
         records: list[EpochRecord] = []
         if self.settings.layer_wise.joint:
             records = train(
@@ -162,7 +162,7 @@ class LayersThenAll:
                 on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
                 device=device,
             )
-        picture = self.layers.picture(model, images, folder / "layers", device)
+        picture = self.layers.picture(model, images, _beside(folder), device)
         _write(folder, self, {"layers": told, "samples": len(self.layers.places), "picture": picture})
         return records
 
@@ -199,13 +199,18 @@ class TogetherInCommon:
             self.settings.fit,
             self.settings.preprocessing,
             seed=self.seed,
-            folder=folder / "training",
+            folder=_beside(folder),
             on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
             device=device,
         )
         told = told_of(whole, images, self.samples, self.settings.preprocessing, device)
         _write(folder, self, {"spaces": told, "weights": vars(self._weights)})
         return records
+
+
+def _beside(folder: Path) -> Path:
+    """Return where pieces lie that tell of teachers: not in the student's folder, which is shown to others."""
+    return folder.parent / "amalgamation"
 
 
 def _write(folder: Path, lesson: LayersThenAll | TogetherInCommon, told: dict[str, Any]) -> None:

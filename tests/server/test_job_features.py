@@ -190,6 +190,16 @@ def test_a_run_killed_while_it_learns_goes_on_to_the_same_student(
     monkeypatch.setattr(loop._Run, "epoch", real)
     again = do(home, sites_of(CHAIN, LAYERS, cards), reporter, learning, run="cut", **spaces)
     assert weights(home, "cut") == weights(home, "whole")
+    assert (home / "cut" / "amalgamation").exists()
+    shown = {path.name for path in (home / "cut" / "student").iterdir()}  # what tells of teachers lies beside it
+    assert shown - {"training"} == {
+        "amalgamation.json",
+        "labels.json",
+        "learning_curve.json",
+        "model.safetensors",
+        "preprocessing.json",
+        "signatures.json",
+    }
     assert again["amalgamation"] == report["amalgamation"]
 
 
