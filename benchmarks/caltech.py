@@ -1,4 +1,4 @@
-"""Claim: one student, on a backbone of its own, matches teachers on other backbones on the classes that each knows.
+"""Question: does one student match teachers on other backbones, on the classes that each of them knows?
 
 Caltech-101 without its background and without Faces_easy, the same photographs as Faces: 100 classes, of which a seed
 gives 50 to each of two sites. The sites' teachers are frozen EfficientNet-Lite0 and Lite1 with linear heads, learned
