@@ -1,7 +1,8 @@
 """Claim: a student that also learns from the teachers' features is no worse than one that learns from labels alone.
 
 `same`: two ResNet-20 of five CIFAR-10 classes each, one layout: labels alone (KD), layer-wise amalgamation alone, the
-joint phase alone, and layer-wise amalgamation before the joint phase (Shen et al., AAAI 2019). `different`: VGG-6,
+joint phase alone as in the paper (squared error to the concatenated scores), and layer-wise amalgamation before a joint
+phase with unified labels (Shen et al., AAAI 2019). `different`: VGG-6,
 ResNet-8 and a MobileNet, whose classes overlap ({0-4}, {3-7}, {6-9, 0}): labels alone, common-feature learning (Luo et
 al., IJCAI 2019), and that with one of its terms left out. In both the same student learns from the pool's true labels
 (`oracle`). All have the same student, pool, schedule and number of epochs; layer-wise amalgamation and the joint phase
@@ -122,7 +123,7 @@ def student(scenario: Scenario, method: str, rate: float) -> Student:
     if method == "layer-wise":
         layer_wise = LayerWise(epochs=epochs, joint=False)
     elif method == "joint":
-        layer_wise = LayerWise(epochs=0)
+        layer_wise = LayerWise(layers=False, target="concatenated")
     elif method == "layer-wise + joint":
         layer_wise = LayerWise(epochs=epochs // 2)
         epochs -= epochs // 2
@@ -169,7 +170,7 @@ def write_site(
         name=f"site-{at + 1}",
         data=save(path.parent / "private.npz", private, names),
         teacher=TrainTeacher(kind="train", architecture=scenario.teachers[at], fit=fit),
-        policy=Policy(features=Features(taps={"*": Reduction()}, bytes=2**40), limits=MANY),
+        policy=Policy(features=Features(taps={"*": Reduction(), "penultimate": Reduction()}, bytes=2**40), limits=MANY),
         pools=pools,
         state=path.parent / "state",
         seed=1000 * seed + at,
@@ -252,7 +253,10 @@ def measure(
         "unified": told["unified_ensemble"]["accuracy"],
         "oracle": told["oracle"]["accuracy"],
         "best_site": told["best_site"]["accuracy"],
-        "bytes": {m: sum(site["bytes"] for site in report["sites"]) for m, report in reports.items()},
+        "bytes": {
+            m: sum(site["bytes"] + (site["features"] or {"bytes": 0})["bytes"] for site in report["sites"])
+            for m, report in reports.items()
+        },
     }
 
 

@@ -3,7 +3,8 @@
 Each decoder of tests/helpers/fuzz_targets.py is attacked for ten minutes by libFuzzer through atheris, which keeps
 inputs that reach other lines of our code and changes them further. It begins with those in tests/attacks/corpus and
 those that the decoder takes. An input that a decoder neither takes nor refuses is shown, and kept in the folder that is
-named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again.
+named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again; with `--work`, a
+second call leaves out the decoders that were attacked.
 """
 
 from __future__ import annotations
@@ -89,12 +90,14 @@ def fuzz(name: str, seconds: int, folder: Path, keeping: bool) -> tuple[int, int
 def main() -> None:
     if sys.argv[1:2] == ["--attack"]:
         attack(sys.argv[2])
+    from consilience.common.files import read_json, write_json  # not above: atheris must import what it attacks
     from helpers.fuzz_targets import TARGETS
 
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--seconds", type=int, default=600, help="how long to attack each decoder")
         parser.add_argument("--only", nargs="*", choices=sorted(TARGETS), metavar="DECODER")
         parser.add_argument("--jobs", type=int, default=2, help="decoders at once")
+        parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep figures here, and go on from them")
         parser.add_argument("--keep", action="store_true", help="put the inputs found into the corpus")
 
     arguments = options(__doc__, add)
@@ -102,8 +105,18 @@ def main() -> None:
     seconds = 2 if arguments.quick else arguments.seconds
     folder = Path(tempfile.mkdtemp(prefix="consilience-fuzz-"))
     print(f"An input that fails is kept in {folder}", file=sys.stderr)
+
+    def once(name: str) -> tuple[int, int, int]:
+        kept = None if arguments.work is None else arguments.work / f"{name}.json"
+        if kept is not None and kept.exists() and read_json(kept)["seconds"] >= seconds:
+            return tuple(read_json(kept)["found"])
+        found = fuzz(name, seconds, folder, arguments.keep)
+        if kept is not None:
+            write_json(kept, {"seconds": seconds, "found": found})
+        return found
+
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        attacks = {name: pool.submit(fuzz, name, seconds, folder, arguments.keep) for name in names}
+        attacks = {name: pool.submit(once, name) for name in names}
     failed = [str(attack.exception()) for attack in attacks.values() if attack.exception() is not None]
     found = {name: attack.result() for name, attack in attacks.items() if attack.exception() is None}
     show(

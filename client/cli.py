@@ -22,7 +22,7 @@ class _Site(LateCommands):
         "explain": ("consilience.client.policy_cli:explain", "Say what a job would take, before it takes it."),
         "plan": ("consilience.client.privacy.plan_cli:plan", "Say what a wanted epsilon costs, by each mechanism."),
         "audit": ("consilience.client.audit.cli:audit", "Attack the site's own answers, and show what they give away."),
-        "taps": ("consilience.client.features:taps", "Say which layers the teacher has, and what the policy lets out."),
+        "taps": ("consilience.client.features:taps", "List the teacher's layers, and what of them may leave."),
         "train": ("consilience.client.site_cli:train", "Train the teacher, calibrate it and learn coverage."),
         "show": ("consilience.client.site_cli:show", "Show the site card: all that the server learns first."),
         "check": ("consilience.client.site_cli:check", "Look at everything that an agent needs, and say what to mend."),

@@ -170,9 +170,7 @@ def _check_policy(job: JobSettings, card: SiteCard) -> None:
 
 def _check_features(job: JobSettings, cards: Sequence[SiteCard], space: LabelSpace) -> None:
     """Raise `SettingsError` where features are to be learnt from and no site tells any, or scores cannot be joined."""
-    if not job.asks_features:
-        return
-    if not any(taps_asked(job, card) for card in cards):
+    if job.asks_features and not any(taps_asked(job, card) for card in cards):
         raise SettingsError(
             f"job.yaml: field 'student.learning' is {job.student.learning!r}, and no site tells features",
             hint="Ask sites to set policy.features, or set student.learning to soft-labels",

@@ -186,7 +186,7 @@ def check_student(settings: Student, shape: tuple[int, int, int]) -> None:
             hint="Give one value for all channels or one each, or set preprocessing.channels",
         )
     network = build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
-    if settings.target is not None:
+    if settings.learns_features:
         own_taps(network, settings, shape)
 
 

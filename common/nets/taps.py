@@ -141,8 +141,8 @@ _PARTS = (
     nn.Identity,
     Residual,
 )
-"""What our architectures are made of. Not of group normalisation, as private training puts it in: of a group of channels
-it is no map of each channel by itself."""
+"""What our architectures are made of. Not of group normalisation, which private training puts in: it mixes channels, so
+that it is no affine map of each."""
 
 
 def _ends(module: nn.Module, learned: Sequence[nn.Module]) -> bool:

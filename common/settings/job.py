@@ -131,9 +131,17 @@ class LayerWise(Settings):
     """Of each layer's own training, and of `descent`."""
     learning_rate: float = Field(default=0.05, gt=0, le=10)
     """Of each layer's own training; for the scores a tenth of it."""
+    layers: bool = True
+    """Whether layers are trained by themselves; without, no features are asked for, and the joint phase is all."""
     joint: bool = True
     """Whether the whole student is trained after its layers, by `student.fit`."""
     target: Target = "unified"
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> LayerWise:
+        if not self.layers and not self.joint:
+            raise ValueError("layers and joint are both false, so that nothing is trained; set one of them to true")
+        return self
 
 
 class CommonSpace(Settings):
@@ -189,6 +197,11 @@ class Student(Settings):
         if self.learning == "layer-wise":
             return self.layer_wise.target
         return self.common_feature.target if self.learning == "common-feature" else None
+
+    @property
+    def learns_features(self) -> bool:
+        """Whether features are learnt from."""
+        return self.learning == "common-feature" or (self.learning == "layer-wise" and self.layer_wise.layers)
 
     @property
     def learns_labels(self) -> bool:
@@ -301,7 +314,7 @@ class JobSettings(Settings):
     @property
     def asks_features(self) -> bool:
         """Whether sites whose policy lets features out are asked for some."""
-        return self.student.target is not None
+        return self.student.learns_features
 
     def same_job(self, other: JobSettings) -> bool:
         """Whether a run of this job may go on as one of the other: nothing but `PATIENCE_FIELDS` differs."""

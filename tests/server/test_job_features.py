@@ -231,6 +231,22 @@ def test_without_the_joint_phase_the_layers_are_the_student(home: Path, reporter
     assert not (home / "run" / "student" / "training").exists()
 
 
+def test_the_joint_phase_alone_asks_for_no_features(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(LAYERS, ("east", "north"))
+    alone: dict[str, Any] = {"layers": False}
+    for run, target in (("unified", "unified"), ("concatenated", "concatenated")):
+        chosen = {"layer_wise": {**alone, "target": target}}
+        report = do(home, sites_of(APART, LAYERS, cards), reporter, "layer-wise", run=run, **chosen)
+        assert report["amalgamation"] is None
+        assert all(site["features"] is None for site in report["sites"])
+    do(home, sites_of(APART, LAYERS, cards), reporter, "soft-labels", run="labels")
+    assert weights(home, "unified") == weights(home, "labels")
+    assert weights(home, "concatenated") != weights(home, "labels")
+    sites = sites_of(CHAIN, LAYERS, {})
+    with pytest.raises(SettingsError, match="several know"):
+        do(home, sites, reporter, "layer-wise", run="shared", layer_wise={**alone, "target": "concatenated"})
+
+
 @pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
 def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, learning: str) -> None:
     cards = cards_of(LAYERS, ("east", "west"))
@@ -343,6 +359,7 @@ def test_where_others_are_enough_a_site_of_another_layout_is_left_out(home: Path
         ({"common_feature": {"mmd": -1}}, "mmd"),
         ({"common_feature": {"spaces": []}}, "spaces"),
         ({"layer_wise": {"order": "sideways"}}, "order"),
+        ({"layer_wise": {"layers": False, "joint": False}}, "nothing is trained"),
     ],
 )
 def test_settings_that_cannot_be(home: Path, student: dict[str, Any], words: str) -> None:

@@ -109,14 +109,14 @@ def test_train_learns_what_the_card_then_tells_without_its_basis(file: Path) -> 
 
 def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, pool: Pool) -> None:
     call("train", file)
-    layer, last = feature_bytes(8 * 16, "f16"), feature_bytes(128, "f16")
+    layer = feature_bytes(8 * 16, "f16")
     everything = call("explain", job(file, architecture="cnn3", learning="layer-wise"), file)
     parts = [part for part in everything["parts"] if part["kind"] == "features"]
-    assert [part["tap"] for part in parts] == ["layer1", "layer2", "layer3", "penultimate"]
-    assert [part["bytes_a_sample"] for part in parts] == [layer] * 3 + [last]
+    assert [part["tap"] for part in parts] == ["layer1", "layer2", "layer3"]  # penultimate is none that is amalgamated
+    assert [part["bytes_a_sample"] for part in parts] == [layer] * 3
     assert [(part["shape"], part["samples"], part["pool"]) for part in parts[:1]] == [([8, 4, 4], SIZE, pool.digest)]
-    assert everything["feature_bytes"] == {"asked": SIZE * (3 * layer + last), "most": 2**30}
-    assert everything["new"] == 5 * SIZE
+    assert everything["feature_bytes"] == {"asked": SIZE * 3 * layer, "most": 2**30}
+    assert everything["new"] == 4 * SIZE
     one = job(file, architecture="cnn3", learning="common-feature")
     assert [part["tap"] for part in call("explain", one, file)["parts"]] == ["", "penultimate"]
     text = said("explain", one, file)
