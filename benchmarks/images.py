@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import os
 import statistics
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from consilience.common.data import ImageData, open_data
 from consilience.common.pool import Pool
@@ -42,8 +45,16 @@ def read(name: str, split: str, folders: Sequence[Path]) -> tuple[Images, Labels
     for folder in folders:
         if (folder / f"{name}-{split}.npz").exists():
             with np.load(folder / f"{name}-{split}.npz") as held:
-                return held["x"], held["y"].astype(np.int64), [str(n) for n in held["names"]]
+                images = held["x"] if "x" in held else _jpegs(held)
+                return images, held["y"].astype(np.int64), [str(n) for n in held["names"]]
     sys.exit(f"{name}-{split}.npz is in none of: {', '.join(map(str, folders))}. Name its folder with --data")
+
+
+def _jpegs(held: Any) -> Images:
+    """Decode JPEG files of one size: a header that all share, and the rest of image i at data[offsets[i]:]."""
+    header, data, offsets = held["header"].tobytes(), held["data"].tobytes(), held["offsets"]
+    files = (io.BytesIO(header + data[start:end]) for start, end in itertools.pairwise(offsets))
+    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
 
 
 def joined(parts: Any) -> tuple[Images, Labels]:

@@ -30,6 +30,7 @@ from consilience.common.nets import (
     scores,
     train,
 )
+from consilience.common.nets.own_networks import check_own
 from consilience.common.preprocessing import ImageRows, Images
 from consilience.common.progress import Reporter
 from consilience.common.settings import Preprocessing, Student
@@ -166,9 +167,14 @@ def learn(
 def build_student(
     architecture: str, classes: int, shape: tuple[int, int, int], preprocessing: Preprocessing, seed: int
 ) -> nn.Module:
-    """Return an untrained student for images of `shape` (H, W, C). Raises `SettingsError`, `MissingExtraError`."""
+    """Return an untrained student for images of `shape` (H, W, C); a user's own network is tried on two.
+
+    Raises `SettingsError`, `MissingExtraError`.
+    """
     channels = preprocessing.channels or shape[2]
-    return build(architecture, classes=classes, channels=channels, seed=seed)
+    network = build(architecture, classes=classes, channels=channels, seed=seed)
+    check_own(architecture, network, (channels, *(preprocessing.size or shape[:2])), classes)
+    return network
 
 
 def check_student(settings: Student, shape: tuple[int, int, int]) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks run at their quick size and write their figures. Their claims are judged at full size, by hand.
 
-Those that kill processes or train many teachers take minutes even so, and are left to hand too.
+Those that kill processes or train many teachers take minutes even so, and are left to hand too; so is what needs
+packages or images of its own.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from consilience.client.teacher.protocol import fingerprint_of
 from consilience.common.errors import CoverageError, StudentError, TeacherError
 from consilience.common.files import canonical_json, sha256, sha256_file
 from consilience.common.nets import build, load_model, scores
+from consilience.common.nets.own_networks import code_of
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.settings import CoverageFamily, Preprocessing, Settings, SiteSettings
@@ -174,6 +175,8 @@ def load_coverage(settings: SiteSettings, teacher: CalibratedTeacher | None = No
     except StudentError as error:
         raise CoverageError(error.message, hint=_AGAIN) from error
     parts = record.model_dump(mode="json", include=decides)
+    if record.family == "network":
+        parts |= code_of(record.architecture)
     return LearnedCoverage(
         fingerprint=fingerprint_of({"kind": "coverage", **parts}, record.model),
         description=f"private data against the pool, {record.how}"[:500],

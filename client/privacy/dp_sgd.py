@@ -68,7 +68,9 @@ def grouped(network: nn.Module) -> nn.Module:
     """
     for name, child in network.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(network, name, nn.GroupNorm(math.gcd(GROUPS, child.num_features), child.num_features))
+            group = nn.GroupNorm(math.gcd(GROUPS, child.num_features), child.num_features)
+            frozen = child.affine and not child.weight.requires_grad
+            setattr(network, name, group.requires_grad_(not frozen))
         else:
             grouped(child)
     if hasattr(network, "inplace"):
@@ -214,7 +216,7 @@ def _fit(
         wrapped.remove_hooks()
         for parameter in model.parameters():
             for held in ("grad_sample", "summed_grad"):
-                delattr(parameter, held)
+                vars(parameter).pop(held, None)  # a frozen one has none
     model.to(device).eval()
     return records, taken, rate
 

@@ -10,6 +10,7 @@ from consilience.client.teacher.calibrated import CalibratedTeacher, Calibration
 from consilience.client.teacher.protocol import Outputs, Scores, ScoringTeacher, Teacher, fingerprint_of, read_model
 from consilience.client.teacher.trained import TrainedTeacher, train_teacher, trained_record
 from consilience.common.files import sha256
+from consilience.common.nets.own_networks import code_of
 from consilience.common.settings import SiteSettings, TeacherSettings
 
 __all__ = [
@@ -75,6 +76,7 @@ def _load(settings: SiteSettings) -> Teacher:
             from consilience.client.teacher import state_dict
 
             scores = state_dict.scores_of(teacher, data)
+            model = "".join([model, *code_of(teacher.architecture).values()])
         elif teacher.kind == "torchscript":
             from consilience.client.teacher import torchscript
 

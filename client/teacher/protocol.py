@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from consilience.common.errors import TeacherError
 from consilience.common.files import canonical_json, sha256
+from consilience.common.installed import brief as brief
 from consilience.common.preprocessing import Images
 
 Outputs = Literal["logits", "probabilities"]
@@ -153,13 +154,6 @@ def read_model(path: Path) -> bytes:
 def refuse(where: str | Path, found: str, hint: str) -> NoReturn:
     """Raise the `TeacherError` for a file that would do more than be a model."""
     raise TeacherError(f"{where}: refused, because it holds {found}", hint=hint)
-
-
-def brief(error: BaseException) -> str:
-    """Return an exception's kind and the start of its first line, for the site's own eyes."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-    return (text if len(text) <= 200 else text[:197] + "...").rstrip(".")
 
 
 def _some(classes: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ from consilience.common.data import ImageData, open_data
 from consilience.common.errors import StudentError, TeacherError
 from consilience.common.files import canonical_json, lock, sha256, sha256_file, write_json
 from consilience.common.nets import EpochRecord, Supervised, build, default_device, save_model, scores, train
+from consilience.common.nets.own_networks import check_own, code_of
 from consilience.common.nets.seeding import derive
 from consilience.common.settings import Preprocessing, Settings, SiteSettings, TrainTeacher
 
@@ -99,6 +100,7 @@ def train_in(
             channels=used.channels or data.shape[2],
             seed=derive(seed, "teacher weights"),
         )
+        check_own(teacher.architecture, model, (used.channels or 1, *(used.size or data.shape[:2])), len(classes))
         try:
             curve = train(
                 model,
@@ -153,9 +155,10 @@ def teacher_of(folder: Path, record: TrainedTeacher, module: nn.Module, kind: st
     if sha256(data) != record.model_digest:
         raise TeacherError(f"{path}: is not the model that teacher.json speaks of", hint=RETRAIN)
     parts = record.model_dump(mode="json", include={"classes", "architecture", "preprocessing"})
+    parts |= {"kind": kind} | code_of(record.architecture)
     return ScoringTeacher(
         classes=record.classes,
-        fingerprint=fingerprint_of({"kind": kind, **parts}, record.model_digest),
+        fingerprint=fingerprint_of(parts, record.model_digest),
         outputs="logits",
         where=str(path),
         scores=network_scores(

@@ -1,7 +1,7 @@
 """The networks that are known by name.
 
 Lives here: small convolutional classifiers for images of 16 pixels and more, their registry, and `build`. Does not
-live here: torchvision's models (vision) and weights (inference).
+live here: torchvision's models (vision), those that a user wrote (own_networks) and weights (inference).
 
 Each of ours maps (n, C, H, W) float32 to (n, classes) logits, normalises by batch and averages over all positions,
 so that the number of parameters does not depend on H and W.
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consilience.common.errors import MissingExtraError, SettingsError
+from consilience.common.nets.own_networks import PYTHON, build_own
 from consilience.common.nets.seeding import derive, seeded
 
 TORCHVISION = "torchvision:"
@@ -35,10 +36,12 @@ def build(name: str, *, classes: int, channels: int, seed: int) -> nn.Module:
     """Return the network `name` with `classes` outputs for images of `channels` (1 or 3), freshly initialised.
 
     The weights depend on the arguments alone; the global random generator is left as it was. Building is serial:
-    threads take turns. Raises `SettingsError` for an unknown name and `MissingExtraError` when torchvision is needed
-    and not installed.
+    threads take turns. Raises `SettingsError` for an unknown name and as `build_own`, and `MissingExtraError` when
+    torchvision is needed and not installed.
     """
     with seeded(derive(seed, "initial weights")):
+        if name.startswith(PYTHON):
+            return build_own(name, classes, channels)
         bare, at, times = name.partition("@")
         if bare in ARCHITECTURES:
             network = ARCHITECTURES[bare](classes, channels, _times(name, times) if at else None)
@@ -76,8 +79,8 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     known: list[str] = vision.model_names()
     if bare not in known:
         raise SettingsError(
-            f"Architecture {name!r} is unknown; allowed: {', '.join(ARCHITECTURES)}, and torchvision's classifiers: "
-            f"{', '.join(known)}",
+            f"Architecture {name!r} is unknown; allowed: {', '.join(ARCHITECTURES)}, "
+            f"{PYTHON}package.module:function, and torchvision's classifiers: {', '.join(known)}",
             hint="Correct the field architecture",
         )
     network: nn.Module = vision.build_model(bare, classes)

@@ -1,7 +1,8 @@
 """What an interrupted training continues from.
 
-Lives here: one safetensors file with the network, the optimizer's momentum and, in its metadata, the records of the
-epochs done, so that they cannot be torn apart. Does not live here: random state; there is none to keep (seeding).
+Lives here: one safetensors file with what training changes of the network, the optimizer's momentum and, in its
+metadata, the records of the epochs done, so that they cannot be torn apart. A frozen parameter is not in it: the
+training begins with that. Does not live here: random state; there is none to keep (seeding).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class EpochRecord:
 
 def save(path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer, records: list[EpochRecord]) -> None:
     """Write the state after `records`; `key` says which training it belongs to. Atomic. Raises `StorageError`."""
-    tensors = {_MODEL + name: _plain(tensor) for name, tensor in model.state_dict().items()}
+    frozen = _frozen(model)
+    tensors = {_MODEL + name: _plain(held) for name, held in model.state_dict().items() if name not in frozen}
     for name, parameter in model.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
         if momentum is not None:
@@ -61,11 +63,18 @@ def records(path: Path, key: str) -> list[EpochRecord]:
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Bring network and optimizer to the state at `path`, which `records` has found to belong to this training."""
     tensors = safetensors.torch.load_file(path)
-    model.load_state_dict({name[len(_MODEL) :]: held for name, held in tensors.items() if name.startswith(_MODEL)})
+    learned = {name[len(_MODEL) :]: held for name, held in tensors.items() if name.startswith(_MODEL)}
+    frozen = _frozen(model)
+    model.load_state_dict({name: held for name, held in model.state_dict().items() if name in frozen} | learned)
     for name, parameter in model.named_parameters():
         if _MOMENTUM + name in tensors:
             buffer = torch.empty_like(parameter.detach()).copy_(tensors[_MOMENTUM + name])
             optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that nothing changes, whatever else they are called."""
+    return {name for name, held in model.named_parameters(remove_duplicate=False) if not held.requires_grad}
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ FeatureEncoding = Literal["f16", "u8"]
 TAP_PATTERN = r"^[A-Za-z0-9_.]{1,100}$"
 TapName = Annotated[str, Field(pattern=TAP_PATTERN)]
 """A named layer of a network: of ours `layer1`, `layer2` and so on, else the name of a module; or `penultimate`."""
+CALLABLE_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""`package.module:function`: Python code that was installed beside Consilience."""
 CoverageFamily = Literal["network", "features", "outputs"]
 
 

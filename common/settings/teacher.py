@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from consilience.common.settings.base import ClassName, CoverageFamily, Settings
+from consilience.common.settings.base import CALLABLE_PATTERN, ClassName, CoverageFamily, Settings
 from consilience.common.settings.data import Preprocessing
 
 
@@ -43,8 +43,9 @@ class TrainTeacher(Settings):
 
     kind: Literal["train"]
     architecture: str
-    """cnn3, resnet8, resnet20, vgg6 or mobilenet-small, or `vgg6@1.25` for layers 1.25 times as wide; or the name of
-    one of torchvision's classifiers."""
+    """cnn3, resnet8, resnet20, vgg6 or mobilenet-small, or `vgg6@1.25` for layers 1.25 times as wide; the name of one
+    of torchvision's classifiers; or `python:package.module:function`, a network of your own, which that function
+    returns (docs/architectures.md)."""
     fit: Fit = Fit()
     preprocessing: Preprocessing = Preprocessing()
     holdout: float = Field(default=0.1, ge=0, lt=0.9)
@@ -110,7 +111,7 @@ class CallableTeacher(_Hosted):
     """
 
     kind: Literal["callable"]
-    callable: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    callable: str = Field(pattern=CALLABLE_PATTERN)
 
 
 TeacherSettings = Annotated[

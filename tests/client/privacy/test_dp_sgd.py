@@ -13,6 +13,7 @@ import torch
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from safetensors.torch import load_file
 from torch import nn
 
 from consilience.client.privacy import account, answering_costs, load_private, train_private
@@ -22,6 +23,7 @@ from consilience.client.teacher import describe_teacher, load_teacher
 from consilience.common.errors import MissingExtraError, TeacherError
 from consilience.common.nets import EpochRecord, build
 from consilience.common.nets.architectures import ARCHITECTURES
+from consilience.common.nets.seeding import derive
 from consilience.common.settings import DpSgd, Fit, SiteSettings
 from helpers.private_site import Make, bars, settings_of, write_data
 
@@ -168,6 +170,16 @@ def test_batch_statistics_give_way_to_groups(architecture: str) -> None:
     assert not any(getattr(module, "inplace", False) for module in network.modules())
     images = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(network.train()(images)[:1], network(images[:1]))  # no sample sees another
+
+
+def test_what_is_frozen_stays(make: Make) -> None:
+    settings = make(NOISY, fit=SHORT, teacher={"architecture": "python:helpers.own_networks:kept"})
+    train_dp(settings, private(settings))
+    learned = load_file(settings.state / "privacy" / "dp-sgd" / "model.safetensors")
+    seed = derive(settings.seed, "teacher weights")
+    fresh = build("python:helpers.own_networks:kept", classes=3, channels=1, seed=seed).state_dict()
+    changed = {name for name, held in learned.items() if not torch.equal(held, fresh[name])}
+    assert changed == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
 
 
 def test_a_batch_may_be_empty(make: Make) -> None:

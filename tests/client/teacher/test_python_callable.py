@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from consilience.client.teacher import load_teacher
-from consilience.client.teacher.python_callable import version_of
 from consilience.common.errors import TeacherError
+from consilience.common.installed import version_of
 from consilience.common.preprocessing import preprocess
 from consilience.common.settings import Preprocessing, SiteSettings
 
