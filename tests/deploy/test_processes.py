@@ -28,8 +28,9 @@ JOB: dict[str, Any] = {
             {"kind": "train", "architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32"}},
             {"kind": "train", "architecture": "resnet8", "fit": {"epochs": 1, "precision": "f32"}},
         ],
+        "policy": {"features": {"taps": {"penultimate": {"channels": 16}}}},
     },
-    "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32"}},
+    "student": {"architecture": "cnn3", "learning": "common-feature", "fit": {"epochs": 1, "precision": "f32"}},
 }
 # Takes away every network but a fresh loopback, then becomes the command: no interface, no route, nothing to reach.
 ALONE = """
@@ -87,6 +88,8 @@ def test_five_sites_without_any_route_give_the_report_of_one_process_bit_for_bit
     for name in ("labels/q.npy", "student/model.safetensors"):
         assert (runs["processes"] / name).read_bytes() == (runs["threads"] / name).read_bytes()
     assert np.load(runs["processes"] / "labels" / "q.npy").shape == (1000, 10)
+    (space,) = reports["processes"]["amalgamation"]["spaces"]
+    assert space["sites"] == {site["name"]: "penultimate" for site in reports["processes"]["sites"]}
 
 
 @pytest.mark.slow
