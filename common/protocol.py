@@ -43,6 +43,8 @@ _MOST_MISTAKES = 1000
 """Mistakes in a record that are looked at: a list of them takes far more than the record."""
 MOST_ANSWER_BYTES = 64 * 2**20
 """Encoded rows of an answer: more than a server takes in one call."""
+FINGERPRINT_SHOWN = 12
+"""First digits of a fingerprint by which folders are named and people tell one from another."""
 MOST_VOUCH_BYTES = 200
 """Salt and signature of an answer."""
 
@@ -212,6 +214,8 @@ class FeaturesCard(BaseModel):
     def _each_once(self) -> FeaturesCard:
         if len({tap.name for tap in self.taps}) < len(self.taps):
             raise ValueError("a tap stands twice")
+        if len({tap.fingerprint[:FINGERPRINT_SHOWN] for tap in self.taps}) < len(self.taps):
+            raise ValueError("two taps have one fingerprint, by which their answers are kept apart")
         return self
 
 

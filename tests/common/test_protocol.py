@@ -129,7 +129,15 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
         {"features": {}},
         {"features": {**FEATURES, "taps": []}},
         {"features": {**FEATURES, "taps": [TAP, TAP]}},
-        {"features": {**FEATURES, "taps": [{**TAP, "name": f"layer{k}"} for k in range(257)]}},
+        {"features": {**FEATURES, "taps": [TAP, {**TAP, "name": "layer2"}]}},  # one fingerprint for two
+        {"features": {**FEATURES, "taps": [TAP, {**TAP, "name": "layer2", "fingerprint": OTHER[:12] + "0" * 52}]}},
+        {"features": {**FEATURES, "taps": [{**TAP, "name": f"t{k}", "fingerprint": f"{k:064d}"} for k in range(2)]}},
+        {
+            "features": {
+                **FEATURES,
+                "taps": [{**TAP, "name": f"t{k}", "fingerprint": f"{k:012d}{k:052d}"} for k in range(257)],
+            }
+        },
         {"features": {**FEATURES, "encodings": []}},
         {"features": {**FEATURES, "encodings": ["f32"]}},
         {"features": {**FEATURES, "surprise": 1}},
