@@ -43,6 +43,10 @@ _MOST_MISTAKES = 1000
 """Mistakes in a record that are looked at: a list of them takes far more than the record."""
 MOST_ANSWER_BYTES = 64 * 2**20
 """Encoded rows of an answer: more than a server takes in one call."""
+MOST_CHANNELS = 16_384
+"""Of a layer: who joins layers holds numbers for each pair of channels."""
+MOST_FEATURES = 2**22
+"""Numbers that a sample's features of a tap may be: who learns from them holds a batch."""
 FINGERPRINT_SHOWN = 12
 """First digits of a fingerprint by which folders are named and people tell one from another."""
 MOST_VOUCH_BYTES = 200
@@ -171,9 +175,9 @@ class TapCard(BaseModel):
     name: TapName
     layout: Line
     """What leads to it from the layer before, as `taps.Tap.unit` writes it; empty in networks that are none of ours."""
-    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1, max_length=3)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_CHANNELS)], ...], Field(min_length=1, max_length=3)]
     """Of one sample's features: (C,), or (C, H, W)."""
-    channels: int = Field(ge=1, le=2**20)
+    channels: int = Field(ge=1, le=MOST_CHANNELS)
     """The layer's own; where it has more than C, its principal components leave."""
     kept: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
     """Share of the channels' variance, over the site's first pool, that the components hold."""
@@ -190,8 +194,8 @@ class TapCard(BaseModel):
             or (self.basis is None) != (self.shape[0] == self.channels)
         ):
             raise ValueError("shape is not (C,) or (C, H, W) with a basis where C is less than channels")
-        if self.values > MOST_ANSWER_BYTES // 2:
-            raise ValueError("a sample's features are more than an answer holds")
+        if self.values > MOST_FEATURES:
+            raise ValueError(f"a sample's features are more than {MOST_FEATURES:,} numbers")
         if self.basis is not None:
             unpack_basis(self.basis, self.shape[0], self.channels)
         return self

@@ -22,7 +22,7 @@ from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
-from consilience.common.protocol import FeaturesCard, TapCard
+from consilience.common.protocol import MOST_CHANNELS, MOST_FEATURES, FeaturesCard, TapCard
 from consilience.common.settings import EVERY_LAYER, Reduction, SiteSettings
 
 _FIELD = "policy.features.taps"
@@ -206,8 +206,9 @@ def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis |
     except ValidationError as error:
         raise SettingsError(
             f"{settings.name}: field {_FIELD}.{layer.name}: features of shape {allowed.shape} from "
-            f"{layer.shape[0]:,} channels are more than a site card describes",
-            hint="Give the tap a smaller size or fewer channels",
+            f"{layer.shape[0]:,} channels are more than a site card describes: {MOST_FEATURES:,} numbers, of a layer of "
+            f"{MOST_CHANNELS:,} channels",
+            hint="Give the tap a smaller size or fewer channels, or name another",
         ) from error
     return OpenTap(card, found.layers, allowed.reduction.size, basis)
 

@@ -75,6 +75,14 @@ RECORDS: list[Record] = [
 ]  # fmt: skip
 
 
+def test_the_largest_taps_are_taken() -> None:
+    shape, basis = (2, 2**10, 2**11), pack_basis(np.eye(2, 2**14), np.zeros(2**14))
+    held = SiteCard(
+        **card(features={**FEATURES, "taps": ({**TAP, "shape": shape, "channels": 2**14, "basis": basis},)})
+    )
+    assert SiteCard.from_content(held.to_content()) == held
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_a_record_comes_back_as_it_was(record: Record) -> None:
     assert type(record).from_content(record.to_content()) == record
@@ -153,7 +161,9 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
                 {"shape": [2, 4, 4, 4]},
                 {"shape": [0, 4, 4]},
                 {"shape": [2, 4, 2**21]},
-                {"shape": [2, 2**12, 2**12 + 1]},
+                {"shape": [2, 2**10, 2**11 + 1]},
+                {"channels": 2**14 + 1, "basis": pack_basis(np.eye(2, 2**14 + 1), np.zeros(2**14 + 1))},
+                {"shape": [2**14 + 1, 4, 4], "channels": 2**14 + 1, "basis": None},
                 {"shape": [2.5, 4, 4]},
                 {"shape": [3, 4, 4]},  # all of its channels, and a basis
                 {"shape": [4, 4, 4], "basis": None},  # more than its channels
