@@ -102,6 +102,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         summed=summed,
         taps=wanted,
         features=job.ask.features,
+        first=here,
     )
     fresh = site.new_of(demand)
     parts = _parts(demand, fresh, wanted, summed=summed)

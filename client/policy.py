@@ -6,6 +6,7 @@ Lives here: yes or no, with the constant reason that a stranger is told. Does no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -65,10 +66,15 @@ class Demand:
     """Bytes a sample of each question's answers."""
 
     def feature_bytes(self, samples: Sequence[int] | None = None) -> int:
-        """Return the bytes of features, of so many `samples` of each question, or of all."""
+        """Return the bytes of features, of so many `samples` of each question, or of all.
+
+        A job takes features of one pool: of several that it may be, those of which there are most.
+        """
         counts = [len(question) for question in self.questions] if samples is None else samples
-        told = zip(self.questions, self.widths, counts, strict=True)
-        return sum(width * count for question, width, count in told if question.kind == "features")
+        pools: Counter[str] = Counter()
+        for question, width, count in zip(self.questions, self.widths, counts, strict=True):
+            pools[question.pool] += width * count if question.kind == "features" else 0
+        return max(pools.values(), default=0)
 
     @property
     def asked(self) -> frozenset[Asked]:

@@ -93,6 +93,8 @@ def _parts(found: Explanation) -> list[str]:
     lines = [f"- {part.words}" for part in found.parts] or ["- nothing: there is no pool here"]
     if not found.here:
         lines.append("Its pools are not on this machine under the job's names: these are the pools of site.yaml.")
+        if any(part.kind == "features" for part in found.parts):
+            lines.append("A job takes features of one of them alone.")
     return lines
 
 

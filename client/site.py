@@ -218,10 +218,12 @@ class Site:
         summed: bool,
         taps: Sequence[OpenTap] = (),
         features: FeatureEncoding = "f16",
+        first: bool = True,
     ) -> Demand:
         """Return all that a job would ask of this site about `pools`: `coverage`: that too, if the site offers it.
 
-        `taps`: those whose features of the first pool it asks for too, as `features`. `summed`: in secure sums, to
+        `taps`: those whose features of the first pool it asks for too, as `features`; without `first`, of every pool,
+        any of which may be the one. `summed`: in secure sums, to
         which answers are added as precise as the policy allows, whatever `encoding` is.
         """
         policy = self.settings.policy
@@ -229,8 +231,12 @@ class Site:
         if coverage and self.card.coverage is not None:
             kinds.append(("coverage", self.card.coverage.encodings[0]))
         questions = [self.question(job, pool.digest, len(pool), *kind) for kind in kinds for pool in pools if len(pool)]
-        for tap in taps if pools and len(pools[0]) else ():
-            questions.append(self.question(job, pools[0].digest, len(pools[0]), "features", features, tap))
+        learned_from = [pool for pool in (pools[:1] if first else pools) if len(pool)]
+        questions += [
+            self.question(job, pool.digest, len(pool), "features", features, tap)
+            for pool in learned_from
+            for tap in taps
+        ]
         widths = tuple(self._width(question) for question in questions)
         return Demand(job, tuple(questions), self.summed.use if summed else "", widths)
 

@@ -62,8 +62,8 @@ class StudentTaps:
             channels = [taps[name] for taps in told if name in taps]
             if sum(channels) > MOST_CHANNELS:
                 raise SettingsError(
-                    f"job.yaml: field 'student.learning' is 'layer-wise'; the sites have {' + '.join(map(str, channels))} "
-                    f"channels at {name}; allowed are {MOST_CHANNELS:,} together",
+                    "job.yaml: field 'student.learning' is 'layer-wise'; the sites have "
+                    f"{' + '.join(map(str, channels))} channels at {name}; allowed are {MOST_CHANNELS:,} together",
                     hint="Take fewer sites, or set student.learning to common-feature",
                 )
             if channels and own.channels > sum(channels):

@@ -206,8 +206,8 @@ def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis |
     except ValidationError as error:
         raise SettingsError(
             f"{settings.name}: field {_FIELD}.{layer.name}: features of shape {allowed.shape} from "
-            f"{layer.shape[0]:,} channels are more than a site card describes: {MOST_FEATURES:,} numbers, of a layer of "
-            f"{MOST_CHANNELS:,} channels",
+            f"{layer.shape[0]:,} channels are more than a site card describes: {MOST_FEATURES:,} numbers, of a layer "
+            f"of {MOST_CHANNELS:,} channels",
             hint="Give the tap a smaller size or fewer channels, or name another",
         ) from error
     return OpenTap(card, found.layers, allowed.reduction.size, basis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.app import forget_sites
+from consilience.client.site import Site
 from consilience.common.encoding import feature_bytes
 from consilience.common.pool import Pool
-from helpers.feature_site import CALLABLE, SIZE, hosted, make_pool, make_settings
+from consilience.common.protocol import Contract
+from helpers.feature_site import CALLABLE, CLASSES, SIZE, hosted, make_pool, make_settings
 
 TAPS: dict[str, Any] = {"*": {"size": 4, "channels": 8}, "penultimate": {}}
 
@@ -143,6 +146,25 @@ def test_explain_says_why_features_would_be_refused(file: Path) -> None:
     refusal = call("explain", job(file, learning="common-feature", common_feature={"spaces": spaces}), file)["refusal"]
     assert "asks for features that the site does not tell" in refusal
     assert "tells the features of: penultimate" in refusal
+
+
+def test_approve_covers_features_of_whichever_pool_of_the_site_is_the_job_s(file: Path, pool: Pool) -> None:
+    other = make_pool(file.parent / "other", size=20, seed=1)
+    make_settings(file.parent, {"penultimate": {}}, policy={"approval": True}, pools=["pool", "other"])
+    wanted = job(file, learning="common-feature")
+    wanted.write_text(wanted.read_text().replace("pool: pool", "pool: /coordinators/pool"))
+    held = call("approve", wanted, file)
+    assert [part["pool"] for part in held["parts"] if part["kind"] == "features"] == [pool.digest, other.digest]
+    told = call("explain", wanted, file)
+    assert told["feature_bytes"]["asked"] == 256 * SIZE  # of one of them, whichever it is
+    assert "A job takes features of one of them alone." in said("explain", wanted, file)
+    with closing(Site.load(file)) as site:
+        for one in (pool, other):
+            asked = Contract(
+                job="clothes", labels=CLASSES, class_set=(0, 1, 2), pools=(one.digest,), encoding="f16",
+                teacher=site.teacher.fingerprint, features=("penultimate",),
+            )  # fmt: skip
+            assert site.agree(asked).pools == (one.digest,)
 
 
 def test_approve_is_of_the_features_that_are_shown(file: Path) -> None:
