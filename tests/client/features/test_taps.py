@@ -201,6 +201,24 @@ def test_a_network_as_dp_sgd_trains_it_has_its_modules_for_taps(architecture: st
     np.testing.assert_allclose(maps, expected.numpy(), atol=1e-6)
 
 
+def test_a_head_that_is_called_by_keyword_is_found() -> None:
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(256, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.fc(input=images.flatten(1))  # type: ignore[no-any-return]
+
+    scores = NetworkScores(Named().eval(), 3, Preprocessing(size=(16, 16), channels=1), torch.device("cpu"))
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), np.uint8)
+    assert np.array_equal(scores.features(images), scores.prepare(images).flatten(1).numpy())
+    layers = teacher_layers(ScoringTeacher(("a", "b", "c"), "f" * 64, "logits", "here", scores))
+    assert layers is not None
+    assert [layer.name for layer in layers.find(images)] == ["penultimate"]
+    assert np.array_equal(layers.features(images, ["penultimate"])[0], scores.features(images))
+
+
 def test_a_callable_tells_its_features(tmp_path: Path, pool: Pool) -> None:
     taps = opened(make_settings(tmp_path, {"means": {}, "maps": {"size": 4, "channels": 1}}, teacher=hosted("model")))
     assert [(name, tap.card.shape) for name, tap in taps.items()] == [("maps", (1, 4, 4)), ("means", (3,))]
