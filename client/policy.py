@@ -48,7 +48,7 @@ class Limit:
 
     @property
     def left(self) -> int | None:
-        """Samples that may still be released, never below 0; None where there is no limit."""
+        """Samples, or bytes, that may still be released, never below 0; None where there is no limit."""
         return None if self.most is None else max(0, self.most - self.spent)
 
 
@@ -94,6 +94,17 @@ def limits(policy: Policy, ledger: Ledger, job: str) -> tuple[Limit, ...]:
         Limit(f"job {job}", held.per_job, spent.jobs[job]),
         Limit(f"month {month}", held.per_month, spent.months[month]),
         Limit("lifetime", held.lifetime, spent.lifetime),
+    )
+
+
+def byte_limits(policy: Policy, ledger: Ledger, job: str) -> tuple[Limit, ...]:
+    """Return the limits on bytes of features as they stand for a job; none where no features leave."""
+    if not policy.features.taps:
+        return ()
+    spent = ledger.spent.features
+    return (
+        Limit(f"features of job {job}", policy.features.bytes, spent[job]),
+        Limit("features, lifetime", policy.features.bytes_lifetime, spent.total()),
     )
 
 
@@ -191,7 +202,7 @@ def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
     for question in demand.questions:
         check_encoding(policy, question.kind, question.encoding)
         check_pool(policy, question.pool)
-    check_bytes(policy, demand.job, demand.feature_bytes())
+    check_asked_bytes(policy, demand)
 
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:
@@ -202,12 +213,27 @@ def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None
             raise RefusedError("budget-exhausted", "the site's limits do not allow so many samples more", detail)
 
 
-def check_bytes(policy: Policy, job: str, features: int) -> None:
-    """Refuse a job that takes so many bytes of features in all, where that is too much. Raises `RefusedError`."""
+def check_asked_bytes(policy: Policy, demand: Demand) -> None:
+    """Refuse a job that asks for more bytes of features than it may, whoever got them before. Raises `RefusedError`."""
+    features = demand.feature_bytes()
     if features > policy.features.bytes:
         raise RefusedError(
             "too-many-bytes",
-            "the job asks for more bytes of features than the site's policy allows",
-            f"job {job}: {features:,}; policy.features.bytes is {policy.features.bytes:,}; let taps leave smaller or "
-            "with fewer channels, ask for fewer, or raise it",
+            _TOO_MANY_BYTES,
+            f"job {demand.job}: {features:,}; policy.features.bytes is {policy.features.bytes:,}; let taps leave "
+            "smaller or with fewer channels, ask for fewer, or raise it",
         )
+
+
+def check_bytes(policy: Policy, ledger: Ledger, job: str, features: int) -> None:
+    """Refuse to release so many bytes of features more than were, where a limit does not allow it.
+
+    Raises `RefusedError`.
+    """
+    for limit in byte_limits(policy, ledger, job):
+        if limit.left is not None and features > limit.left:
+            detail = f"{limit.name}: {features:,} bytes more, {limit.left:,} left of {limit.most:,}"
+            raise RefusedError("too-many-bytes", _TOO_MANY_BYTES, f"{detail}; policy.features says how many may leave")
+
+
+_TOO_MANY_BYTES = "the job asks for more bytes of features than the site's policy allows"

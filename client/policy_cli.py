@@ -121,6 +121,8 @@ def explain(
         lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
         for name, (before, after) in found.left.items():
             lines.append(f"- {name}: {_left(before, after)}")
+        for name, (before, after) in found.bytes_left.items():
+            lines.append(f"- {name}: {_left(before, after)} bytes")
         if found.loss is not None:
             losses = " -> ".join(_epsilon(spent) for spent in found.loss)
             lines.append(f"Privacy loss of all that left, before and after: {losses}")
@@ -133,7 +135,12 @@ def explain(
             "policy": held.settings.policy.version,
             "parts": [{**vars(part)} for part in found.parts],
             "pools_are_the_job_s": found.here,
-            "feature_bytes": {"asked": found.demand.feature_bytes(), "most": held.settings.policy.features.bytes},
+            "feature_bytes": {
+                "asked": found.demand.feature_bytes(),
+                "new": found.new_bytes,
+                "most": held.settings.policy.features.bytes,
+                "left": {name: {"before": was, "after": then} for name, (was, then) in found.bytes_left.items()},
+            },
             "sealed": wanted.privacy.sealed,
             "new": found.new,
             "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},

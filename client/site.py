@@ -344,7 +344,7 @@ class Site:
         """
         check_job(self.settings.policy, self.ledger, job, asked)
         check_budget(self.settings.policy, self.ledger, job, samples)
-        check_bytes(self.settings.policy, job, self.ledger.spent.features[job] + features)
+        check_bytes(self.settings.policy, self.ledger, job, features)
         if samples:
             self._allowance.check(self.ledger, job, self.costs(samples))
 

@@ -118,7 +118,16 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
     assert [part["tap"] for part in parts] == ["layer1", "layer2", "layer3"]  # penultimate is none that is amalgamated
     assert [part["bytes_a_sample"] for part in parts] == [layer] * 3
     assert [(part["shape"], part["samples"], part["pool"]) for part in parts[:1]] == [([8, 4, 4], SIZE, pool.digest)]
-    assert everything["feature_bytes"] == {"asked": SIZE * 3 * layer, "most": 2**30}
+    new = SIZE * 3 * layer
+    assert everything["feature_bytes"] == {
+        "asked": new,
+        "new": new,
+        "most": 2**30,
+        "left": {
+            "features of job clothes": {"before": 2**30, "after": 2**30 - new},
+            "features, lifetime": {"before": 2**32, "after": 2**32 - new},
+        },
+    }
     assert everything["new"] == 4 * SIZE
     one = job(file, architecture="cnn3", learning="common-feature")
     assert [part["tap"] for part in call("explain", one, file)["parts"]] == ["", "penultimate"]
@@ -127,11 +136,27 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
         f"- features of tap penultimate, 128, 256 bytes a sample, {256 * SIZE:,} in all, as f16, of 50 samples" in text
     )
     assert f"Features are {256 * SIZE:,} bytes in all; a job may ask for {2**30:,}." in text
+    assert f"- features, lifetime: {2**32:,} -> {2**32 - 256 * SIZE:,} bytes" in text
     assert "features leave of: every layer, penultimate; at most" in text
     assert "It would be answered." in text
     plain = call("explain", job(file), file)
     assert [part["kind"] for part in plain["parts"]] == ["log-probs"]
     assert plain["feature_bytes"]["asked"] == 0
+
+
+def test_the_ledger_s_bytes_of_features_are_shown(file: Path, pool: Pool) -> None:
+    make_settings(file.parent, {"penultimate": {}}, features={"bytes": 9_000})
+    assert call("ledger", "show", file)["features"] == {"jobs": {}, "lifetime": 0}
+    with closing(Site.load(file)) as site:
+        site.answer(site.question("clothes", pool.digest, 30, "features", "f16", site.taps[0]))
+    assert call("ledger", "show", file)["features"] == {"jobs": {"clothes": 7_680}, "lifetime": 7_680}
+    text = " ".join(said("ledger", "show", file).replace("│", " ").split())
+    assert "features of job clothes 7,680 bytes 9,000 bytes" in text
+    assert f"features, lifetime 7,680 bytes {2**32:,} bytes" in text
+    told = call("explain", job(file, learning="common-feature"), file)
+    assert told["feature_bytes"]["new"] == 20 * 256  # of 50
+    assert told["feature_bytes"]["left"]["features of job clothes"] == {"before": 1_320, "after": 1_320 - 20 * 256}
+    assert "which are 3,800 too few bytes" in said("explain", job(file, learning="common-feature"), file)
 
 
 def test_explain_says_why_features_would_be_refused(file: Path) -> None:
