@@ -78,6 +78,8 @@ class Explanation:
     refusal: str
     left: dict[str, tuple[int | None, int | None]]
     """Limit -> samples left before and after the job; None: no limit."""
+    unfit: str = ""
+    """Why the job's features could not be asked for, and are not among the parts; empty where they could."""
     bytes_left: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     """The same of bytes of features; empty where none leave."""
     loss: tuple[Spent, Spent] | None = None
@@ -113,7 +115,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     )
     fresh = site.new_of(demand)
     parts = _parts(demand, fresh, wanted, summed=summed)
-    held = Explanation(demand, parts, here, "", {})
+    held = Explanation(demand, parts, here, "", {}, unfit)
     try:
         if unfit:
             raise RefusedError("bad-question", "the job asks for features that the site does not tell", unfit)

@@ -55,6 +55,12 @@ def _approve(job: str, site: Path) -> Result:
             raise PoolError(
                 f"{site}: there is no pool here that the job could ask about", hint="Put the job's pool into 'pools'"
             )
+        if found.unfit:
+            raise SettingsError(
+                f"{job}: asks for features that site {held.settings.name} does not tell, and an approval would be of "
+                f"less than it asks for: {found.unfit}",
+                hint="Let policy.features tell them, or ask the coordinator for another job.yaml",
+            )
         with held.ledger.alone():
             if held.ledger.approved(wanted.name, policy.version) != found.demand.asked:
                 held.ledger.append(approval(wanted.name, policy.version, found.demand.asked))

@@ -64,7 +64,7 @@ def taps(
 
     def action() -> Result:
         settings = load_settings(site, SiteSettings)
-        found = find(settings, load_teacher(settings))
+        found = find(settings, load_teacher(settings), lenient=True)
         if found is None:
             told = f"A teacher of kind {settings.teacher.kind} has no taps here: it takes part by its labels."
             return {"taps": [], "limit": None}, told
@@ -87,7 +87,7 @@ def _rows(settings: SiteSettings, found: Found, pools: list[Pool]) -> list[dict[
             totals = {pool.digest: {encoding: size * len(pool) for encoding, size in sizes.items()} for pool in pools}
             row |= {"leaves": allowed.shape, "kept": kept, "bytes_a_sample": sizes, "bytes": totals}
         rows.append(row)
-    return rows
+    return rows + [{"tap": name, "shape": None, "leaves": None} for name in found.unknown]
 
 
 def _table(settings: SiteSettings, rows: list[dict[str, Any]], pools: list[Pool]) -> Table:
@@ -97,8 +97,10 @@ def _table(settings: SiteSettings, rows: list[dict[str, Any]], pools: list[Pool]
     for pool in pools if finest else []:
         table.add_column(f"bytes of pool {pool.digest[:12]}, {finest}")
     for row in rows:
-        cells = [row["tap"], tell_shape(row["shape"])]
-        if row["leaves"] is None:
+        cells = [row["tap"], "" if row["shape"] is None else tell_shape(row["shape"])]
+        if row["shape"] is None:
+            cells += ["is no tap of the teacher; the policy names it"]
+        elif row["leaves"] is None:
             cells += ["does not leave"]
         else:
             kept = "not learned yet" if row["kept"] is None else f"{row['kept']:.1%}"

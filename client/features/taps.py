@@ -92,13 +92,15 @@ class Found:
     layers: Layers
     all: tuple[Layer, ...]
     allowed: dict[str, Allowed]
+    unknown: tuple[str, ...] = ()
+    """What the policy names and the teacher has not; any name there is refused where taps are opened."""
 
 
-def find(settings: SiteSettings, teacher: Teacher) -> Found | None:
+def find(settings: SiteSettings, teacher: Teacher, *, lenient: bool = False) -> Found | None:
     """Look at the teacher's layers and at what the policy allows of them; None for a teacher that has none.
 
-    Raises `SettingsError` for a tap that the teacher has not, and where the settings do not say what size images have;
-    `TeacherError`, `PoolError`.
+    Raises `SettingsError` for a tap that the teacher has not unless `lenient`, and where the settings do not say what
+    size images have; `TeacherError`, `PoolError`.
     """
     layers, named = layers_of(teacher), settings.policy.features.taps
     if layers is None:
@@ -111,19 +113,20 @@ def find(settings: SiteSettings, teacher: Teacher) -> Found | None:
         return None
     every = layers.find(np.zeros((1, *_image_shape(settings, layers)), np.uint8))
     known = [layer.name for layer in every]
-    for name in named:
-        if name == EVERY_LAYER and not any(layer.layout for layer in every):
+    unknown = [name for name in named if name not in {*known, EVERY_LAYER}]
+    if EVERY_LAYER in named and not any(layer.layout for layer in every):
+        unknown.append(EVERY_LAYER)
+    for name in () if lenient else unknown:
+        if name == EVERY_LAYER:
             raise SettingsError(
                 f"{settings.name}: field {_FIELD}.{name!r} stands for the layers of one of our architectures, which "
                 f"the teacher is not; it has: {', '.join(known) or 'none'}",
                 hint="Name layers; `consilience site taps` lists them",
             )
-        if name not in {*known, EVERY_LAYER}:
-            raise SettingsError(
-                f"{settings.name}: field {_FIELD}.{name} is no tap of the teacher; it has: "
-                f"{', '.join(known) or 'none'}",
-                hint="Name one of these; `consilience site taps` lists them with their shapes",
-            )
+        raise SettingsError(
+            f"{settings.name}: field {_FIELD}.{name} is no tap of the teacher; it has: {', '.join(known) or 'none'}",
+            hint="Name one of these; `consilience site taps` lists them with their shapes",
+        )
     allowed = {}
     for layer in every:
         reduction = named.get(layer.name, named.get(EVERY_LAYER) if layer.layout else None)
@@ -131,7 +134,7 @@ def find(settings: SiteSettings, teacher: Teacher) -> Found | None:
             channels, *positions = averaged_shape(layer.shape, reduction.size)
             shape = (min(channels, reduction.channels or channels), *positions)
             allowed[layer.name] = Allowed(layer, reduction, shape)
-    return Found(layers, every, allowed)
+    return Found(layers, every, allowed, tuple(unknown))
 
 
 def learn_bases(

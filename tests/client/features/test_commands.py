@@ -91,10 +91,15 @@ def test_taps_of_a_teacher_without_any(tmp_path: Path, file: Path, monkeypatch: 
     assert "A teacher of kind callable has no taps here: it takes part by its labels." in said("taps", file)
 
 
-def test_a_tap_that_does_not_exist_is_an_error_of_the_settings(file: Path) -> None:
-    make_settings(file.parent, {"layer9": {}})
-    error = call("taps", file, code=3)
+def test_a_tap_that_does_not_exist_is_an_error_of_the_settings_and_listed_with_those_that_do(file: Path) -> None:
+    make_settings(file.parent, {"layer9": {}, "penultimate": {}})
+    error = call("show", file, code=3)
     assert "policy.features.taps.layer9 is no tap of the teacher; it has: layer1, layer2" in error["message"]
+    rows = call("taps", file)["taps"]
+    assert [row["tap"] for row in rows] == ["layer1", "layer2", "layer3", "penultimate", "layer9"]
+    assert rows[-1] == {"tap": "layer9", "shape": None, "leaves": None}
+    assert [row["leaves"] for row in rows[3:]] == [[128], None]
+    assert "is no tap of the teacher; the policy names it" in said("taps", file)
 
 
 def test_train_learns_what_the_card_then_tells_without_its_basis(file: Path) -> None:
@@ -171,6 +176,16 @@ def test_explain_says_why_features_would_be_refused(file: Path) -> None:
     refusal = call("explain", job(file, learning="common-feature", common_feature={"spaces": spaces}), file)["refusal"]
     assert "asks for features that the site does not tell" in refusal
     assert "tells the features of: penultimate" in refusal
+
+
+def test_a_job_whose_features_do_not_fit_is_not_approved(file: Path) -> None:
+    make_settings(file.parent, {"penultimate": {}}, policy={"approval": True})
+    spaces = [{"sites": {"site-1": "layer2"}}]
+    wanted = job(file, learning="common-feature", common_feature={"spaces": spaces})
+    error = call("approve", wanted, file, code=3)
+    assert "asks for features that site site-1 does not tell" in error["message"]
+    with closing(Site.load(file)) as site:
+        assert site.ledger.approved("clothes", site.settings.policy.version) is None
 
 
 def test_approve_covers_features_of_whichever_pool_of_the_site_is_the_job_s(file: Path, pool: Pool) -> None:
