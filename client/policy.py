@@ -64,9 +64,11 @@ class Demand:
     use: str = ""
     widths: tuple[int, ...] = ()
     """Bytes a sample of each question's answers."""
+    bases: int = 0
+    """Bytes of the principal components of these features, which the site card tells; the ledger has none of them."""
 
     def feature_bytes(self, samples: Sequence[int] | None = None) -> int:
-        """Return the bytes of features, of so many `samples` of each question, or of all.
+        """Return the bytes of features, of so many `samples` of each question, or of all with `bases`.
 
         A job takes features of one pool: of several that it may be, those of which there are most.
         """
@@ -74,7 +76,7 @@ class Demand:
         pools: Counter[str] = Counter()
         for question, width, count in zip(self.questions, self.widths, counts, strict=True):
             pools[question.pool] += width * count if question.kind == "features" else 0
-        return max(pools.values(), default=0)
+        return max(pools.values(), default=0) + (self.bases if samples is None else 0)
 
     @property
     def asked(self) -> frozenset[Asked]:

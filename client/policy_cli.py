@@ -122,7 +122,8 @@ def explain(
         lines.append(_sealing(wanted))
         if told := found.demand.feature_bytes():
             lines.append(
-                f"Features are {told:,} bytes in all; a job may ask for {held.settings.policy.features.bytes:,}."
+                f"Features are {told:,} bytes in all{_bases(found)}; a job may ask for "
+                f"{held.settings.policy.features.bytes:,}."
             )
         lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
         for name, (before, after) in found.left.items():
@@ -143,6 +144,7 @@ def explain(
             "pools_are_the_job_s": found.here,
             "feature_bytes": {
                 "asked": found.demand.feature_bytes(),
+                "bases": found.demand.bases,
                 "new": found.new_bytes,
                 "most": held.settings.policy.features.bytes,
                 "left": {name: {"before": was, "after": then} for name, (was, then) in found.bytes_left.items()},
@@ -157,6 +159,11 @@ def explain(
         return data, "\n".join(lines)
 
     emit(as_json, action)
+
+
+def _bases(found: Explanation) -> str:
+    bases = found.demand.bases
+    return f", with {bases:,} of principal components that the site card tells any server" if bases else ""
 
 
 def _sealing(job: JobSettings) -> str:

@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.card import card_of
+from consilience.client.card import card_of, tells_bases
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.features import OpenTap, open_taps
 from consilience.client.ledger import Ledger
@@ -94,6 +94,7 @@ class Site:
         self.lock = threading.Lock()
         """Held while an answer is made: the ledger and the teacher are for one thread at a time."""
         self._verified: dict[str, Pool] = {}
+        self._told_bases = False
         self._allowance = Allowance(settings)
         # of the training whose teacher answers here, whatever is trained beside it meanwhile
         self._training = answering_costs(settings, 1) if isinstance(settings.privacy, DpSgd) else None
@@ -137,9 +138,16 @@ class Site:
         """The answers of which only sums over sites left. Raises what `ledger` raises."""
         return Released(self.settings.state / "released", self.ledger, "sums")
 
-    @cached_property
+    @property
     def card(self) -> SiteCard:
         """What the site says of itself first. Raises `DataError`, `TeacherError`, `IdentityError`, `StorageError`."""
+        if tells_bases(self.settings.policy) != self._told_bases:  # the policy's last day has passed
+            self.__dict__.pop("_card", None)
+        return self._card
+
+    @cached_property
+    def _card(self) -> SiteCard:
+        self._told_bases = tells_bases(self.settings.policy)
         return card_of(self.settings, self.teacher, self.coverage, self.taps, self.signer)
 
     @cached_property
@@ -238,7 +246,8 @@ class Site:
             for tap in taps
         ]
         widths = tuple(self._width(question) for question in questions)
-        return Demand(job, tuple(questions), self.summed.use if summed else "", widths)
+        bases = sum(len(tap.card.basis or "") for tap in taps) if tells_bases(policy) else 0
+        return Demand(job, tuple(questions), self.summed.use if summed else "", widths, bases)
 
     def new_of(self, demand: Demand) -> list[int]:
         """Return how many samples of each question were not released yet. Raises what `ledger` raises."""

@@ -104,6 +104,13 @@ class StudentTaps:
                 f"job.yaml: field 'student.learning' is 'layer-wise': {error.message}", hint=error.hint
             ) from error
         for name, tap in held.items():
+            if tap.reduced and tap.basis is None:
+                raise SettingsError(
+                    f"job.yaml: field 'student.learning' is 'layer-wise': at {name} site {site} tells principal "
+                    "components, and its policy does not let its card tell what they stand for",
+                    hint=f"Ask that site to leave policy.features.taps.{name}.channels out, or approval and "
+                    "sealed_only, or set student.learning to common-feature",
+                )
             own = self.shapes[name]
             if tap.shape[1:] != own[1:]:
                 raise SettingsError(

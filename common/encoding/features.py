@@ -81,6 +81,11 @@ def pack_basis(basis: NDArray[np.floating[Any]], mean: NDArray[np.floating[Any]]
     return base64.b64encode(np.concatenate([basis.ravel(), mean]).astype(_SINGLE).tobytes()).decode("ascii")
 
 
+def basis_bytes(kept: int, channels: int) -> int:
+    """Return the length of `pack_basis`'s text of `kept` directions."""
+    return 4 * -(-4 * (kept + 1) * channels // 3)
+
+
 def unpack_basis(text: str, kept: int, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return (kept, channels) directions and (channels,) means, float32.
 

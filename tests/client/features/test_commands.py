@@ -15,6 +15,7 @@ from consilience.__main__ import app
 from consilience.client.app import forget_sites
 from consilience.client.site import Site
 from consilience.common.encoding import feature_bytes
+from consilience.common.encoding.features import basis_bytes
 from consilience.common.pool import Pool
 from consilience.common.protocol import Contract
 from helpers.feature_site import CALLABLE, CLASSES, SIZE, hosted, make_pool, make_settings
@@ -70,11 +71,13 @@ def test_taps_lists_what_there_is_and_what_of_it_leaves(file: Path, pool: Pool) 
     row = call("taps", file)["taps"][1]
     assert 0 < row["kept"] < 1
     assert row["bytes_a_sample"] == {"f16": 256, "u8": 136}
+    assert row["basis"] == basis_bytes(8, 64)
     assert row["bytes"] == {pool.digest: {"f16": 256 * SIZE, "u8": 136 * SIZE}}
     text = said("taps", file)
     assert f"{row['kept']:.1%}" in text
     assert f"{256 * SIZE:,}" in text
     assert f"at most {2**30:,} bytes" in text
+    assert f"Principal components themselves are {row['basis']:,} bytes" in " ".join(text.split())
 
 
 def test_taps_of_a_policy_that_lets_none_out(file: Path, pool: Pool) -> None:
@@ -111,6 +114,7 @@ def test_train_learns_what_the_card_then_tells_without_its_basis(file: Path) -> 
     assert "basis" not in card["features"]["taps"][0]
     text = " ".join(said("show", file).replace("│", " ").split())  # of a table's cell
     assert "layer2: 8 x 4 x 4 of 64 channels, with " in text
+    assert f"of their variance (components: {basis_bytes(8, 64):,} bytes), 256 bytes a sample" in text
     assert "256 bytes a sample; " in text
     assert "penultimate: 128, 256 bytes a sample; as f16 or u8" in text
 
@@ -123,9 +127,10 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
     assert [part["tap"] for part in parts] == ["layer1", "layer2", "layer3"]  # penultimate is none that is amalgamated
     assert [part["bytes_a_sample"] for part in parts] == [layer] * 3
     assert [(part["shape"], part["samples"], part["pool"]) for part in parts[:1]] == [([8, 4, 4], SIZE, pool.digest)]
-    new = SIZE * 3 * layer
+    new, bases = SIZE * 3 * layer, sum(basis_bytes(8, channels) for channels in (32, 64, 128))
     assert everything["feature_bytes"] == {
-        "asked": new,
+        "asked": new + bases,
+        "bases": bases,
         "new": new,
         "most": 2**30,
         "left": {
@@ -134,6 +139,9 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
         },
     }
     assert everything["new"] == 4 * SIZE
+    assert f"with {bases:,} of principal components that the site card tells any server" in said(
+        "explain", job(file, architecture="cnn3", learning="layer-wise"), file
+    )
     one = job(file, architecture="cnn3", learning="common-feature")
     assert [part["tap"] for part in call("explain", one, file)["parts"]] == ["", "penultimate"]
     text = said("explain", one, file)

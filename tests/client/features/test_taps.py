@@ -20,7 +20,7 @@ from consilience.client.privacy.dp_sgd import grouped
 from consilience.client.teacher import CalibratedTeacher, CalibrationRecord, load_teacher, train_teacher
 from consilience.client.teacher.protocol import ScoringTeacher
 from consilience.client.teacher.torch_modules import NetworkScores
-from consilience.common.encoding.features import unpack_basis
+from consilience.common.encoding.features import basis_bytes, unpack_basis
 from consilience.common.errors import SettingsError, StorageError, TeacherError
 from consilience.common.nets.tapped import Tapped
 from consilience.common.nets.taps import taps as layers_of
@@ -267,6 +267,30 @@ def test_a_teacher_without_taps_takes_part_by_its_labels(tmp_path: Path, pool: P
     with pytest.raises(SettingsError, match="names maps; a teacher of kind callable has no taps") as caught:
         open_taps(settings, load_teacher(settings))
     assert "takes part by its labels" in (caught.value.hint or "")
+
+
+def test_taps_that_no_card_describes_are_refused_before_anything_is_learned(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(tmp_path, {"layer1": {"channels": 8}, "layer2": {"channels": 8}})
+    teacher = load_teacher(settings)
+    sizes = basis_bytes(8, 32), basis_bytes(8, 64)
+    for name, most, words in (
+        (
+            "MOST_BASES",
+            sum(sizes) - 1,
+            rf"{sum(sizes):,} bytes .*layer1 {sizes[0]:,}, layer2 {sizes[1]:,}.*allowed are",
+        ),
+        ("MOST_CHANNELS", 63, r"taps\.layer2: features of shape \(8, 8, 8\) from 64 channels are more"),
+        ("MOST_FEATURES", 8 * 16 * 16 - 1, r"taps\.layer1: features of shape \(8, 16, 16\)"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["consilience.client.features.taps"], name, most)
+            for action in (learn_bases, open_taps):
+                with pytest.raises(SettingsError, match=words):
+                    action(settings, teacher)
+    assert not (tmp_path / "state" / "features").exists()
+    assert learn_bases(settings, teacher) == ("layer1", "layer2")
 
 
 def test_components_need_a_pool(tmp_path: Path) -> None:
