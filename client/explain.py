@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from consilience.client.features import OpenTap, tell_shape
-from consilience.client.policy import Demand, RefusedError, check_demand, check_sealed, limits
+from consilience.client.policy import Demand, Limit, RefusedError, byte_limits, check_demand, check_sealed, limits
 from consilience.client.privacy import Spent, account, describe_privacy
 from consilience.client.privacy.spending import loss_limits, loss_of
 from consilience.client.site import Site
@@ -78,6 +78,10 @@ class Explanation:
     refusal: str
     left: dict[str, tuple[int | None, int | None]]
     """Limit -> samples left before and after the job; None: no limit."""
+    unfit: str = ""
+    """Why the job's features could not be asked for, and are not among the parts; empty where they could."""
+    bytes_left: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    """The same of bytes of features; empty where none leave."""
     loss: tuple[Spent, Spent] | None = None
     """What all that left comes to, before and after the job; None without a mechanism."""
     most: dict[str, tuple[float, float | None]] = field(default_factory=dict)
@@ -87,6 +91,11 @@ class Explanation:
     def new(self) -> int:
         """Samples that would be newly released."""
         return sum(part.new for part in self.parts)
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes of features that would be newly released."""
+        return self.demand.feature_bytes([part.new for part in self.parts])
 
 
 def explain(job: JobSettings, site: Site) -> Explanation:
@@ -102,10 +111,11 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         summed=summed,
         taps=wanted,
         features=job.ask.features,
+        first=here,
     )
     fresh = site.new_of(demand)
     parts = _parts(demand, fresh, wanted, summed=summed)
-    held = Explanation(demand, parts, here, "", {})
+    held = Explanation(demand, parts, here, "", {}, unfit)
     try:
         if unfit:
             raise RefusedError("bad-question", "the job asks for features that the site does not tell", unfit)
@@ -115,10 +125,8 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         _check_papers(job, site.settings)
     except RefusedError as error:
         refusal = error.told_here
-    left = {
-        limit.name: (limit.left, None if limit.left is None else limit.left - held.new)
-        for limit in limits(policy, site.ledger, job.name)
-    }
+    left = _left(limits(policy, site.ledger, job.name), held.new)
+    bytes_left = _left(byte_limits(policy, site.ledger, job.name), held.new_bytes)
     loss, most = None, {}
     if not isinstance(site.settings.privacy, NoPrivacy):
         costs = site.costs(held.new) if held.new else ()
@@ -126,7 +134,11 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         for limit in loss_limits(site.settings, site.ledger, job.name):
             if limit.most is not None:
                 most[limit.name] = (limit.most, account(limit.events, loss[0].delta).epsilon)
-    return replace(held, refusal=refusal, left=left, loss=loss, most=most)
+    return replace(held, refusal=refusal, left=left, bytes_left=bytes_left, loss=loss, most=most)
+
+
+def _left(held: Sequence[Limit], new: int) -> dict[str, tuple[int | None, int | None]]:
+    return {limit.name: (limit.left, None if limit.left is None else limit.left - new) for limit in held}
 
 
 def _taps(job: JobSettings, site: Site) -> tuple[tuple[OpenTap, ...], str]:
@@ -187,7 +199,10 @@ def tell_policy(policy: Policy) -> list[str]:
     lines.append(f"pools: {', '.join(digest[:12] for digest in policy.pools) or 'those that site.yaml names'}")
     if policy.features.taps:
         named = ", ".join("every layer" if name == EVERY_LAYER else name for name in policy.features.taps)
-        lines.append(f"features leave of: {named}; at most {policy.features.bytes:,} bytes a job")
+        lines.append(
+            f"features leave of: {named}; at most {policy.features.bytes:,} bytes a job, "
+            f"and {policy.features.bytes_lifetime:,} in all"
+        )
     lines += ["answers leave in secure sums alone"] if policy.sums_only else []
     if policy.sum_owners > 1:
         lines.append(f"sums are of classes that {policy.sum_owners} sites know, this one among them")

@@ -219,6 +219,10 @@ class Ledger:
                 self.spent.features[entry.job] += entry.samples * entry.body["width"]
             if not entry.body.get("behind"):
                 self.spent.mechanisms[entry.job, row.month, "none", "{}"] += entry.samples
+        if entry.kind == "carried" and (carried := entry.body.get("features", 0)):
+            if carried < 0:
+                raise self._bad(row.seq, CHANGED)
+            self.spent.features[entry.job] += carried
         if entry.kind == "mechanism":
             parameters = canonical_json(entry.body["parameters"]).decode()
             self.spent.mechanisms[entry.job, row.month, entry.subject, parameters] += entry.body["count"]
@@ -229,7 +233,8 @@ class Ledger:
         return LedgerError(f"{self.path}: row {seq:,} {problem}", hint=RESTORE)
 
     def _write_head(self) -> None:
-        write_json(self.head, {"rows": self.count, "chain": self.chain, "samples": self.spent.lifetime})
+        told = {"samples": self.spent.lifetime, "features": self.spent.features.total()}
+        write_json(self.head, {"rows": self.count, "chain": self.chain, **told})
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -265,13 +270,17 @@ def paths(settings: SiteSettings) -> tuple[Path, Path]:
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
-    """Return rows, chain and samples as the head tells them; None where there is none. Raises `LedgerError`."""
+    """Return rows, chain, samples and bytes of features as the head tells them; None where there is none.
+
+    Raises `LedgerError`.
+    """
     if not path.exists():
         return None
     try:
         held = read_json(path)
-        return {"rows": int(held["rows"]), "chain": str(held["chain"]), "samples": int(held["samples"])}
-    except (StorageError, TypeError, KeyError, ValueError) as error:
+        told = {name: int(held[name]) for name in ("rows", "samples")}
+        return {**told, "chain": str(held["chain"]), "features": int(held.get("features", 0))}  # once it told none
+    except (StorageError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise LedgerError(f"{path} is damaged", hint=RESTORE) from error
 
 

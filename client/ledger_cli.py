@@ -43,6 +43,7 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
             data = {
                 **_state(ledger),
                 "spent": {"jobs": dict(spent.jobs), "months": dict(spent.months), "lifetime": spent.lifetime},
+                "features": {"jobs": dict(spent.features), "lifetime": spent.features.total()},
                 "limits": most.model_dump(),
             }
             table = Table("what", "samples released", "limit")
@@ -51,11 +52,18 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
                     table.add_row(Text(f"job {job}"), f"{samples:,}", _limit(most.per_job))
             table.add_row(f"month {month}", f"{spent.months[month]:,}", _limit(most.per_month))
             table.add_row("lifetime", f"{spent.lifetime:,}", _limit(most.lifetime))
-            if told := _loss(settings, ledger):
-                data["privacy"] = told
-                for name, epsilon, limit in told["epsilon"]:
-                    shown = "none" if epsilon is None else f"epsilon {epsilon:.3g}, delta {told['delta']:g}"
-                    table.add_row(f"{name}: {told['unit'] or 'no guarantee'}", shown, _limit(limit))
+            features = settings.policy.features
+            for job, count in sorted(spent.features.items()):
+                if job:
+                    table.add_row(Text(f"features of job {job}"), f"{count:,} bytes", f"{features.bytes:,} bytes")
+            if spent.features or features.taps:
+                told = f"{features.bytes_lifetime:,} bytes"
+                table.add_row("features, lifetime", f"{spent.features.total():,} bytes", told)
+            if loss := _loss(settings, ledger):
+                data["privacy"] = loss
+                for name, epsilon, limit in loss["epsilon"]:
+                    shown = "none" if epsilon is None else f"epsilon {epsilon:.3g}, delta {loss['delta']:g}"
+                    table.add_row(f"{name}: {loss['unit'] or 'no guarantee'}", shown, _limit(limit))
             table.caption = f"{ledger.count:,} rows, verified; the last one's hash: {ledger.chain}"
             return data, table
 
@@ -131,6 +139,9 @@ def restart(
     spent: Annotated[
         int | None, typer.Option(min=0, help="Samples that were released at least, where you know of more than it.")
     ] = None,
+    spent_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Bytes of features that were released at least, where you know of more.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a damaged ledger aside and begin another, in which all that was spent counts as spent this month."""
@@ -142,9 +153,10 @@ def restart(
                 "The ledger and the released answers would be put aside, and --yes is missing",
                 hint="Look for a newer copy first; then run the same command with --yes",
             )
-        aside, carried = restart_ledger(settings, spent)
-        data = {"aside": str(aside), "carried": carried}
-        return data, f"A new ledger begins with {carried:,} samples spent. The old one is in {aside}: keep it."
+        aside, carried, features = restart_ledger(settings, spent, spent_bytes)
+        data = {"aside": str(aside), "carried": carried, "carried_bytes": features}
+        told = f" and {features:,} bytes of features" if features else ""
+        return data, f"A new ledger begins with {carried:,} samples{told} spent. The old one is in {aside}: keep it."
 
     emit(as_json, action)
 

@@ -5,6 +5,7 @@ Does not live here: the ledger (client/ledger). Only a person at the site does t
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
@@ -16,25 +17,25 @@ from consilience.common.files import lock, storage_error, sync_folder, write_jso
 from consilience.common.settings import SiteSettings
 
 
-def restart(settings: SiteSettings, least: int | None = None) -> tuple[Path, int]:
+def restart(settings: SiteSettings, least: int | None = None, least_bytes: int | None = None) -> tuple[Path, int, int]:
     """Put ledger and released answers aside, and begin a ledger that carries over what was spent.
 
-    Returns the folder they are in now, and the samples carried over: the most that the head or the rows still tell of,
-    and `least` where a person knows of more. They count for this month and for the lifetime. Stopped in between, the
-    next call goes on. Raises `RunError` while an agent runs, `LedgerError` when neither head nor rows tell anything and
-    `least` is not given, `StorageError`.
+    Returns the folder they are in now, and the samples and bytes of features carried over: the most that the head or
+    the rows still tell of, and `least` and `least_bytes` where a person knows of more. They count for this month and
+    for the lifetime. Stopped in between, the next call goes on. Raises `RunError` while an agent runs, `LedgerError`
+    when neither head nor rows tell anything and `least` is not given, `StorageError`.
     """
     path, head = paths(settings)
     with lock(settings.state / "agent"), locked(path):
-        spent, rows, told = _spent(path, head)
+        spent, features, rows, told = _spent(path, head)
         if least is None and not told:
             raise LedgerError(
                 f"Neither {path} nor {head} tells how many samples were released",
                 hint="Say how many there were at most with --spent, for example by the coordinator's reports",
             )
-        spent = max(spent, least or 0)
+        spent, features = max(spent, least or 0), max(features, least_bytes or 0)
         # from here on and until the end, whatever is stopped leaves a ledger that is refused and knows what was spent
-        write_json(head, {"rows": rows + 1, "chain": "restarting", "samples": spent})
+        write_json(head, {"rows": rows + 1, "chain": "restarting", "samples": spent, "features": features})
         aside = _aside(settings.state)
         fresh, fresh_head = path.with_name("ledger.fresh.db"), path.with_name("ledger.fresh.head")
         try:
@@ -49,7 +50,8 @@ def restart(settings: SiteSettings, least: int | None = None) -> tuple[Path, int
             ledger = Ledger(fresh, fresh_head)
             with closing(ledger), ledger.alone():
                 # behind what mechanisms it left is not certain any more: it counts as behind none
-                ledger.append(Entry("carried", "", "ledger", spent, {"aside": aside.name, "rows": rows}))
+                body = {"aside": aside.name, "rows": rows, "features": features}
+                ledger.append(Entry("carried", "", "ledger", spent, body))
             fresh.rename(path)
             sync_folder(path.parent)
             write_json(head, read_head(fresh_head))
@@ -57,12 +59,13 @@ def restart(settings: SiteSettings, least: int | None = None) -> tuple[Path, int
                 left.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(error, path, "write") from error
-    return aside, spent
+    return aside, spent, features
 
 
-def _spent(path: Path, head: Path) -> tuple[int, int, bool]:
-    """Return the samples and rows that head and database tell of, whichever tells of more, and whether one tells."""
-    told, total, count, readable = None, 0, 0, False
+def _spent(path: Path, head: Path) -> tuple[int, int, int, bool]:
+    """Return samples, bytes of features and rows that head and database tell of, whichever tells of more, and whether
+    one tells."""
+    told, total, features, count, readable = None, 0, 0, 0, False
     with suppress(LedgerError):  # a damaged head tells nothing
         told = read_head(head)
     if path.exists():
@@ -70,8 +73,21 @@ def _spent(path: Path, head: Path) -> tuple[int, int, bool]:
             query = "SELECT coalesce(sum(samples), 0), count(*) FROM rows WHERE samples > 0"
             total, count = database.execute(query).fetchone()
             readable = True
-    known = told or {"samples": 0, "rows": 0}
-    return max(int(total), known["samples"]), max(int(count), known["rows"]), readable or told is not None
+            for samples, body in database.execute(
+                "SELECT samples, body FROM rows WHERE samples > 0 OR kind = 'carried'"
+            ):
+                features += _feature_bytes(samples, body)
+    known = told or {"samples": 0, "rows": 0, "features": 0}
+    samples, features = max(int(total), known["samples"]), max(features, known["features"])
+    return samples, features, max(int(count), known["rows"]), readable or told is not None
+
+
+def _feature_bytes(samples: int, body: str) -> int:
+    """Return the bytes of features that a row tells of; none of one that is not as ours are."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        held = json.loads(body)
+        return max(0, samples * int(held["width"]) if held.get("kind") == "features" else int(held.get("features", 0)))
+    return 0
 
 
 def _aside(state: Path) -> Path:

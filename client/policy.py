@@ -6,6 +6,7 @@ Lives here: yes or no, with the constant reason that a stranger is told. Does no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Limit:
 
     @property
     def left(self) -> int | None:
-        """Samples that may still be released, never below 0; None where there is no limit."""
+        """Samples, or bytes, that may still be released, never below 0; None where there is no limit."""
         return None if self.most is None else max(0, self.most - self.spent)
 
 
@@ -63,12 +64,19 @@ class Demand:
     use: str = ""
     widths: tuple[int, ...] = ()
     """Bytes a sample of each question's answers."""
+    bases: int = 0
+    """Bytes of the principal components of these features, which the site card tells; the ledger has none of them."""
 
     def feature_bytes(self, samples: Sequence[int] | None = None) -> int:
-        """Return the bytes of features, of so many `samples` of each question, or of all."""
+        """Return the bytes of features, of so many `samples` of each question, or of all with `bases`.
+
+        A job takes features of one pool: of several that it may be, those of which there are most.
+        """
         counts = [len(question) for question in self.questions] if samples is None else samples
-        told = zip(self.questions, self.widths, counts, strict=True)
-        return sum(width * count for question, width, count in told if question.kind == "features")
+        pools: Counter[str] = Counter()
+        for question, width, count in zip(self.questions, self.widths, counts, strict=True):
+            pools[question.pool] += width * count if question.kind == "features" else 0
+        return max(pools.values(), default=0) + (self.bases if samples is None else 0)
 
     @property
     def asked(self) -> frozenset[Asked]:
@@ -88,6 +96,17 @@ def limits(policy: Policy, ledger: Ledger, job: str) -> tuple[Limit, ...]:
         Limit(f"job {job}", held.per_job, spent.jobs[job]),
         Limit(f"month {month}", held.per_month, spent.months[month]),
         Limit("lifetime", held.lifetime, spent.lifetime),
+    )
+
+
+def byte_limits(policy: Policy, ledger: Ledger, job: str) -> tuple[Limit, ...]:
+    """Return the limits on bytes of features as they stand for a job; none where no features leave."""
+    if not policy.features.taps:
+        return ()
+    spent = ledger.spent.features
+    return (
+        Limit(f"features of job {job}", policy.features.bytes, spent[job]),
+        Limit("features, lifetime", policy.features.bytes_lifetime, spent.total()),
     )
 
 
@@ -185,7 +204,7 @@ def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
     for question in demand.questions:
         check_encoding(policy, question.kind, question.encoding)
         check_pool(policy, question.pool)
-    check_bytes(policy, demand.job, demand.feature_bytes())
+    check_asked_bytes(policy, demand)
 
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:
@@ -196,12 +215,27 @@ def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None
             raise RefusedError("budget-exhausted", "the site's limits do not allow so many samples more", detail)
 
 
-def check_bytes(policy: Policy, job: str, features: int) -> None:
-    """Refuse a job that takes so many bytes of features in all, where that is too much. Raises `RefusedError`."""
+def check_asked_bytes(policy: Policy, demand: Demand) -> None:
+    """Refuse a job that asks for more bytes of features than it may, whoever got them before. Raises `RefusedError`."""
+    features = demand.feature_bytes()
     if features > policy.features.bytes:
         raise RefusedError(
             "too-many-bytes",
-            "the job asks for more bytes of features than the site's policy allows",
-            f"job {job}: {features:,}; policy.features.bytes is {policy.features.bytes:,}; let taps leave smaller or "
-            "with fewer channels, ask for fewer, or raise it",
+            _TOO_MANY_BYTES,
+            f"job {demand.job}: {features:,}; policy.features.bytes is {policy.features.bytes:,}; let taps leave "
+            "smaller or with fewer channels, ask for fewer, or raise it",
         )
+
+
+def check_bytes(policy: Policy, ledger: Ledger, job: str, features: int) -> None:
+    """Refuse to release so many bytes of features more than were, where a limit does not allow it.
+
+    Raises `RefusedError`.
+    """
+    for limit in byte_limits(policy, ledger, job):
+        if limit.left is not None and features > limit.left:
+            detail = f"{limit.name}: {features:,} bytes more, {limit.left:,} left of {limit.most:,}"
+            raise RefusedError("too-many-bytes", _TOO_MANY_BYTES, f"{detail}; policy.features says how many may leave")
+
+
+_TOO_MANY_BYTES = "the job asks for more bytes of features than the site's policy allows"

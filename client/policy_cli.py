@@ -55,6 +55,12 @@ def _approve(job: str, site: Path) -> Result:
             raise PoolError(
                 f"{site}: there is no pool here that the job could ask about", hint="Put the job's pool into 'pools'"
             )
+        if found.unfit:
+            raise SettingsError(
+                f"{job}: asks for features that site {held.settings.name} does not tell, and an approval would be of "
+                f"less than it asks for: {found.unfit}",
+                hint="Let policy.features tell them, or ask the coordinator for another job.yaml",
+            )
         with held.ledger.alone():
             if held.ledger.approved(wanted.name, policy.version) != found.demand.asked:
                 held.ledger.append(approval(wanted.name, policy.version, found.demand.asked))
@@ -93,6 +99,8 @@ def _parts(found: Explanation) -> list[str]:
     lines = [f"- {part.words}" for part in found.parts] or ["- nothing: there is no pool here"]
     if not found.here:
         lines.append("Its pools are not on this machine under the job's names: these are the pools of site.yaml.")
+        if any(part.kind == "features" for part in found.parts):
+            lines.append("A job takes features of one of them alone.")
     return lines
 
 
@@ -114,11 +122,14 @@ def explain(
         lines.append(_sealing(wanted))
         if told := found.demand.feature_bytes():
             lines.append(
-                f"Features are {told:,} bytes in all; a job may ask for {held.settings.policy.features.bytes:,}."
+                f"Features are {told:,} bytes in all{_bases(found)}; a job may ask for "
+                f"{held.settings.policy.features.bytes:,}."
             )
         lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
         for name, (before, after) in found.left.items():
             lines.append(f"- {name}: {_left(before, after)}")
+        for name, (before, after) in found.bytes_left.items():
+            lines.append(f"- {name}: {_left(before, after)} bytes")
         if found.loss is not None:
             losses = " -> ".join(_epsilon(spent) for spent in found.loss)
             lines.append(f"Privacy loss of all that left, before and after: {losses}")
@@ -131,7 +142,13 @@ def explain(
             "policy": held.settings.policy.version,
             "parts": [{**vars(part)} for part in found.parts],
             "pools_are_the_job_s": found.here,
-            "feature_bytes": {"asked": found.demand.feature_bytes(), "most": held.settings.policy.features.bytes},
+            "feature_bytes": {
+                "asked": found.demand.feature_bytes(),
+                "bases": found.demand.bases,
+                "new": found.new_bytes,
+                "most": held.settings.policy.features.bytes,
+                "left": {name: {"before": was, "after": then} for name, (was, then) in found.bytes_left.items()},
+            },
             "sealed": wanted.privacy.sealed,
             "new": found.new,
             "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},
@@ -142,6 +159,11 @@ def explain(
         return data, "\n".join(lines)
 
     emit(as_json, action)
+
+
+def _bases(found: Explanation) -> str:
+    bases = found.demand.bases
+    return f", with {bases:,} of principal components that the site card tells any server" if bases else ""
 
 
 def _sealing(job: JobSettings) -> str:

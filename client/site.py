@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.card import card_of
+from consilience.client.card import card_of, tells_bases
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.features import OpenTap, open_taps
 from consilience.client.ledger import Ledger
@@ -94,6 +94,7 @@ class Site:
         self.lock = threading.Lock()
         """Held while an answer is made: the ledger and the teacher are for one thread at a time."""
         self._verified: dict[str, Pool] = {}
+        self._told_bases = False
         self._allowance = Allowance(settings)
         # of the training whose teacher answers here, whatever is trained beside it meanwhile
         self._training = answering_costs(settings, 1) if isinstance(settings.privacy, DpSgd) else None
@@ -137,9 +138,16 @@ class Site:
         """The answers of which only sums over sites left. Raises what `ledger` raises."""
         return Released(self.settings.state / "released", self.ledger, "sums")
 
-    @cached_property
+    @property
     def card(self) -> SiteCard:
         """What the site says of itself first. Raises `DataError`, `TeacherError`, `IdentityError`, `StorageError`."""
+        if tells_bases(self.settings.policy) != self._told_bases:  # the policy's last day has passed
+            self.__dict__.pop("_card", None)
+        return self._card
+
+    @cached_property
+    def _card(self) -> SiteCard:
+        self._told_bases = tells_bases(self.settings.policy)
         return card_of(self.settings, self.teacher, self.coverage, self.taps, self.signer)
 
     @cached_property
@@ -218,10 +226,12 @@ class Site:
         summed: bool,
         taps: Sequence[OpenTap] = (),
         features: FeatureEncoding = "f16",
+        first: bool = True,
     ) -> Demand:
         """Return all that a job would ask of this site about `pools`: `coverage`: that too, if the site offers it.
 
-        `taps`: those whose features of the first pool it asks for too, as `features`. `summed`: in secure sums, to
+        `taps`: those whose features of the first pool it asks for too, as `features`; without `first`, of every pool,
+        any of which may be the one. `summed`: in secure sums, to
         which answers are added as precise as the policy allows, whatever `encoding` is.
         """
         policy = self.settings.policy
@@ -229,10 +239,15 @@ class Site:
         if coverage and self.card.coverage is not None:
             kinds.append(("coverage", self.card.coverage.encodings[0]))
         questions = [self.question(job, pool.digest, len(pool), *kind) for kind in kinds for pool in pools if len(pool)]
-        for tap in taps if pools and len(pools[0]) else ():
-            questions.append(self.question(job, pools[0].digest, len(pools[0]), "features", features, tap))
+        learned_from = [pool for pool in (pools[:1] if first else pools) if len(pool)]
+        questions += [
+            self.question(job, pool.digest, len(pool), "features", features, tap)
+            for pool in learned_from
+            for tap in taps
+        ]
         widths = tuple(self._width(question) for question in questions)
-        return Demand(job, tuple(questions), self.summed.use if summed else "", widths)
+        bases = sum(len(tap.card.basis or "") for tap in taps) if tells_bases(policy) else 0
+        return Demand(job, tuple(questions), self.summed.use if summed else "", widths, bases)
 
     def new_of(self, demand: Demand) -> list[int]:
         """Return how many samples of each question were not released yet. Raises what `ledger` raises."""
@@ -338,7 +353,7 @@ class Site:
         """
         check_job(self.settings.policy, self.ledger, job, asked)
         check_budget(self.settings.policy, self.ledger, job, samples)
-        check_bytes(self.settings.policy, job, self.ledger.spent.features[job] + features)
+        check_bytes(self.settings.policy, self.ledger, job, features)
         if samples:
             self._allowance.check(self.ledger, job, self.costs(samples))
 

@@ -43,6 +43,14 @@ _MOST_MISTAKES = 1000
 """Mistakes in a record that are looked at: a list of them takes far more than the record."""
 MOST_ANSWER_BYTES = 64 * 2**20
 """Encoded rows of an answer: more than a server takes in one call."""
+MOST_CHANNELS = 16_384
+"""Of a layer: who joins layers holds numbers for each pair of channels."""
+MOST_FEATURES = 2**22
+"""Numbers that a sample's features of a tap may be: who learns from them holds a batch."""
+MOST_BASES = 8 * 2**20
+"""Characters of all the bases on a site card, which one message holds."""
+FINGERPRINT_SHOWN = 12
+"""First digits of a fingerprint by which folders are named and people tell one from another."""
 MOST_VOUCH_BYTES = 200
 """Salt and signature of an answer."""
 
@@ -169,30 +177,32 @@ class TapCard(BaseModel):
     name: TapName
     layout: Line
     """What leads to it from the layer before, as `taps.Tap.unit` writes it; empty in networks that are none of ours."""
-    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1, max_length=3)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_CHANNELS)], ...], Field(min_length=1, max_length=3)]
     """Of one sample's features: (C,), or (C, H, W)."""
-    channels: int = Field(ge=1, le=2**20)
+    channels: int = Field(ge=1, le=MOST_CHANNELS)
     """The layer's own; where it has more than C, its principal components leave."""
     kept: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
     """Share of the channels' variance, over the site's first pool, that the components hold."""
-    basis: Annotated[str, Field(max_length=2**24)] | None = None
-    """What the components are (`encoding.pack_basis`); None where the channels leave as they are."""
+    basis: Annotated[str, Field(max_length=MOST_BASES)] | None = None
+    """What the components are (`encoding.pack_basis`); None where the channels leave as they are, and where the site's
+    policy does not let a card tell it."""
     fingerprint: Digest
     """Another teacher, shape or basis has another one; a question about the tap names it in place of the teacher's."""
 
     @model_validator(mode="after")
     def _shaped(self) -> TapCard:
-        if (
-            len(self.shape) == 2
-            or self.shape[0] > self.channels
-            or (self.basis is None) != (self.shape[0] == self.channels)
-        ):
-            raise ValueError("shape is not (C,) or (C, H, W) with a basis where C is less than channels")
-        if self.values > MOST_ANSWER_BYTES // 2:
-            raise ValueError("a sample's features are more than an answer holds")
+        if len(self.shape) == 2 or self.shape[0] > self.channels or (self.basis is not None and not self.reduced):
+            raise ValueError("shape is not (C,) or (C, H, W), or has a basis where C is not less than channels")
+        if self.values > MOST_FEATURES:
+            raise ValueError(f"a sample's features are more than {MOST_FEATURES:,} numbers")
         if self.basis is not None:
             unpack_basis(self.basis, self.shape[0], self.channels)
         return self
+
+    @property
+    def reduced(self) -> bool:
+        """Whether principal components leave in place of the layer's channels."""
+        return self.shape[0] < self.channels
 
     @property
     def values(self) -> int:
@@ -212,6 +222,10 @@ class FeaturesCard(BaseModel):
     def _each_once(self) -> FeaturesCard:
         if len({tap.name for tap in self.taps}) < len(self.taps):
             raise ValueError("a tap stands twice")
+        if len({tap.fingerprint[:FINGERPRINT_SHOWN] for tap in self.taps}) < len(self.taps):
+            raise ValueError("two taps have one fingerprint, by which their answers are kept apart")
+        if sum(len(tap.basis or "") for tap in self.taps) > MOST_BASES:
+            raise ValueError(f"the taps' bases are more than {MOST_BASES:,} characters")
         return self
 
 

@@ -94,7 +94,7 @@ def feature_lesson(
     told = site_taps(run, job, cards, pool)
     ids = np.arange(len(pool)) if samples is None else samples
     without = tuple(card.name for card in cards if card.name not in told)
-    student = StudentTaps(job, pool.shape)
+    student = StudentTaps(job, pool)
     if job.student.learning == "layer-wise":
         layers = [
             LayerTaps(name, tuple(held[name] for held in told.values() if name in held)) for name in student.layouts

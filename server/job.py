@@ -76,7 +76,7 @@ class Job:
         self.test_pool = Pool.open(settings.judge.test_pool) if settings.judge.test_pool else None
         check_test(self.test, self.test_pool, self.pool)
         check_student(settings.student, self.pool.shape)
-        self.taps = StudentTaps(settings, self.pool.shape) if settings.asks_features else None
+        self.taps = StudentTaps(settings, self.pool) if settings.asks_features else None
         timing = run / "timing.json"
         self.timing: dict[str, float] = dict(read_json(timing)) if timing.exists() else {}
         self.progress = Progress(run / "progress.json", settings.name)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consilience.common.pool import Pool
-from consilience.common.protocol import Kind, SiteCard
+from consilience.common.protocol import FINGERPRINT_SHOWN, Kind, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.taps_asked import taps_asked
 from consilience.server.answers import About, AnswerStore
@@ -70,7 +70,7 @@ def store_folder(answers: Path, site: str, pool: str, kind: Kind, teacher: str) 
     as it has taps for features.
     """
     parts = [pool[:12]] if kind == "log-probs" else [pool[:12], kind]
-    return answers / site / "-".join([*parts, teacher[:12]] if kind == "features" else parts)
+    return answers / site / "-".join([*parts, teacher[:FINGERPRINT_SHOWN]] if kind == "features" else parts)
 
 
 def lacked(stores: Sequence[AnswerStore]) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from consilience.common.encoding import feature_bytes
 from consilience.common.errors import SettingsError, StudentError
 from consilience.common.nets.tapped import PENULTIMATE
 from consilience.common.nets.taps import Tap, one_layout
-from consilience.common.protocol import SiteCard, TapCard
+from consilience.common.pool import Pool
+from consilience.common.protocol import MOST_CHANNELS, SiteCard, TapCard
 from consilience.common.settings import CommonSpace, JobSettings
 from consilience.common.taps_asked import taps_asked
 from consilience.server.learning import build_student
@@ -21,16 +23,25 @@ from consilience.server.student.own_taps import own_taps
 class StudentTaps:
     """The taps of a job's student, and what it needs of sites that tell features."""
 
-    def __init__(self, job: JobSettings, shape: tuple[int, int, int]) -> None:
-        """Build the student for images of `shape` (H, W, C). Raises `SettingsError` as `own_taps`."""
-        self._job, settings = job, job.student
-        network = build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
-        self.shapes, self.layouts = own_taps(network, settings, shape)
+    def __init__(self, job: JobSettings, pool: Pool) -> None:
+        """Build the student for the images of the pool that features are asked of. Raises as `own_taps`."""
+        self._job, self._samples, settings = job, len(pool), job.student
+        network = build_student(settings.architecture, 2, pool.shape, settings.preprocessing, seed=0)
+        self.shapes, self.layouts = own_taps(network, settings, pool.shape)
 
     def check(self, card: SiteCard) -> None:
-        """Raise `SettingsError` where what a site tells cannot be joined with this student."""
+        """Raise `SettingsError` where what a site tells cannot be joined with this student, or is too much."""
+        told, most = taps_asked(self._job, card), self._job.ask.feature_bytes
+        declared = self._samples * sum(feature_bytes(tap.values, self._job.ask.features) for tap in told)
+        if declared > most:
+            raise SettingsError(
+                f"job.yaml: field 'ask.feature_bytes' is {most:,}; site {card.name} declares {declared:,} bytes of "
+                f"features of the pool's {self._samples:,} samples",
+                hint="Ask that site to let taps leave smaller or with fewer channels; or raise ask.feature_bytes where "
+                "the disk has room",
+            )
         if self._job.student.learning == "layer-wise" and card.features is not None:
-            self._check_layers(card.name, taps_asked(self._job, card))
+            self._check_layers(card.name, told)
 
     def objection(self, card: SiteCard) -> str:
         """Say why a site's features do not fit; empty where they do."""
@@ -41,7 +52,7 @@ class StudentTaps:
         return ""
 
     def check_all(self, cards: Sequence[SiteCard]) -> None:
-        """Raise `SettingsError` as `check` for each, and where they have too few channels together."""
+        """Raise `SettingsError` as `check` for each, and where they have too few channels together, or too many."""
         for card in cards:
             self.check(card)
         if self._job.student.learning != "layer-wise":
@@ -49,6 +60,12 @@ class StudentTaps:
         told = [{tap.name: tap.channels for tap in taps_asked(self._job, card)} for card in cards]
         for name, own in self.layouts.items():
             channels = [taps[name] for taps in told if name in taps]
+            if sum(channels) > MOST_CHANNELS:
+                raise SettingsError(
+                    "job.yaml: field 'student.learning' is 'layer-wise'; the sites have "
+                    f"{' + '.join(map(str, channels))} channels at {name}; allowed are {MOST_CHANNELS:,} together",
+                    hint="Take fewer sites, or set student.learning to common-feature",
+                )
             if channels and own.channels > sum(channels):
                 raise SettingsError(
                     f"job.yaml: field 'student.architecture' is {self._job.student.architecture!r}, with "
@@ -87,6 +104,13 @@ class StudentTaps:
                 f"job.yaml: field 'student.learning' is 'layer-wise': {error.message}", hint=error.hint
             ) from error
         for name, tap in held.items():
+            if tap.reduced and tap.basis is None:
+                raise SettingsError(
+                    f"job.yaml: field 'student.learning' is 'layer-wise': at {name} site {site} tells principal "
+                    "components, and its policy does not let its card tell what they stand for",
+                    hint=f"Ask that site to leave policy.features.taps.{name}.channels out, or approval and "
+                    "sealed_only, or set student.learning to common-feature",
+                )
             own = self.shapes[name]
             if tap.shape[1:] != own[1:]:
                 raise SettingsError(

@@ -17,6 +17,7 @@ from consilience.client.features.taps import Found, OpenTap, find, kept_shares, 
 from consilience.client.teacher import Teacher, load_teacher
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.encoding import feature_bytes
+from consilience.common.encoding.features import basis_bytes
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter, Task
 from consilience.common.settings import SiteSettings
@@ -51,6 +52,7 @@ def tell_taps(settings: SiteSettings, taps: tuple[OpenTap, ...]) -> str:
     for tap in taps:
         card = tap.card
         share = "" if card.basis is None else f" of {card.channels} channels, with {card.kept:.1%} of their variance"
+        share += "" if card.basis is None else f" (components: {len(card.basis):,} bytes)"
         size = feature_bytes(card.values, encodings[0])
         told.append(f"{card.name}: {tell_shape(card.shape)}{share}, {size:,} bytes a sample")
     return f"{'; '.join(told)}; as {' or '.join(encodings)}"
@@ -64,7 +66,7 @@ def taps(
 
     def action() -> Result:
         settings = load_settings(site, SiteSettings)
-        found = find(settings, load_teacher(settings))
+        found = find(settings, load_teacher(settings), lenient=True)
         if found is None:
             told = f"A teacher of kind {settings.teacher.kind} has no taps here: it takes part by its labels."
             return {"taps": [], "limit": None}, told
@@ -85,20 +87,25 @@ def _rows(settings: SiteSettings, found: Found, pools: list[Pool]) -> list[dict[
             kept = 1.0 if allowed.wanted is None else shares.get(layer.name)
             sizes = {encoding: feature_bytes(values, encoding) for encoding in encodings}
             totals = {pool.digest: {encoding: size * len(pool) for encoding, size in sizes.items()} for pool in pools}
-            row |= {"leaves": allowed.shape, "kept": kept, "bytes_a_sample": sizes, "bytes": totals}
+            basis = 0 if allowed.wanted is None else basis_bytes(allowed.shape[0], allowed.wanted.channels)
+            row |= {"leaves": allowed.shape, "kept": kept, "bytes_a_sample": sizes, "bytes": totals, "basis": basis}
         rows.append(row)
-    return rows
+    return rows + [{"tap": name, "shape": None, "leaves": None} for name in found.unknown]
 
 
 def _table(settings: SiteSettings, rows: list[dict[str, Any]], pools: list[Pool]) -> Table:
     encodings = settings.policy.features.encodings
-    table = Table("tap", "shape", "leaves as", "variance kept", *(f"bytes a sample, {name}" for name in encodings))
+    table = Table(
+        "tap", "shape, channels first", "leaves as", "variance kept", *(f"bytes a sample, {name}" for name in encodings)
+    )
     finest = encodings[0] if encodings else None
     for pool in pools if finest else []:
         table.add_column(f"bytes of pool {pool.digest[:12]}, {finest}")
     for row in rows:
-        cells = [row["tap"], tell_shape(row["shape"])]
-        if row["leaves"] is None:
+        cells = [row["tap"], "" if row["shape"] is None else tell_shape(row["shape"])]
+        if row["shape"] is None:
+            cells += ["is no tap of the teacher; the policy names it"]
+        elif row["leaves"] is None:
             cells += ["does not leave"]
         else:
             kept = "not learned yet" if row["kept"] is None else f"{row['kept']:.1%}"
@@ -108,4 +115,9 @@ def _table(settings: SiteSettings, rows: list[dict[str, Any]], pools: list[Pool]
         table.add_row(*(Text(cell) for cell in cells))
     if finest:
         table.caption = f"A job may ask for at most {settings.policy.features.bytes:,} bytes of features."
+        if bases := sum(row.get("basis", 0) for row in rows):
+            table.caption += (
+                f" Principal components themselves are {bases:,} bytes, which the site card tells any server, unless "
+                "policy.approval or policy.sealed_only is true."
+            )
     return table

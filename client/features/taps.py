@@ -6,6 +6,7 @@ layers compute (layers), how they are reduced (reducing), how components are lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,12 +18,12 @@ from consilience.client.features import bases
 from consilience.client.features.layers import Layer, Layers, layers_of
 from consilience.client.features.reducing import Basis, averaged, averaged_shape
 from consilience.client.teacher import Teacher
-from consilience.common.encoding.features import LARGEST, pack_basis
+from consilience.common.encoding.features import LARGEST, basis_bytes, pack_basis
 from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
-from consilience.common.protocol import FeaturesCard, TapCard
+from consilience.common.protocol import MOST_BASES, MOST_CHANNELS, MOST_FEATURES, FeaturesCard, TapCard
 from consilience.common.settings import EVERY_LAYER, Reduction, SiteSettings
 
 _FIELD = "policy.features.taps"
@@ -92,13 +93,15 @@ class Found:
     layers: Layers
     all: tuple[Layer, ...]
     allowed: dict[str, Allowed]
+    unknown: tuple[str, ...] = ()
+    """What the policy names and the teacher has not; any name there is refused where taps are opened."""
 
 
-def find(settings: SiteSettings, teacher: Teacher) -> Found | None:
+def find(settings: SiteSettings, teacher: Teacher, *, lenient: bool = False) -> Found | None:
     """Look at the teacher's layers and at what the policy allows of them; None for a teacher that has none.
 
-    Raises `SettingsError` for a tap that the teacher has not, and where the settings do not say what size images have;
-    `TeacherError`, `PoolError`.
+    Raises `SettingsError` for a tap that the teacher has not unless `lenient`, and where the settings do not say what
+    size images have; `TeacherError`, `PoolError`.
     """
     layers, named = layers_of(teacher), settings.policy.features.taps
     if layers is None:
@@ -111,19 +114,20 @@ def find(settings: SiteSettings, teacher: Teacher) -> Found | None:
         return None
     every = layers.find(np.zeros((1, *_image_shape(settings, layers)), np.uint8))
     known = [layer.name for layer in every]
-    for name in named:
-        if name == EVERY_LAYER and not any(layer.layout for layer in every):
+    unknown = [name for name in named if name not in {*known, EVERY_LAYER}]
+    if EVERY_LAYER in named and not any(layer.layout for layer in every):
+        unknown.append(EVERY_LAYER)
+    for name in () if lenient else unknown:
+        if name == EVERY_LAYER:
             raise SettingsError(
                 f"{settings.name}: field {_FIELD}.{name!r} stands for the layers of one of our architectures, which "
                 f"the teacher is not; it has: {', '.join(known) or 'none'}",
                 hint="Name layers; `consilience site taps` lists them",
             )
-        if name not in {*known, EVERY_LAYER}:
-            raise SettingsError(
-                f"{settings.name}: field {_FIELD}.{name} is no tap of the teacher; it has: "
-                f"{', '.join(known) or 'none'}",
-                hint="Name one of these; `consilience site taps` lists them with their shapes",
-            )
+        raise SettingsError(
+            f"{settings.name}: field {_FIELD}.{name} is no tap of the teacher; it has: {', '.join(known) or 'none'}",
+            hint="Name one of these; `consilience site taps` lists them with their shapes",
+        )
     allowed = {}
     for layer in every:
         reduction = named.get(layer.name, named.get(EVERY_LAYER) if layer.layout else None)
@@ -131,7 +135,7 @@ def find(settings: SiteSettings, teacher: Teacher) -> Found | None:
             channels, *positions = averaged_shape(layer.shape, reduction.size)
             shape = (min(channels, reduction.channels or channels), *positions)
             allowed[layer.name] = Allowed(layer, reduction, shape)
-    return Found(layers, every, allowed)
+    return Found(layers, every, allowed, tuple(unknown))
 
 
 def learn_bases(
@@ -144,6 +148,7 @@ def learn_bases(
     found = find(settings, teacher) if settings.policy.features.taps else None
     wanted = _wanted(found)
     if found is not None and wanted:
+        _check_sizes(settings, found)
         bases.learn(settings, found.layers, _first_pool(settings), wanted, on_images)
     return tuple(wanted)
 
@@ -157,6 +162,7 @@ def open_taps(settings: SiteSettings, teacher: Teacher) -> tuple[OpenTap, ...]:
     found = find(settings, teacher) if settings.policy.features.taps else None
     if found is None:
         return ()
+    _check_sizes(settings, found)
     wanted = _wanted(found)
     held = bases.load(settings, found.layers, _first_pool(settings), wanted) if wanted else {}
     if held is None:
@@ -205,11 +211,31 @@ def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis |
         )
     except ValidationError as error:
         raise SettingsError(
-            f"{settings.name}: field {_FIELD}.{layer.name}: features of shape {allowed.shape} from "
-            f"{layer.shape[0]:,} channels are more than a site card describes",
-            hint="Give the tap a smaller size or fewer channels",
+            f"{settings.name}: field {_FIELD}.{layer.name} is no tap that a site card describes: "
+            f"{error.errors()[0]['msg']}",
+            hint="Name another, or find out what the teacher computes there",
         ) from error
     return OpenTap(card, found.layers, allowed.reduction.size, basis)
+
+
+def _check_sizes(settings: SiteSettings, found: Found) -> None:
+    """Raise `SettingsError` for taps that no card can describe, which their shapes tell before anything is learned."""
+    for name, one in found.allowed.items():
+        if max(*one.shape, one.layer.shape[0]) > MOST_CHANNELS or math.prod(one.shape) > MOST_FEATURES:
+            raise SettingsError(
+                f"{settings.name}: field {_FIELD}.{name}: features of shape {one.shape} from "
+                f"{one.layer.shape[0]:,} channels are more than a site card describes: {MOST_FEATURES:,} numbers, of a "
+                f"layer of {MOST_CHANNELS:,} channels",
+                hint="Give the tap a smaller size or fewer channels, or name another",
+            )
+    sizes = {name: basis_bytes(one.shape[0], one.channels) for name, one in _wanted(found).items()}
+    if sum(sizes.values()) > MOST_BASES:
+        told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        raise SettingsError(
+            f"{settings.name}: field {_FIELD}: principal components are {sum(sizes.values()):,} bytes on the site card "
+            f"({told}); allowed are {MOST_BASES:,}",
+            hint="Give these taps fewer channels, or name fewer",
+        )
 
 
 def _wanted(found: Found | None) -> dict[str, bases.Wanted]:

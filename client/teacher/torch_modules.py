@@ -78,7 +78,9 @@ class NetworkScores:
         held: list[torch.Tensor] = []
         if self._last is None:
             raise ValueError("the network has no linear layer that gives its scores")
-        hook = self._last.register_forward_pre_hook(lambda _, given: held.append(given[0]))
+        hook = self._last.register_forward_pre_hook(
+            lambda _, given, named: held.append(given[0] if given else named["input"]), with_kwargs=True
+        )
         try:
             self._scores(images)
         finally:

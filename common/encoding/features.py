@@ -20,6 +20,8 @@ LARGEST = float(np.finfo(np.float16).max)
 """No feature's magnitude may be above it, in either encoding."""
 _HEAD = 8
 """Bytes of least value and step."""
+_ROUNDING = 1e-5
+"""How far a number of a direction of length 1 may lie above 1."""
 _SINGLE, _HALF = np.dtype("<f4"), np.dtype("<f2")
 
 
@@ -79,16 +81,26 @@ def pack_basis(basis: NDArray[np.floating[Any]], mean: NDArray[np.floating[Any]]
     return base64.b64encode(np.concatenate([basis.ravel(), mean]).astype(_SINGLE).tobytes()).decode("ascii")
 
 
+def basis_bytes(kept: int, channels: int) -> int:
+    """Return the length of `pack_basis`'s text of `kept` directions."""
+    return 4 * -(-4 * (kept + 1) * channels // 3)
+
+
 def unpack_basis(text: str, kept: int, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return (kept, channels) directions and (channels,) means, float32.
 
     Features that left, times the directions, plus the means, are the layer's own again, but for what was left out.
-    Raises `ValueError` for anything else than so many finite numbers.
+    Raises `ValueError` for anything else than so many numbers, for directions that no orthonormal rows hold, and for
+    means that no feature has.
     """
     try:
         values = np.frombuffer(base64.b64decode(text, validate=True), _SINGLE)
     except (binascii.Error, ValueError):
         raise ValueError("the basis is not base64 of float32") from None
-    if len(values) != (kept + 1) * channels or not np.isfinite(values).all():
+    if len(values) != (kept + 1) * channels:
         raise ValueError("the basis has not the numbers that its shape asks for")
-    return values[: kept * channels].reshape(kept, channels), values[kept * channels :]
+    directions, mean = values[: kept * channels].reshape(kept, channels), values[kept * channels :]
+    # NaN fails every comparison; what components stand for is made of these, by whoever takes them
+    if not (np.abs(directions) <= 1 + _ROUNDING).all() or not (np.abs(mean) <= LARGEST).all():
+        raise ValueError("the basis has a direction above 1 or a mean that no feature has")
+    return directions, mean

@@ -272,7 +272,7 @@ class LayerLesson:
             {
                 "tap": each.layer.name,
                 "channels": {tap.site: tap.card.channels for tap in each.layer.taps},
-                "components": {tap.site: tap.card.kept for tap in each.layer.taps if tap.card.basis is not None},
+                "components": {tap.site: tap.card.kept for tap in each.layer.taps if tap.card.reduced},
                 "width": len(each.encoder.bias),
                 "explained": each.explained,
                 "by_site": dict(each.by_site),

@@ -63,7 +63,7 @@ class SiteTap:
     def channels(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the same in the layer's own channels, (b, card.channels, ...): of components, what they stand for."""
         held = self.take(ids)
-        if self.card.basis is None:
+        if not self.card.reduced:
             return held
         directions, mean = self._basis
         flat = directions.T @ held.reshape(len(ids), len(directions), -1) + mean[:, None]

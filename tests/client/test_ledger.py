@@ -271,7 +271,7 @@ def test_a_head_that_could_not_be_written_is_written_before_anything_else_leaves
     assert (read_json(ledger.head)["rows"], ledger.count) == (3, 4)
     with ledger.alone():
         pass
-    assert read_json(ledger.head) == {"rows": 4, "chain": ledger.chain, "samples": 13}
+    assert read_json(ledger.head) == {"rows": 4, "chain": ledger.chain, "samples": 13, "features": 0}
 
 
 def in_processes(count: int, work: Callable[[int], None]) -> None:
@@ -328,7 +328,7 @@ def test_another_ledger_begins_with_all_that_was_spent(settings: SiteSettings, d
     ledger.close()
     (settings.state / "released").mkdir()
     damage(ledger)
-    aside, carried = restart(settings)
+    aside, carried, _ = restart(settings)
     assert carried == 12
     again = Ledger.open(settings)
     assert again.spent.lifetime == sum(again.spent.months.values()) == 12

@@ -115,7 +115,7 @@ def test_the_largest_features_are_taken() -> None:
 
 def test_a_basis_comes_back() -> None:
     random = np.random.default_rng(0)
-    basis, mean = random.normal(size=(2, 5)).astype(np.float32), random.normal(size=5).astype(np.float32)
+    basis, mean = random.uniform(-1, 1, (2, 5)).astype(np.float32), random.normal(size=5).astype(np.float32)
     for given_basis in (basis, np.asfortranarray(basis)):
         directions, kept = unpack_basis(pack_basis(given_basis, mean), 2, 5)
         assert np.array_equal(directions, basis)
@@ -137,3 +137,24 @@ def test_a_basis_comes_back() -> None:
 def test_a_text_that_is_no_basis_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="basis"):
         unpack_basis(text, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("direction", "mean"),
+    [
+        (1.001, 0.0),
+        (-1.001, 0.0),
+        (3e38, 0.0),
+        (np.nan, 0.0),
+        (np.inf, 0.0),
+        (0.0, 65_505.0),
+        (0.0, -3e38),
+        (0.0, np.nan),
+    ],
+)
+def test_a_basis_beyond_what_components_and_features_are_is_refused(direction: float, mean: float) -> None:
+    directions, means = np.eye(5, dtype=np.float32)[:2], np.full(5, LARGEST, np.float32)
+    unpack_basis(pack_basis(directions, means), 2, 5)
+    directions[1, 3], means[2] = direction, mean
+    with pytest.raises(ValueError, match="direction above 1 or a mean that no feature has"):
+        unpack_basis(pack_basis(directions, means), 2, 5)

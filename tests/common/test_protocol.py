@@ -75,6 +75,26 @@ RECORDS: list[Record] = [
 ]  # fmt: skip
 
 
+def test_a_card_may_keep_what_components_are_to_itself_and_tells_no_more_than_a_message_holds() -> None:
+    held = SiteCard(**card(features={**FEATURES, "taps": ({**TAP, "basis": None},)}))
+    assert SiteCard.from_content(held.to_content()) == held
+    assert held.features is not None
+    assert held.features.taps[0].reduced
+    wide = {"shape": (126,), "channels": 2**12, "basis": pack_basis(np.eye(126, 2**12), np.zeros(2**12))}
+    taps = tuple({**TAP, **wide, "name": f"t{k}", "fingerprint": f"{k:064x}"[::-1]} for k in range(4))
+    SiteCard(**card(features={**FEATURES, "taps": taps[:3]}))
+    with pytest.raises(ValueError, match="bases are more than"):
+        SiteCard(**card(features={**FEATURES, "taps": taps}))
+
+
+def test_the_largest_taps_are_taken() -> None:
+    shape, basis = (2, 2**10, 2**11), pack_basis(np.eye(2, 2**14), np.zeros(2**14))
+    held = SiteCard(
+        **card(features={**FEATURES, "taps": ({**TAP, "shape": shape, "channels": 2**14, "basis": basis},)})
+    )
+    assert SiteCard.from_content(held.to_content()) == held
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_a_record_comes_back_as_it_was(record: Record) -> None:
     assert type(record).from_content(record.to_content()) == record
@@ -129,7 +149,15 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
         {"features": {}},
         {"features": {**FEATURES, "taps": []}},
         {"features": {**FEATURES, "taps": [TAP, TAP]}},
-        {"features": {**FEATURES, "taps": [{**TAP, "name": f"layer{k}"} for k in range(257)]}},
+        {"features": {**FEATURES, "taps": [TAP, {**TAP, "name": "layer2"}]}},  # one fingerprint for two
+        {"features": {**FEATURES, "taps": [TAP, {**TAP, "name": "layer2", "fingerprint": OTHER[:12] + "0" * 52}]}},
+        {"features": {**FEATURES, "taps": [{**TAP, "name": f"t{k}", "fingerprint": f"{k:064d}"} for k in range(2)]}},
+        {
+            "features": {
+                **FEATURES,
+                "taps": [{**TAP, "name": f"t{k}", "fingerprint": f"{k:012d}{k:052d}"} for k in range(257)],
+            }
+        },
         {"features": {**FEATURES, "encodings": []}},
         {"features": {**FEATURES, "encodings": ["f32"]}},
         {"features": {**FEATURES, "surprise": 1}},
@@ -145,11 +173,12 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
                 {"shape": [2, 4, 4, 4]},
                 {"shape": [0, 4, 4]},
                 {"shape": [2, 4, 2**21]},
-                {"shape": [2, 2**12, 2**12 + 1]},
+                {"shape": [2, 2**10, 2**11 + 1]},
+                {"channels": 2**14 + 1, "basis": pack_basis(np.eye(2, 2**14 + 1), np.zeros(2**14 + 1))},
+                {"shape": [2**14 + 1, 4, 4], "channels": 2**14 + 1, "basis": None},
                 {"shape": [2.5, 4, 4]},
                 {"shape": [3, 4, 4]},  # all of its channels, and a basis
                 {"shape": [4, 4, 4], "basis": None},  # more than its channels
-                {"basis": None},
                 {"basis": "AAAA"},
                 {"basis": "no base64!"},
                 {"basis": pack_basis(np.full((2, 3), np.nan), np.zeros(3))},

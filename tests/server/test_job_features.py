@@ -270,6 +270,7 @@ def changed(cards: Cards, site: str, **fields: Any) -> Cards:
 
 
 LAYERED = cards_of(LAYERS, ("east", "west"))
+EAST = sum(card.values for card in LAYERED["east"])
 REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
     "no features": ({}, "layer-wise", {}, "no site tells features"),
     "no features in common": ({}, "common-feature", {}, "no site tells features"),
@@ -313,6 +314,32 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         {"common_feature": {"spaces": [{"sites": {"east": "layer9"}}]}},
         "spaces.0.sites.east' is 'layer9'; site east tells the features of: layer1, layer2, layer3",
     ),
+    "too many bytes": (
+        LAYERED,
+        "layer-wise",
+        {"ask": {"feature_bytes": 2 * EAST * SAMPLES - 1}},
+        rf"ask.feature_bytes' is {2 * EAST * SAMPLES - 1:,}; site east declares {2 * EAST * SAMPLES:,} bytes of.* 48 ",
+    ),
+    "too many bytes in common": (
+        LAYERED,
+        "common-feature",
+        {"ask": {"feature_bytes": 2 * LAYERED["east"][-1].values * SAMPLES - 1}},
+        r"ask.feature_bytes' is .*; site east declares",
+    ),
+    "too many channels together": (
+        changed(
+            changed(LAYERED, "east", channels=16_384, shape=(16_384, 16, 16)), "west", channels=1, shape=(1, 16, 16)
+        ),
+        "layer-wise",
+        {},
+        r"the sites have 16384 \+ 1 channels at layer1; allowed are 16,384 together",
+    ),
+    "components that nobody can read": (
+        changed(LAYERED, "west", channels=9),
+        "layer-wise",
+        {},
+        r"at layer1 site west tells principal components.*policy.features.taps.layer1.channels out",
+    ),
     "overlap and scores side by side": (
         LAYERED,
         "layer-wise",
@@ -350,6 +377,15 @@ def test_where_others_are_enough_a_site_of_another_layout_is_left_out(home: Path
     report = do(home, sites_of(classes, odd, cards), reporter, "layer-wise", ask={"min_sites": 3})
     assert "differ in layout" in report["left_out"]["extra"]
     assert "extra" not in report["amalgamation"]["without"]
+
+
+def test_a_site_that_declares_too_many_bytes_is_left_out_alone(home: Path, reporter: Reporter) -> None:
+    cards = {**LAYERED, "extra": tap_cards(teacher("cnn3@0.3", 1), "extra")}
+    sites = sites_of({**CHAIN, "extra": ("a", "b", "c")}, {**LAYERS, "extra": "cnn3@0.3"}, cards)
+    report = do(home, sites, reporter, "layer-wise", ask={"min_sites": 3, "feature_bytes": 2 * EAST * SAMPLES})
+    assert report["left_out"].keys() == {"extra"}
+    assert "site extra declares" in report["left_out"]["extra"]
+    assert {site for site, _, _ in sites.asked_features} == {"east", "west"}
 
 
 @pytest.mark.parametrize(

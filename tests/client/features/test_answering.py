@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from numpy.typing import NDArray
 
 from consilience.client import app as app_module
 from consilience.client.features import learn_bases
-from consilience.client.ledger import Ledger
+from consilience.client.ledger import Ledger, read_head
+from consilience.client.ledger_restart import restart
 from consilience.client.ledger_rows import approval
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
 from consilience.common.encoding import check_features, feature_bytes, feature_values
+from consilience.common.encoding.features import basis_bytes
 from consilience.common.errors import SettingsError
 from consilience.common.nets.tapped import Tapped
 from consilience.common.pool import Pool
@@ -218,6 +221,63 @@ def test_a_job_s_bytes_are_those_that_it_asks_for_whoever_got_them_before(pool: 
     assert code(lambda: site.agree(contract(site, pool, features=("layer2", "penultimate")))) == "too-many-bytes"
 
 
+def test_bytes_of_all_jobs_count_for_the_lifetime(pool: Pool, opening: Opening) -> None:
+    width = feature_bytes(LAYER2, "f16")
+    site = opening(features={"bytes": 20 * width, "bytes_lifetime": 45 * width})
+    for at, job in enumerate(("job0", "job1")):
+        site.answer(about(site, pool, 20 * at, 20 * at + 20, job=job))
+    with pytest.raises(RefusedError, match="more bytes of features") as caught:
+        site.answer(about(site, pool, 40, 46, job="job2"))
+    assert caught.value.code == "too-many-bytes"
+    assert (
+        f"features, lifetime: {6 * width:,} bytes more, {5 * width:,} left of {45 * width:,}" in caught.value.told_here
+    )
+    assert code(lambda: site.answer(about(site, pool, 0, 10, job="job3", encoding="u8"))) == "too-many-bytes"
+    assert site.answer(about(site, pool, 0, 40, job="job4")).data  # what left leaves again, to whoever asks
+    site.answer(about(site, pool, 40, 45, job="job2"))
+    assert site.ledger.spent.features.total() == 45 * width
+    assert site.agree(contract(site, pool, features=()))
+
+
+def test_another_ledger_carries_over_the_bytes_of_features(pool: Pool, opening: Opening) -> None:
+    width = feature_bytes(LAYER2, "f16")
+    limits = {"bytes_lifetime": 50 * width}
+    site = opening(features=limits)
+    site.answer(about(site, pool, 0, 30))
+    site.answer(about(site, pool, 30, 35, job="another"))
+    site.close()
+    head = read_head(site.settings.state / "ledger.head")
+    assert head is not None
+    assert (head["samples"], head["features"]) == (35, 35 * width)
+
+    def again(*least: int) -> tuple[int, int]:
+        aside, samples, features = restart(site.settings, *least)
+        aside.rename(aside.with_name(f"aside-{samples}-{len(least)}"))  # one second has room for one
+        return samples, features
+
+    assert again() == (35, 35 * width)
+    site = opening(features=limits)
+    assert site.ledger.spent.features.total() == 35 * width
+    assert code(lambda: site.answer(about(site, pool, 0, 16))) == "too-many-bytes"  # those that left are put aside
+    assert site.answer(about(site, pool, 0, 15)).data
+    site.close()
+    (site.settings.state / "ledger.db").write_bytes(b"damaged" * 1000)
+    assert again() == (50, 50 * width)  # by the head
+    (site.settings.state / "ledger.head").unlink()
+    assert again(60, 70 * width) == (60, 70 * width)
+
+
+def test_limits_on_features_do_not_touch_other_answers(pool: Pool, opening: Opening) -> None:
+    site = opening()
+    site.answer(about(site, pool))
+    site.close()
+    site = opening(features={"bytes": 1, "bytes_lifetime": 1})
+    assert code(lambda: site.answer(about(site, pool, 0, 1))) == "too-many-bytes"
+    asked = about(site, pool, kind="log-probs", teacher=site.teacher.fingerprint)
+    assert site.answer(asked).data
+    assert site.agree(contract(site, pool, features=()))
+
+
 def test_features_count_towards_the_limits_on_samples(pool: Pool, opening: Opening) -> None:
     site = opening(policy={"limits": {"per_job": SIZE + 10}})
     assert code(lambda: site.agree(contract(site, pool))) == "budget-exhausted"
@@ -236,6 +296,35 @@ def test_an_approval_is_of_the_taps_that_were_asked_for(tmp_path: Path, pool: Po
     assert site.answer(about(site, pool)).data
     assert code(lambda: site.answer(about(site, pool, tap=1))) == "not-approved"
     assert code(lambda: site.answer(about(site, pool, encoding="u8"))) == "not-approved"
+
+
+def test_a_card_tells_no_components_where_the_policy_has_a_say_before(
+    pool: Pool, opening: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(site: Site) -> list[tuple[int, bool]]:
+        assert site.card.features is not None
+        return [(tap.shape[0], tap.basis is not None) for tap in site.card.features.taps]
+
+    taps: dict[str, Any] = {"layer2": {"channels": 8}}
+    assert told(opening(taps)) == [(8, True)]
+    for policy in ({"approval": True}, {"sealed_only": True}, {"ends": "2020-01-01"}):
+        site = opening(taps, policy=policy)
+        assert told(site) == [(8, False)]
+        assert site.demand("job", [pool], "f16", coverage=False, summed=False, taps=site.taps).bases == 0
+    site = opening(taps, policy={"ends": "2030-01-01"})
+    assert told(site) == [(8, True)]
+    monkeypatch.setattr("consilience.client.card.utc_now", lambda: datetime(2030, 1, 2, tzinfo=UTC))
+    assert told(site) == [(8, False)]  # the last day passes while the agent runs
+
+
+def test_components_count_for_the_bytes_of_a_job(pool: Pool, opening: Opening) -> None:
+    rows, basis = SIZE * feature_bytes(8 * 64, "f16"), basis_bytes(8, 64)
+    taps: dict[str, Any] = {"layer2": {"channels": 8}}
+    site = opening(taps, features={"bytes": rows + basis - 1})
+    assert code(lambda: site.agree(contract(site, pool))) == "too-many-bytes"
+    assert site.card.features is not None
+    assert len(site.card.features.taps[0].basis or "") == basis
+    assert opening(taps, features={"bytes": rows + basis}).agree(contract(site, pool))
 
 
 def test_a_question_for_more_than_one_answer_holds_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.app import forget_sites
+from consilience.client.site import Site
 from consilience.common.encoding import feature_bytes
+from consilience.common.encoding.features import basis_bytes
 from consilience.common.pool import Pool
-from helpers.feature_site import CALLABLE, SIZE, hosted, make_pool, make_settings
+from consilience.common.protocol import Contract
+from helpers.feature_site import CALLABLE, CLASSES, SIZE, hosted, make_pool, make_settings
 
 TAPS: dict[str, Any] = {"*": {"size": 4, "channels": 8}, "penultimate": {}}
 
@@ -67,11 +71,13 @@ def test_taps_lists_what_there_is_and_what_of_it_leaves(file: Path, pool: Pool) 
     row = call("taps", file)["taps"][1]
     assert 0 < row["kept"] < 1
     assert row["bytes_a_sample"] == {"f16": 256, "u8": 136}
+    assert row["basis"] == basis_bytes(8, 64)
     assert row["bytes"] == {pool.digest: {"f16": 256 * SIZE, "u8": 136 * SIZE}}
     text = said("taps", file)
     assert f"{row['kept']:.1%}" in text
     assert f"{256 * SIZE:,}" in text
     assert f"at most {2**30:,} bytes" in text
+    assert f"Principal components themselves are {row['basis']:,} bytes" in " ".join(text.split())
 
 
 def test_taps_of_a_policy_that_lets_none_out(file: Path, pool: Pool) -> None:
@@ -88,10 +94,15 @@ def test_taps_of_a_teacher_without_any(tmp_path: Path, file: Path, monkeypatch: 
     assert "A teacher of kind callable has no taps here: it takes part by its labels." in said("taps", file)
 
 
-def test_a_tap_that_does_not_exist_is_an_error_of_the_settings(file: Path) -> None:
-    make_settings(file.parent, {"layer9": {}})
-    error = call("taps", file, code=3)
+def test_a_tap_that_does_not_exist_is_an_error_of_the_settings_and_listed_with_those_that_do(file: Path) -> None:
+    make_settings(file.parent, {"layer9": {}, "penultimate": {}})
+    error = call("show", file, code=3)
     assert "policy.features.taps.layer9 is no tap of the teacher; it has: layer1, layer2" in error["message"]
+    rows = call("taps", file)["taps"]
+    assert [row["tap"] for row in rows] == ["layer1", "layer2", "layer3", "penultimate", "layer9"]
+    assert rows[-1] == {"tap": "layer9", "shape": None, "leaves": None}
+    assert [row["leaves"] for row in rows[3:]] == [[128], None]
+    assert "is no tap of the teacher; the policy names it" in said("taps", file)
 
 
 def test_train_learns_what_the_card_then_tells_without_its_basis(file: Path) -> None:
@@ -103,6 +114,7 @@ def test_train_learns_what_the_card_then_tells_without_its_basis(file: Path) -> 
     assert "basis" not in card["features"]["taps"][0]
     text = " ".join(said("show", file).replace("│", " ").split())  # of a table's cell
     assert "layer2: 8 x 4 x 4 of 64 channels, with " in text
+    assert f"of their variance (components: {basis_bytes(8, 64):,} bytes), 256 bytes a sample" in text
     assert "256 bytes a sample; " in text
     assert "penultimate: 128, 256 bytes a sample; as f16 or u8" in text
 
@@ -115,8 +127,21 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
     assert [part["tap"] for part in parts] == ["layer1", "layer2", "layer3"]  # penultimate is none that is amalgamated
     assert [part["bytes_a_sample"] for part in parts] == [layer] * 3
     assert [(part["shape"], part["samples"], part["pool"]) for part in parts[:1]] == [([8, 4, 4], SIZE, pool.digest)]
-    assert everything["feature_bytes"] == {"asked": SIZE * 3 * layer, "most": 2**30}
+    new, bases = SIZE * 3 * layer, sum(basis_bytes(8, channels) for channels in (32, 64, 128))
+    assert everything["feature_bytes"] == {
+        "asked": new + bases,
+        "bases": bases,
+        "new": new,
+        "most": 2**30,
+        "left": {
+            "features of job clothes": {"before": 2**30, "after": 2**30 - new},
+            "features, lifetime": {"before": 2**32, "after": 2**32 - new},
+        },
+    }
     assert everything["new"] == 4 * SIZE
+    assert f"with {bases:,} of principal components that the site card tells any server" in said(
+        "explain", job(file, architecture="cnn3", learning="layer-wise"), file
+    )
     one = job(file, architecture="cnn3", learning="common-feature")
     assert [part["tap"] for part in call("explain", one, file)["parts"]] == ["", "penultimate"]
     text = said("explain", one, file)
@@ -124,11 +149,27 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
         f"- features of tap penultimate, 128, 256 bytes a sample, {256 * SIZE:,} in all, as f16, of 50 samples" in text
     )
     assert f"Features are {256 * SIZE:,} bytes in all; a job may ask for {2**30:,}." in text
+    assert f"- features, lifetime: {2**32:,} -> {2**32 - 256 * SIZE:,} bytes" in text
     assert "features leave of: every layer, penultimate; at most" in text
     assert "It would be answered." in text
     plain = call("explain", job(file), file)
     assert [part["kind"] for part in plain["parts"]] == ["log-probs"]
     assert plain["feature_bytes"]["asked"] == 0
+
+
+def test_the_ledger_s_bytes_of_features_are_shown(file: Path, pool: Pool) -> None:
+    make_settings(file.parent, {"penultimate": {}}, features={"bytes": 9_000})
+    assert call("ledger", "show", file)["features"] == {"jobs": {}, "lifetime": 0}
+    with closing(Site.load(file)) as site:
+        site.answer(site.question("clothes", pool.digest, 30, "features", "f16", site.taps[0]))
+    assert call("ledger", "show", file)["features"] == {"jobs": {"clothes": 7_680}, "lifetime": 7_680}
+    text = " ".join(said("ledger", "show", file).replace("│", " ").split())
+    assert "features of job clothes 7,680 bytes 9,000 bytes" in text
+    assert f"features, lifetime 7,680 bytes {2**32:,} bytes" in text
+    told = call("explain", job(file, learning="common-feature"), file)
+    assert told["feature_bytes"]["new"] == 20 * 256  # of 50
+    assert told["feature_bytes"]["left"]["features of job clothes"] == {"before": 1_320, "after": 1_320 - 20 * 256}
+    assert "which are 3,800 too few bytes" in said("explain", job(file, learning="common-feature"), file)
 
 
 def test_explain_says_why_features_would_be_refused(file: Path) -> None:
@@ -143,6 +184,35 @@ def test_explain_says_why_features_would_be_refused(file: Path) -> None:
     refusal = call("explain", job(file, learning="common-feature", common_feature={"spaces": spaces}), file)["refusal"]
     assert "asks for features that the site does not tell" in refusal
     assert "tells the features of: penultimate" in refusal
+
+
+def test_a_job_whose_features_do_not_fit_is_not_approved(file: Path) -> None:
+    make_settings(file.parent, {"penultimate": {}}, policy={"approval": True})
+    spaces = [{"sites": {"site-1": "layer2"}}]
+    wanted = job(file, learning="common-feature", common_feature={"spaces": spaces})
+    error = call("approve", wanted, file, code=3)
+    assert "asks for features that site site-1 does not tell" in error["message"]
+    with closing(Site.load(file)) as site:
+        assert site.ledger.approved("clothes", site.settings.policy.version) is None
+
+
+def test_approve_covers_features_of_whichever_pool_of_the_site_is_the_job_s(file: Path, pool: Pool) -> None:
+    other = make_pool(file.parent / "other", size=20, seed=1)
+    make_settings(file.parent, {"penultimate": {}}, policy={"approval": True}, pools=["pool", "other"])
+    wanted = job(file, learning="common-feature")
+    wanted.write_text(wanted.read_text().replace("pool: pool", "pool: /coordinators/pool"))
+    held = call("approve", wanted, file)
+    assert [part["pool"] for part in held["parts"] if part["kind"] == "features"] == [pool.digest, other.digest]
+    told = call("explain", wanted, file)
+    assert told["feature_bytes"]["asked"] == 256 * SIZE  # of one of them, whichever it is
+    assert "A job takes features of one of them alone." in said("explain", wanted, file)
+    with closing(Site.load(file)) as site:
+        for one in (pool, other):
+            asked = Contract(
+                job="clothes", labels=CLASSES, class_set=(0, 1, 2), pools=(one.digest,), encoding="f16",
+                teacher=site.teacher.fingerprint, features=("penultimate",),
+            )  # fmt: skip
+            assert site.agree(asked).pools == (one.digest,)
 
 
 def test_approve_is_of_the_features_that_are_shown(file: Path) -> None:

@@ -20,7 +20,7 @@ from consilience.client.privacy.dp_sgd import grouped
 from consilience.client.teacher import CalibratedTeacher, CalibrationRecord, load_teacher, train_teacher
 from consilience.client.teacher.protocol import ScoringTeacher
 from consilience.client.teacher.torch_modules import NetworkScores
-from consilience.common.encoding.features import unpack_basis
+from consilience.common.encoding.features import basis_bytes, unpack_basis
 from consilience.common.errors import SettingsError, StorageError, TeacherError
 from consilience.common.nets.tapped import Tapped
 from consilience.common.nets.taps import taps as layers_of
@@ -201,6 +201,24 @@ def test_a_network_as_dp_sgd_trains_it_has_its_modules_for_taps(architecture: st
     np.testing.assert_allclose(maps, expected.numpy(), atol=1e-6)
 
 
+def test_a_head_that_is_called_by_keyword_is_found() -> None:
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(256, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.fc(input=images.flatten(1))  # type: ignore[no-any-return]
+
+    scores = NetworkScores(Named().eval(), 3, Preprocessing(size=(16, 16), channels=1), torch.device("cpu"))
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), np.uint8)
+    assert np.array_equal(scores.features(images), scores.prepare(images).flatten(1).numpy())
+    layers = teacher_layers(ScoringTeacher(("a", "b", "c"), "f" * 64, "logits", "here", scores))
+    assert layers is not None
+    assert [layer.name for layer in layers.find(images)] == ["penultimate"]
+    assert np.array_equal(layers.features(images, ["penultimate"])[0], scores.features(images))
+
+
 def test_a_callable_tells_its_features(tmp_path: Path, pool: Pool) -> None:
     taps = opened(make_settings(tmp_path, {"means": {}, "maps": {"size": 4, "channels": 1}}, teacher=hosted("model")))
     assert [(name, tap.card.shape) for name, tap in taps.items()] == [("maps", (1, 4, 4)), ("means", (3,))]
@@ -249,6 +267,30 @@ def test_a_teacher_without_taps_takes_part_by_its_labels(tmp_path: Path, pool: P
     with pytest.raises(SettingsError, match="names maps; a teacher of kind callable has no taps") as caught:
         open_taps(settings, load_teacher(settings))
     assert "takes part by its labels" in (caught.value.hint or "")
+
+
+def test_taps_that_no_card_describes_are_refused_before_anything_is_learned(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(tmp_path, {"layer1": {"channels": 8}, "layer2": {"channels": 8}})
+    teacher = load_teacher(settings)
+    sizes = basis_bytes(8, 32), basis_bytes(8, 64)
+    for name, most, words in (
+        (
+            "MOST_BASES",
+            sum(sizes) - 1,
+            rf"{sum(sizes):,} bytes .*layer1 {sizes[0]:,}, layer2 {sizes[1]:,}.*allowed are",
+        ),
+        ("MOST_CHANNELS", 63, r"taps\.layer2: features of shape \(8, 8, 8\) from 64 channels are more"),
+        ("MOST_FEATURES", 8 * 16 * 16 - 1, r"taps\.layer1: features of shape \(8, 16, 16\)"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["consilience.client.features.taps"], name, most)
+            for action in (learn_bases, open_taps):
+                with pytest.raises(SettingsError, match=words):
+                    action(settings, teacher)
+    assert not (tmp_path / "state" / "features").exists()
+    assert learn_bases(settings, teacher) == ("layer1", "layer2")
 
 
 def test_components_need_a_pool(tmp_path: Path) -> None:

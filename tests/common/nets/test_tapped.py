@@ -78,8 +78,8 @@ def test_what_comes_next_does_not_write_into_a_tap() -> None:
 
 
 def test_scores_and_what_gives_them_are_no_tap() -> None:
-    assert "fc" not in tap_names(network("resnet18", 3))
-    names = tap_names(network("vgg11_bn", 3))
+    assert "fc" not in tap_shapes(network("resnet18", 3), images(3))
+    names = tap_shapes(network("vgg11_bn", 3), images(3)).keys()
     assert {"classifier", "classifier.6"}.isdisjoint(names)
     assert {"features", "avgpool", "classifier.5"} <= set(names)
 
@@ -159,3 +159,73 @@ def test_a_network_without_a_linear_layer_has_no_penultimate_tap() -> None:
     assert "penultimate" not in tap_names(whole)
     _, (found,) = Tapped(whole, ["features"])(images(3))
     assert found.shape[:2] == (3, 512)
+
+
+class HeadFirst(nn.Module):
+    """Registers its head before its body, whose own last layer has as many outputs as there are scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8))
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.head(input=self.body(given))  # type: ignore[no-any-return]
+
+
+class Product(nn.Module):
+    """A head that is no layer of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, given: Tensor) -> Tensor:
+        return given @ self.weight
+
+
+def made(*after: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *after)
+
+
+CONVOLVED = (nn.Dropout(), nn.Conv2d(8, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+"""How squeezenet makes its scores."""
+HEADS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "registered before the body": (HeadFirst, ["body.0", "body.1", "body.2", "body.3", "body", "penultimate"]),
+    "normalised": (lambda: made(nn.Linear(8, 5), nn.LogSoftmax(1)), ["0", "1", "2", "penultimate"]),
+    "as wide as a layer before": (
+        lambda: made(nn.Linear(8, 5), nn.Sigmoid(), nn.Linear(5, 5)),
+        ["0", "1", "2", "3", "4", "penultimate"],
+    ),
+    "of a convolution": (
+        lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Sequential(*CONVOLVED), nn.Flatten()),
+        ["0", "1", "2.0"],
+    ),
+    "of another kind": (lambda: made(Product()), ["0", "1", "2"]),
+    "of another kind, normalised": (lambda: made(Product(), nn.LogSoftmax(1)), ["0", "1", "2"]),
+    "of another kind, as probabilities": (lambda: made(Product(), nn.Softmax(1)), ["0", "1", "2"]),
+    "of one class": (lambda: made(nn.Linear(8, 1)), ["0", "1", "2", "penultimate"]),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_are_no_tap_however_they_are_made(head: str) -> None:
+    build_one, names = HEADS[head]
+    whole, given = build_one().eval(), images()
+    assert list(tap_shapes(whole, given)) == names
+    scores, found = Tapped(whole, names)(given)
+    assert torch.equal(scores, whole(given))
+    if names[-1] == "penultimate":
+        last = [module for module in whole.modules() if isinstance(module, nn.Linear)]
+        head_layer = whole.head if isinstance(whole, HeadFirst) else last[-1]
+        assert isinstance(head_layer, nn.Linear)
+        assert torch.allclose(head_layer(found[-1]).log_softmax(1), scores.log_softmax(1), atol=1e-6)
+        assert list(tap_shapes(whole, given).values())[-1] == (head_layer.in_features,)
+
+
+def test_a_vision_network_of_convolutions_alone_tells_no_scores() -> None:
+    whole = network("squeezenet1_1", 3)
+    names = list(tap_shapes(whole, images(3)))
+    assert names[-1] == "classifier.0"
+    assert {"classifier", "classifier.1", "classifier.2", "classifier.3"}.isdisjoint(names)
