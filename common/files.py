@@ -60,7 +60,7 @@ class Resident:
     A page that was read stays until the kernel is short of memory; a training reads all of a file, again and again.
     """
 
-    MOST = 64 * 2**20
+    MOST = 32 * 2**20
     """Bytes that may have been read before pages are let go of; what is needed again comes from the disk's cache."""
     AROUND = 16 * 4096
     """Bytes that the kernel maps around a piece that is read."""
@@ -68,9 +68,12 @@ class Resident:
     def __init__(self) -> None:
         self._read = 0
 
-    def note(self, pieces: int, maps: Iterable[NDArray[Any]]) -> None:
-        """Note that `pieces` were read of `maps`, made by `numpy.memmap`; lets go of their pages from time to time."""
-        self._read += pieces * self.AROUND
+    def note(self, pieces: int, maps: Iterable[NDArray[Any]], *, long: int = 0) -> None:
+        """Note that `pieces` were read of `maps`, made by `numpy.memmap`; lets go of their pages from time to time.
+
+        `long`: bytes that were read in long pieces beside them.
+        """
+        self._read += pieces * self.AROUND + long
         if self._read < self.MOST:
             return
         self._read = 0

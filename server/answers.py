@@ -319,6 +319,7 @@ class AnswerStore:
                 hint=f"Remove {self.folder} and run the same command again: only this site is asked again",
             )
         self._checked.add(entry.offset)
+        self._resident.note(0, [self._map], long=entry.bytes)
 
 
 def digests_in(folder: Path) -> dict[tuple[int, int], str | None]:
