@@ -199,7 +199,7 @@ class TogetherInCommon:
         records = train(
             whole,
             images,
-            CommonLoss(whole, self.scores, self.scores.fingerprint, self.samples),
+            CommonLoss(whole, self.spaces, self.scores, self.scores.fingerprint, self.samples),
             self.settings.fit,
             self.settings.preprocessing,
             seed=self.seed,
@@ -207,7 +207,7 @@ class TogetherInCommon:
             on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
             device=device,
         )
-        told = told_of(whole, images, self.samples, self.settings.preprocessing, device)
+        told = told_of(whole, self.spaces, images, self.samples, self.settings.preprocessing, device)
         _write(folder, self, {"spaces": told, "weights": vars(self._weights)})
         return records
 

@@ -94,12 +94,14 @@ class Space:
 
 
 class CommonStudent(nn.Module):
-    """A student and the common spaces that are trained with it: (scores, features of its taps, one a space)."""
+    """A student and the networks of its common spaces: (scores, features of its taps, one a space).
+
+    It holds nothing of the sites: the training loop copies it.
+    """
 
     def __init__(self, network: nn.Module, spaces: Sequence[Space], weights: Weights, seed: int) -> None:
         """Raises `StudentError` for a tap that the student has not, and for spaces without sites."""
         super().__init__()
-        self.spaces = tuple(spaces)
         self.tapped = Tapped(network, [space.student for space in spaces])
         built = {str(at): space.build(derive(seed, "common space", at)) for at, space in enumerate(spaces)}
         self.common = CommonFeatureLearning(built, weights)
@@ -113,12 +115,19 @@ class CommonStudent(nn.Module):
 class CommonLoss:
     """soft L_D + mmd L_M + reconstruction L_R of a batch, and the three by name.
 
-    `soft` is L_D, a loss of scores. `samples` (m,): training's sample j is the pool's samples[j].
+    `spaces` are those that `model` was made for. `soft` is L_D, a loss of scores. `samples` (m,): training's sample j is the pool's samples[j].
     """
 
-    def __init__(self, model: CommonStudent, soft: Loss, fingerprint: str, samples: NDArray[np.int64]) -> None:
-        self._model, self._soft, self._samples = model, soft, samples
-        self.fingerprint = f"{common_fingerprint(model.spaces, model.common.weights)} {fingerprint}"
+    def __init__(
+        self,
+        model: CommonStudent,
+        spaces: Sequence[Space],
+        soft: Loss,
+        fingerprint: str,
+        samples: NDArray[np.int64],
+    ) -> None:
+        self._common, self._spaces, self._soft, self._samples = model.common, spaces, soft, samples
+        self.fingerprint = f"{common_fingerprint(spaces, model.common.weights)} {fingerprint}"
 
     def __call__(self, output: tuple[Tensor, tuple[Tensor, ...]], ids: Tensor) -> Parted:
         """Return the loss of what `CommonStudent` gives for the samples `ids` (b,)."""
@@ -129,13 +138,13 @@ class CommonLoss:
         student: dict[str, Tensor] = {}
         teachers: dict[str, list[Tensor]] = {}
         rows: dict[str, list[Tensor | None]] = {}
-        for name, space, own in zip(self._model.common.names, self._model.spaces, features, strict=True):
+        for name, space, own in zip(self._common.names, self._spaces, features, strict=True):
             student[name] = space.formed(own)
             told = [_told(tap, at) for tap in space.taps]
             pairs = zip(space.taps, told, strict=True)
             teachers[name] = [space.given(tap, at if t is None else at[t], own.device) for tap, t in pairs]
             rows[name] = [None if t is None else torch.from_numpy(t).to(own.device) for t in told]
-        terms = self._model.common(soft, student, teachers, rows)
+        terms = self._common(soft, student, teachers, rows)
         named = {"soft": terms.soft, "mmd": terms.mmd, "reconstruction": terms.reconstruction}
         return Parted(terms.total, {name: term.detach() for name, term in named.items()})
 
@@ -158,6 +167,7 @@ def _told(tap: SiteTap, ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
 @torch.no_grad()
 def told_of(
     model: CommonStudent,
+    spaces: Sequence[Space],
     images: ImageRows,
     samples: NDArray[np.int64],
     preprocessing: Preprocessing,
@@ -165,13 +175,13 @@ def told_of(
 ) -> list[dict[str, Any]]:
     """Return what the report tells of each trained space: who meets, what reconstruction misses, and a picture.
 
-    `images` are those learnt from, `samples` (m,) their pool ids; samples that every site of the space told, spread
+    `spaces` are those that `model` was made for, `images` those learnt from, `samples` (m,) their pool ids; samples that every site of the space told, spread
     evenly. Random numbers are not drawn.
     """
     model.eval()
     normalise = Normalise(preprocessing, device)
     found = []
-    for at, space in enumerate(model.spaces):
+    for at, space in enumerate(spaces):
         common = model.common.taps[at]
         assert isinstance(common, CommonFeature)
         places = told_by_all(space.taps, samples)

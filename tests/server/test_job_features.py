@@ -14,7 +14,8 @@ import torch
 from consilience.common.data import from_arrays
 from consilience.common.errors import ConsilienceError, SettingsError
 from consilience.common.files import read_json
-from consilience.common.nets import EpochRecord, loop
+from consilience.common.identity import make_key
+from consilience.common.nets import EpochRecord, loop, precision
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import TapCard
@@ -245,6 +246,23 @@ def test_the_joint_phase_alone_asks_for_no_features(home: Path, reporter: Report
     sites = sites_of(CHAIN, LAYERS, {})
     with pytest.raises(SettingsError, match="several know"):
         do(home, sites, reporter, "layer-wise", run="shared", layer_wise={**alone, "target": "concatenated"})
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+def test_sites_that_sign_and_arithmetic_that_is_tried_out(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch, learning: str
+) -> None:
+    """The loop tries on a copy of what it trains; a store knows its site's key, which cannot be copied."""
+    monkeypatch.setattr(precision, "MIN_STEPS", 2)
+    cards = cards_of(LAYERS, ("east", "west"))
+    sites = sites_of(CHAIN, LAYERS, cards)
+    sites.keys = {site: make_key(home / f"{site}.key") for site in CHAIN}
+    spaces: dict[str, Any] = {"common_feature": {"spaces": [{"width": 4}]}}
+    fit = {"epochs": 3, "batch_size": 16, "learning_rate": 0.05}
+    report = do(home, sites, reporter, learning, fit=fit, **spaces)
+    assert report["amalgamation"]["without"] == ["north"]
+    beside = home / "run" / ("student/training" if learning == "layer-wise" else "amalgamation")
+    assert read_json(beside / "precision.json")["f32_step_seconds"] > 0
 
 
 @pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])

@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_a_direct_computation(tmp_path: Path, form: str, upt
     space = maps(tmp_path, upto) if form == "maps" else vectors(tmp_path, upto)
     model = CommonStudent(student(), [space], Weights(0.5, 3.0, 7.0), seed=0).eval()
     samples = np.arange(COUNT)[::-1].copy()
-    loss = CommonLoss(model, Fixed(), "f", samples)
+    loss = CommonLoss(model, [space], Fixed(), "f", samples)
     ids = torch.tensor([0, 7, 25, 39, 12, 30])
     output = model(torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
     told = loss(output, ids)
@@ -134,7 +134,7 @@ def test_a_site_that_told_one_sample_of_the_batch_or_none_has_no_part(tmp_path: 
     model = CommonStudent(student(), [space], Weights(), seed=0).train()
     ids = torch.arange(6)
     output = model(torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
-    terms = CommonLoss(model, Fixed(), "f", np.arange(COUNT))(output, ids).terms
+    terms = CommonLoss(model, [space], Fixed(), "f", np.arange(COUNT))(output, ids).terms
     common = space_of(model)
     given = space.given(space.taps[0], ids.numpy(), CPU)
     projected = common.project(given, 0)
@@ -152,7 +152,7 @@ def test_training_brings_the_terms_down_and_resumes_bit_for_bit(
 
     def done(folder: Path, stop: int = -1) -> tuple[CommonStudent, list[dict[str, float]]]:
         model = CommonStudent(student(), [space], Weights(), seed=0)
-        loss = CommonLoss(model, Fixed(), "f", np.arange(COUNT))
+        loss = CommonLoss(model, [space], Fixed(), "f", np.arange(COUNT))
 
         def watch(record: object) -> None:
             if record.epoch == stop:  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ def test_training_brings_the_terms_down_and_resumes_bit_for_bit(
 def test_what_is_told_of_a_space(tmp_path: Path) -> None:
     space = maps(tmp_path, 30)
     model = CommonStudent(student(), [space], Weights(), seed=0)
-    (told,) = told_of(model, PIXELS, np.arange(COUNT), PLAIN, CPU)
+    (told,) = told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU)
     assert told["sites"] == {"east": "layer4", "west": "layer2"}
     assert told["samples"] == 30
     assert {who: len(points) for who, points in told["picture"]["points"].items()} == dict.fromkeys(
