@@ -158,6 +158,14 @@ def train_layers(
     return losses
 
 
+def kept_adapter(folder: Path, tap: str, key: str) -> Affine | None:
+    """Return the FAM before the student's `tap` that `train_layers` kept in `folder` under `key`; None without it."""
+    found = kept(folder / f"{tap}.safetensors", key)
+    if found is None or "adapter.weight" not in found[0]:
+        return None
+    return Affine(*(found[0][f"adapter.{name}"].double().numpy() for name in ("weight", "bias")))
+
+
 def join(problems: Sequence[Layer]) -> None:
     """Fold every FAM into the layer before it: the student that `problems` were made of then computes what they do.
 

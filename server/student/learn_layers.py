@@ -34,7 +34,7 @@ from consilience.server.student.amalgamate import concatenated, direct, incremen
 from consilience.server.student.autoencoder import Affine, Autoencoder, descended
 from consilience.server.student.folding import settle
 from consilience.server.student.kept import keep, kept
-from consilience.server.student.layer_wise import Schedule, train_layers
+from consilience.server.student.layer_wise import Schedule, kept_adapter, train_layers
 from consilience.server.student.picture import picture
 from consilience.server.student.site_taps import SiteTap, in_blocks, told_by_all
 
@@ -302,8 +302,14 @@ class LayerLesson:
     def picture(
         self, student: nn.Module, images: ImageRows, folder: Path, device: torch.device
     ) -> dict[str, Any] | None:
-        """Return a picture of the last layer before the scores: the amalgamated features and the student's own."""
-        layer = self._layers[-1]
+        """Return a picture of the last layer before the scores: the amalgamated features and the student's own.
+
+        The score layer's FAM was folded into the student's layer, so the amalgamated features go through it too: both
+        are then the same thing, or would be. None where that FAM is no longer in `folder`.
+        """
+        layer, adapter = self._layers[-1], kept_adapter(folder, SCORES, self.fingerprint)
+        if adapter is None:
+            return None
         best = self._amalgamated(layer, taps(student)[-2].channels, folder, device)
         some = self.places[np.unique(np.linspace(0, len(self.places) - 1, DRAWN).astype(np.int64))]
         tapped = Tapped(student.eval(), [layer.name])
@@ -311,5 +317,5 @@ class LayerLesson:
         for part in in_blocks(some, 1, 64):
             shaped = torch.from_numpy(preprocess(np.array(images[part]), self._preprocessing)).to(device)
             vectors["student"].append(tapped(shaped)[1][0].float().mean(dim=(2, 3)).cpu().numpy())
-            vectors["amalgamated"].append(best(self._samples[part]).mean(axis=(2, 3)))
+            vectors["amalgamated"].append(adapter(best(self._samples[part])).mean(axis=(2, 3)))
         return picture({who: np.concatenate(held) for who, held in vectors.items()})

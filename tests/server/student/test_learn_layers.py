@@ -225,6 +225,23 @@ def test_a_killed_training_goes_on_after_the_last_layer_to_the_same_student(
     assert not same(other, whole)
 
 
+def test_the_picture_shows_the_same_thing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the score layer's FAM does to the amalgamated features is a part of the student's layer before it."""
+    network = teacher(NAME, 1)
+    with torch.no_grad():
+        network[-1].weight.mul_(20)  # type: ignore[index, union-attr, operator]  # scores that vary
+    networks = {"east": network, "west": network}
+    made, learnt = student(), lesson(told(tmp_path, networks), networks, epochs=60)
+    learnt.teach(made, PIXELS, tmp_path / "layers", CPU)
+    seen: dict[str, NDArray[np.floating]] = {}
+    monkeypatch.setattr(learn_layers, "picture", lambda vectors: seen.update(vectors))
+    learnt.picture(made, PIXELS, tmp_path / "layers", CPU)
+    apart = np.square(seen["student"] - seen["amalgamated"]).mean()
+    assert apart < 0.3 * seen["amalgamated"].var(axis=0).mean()
+    monkeypatch.undo()
+    assert learnt.picture(made, PIXELS, tmp_path / "elsewhere", CPU) is None
+
+
 def same(one: nn.Module, two: nn.Module) -> bool:
     first, second = one.state_dict(), two.state_dict()
     return all(torch.equal(first[name], second[name]) for name in first)
