@@ -136,6 +136,16 @@ def test_layers_are_amalgamated_and_everything_is_told(home: Path, reporter: Rep
     assert "east (features of layer1, layer2, layer3)" in card
 
 
+def test_a_site_that_tells_no_layer_takes_part_by_its_labels(home: Path, reporter: Reporter) -> None:
+    cards = LAYERED | cards_of(LAYERS, ("north",), ["penultimate"])
+    sites = sites_of(CHAIN, LAYERS, cards)
+    report = do(home, sites, reporter, "layer-wise")
+    assert report["amalgamation"]["without"] == ["north"]
+    assert "north" in {site["name"] for site in report["sites"]}
+    assert not report["left_out"]
+    assert {site for site, _, _ in sites.asked_features} == {"east", "west"}
+
+
 def test_common_features_of_a_mixed_federation(home: Path, reporter: Reporter) -> None:
     cards = cards_of(MIXED, ("east", "north"), ["layer2", "layer3"])
     report = do(
