@@ -173,6 +173,20 @@ def test_training_brings_the_terms_down_and_resumes_bit_for_bit(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_batch_of_which_no_site_told_anything(tmp_path: Path) -> None:
+    """Without soft targets nothing is left to learn from it: the step changes nothing, and does not fail."""
+    network = teacher("cnn3@0.2", 2)
+    (card,) = tap_cards(network, "west", ["penultimate"])
+    some = stored(tmp_path, "west", card, features(network, PIXELS, ["penultimate"])["penultimate"], upto=20)
+    space = Space("penultimate", SHAPES["penultimate"], (some,))
+    model = CommonStudent(student(), [space], Weights(soft=0), seed=0)
+    loss = CommonLoss(model, [space], Fixed(), "f", np.arange(COUNT))
+    told = loss(model(torch.ones(6, 1, 16, 16)), torch.arange(20, 26))
+    torch.autograd.backward(told.total)
+    assert float(told.total.detach()) == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_what_is_told_of_a_space(tmp_path: Path) -> None:
     space = maps(tmp_path, 30)
     model = CommonStudent(student(), [space], Weights(), seed=0)
