@@ -114,10 +114,11 @@ def feature_lesson(
     spaces = []
     for wanted in job.student.common_feature.spaces:
         chosen = []
-        for site, held in told.items():
-            name = wanted.sites.get(site) or list(held)[-1]
-            if name in held:
-                chosen.append(held[name])
+        for card in cards:
+            # the tap that was asked for (common/taps_asked), whether or not the site answered
+            name = wanted.sites.get(card.name) or (card.features.taps[-1].name if card.features is not None else "")
+            if name in told.get(card.name, {}):
+                chosen.append(told[card.name][name])
         own = student.tap_for(wanted, [tap.card for tap in chosen])
         spaces.append(Space(own, student.shapes[own], tuple(chosen), wanted.width, wanted.size))
     need_spaces(spaces)

@@ -168,6 +168,24 @@ def test_common_features_of_a_mixed_federation(home: Path, reporter: Reporter) -
     assert "common-feature learning (Luo et al., IJCAI 2019) from features of east, north" in page
 
 
+def test_a_space_has_the_tap_that_was_asked_for_or_none(home: Path, reporter: Reporter) -> None:
+    """A site that did not answer about its last tap does not meet there by another."""
+    cards = cards_of(LAYERS, ("east", "west"), ["layer1", "layer3"])
+    sites = sites_of(CHAIN, LAYERS, cards)
+    whole, lost = sites.handlers["east"], cards["east"][1].fingerprint
+    sites.handlers["east"] = lambda question, attempt: (
+        refusing(question, attempt) if question.teacher == lost else whole(question, attempt)
+    )
+    spaces = [{"width": 4, "sites": {"east": "layer1"}}, {"width": 4}]
+    report = do(
+        home, sites, reporter, "common-feature", ask={"min_sites": 2}, common_feature={"spaces": spaces}
+    )
+    assert [space["sites"] for space in report["amalgamation"]["spaces"]] == [
+        {"east": "layer1", "west": "layer3"},
+        {"west": "layer3"},
+    ]
+
+
 def test_only_the_taps_that_the_job_names_are_asked_for(home: Path, reporter: Reporter) -> None:
     cards = cards_of(MIXED, ("east", "north"), ["layer1", "layer3", "penultimate"])
     space = {"sites": {"east": "penultimate"}, "width": 4}
@@ -340,6 +358,12 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         "common-feature",
         {"common_feature": {"spaces": [{"sites": {"east": "layer9"}}]}},
         "spaces.0.sites.east' is 'layer9'; site east tells the features of: layer1, layer2, layer3",
+    ),
+    "a site that is not there": (
+        LAYERED,
+        "common-feature",
+        {"common_feature": {"spaces": [{}, {"sites": {"eest": "layer1"}}]}},
+        "spaces.1.sites.eest' names no connected site; connected: east, north, west",
     ),
     "overlap and scores side by side": (
         LAYERED,
