@@ -41,7 +41,7 @@ from consilience.server.student.learn_common import (
 )
 from consilience.server.student.learn_layers import LayerLesson, LayerTaps, need_layers
 from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
-from consilience.server.student.site_taps import SiteTap
+from consilience.server.student.site_taps import SiteTap, told_by_all
 from consilience.server.student_taps import StudentTaps
 
 FILE = "amalgamation.json"
@@ -93,13 +93,11 @@ def feature_lesson(
     """
     told = site_taps(run, job, cards, pool)
     ids = np.arange(len(pool)) if samples is None else samples
-    without = tuple(card.name for card in cards if card.name not in told)
     student = StudentTaps(job, pool.shape)
     if job.student.learning == "layer-wise":
-        layers = [
-            LayerTaps(name, tuple(held[name] for held in told.values() if name in held)) for name in student.layouts
-        ]
+        layers = _layers(told, student, ids)
         need_layers(layers)
+        without = _others(cards, {tap.site for tap in layers[0].taps})
         lesson = LayerLesson(
             layers,
             scores,
@@ -122,7 +120,32 @@ def feature_lesson(
         own = student.tap_for(wanted, [tap.card for tap in chosen])
         spaces.append(Space(own, student.shapes[own], tuple(chosen), wanted.width, wanted.size))
     need_spaces(spaces)
+    without = _others(cards, {tap.site for space in spaces for tap in space.taps})
     return TogetherInCommon(spaces, scores, job.student, job.seed, ids, without)
+
+
+def _layers(told: dict[str, dict[str, SiteTap]], student: StudentTaps, ids: NDArray[np.int64]) -> list[LayerTaps]:
+    """Return each layer's taps, of the sites that told every layer of some samples, if these are wide enough.
+
+    Layers learn from samples of which all is told: a site that lacks a layer would leave none. Where the others do not
+    do without it, all are returned.
+    """
+    names = list(student.layouts)
+    whole = {
+        site: held
+        for site, held in told.items()
+        if all(name in held for name in names) and len(told_by_all([held[name] for name in names], ids)) > 1
+    }
+    enough = whole and all(
+        own.channels <= sum(held[name].card.channels for held in whole.values())
+        for name, own in student.layouts.items()
+    )
+    taken = (whole if enough else told).values()
+    return [LayerTaps(name, tuple(held[name] for held in taken if name in held)) for name in names]
+
+
+def _others(cards: Sequence[SiteCard], sites: set[str]) -> tuple[str, ...]:
+    return tuple(card.name for card in cards if card.name not in sites)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from consilience.server import plots, plots_amalgamation
 from consilience.server.report_findings import Findings, SiteFindings
 
 LITTLE = 0.5
-"""Below this share of a layer's variance amalgamated features are warned of."""
+"""Below this share of a layer's variance, and of the pool's samples, amalgamated features are warned of."""
 MOST_LISTED = 40
 """Sites in the tables; report.json has all."""
 _TERMS = (
@@ -45,12 +45,22 @@ def amalgamation_summary(findings: Findings) -> str:
 
 def amalgamation_warnings(findings: Findings) -> list[str]:
     """Return what is suspicious about features, in plain words."""
-    found = []
+    found, without = [], (findings.amalgamation or {}).get("without", ())
     for site in findings.sites:
         told = site.features
         if told is not None and told.missed and site.name in findings.space.sites:
             missing = number_of(told.missed, "sample")
             found.append(f"Site {site.name}: features of {missing} of {told.answers + told.missed:,} went unanswered.")
+        if told is not None and told.answers and site.name in without:
+            found.append(
+                f"Site {site.name}: its features were left out: it did not tell all of them of any two samples. It took "
+                "part by its labels alone."
+            )
+    samples, used = (findings.amalgamation or {}).get("samples"), findings.pool.size - findings.pool.left_out
+    if samples is not None and samples < LITTLE * used:
+        found.append(
+            f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site told at every layer."
+        )
     for layer in (findings.amalgamation or {}).get("layers", ()):
         if layer.get("explained", 1.0) < LITTLE:
             found.append(

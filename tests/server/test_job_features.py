@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from consilience.common.data import from_arrays
-from consilience.common.errors import ConsilienceError, SettingsError
+from consilience.common.errors import ConsilienceError, SettingsError, StudentError
 from consilience.common.files import read_json
 from consilience.common.identity import make_key
 from consilience.common.nets import EpochRecord, loop, precision
@@ -308,7 +308,30 @@ def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, l
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]
     assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+    said = any("Layers learned from 16\u00a0samples of 48" in line for line in report["warnings"])
+    assert said == (learning == "layer-wise")
     assert told["without"] == ["north"]
+
+
+def test_a_site_that_lacks_a_layer_is_left_out_of_the_layers_where_others_suffice(
+    home: Path, reporter: Reporter
+) -> None:
+    """What it told of other layers is of no use, and would stop the job after all had been asked."""
+    wide = {**LAYERS, "north": "cnn3@0.2"}
+    cards = cards_of(wide, ("east", "west", "north"))
+    sites = sites_of(CHAIN, wide, cards)
+    whole, lost = sites.handlers["north"], cards["north"][1].fingerprint
+    sites.handlers["north"] = lambda question, attempt: (
+        refusing(question, attempt) if question.teacher == lost else whole(question, attempt)
+    )
+    report = do(home, sites, reporter, "layer-wise", ask={"min_sites": 2})
+    told = report["amalgamation"]
+    assert told["without"] == ["north"]
+    assert told["samples"] == SAMPLES
+    assert told["layers"][0]["channels"].keys() == {"east", "west"}
+    assert any("Site north: its features were left out" in line for line in report["warnings"])
+    with pytest.raises(StudentError, match="every layer of the same sites.*layer1 3, layer2 2, layer3 3"):
+        do(home, sites, reporter, "layer-wise", run="wide", architecture="cnn3@0.5", ask={"min_sites": 2})
 
 
 def changed(cards: Cards, site: str, **fields: Any) -> Cards:
