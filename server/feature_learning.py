@@ -231,7 +231,9 @@ class TogetherInCommon:
             on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
             device=device,
         )
-        told = told_of(whole, self.spaces, images, self.samples, self.settings.preprocessing, device)
+        told = told_of(
+            whole, self.spaces, images, self.samples, self.settings.preprocessing, device, self.settings.fit.batch_size
+        )
         _write(folder, self, {"spaces": told, "weights": vars(self._weights)})
         return records
 

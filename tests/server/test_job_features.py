@@ -177,9 +177,7 @@ def test_a_space_has_the_tap_that_was_asked_for_or_none(home: Path, reporter: Re
         refusing(question, attempt) if question.teacher == lost else whole(question, attempt)
     )
     spaces = [{"width": 4, "sites": {"east": "layer1"}}, {"width": 4}]
-    report = do(
-        home, sites, reporter, "common-feature", ask={"min_sites": 2}, common_feature={"spaces": spaces}
-    )
+    report = do(home, sites, reporter, "common-feature", ask={"min_sites": 2}, common_feature={"spaces": spaces})
     assert [space["sites"] for space in report["amalgamation"]["spaces"]] == [
         {"east": "layer1", "west": "layer3"},
         {"west": "layer3"},
@@ -330,7 +328,7 @@ def test_a_site_that_lacks_a_layer_is_left_out_of_the_layers_where_others_suffic
     assert told["samples"] == SAMPLES
     assert told["layers"][0]["channels"].keys() == {"east", "west"}
     assert any("Site north: its features were left out" in line for line in report["warnings"])
-    with pytest.raises(StudentError, match="every layer of the same sites.*layer1 3, layer2 2, layer3 3"):
+    with pytest.raises(StudentError, match=r"every layer of the same sites.*layer1 3, layer2 2, layer3 3"):
         do(home, sites, reporter, "layer-wise", run="wide", architecture="cnn3@0.5", ask={"min_sites": 2})
 
 
