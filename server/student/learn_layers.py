@@ -43,7 +43,7 @@ DESCENT_RATE = 0.05
 SCORES_RATE = 0.1
 """Of the score layer's squared error, over that of the other layers."""
 DRAWN = 500
-"""Samples in the picture, and images at once."""
+"""Samples in the picture."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class LayerLesson:
             key=self.fingerprint,
             on_layer=on_layer,
         )
-        settle(student, (inputs[0](part) for part in in_blocks(self.places, 1, DRAWN)))
+        settle(student, (inputs[0](part) for part in in_blocks(self.places, 1, self._batch)))
         told = [
             {
                 "tap": each.layer.name,

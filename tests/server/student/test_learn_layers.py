@@ -242,6 +242,20 @@ def test_the_picture_shows_the_same_thing_twice(tmp_path: Path, monkeypatch: pyt
     assert learnt.picture(made, PIXELS, tmp_path / "elsewhere", CPU) is None
 
 
+def test_images_are_taken_a_batch_at_a_time(tmp_path: Path) -> None:
+    """A network that is not trained yet holds all its maps, as in training: no more at once than there."""
+    seen = []
+
+    class Watched(np.ndarray):  # type: ignore[type-arg]
+        def __getitem__(self, part: Any) -> Any:
+            seen.append(len(part))
+            return np.asarray(super().__getitem__(part))
+
+    networks = two()
+    lesson(told(tmp_path, networks), networks).teach(student(), PIXELS.view(Watched), tmp_path / "layers", CPU)
+    assert max(seen) == 16
+
+
 def same(one: nn.Module, two: nn.Module) -> bool:
     first, second = one.state_dict(), two.state_dict()
     return all(torch.equal(first[name], second[name]) for name in first)
