@@ -53,13 +53,14 @@ def amalgamation_warnings(findings: Findings) -> list[str]:
             found.append(f"Site {site.name}: features of {missing} of {told.answers + told.missed:,} went unanswered.")
         if told is not None and told.answers and site.name in without:
             found.append(
-                f"Site {site.name}: its features were left out: it did not tell all of them of any two samples. It took "
-                "part by its labels alone."
+                f"Site {site.name}: its features were left out: it did not tell all of them of any two samples. It "
+                "took part by its labels alone."
             )
     samples, used = (findings.amalgamation or {}).get("samples"), findings.pool.size - findings.pool.left_out
     if samples is not None and samples < LITTLE * used:
         found.append(
-            f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site told at every layer."
+            f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site told at every "
+            "layer."
         )
     for layer in (findings.amalgamation or {}).get("layers", ()):
         if layer.get("explained", 1.0) < LITTLE:
