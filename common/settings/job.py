@@ -130,7 +130,7 @@ class LayerWise(Settings):
     epochs: int = Field(default=10, ge=1, le=10_000)
     """Of each layer's own training, and of `descent`."""
     learning_rate: float = Field(default=0.05, gt=0, le=10)
-    """Of each layer's own training; for the scores a tenth of it."""
+    """Of each layer's own training; for scores side by side (`target: concatenated`) a tenth of it."""
     layers: bool = True
     """Whether layers are trained by themselves; without, no features are asked for, and the joint phase is all."""
     joint: bool = True

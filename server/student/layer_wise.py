@@ -256,7 +256,7 @@ def _epoch_loss(layer: Layer, total: Tensor, steps: int, when: str, schedule: Sc
         raise StudentError(
             f"Training of the student's {name} failed in {when}: the loss is {mean:.4g} at learning rate {rate:.4g}, "
             "and it or the weights are not finite",
-            hint=f"Lower this layer's learning rate, for example to {rate / 4:.2g}",
+            hint="Lower student.layer_wise.learning_rate, for example to a quarter of what it is",
         )
     return mean
 

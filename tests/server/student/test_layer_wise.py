@@ -187,7 +187,9 @@ def test_blocks_that_can_be_read_once() -> None:
 def test_a_layer_that_fails_is_named(bad: float) -> None:
     problem = layers(build("cnn3", classes=2, channels=1, seed=0))[1]
     blocks = [(np.ones((2, 32, 4, 4)), np.full((2, 64, 2, 2), bad))]
-    with pytest.raises(StudentError, match=r"student's layer2 failed in epoch 1 of 3: .* example to 0\.025"):
+    with pytest.raises(
+        StudentError, match=r"student's layer2 failed in epoch 1 of 3: .*student\.layer_wise\.learning_rate"
+    ):
         train_layer(problem, blocks, Schedule(3, 0.1))
 
 
