@@ -94,6 +94,7 @@ def test_full_width_of_equal_teachers_loses_nothing(tmp_path: Path) -> None:
     made = [how(each, each.channels[0]) for each in told(tmp_path, {"east": network, "west": network})]
     assert [each.explained for each in made] == pytest.approx([1, 1, 1])
     assert [list(each.by_site.values()) for each in made] == [pytest.approx([1, 1])] * 3
+    assert max(share for each in made for share in each.by_site.values()) <= 1
     found = layers(teacher(NAME, 1))
     for each, before, after in zip(made, found, found[1:], strict=False):
         width = each.layer.channels[0]
@@ -240,6 +241,28 @@ def test_the_picture_shows_the_same_thing_twice(tmp_path: Path, monkeypatch: pyt
     assert apart < 0.3 * seen["amalgamated"].var(axis=0).mean()
     monkeypatch.undo()
     assert learnt.picture(made, PIXELS, tmp_path / "elsewhere", CPU) is None
+
+
+def test_every_sample_is_learnt_from_where_batches_do_not_come_out_even(tmp_path: Path) -> None:
+    """What an epoch leaves out, another takes; the same lesson takes the same each time."""
+    seen: list[int] = []
+
+    class Noted:
+        def __call__(self, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            seen.extend(ids.tolist())
+            return scores.square().mean()
+
+    taps = told(tmp_path, two())
+    orders = []
+    for folder in ("one", "two"):
+        made = LayerLesson(taps, Noted(), "noted", IDS, LayerWise(epochs=6), PLAIN, batch=20, seed=0)
+        made.teach(student(), PIXELS, tmp_path / folder, CPU, workers=1 if folder == "one" else 4)
+        orders.append(seen.copy())
+        seen.clear()
+    assert len(orders[0]) == 6 * 40
+    assert set(orders[0]) == set(IDS)
+    assert orders[0][:40] != orders[0][40:80]
+    assert orders[0] == orders[1]
 
 
 def test_images_are_taken_a_batch_at_a_time(tmp_path: Path) -> None:
