@@ -27,6 +27,7 @@ from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, Student
+from consilience.common.taps_asked import tap_in
 from consilience.server.answers import AnswerStore
 from consilience.server.learning import FingerprintedLoss, Lesson, decoded
 from consilience.server.stores import feature_stores
@@ -113,10 +114,9 @@ def feature_lesson(
     for wanted in job.student.common_feature.spaces:
         chosen = []
         for card in cards:
-            # the tap that was asked for (common/taps_asked), whether or not the site answered
-            name = wanted.sites.get(card.name) or (card.features.taps[-1].name if card.features is not None else "")
-            if name in told.get(card.name, {}):
-                chosen.append(told[card.name][name])
+            held = told.get(card.name, {})
+            if (name := tap_in(wanted, card)) in held:
+                chosen.append(held[name])
         own = student.tap_for(wanted, [tap.card for tap in chosen])
         spaces.append(Space(own, student.shapes[own], tuple(chosen), wanted.width, wanted.size))
     need_spaces(spaces)

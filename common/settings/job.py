@@ -155,8 +155,8 @@ class CommonSpace(Settings):
     """Channels of the space; by default as many as the student's tap has, and where maps meet a quarter of them, as in
     the authors' later code; at most 128, which is the paper's."""
     size: int | None = Field(default=None, ge=1, le=4096)
-    """Rows and columns that maps are averaged down or interpolated up to; by default those of the smallest. Where a
-    tap is a vector, maps are averaged to one."""
+    """Rows and columns that maps are averaged down or interpolated up to; by default those of the smallest. Not to
+    be given where a tap is a vector: maps are then averaged to one."""
 
 
 class CommonFeature(Settings):

@@ -380,6 +380,12 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         {"common_feature": {"spaces": [{"sites": {"east": "layer9"}}]}},
         "spaces.0.sites.east' is 'layer9'; site east tells the features of: layer1, layer2, layer3",
     ),
+    "a size of vectors": (
+        cards_of(LAYERS, ("east", "west"), ["layer2", "penultimate"]),
+        "common-feature",
+        {"common_feature": {"spaces": [{}, {"sites": {"west": "layer2"}, "size": 2}]}},
+        "spaces.1.size' is 2, of maps; in this space vectors meet: site east's penultimate, the student's penultimate",
+    ),
     "a site that is not there": (
         LAYERED,
         "common-feature",
