@@ -70,7 +70,7 @@ def lessons(folder: Path, architecture: str, images: Images) -> dict[str, Lesson
 
         def lesson(network: nn.Module) -> tuple[nn.Module, Loss]:
             whole = CommonStudent(network, [space], Weights(), seed=0)
-            return whole, CommonLoss(whole, soft, "", np.arange(samples))
+            return whole, CommonLoss(whole, [space], soft, "", np.arange(samples))
 
         return lesson
 

@@ -9,7 +9,7 @@ import re
 
 from consilience.common.errors import SettingsError
 from consilience.common.protocol import SiteCard, TapCard
-from consilience.common.settings import JobSettings
+from consilience.common.settings import CommonSpace, JobSettings
 
 _LAYER = re.compile("layer[1-9][0-9]*")
 """Names of the taps of our architectures (common/nets/taps)."""
@@ -43,5 +43,10 @@ def taps_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
         )
     if job.student.learning == "layer-wise":
         return tuple(tap for tap in told if _LAYER.fullmatch(tap.name))
-    wanted = {name or told[-1].name for name in named}
+    wanted = {tap_in(space, card) for space in job.student.common_feature.spaces}
     return tuple(tap for tap in told if tap.name in wanted)
+
+
+def tap_in(space: CommonSpace, card: SiteCard) -> str:
+    """Return the name of the site's tap that meets in a common space, by default its last; "" where it tells none."""
+    return space.sites.get(card.name) or ("" if card.features is None else card.features.taps[-1].name)

@@ -7,7 +7,7 @@ Does not live here: sending it, and who takes part (server/enrolment).
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -42,13 +42,20 @@ class RunContract(BaseModel):
 
     @classmethod
     def build(cls, job: JobSettings, cards: Iterable[SiteCard], pools: tuple[str, ...]) -> RunContract:
-        """Align the cards' classes. Raises `LabelError`; `SettingsError` for weights or strengths of unknown sites."""
+        """Align the cards' classes. Raises `LabelError`; `SettingsError` for settings of unknown sites."""
         sites = sorted(cards, key=lambda card: card.name)
         space = LabelSpace.build({card.name: card.classes for card in sites}, job.labels.synonyms, job.labels.classes)
-        for field, named in (("weights", job.unify.weights), ("strengths", job.unify.strengths)):
+        fields: list[tuple[str, Mapping[str, object]]] = [
+            ("unify.weights", job.unify.weights),
+            ("unify.strengths", job.unify.strengths),
+        ]
+        if job.student.learning == "common-feature":
+            spaces = enumerate(job.student.common_feature.spaces)
+            fields += [(f"student.common_feature.spaces.{at}.sites", held.sites) for at, held in spaces]
+        for field, named in fields:
             if unknown := sorted(named.keys() - set(space.sites)):
                 raise SettingsError(
-                    f"job.yaml: field 'unify.{field}.{unknown[0]}' names no connected site; "
+                    f"job.yaml: field '{field}.{unknown[0]}' names no connected site; "
                     f"connected: {', '.join(space.sites)}",
                     hint="Correct the name or start that site",
                 )

@@ -27,6 +27,7 @@ from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, Student
+from consilience.common.taps_asked import tap_in
 from consilience.server.answers import AnswerStore
 from consilience.server.learning import FingerprintedLoss, Lesson, decoded
 from consilience.server.stores import feature_stores
@@ -41,7 +42,7 @@ from consilience.server.student.learn_common import (
 )
 from consilience.server.student.learn_layers import LayerLesson, LayerTaps, need_layers
 from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
-from consilience.server.student.site_taps import SiteTap
+from consilience.server.student.site_taps import SiteTap, told_by_all
 from consilience.server.student_taps import StudentTaps
 
 FILE = "amalgamation.json"
@@ -93,13 +94,11 @@ def feature_lesson(
     """
     told = site_taps(run, job, cards, pool)
     ids = np.arange(len(pool)) if samples is None else samples
-    without = tuple(card.name for card in cards if card.name not in told)
     student = StudentTaps(job, pool)
     if job.student.learning == "layer-wise":
-        layers = [
-            LayerTaps(name, tuple(held[name] for held in told.values() if name in held)) for name in student.layouts
-        ]
+        layers = _layers(told, student, ids)
         need_layers(layers)
+        without = _others(cards, {tap.site for tap in layers[0].taps})
         lesson = LayerLesson(
             layers,
             scores,
@@ -114,14 +113,39 @@ def feature_lesson(
     spaces = []
     for wanted in job.student.common_feature.spaces:
         chosen = []
-        for site, held in told.items():
-            name = wanted.sites.get(site) or list(held)[-1]
-            if name in held:
+        for card in cards:
+            held = told.get(card.name, {})
+            if (name := tap_in(wanted, card)) in held:
                 chosen.append(held[name])
         own = student.tap_for(wanted, [tap.card for tap in chosen])
         spaces.append(Space(own, student.shapes[own], tuple(chosen), wanted.width, wanted.size))
     need_spaces(spaces)
+    without = _others(cards, {tap.site for space in spaces for tap in space.taps})
     return TogetherInCommon(spaces, scores, job.student, job.seed, ids, without)
+
+
+def _layers(told: dict[str, dict[str, SiteTap]], student: StudentTaps, ids: NDArray[np.int64]) -> list[LayerTaps]:
+    """Return each layer's taps, of the sites that told every layer of some samples, if these are wide enough.
+
+    Layers learn from samples of which all is told: a site that lacks a layer would leave none. Where the others do not
+    do without it, all are returned.
+    """
+    names = list(student.layouts)
+    whole = {
+        site: held
+        for site, held in told.items()
+        if all(name in held for name in names) and len(told_by_all([held[name] for name in names], ids)) > 1
+    }
+    enough = whole and all(
+        own.channels <= sum(held[name].card.channels for held in whole.values())
+        for name, own in student.layouts.items()
+    )
+    taken = (whole if enough else told).values()
+    return [LayerTaps(name, tuple(held[name] for held in taken if name in held)) for name in names]
+
+
+def _others(cards: Sequence[SiteCard], sites: set[str]) -> tuple[str, ...]:
+    return tuple(card.name for card in cards if card.name not in sites)
 
 
 @dataclass(frozen=True)
@@ -199,7 +223,7 @@ class TogetherInCommon:
         records = train(
             whole,
             images,
-            CommonLoss(whole, self.scores, self.scores.fingerprint, self.samples),
+            CommonLoss(whole, self.spaces, self.scores, self.scores.fingerprint, self.samples),
             self.settings.fit,
             self.settings.preprocessing,
             seed=self.seed,
@@ -207,7 +231,9 @@ class TogetherInCommon:
             on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
             device=device,
         )
-        told = told_of(whole, images, self.samples, self.settings.preprocessing, device)
+        told = told_of(
+            whole, self.spaces, images, self.samples, self.settings.preprocessing, device, self.settings.fit.batch_size
+        )
         _write(folder, self, {"spaces": told, "weights": vars(self._weights)})
         return records
 

@@ -6,16 +6,20 @@ server/feature_learning), pictures (server/plots_amalgamation), markup (template
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from consilience.common.pages.figures import BLUE, GREY, INK, RUST, site_colour
+from markupsafe import Markup
+
+from consilience.common.pages.figures import BAR, BLUE, GREY, INK, RUST, site_colour
 from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server import plots, plots_amalgamation
 from consilience.server.report_findings import Findings, SiteFindings
 
 LITTLE = 0.5
-"""Below this share of a layer's variance amalgamated features are warned of."""
+"""Below this share of a layer's variance, and of the pool's samples, amalgamated features are warned of."""
+MOST_CURVES = 12
+"""Layers whose losses are drawn, the last ones."""
 MOST_LISTED = 40
 """Sites in the tables; report.json has all."""
 _TERMS = (
@@ -45,12 +49,23 @@ def amalgamation_summary(findings: Findings) -> str:
 
 def amalgamation_warnings(findings: Findings) -> list[str]:
     """Return what is suspicious about features, in plain words."""
-    found = []
+    found, without = [], (findings.amalgamation or {}).get("without", ())
     for site in findings.sites:
         told = site.features
         if told is not None and told.missed and site.name in findings.space.sites:
             missing = number_of(told.missed, "sample")
             found.append(f"Site {site.name}: features of {missing} of {told.answers + told.missed:,} went unanswered.")
+        if told is not None and told.answers and site.name in without:
+            found.append(
+                f"Site {site.name}: its features were left out: it did not tell all of them of any two samples. It "
+                "took part by its labels alone."
+            )
+    samples, used = (findings.amalgamation or {}).get("samples"), findings.pool.size - findings.pool.left_out
+    if samples is not None and samples < LITTLE * used:
+        found.append(
+            f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site told at every "
+            "layer."
+        )
     for layer in (findings.amalgamation or {}).get("layers", ()):
         if layer.get("explained", 1.0) < LITTLE:
             found.append(
@@ -78,6 +93,8 @@ def amalgamation_views(findings: Findings) -> dict[str, Any] | None:
         "samples": told.get("samples"),
         "spaces": [_space(space, colours) for space in told.get("spaces", ())],
         "terms": plots.learning_curves(curves, "Terms of the loss") if curves else None,
+        "losses": _losses(told.get("layers", ())),
+        "sent": any(layer.get("components") for layer in told.get("layers", ())),
         "picture": _picture(told.get("picture"), colours, "The last layer: amalgamated features and the student’s"),
     }
 
@@ -97,10 +114,29 @@ def _layer(layer: Mapping[str, Any], sites: list[str]) -> dict[str, Any]:
         "channels": " + ".join(str(layer["channels"].get(site, "–")) for site in sites),
         "width": layer["width"],
         "explained": layer["explained"],
-        "by_site": [layer["by_site"].get(site) for site in sites],
+        "by_site": [(layer["by_site"].get(site), layer["components"].get(site)) for site in sites],
         "first": layer["losses"][0],
         "last": layer["losses"][-1],
     }
+
+
+def _losses(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Draw the losses of layers by epoch, each in units of its first: they are sums over as many channels as it has.
+
+    The score layer, which has nothing to explain, in a colour of its own.
+    """
+    curves = []
+    for at, layer in enumerate(layers[-MOST_CURVES:]):
+        first = layer["losses"][0] or 1.0
+        colour = RUST if "explained" not in layer else _between(BAR, BLUE, at / max(1, len(layers[-MOST_CURVES:]) - 2))
+        curves.append((layer["tap"], colour, [(float(e), loss / first) for e, loss in enumerate(layer["losses"])]))
+    return plots.learning_curves(curves, "Losses of the layers") if curves else None
+
+
+def _between(first: str, last: str, share: float) -> str:
+    """Return a colour between two, "#rrggbb" each."""
+    ends = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in (first, last)]
+    return "#" + "".join(f"{round(a + (b - a) * min(share, 1.0)):02x}" for a, b in zip(*ends, strict=True))
 
 
 def _space(space: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Any]:
@@ -123,7 +159,7 @@ def _picture(told: Mapping[str, Any] | None, colours: Mapping[str, str], label: 
     owners = []
     for who, points in told["points"].items():
         site = who.removeprefix("site ")
-        colour = INK if who == "student" else colours.get(site, GREY)
+        colour = INK if who == "student" else BLUE if who == "amalgamated" else colours.get(site, GREY)
         owners.append((site, colour, points))
     owners.sort(key=lambda owner: owner[1] == INK)  # the student is drawn last, on top
     return plots_amalgamation.scatter(owners, told["shown"], label)

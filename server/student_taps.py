@@ -15,7 +15,7 @@ from consilience.common.nets.taps import Tap, one_layout
 from consilience.common.pool import Pool
 from consilience.common.protocol import MOST_CHANNELS, SiteCard, TapCard
 from consilience.common.settings import CommonSpace, JobSettings
-from consilience.common.taps_asked import taps_asked
+from consilience.common.taps_asked import tap_in, taps_asked
 from consilience.server.learning import build_student
 from consilience.server.student.own_taps import own_taps
 
@@ -52,10 +52,11 @@ class StudentTaps:
         return ""
 
     def check_all(self, cards: Sequence[SiteCard]) -> None:
-        """Raise `SettingsError` as `check` for each, and where they have too few channels together, or too many."""
+        """Raise `SettingsError` as `check` for each, and where the sites' taps together do not fit the job."""
         for card in cards:
             self.check(card)
         if self._job.student.learning != "layer-wise":
+            self._check_sizes(cards)
             return
         told = [{tap.name: tap.channels for tap in taps_asked(self._job, card)} for card in cards]
         for name, own in self.layouts.items():
@@ -83,7 +84,28 @@ class StudentTaps:
         maps = [name for name, shape in self.shapes.items() if len(shape) == 3 and shape[1] * shape[2] > 1]
         return maps[-1] if maps else list(self.shapes)[-1]
 
+    def _check_sizes(self, cards: Sequence[SiteCard]) -> None:
+        """Raise `SettingsError` for a space of vectors with a size of maps."""
+        for at, space in enumerate(self._job.student.common_feature.spaces):
+            if space.size is None:
+                continue
+            met = [(card.name, tap) for card in cards for tap in taps_asked(self._job, card)]
+            names = {card.name: tap_in(space, card) for card in cards}
+            taps = {site: tap for site, tap in met if tap.name == names[site]}
+            own = self.tap_for(space, list(taps.values()))
+            vectors = [f"site {site}'s {tap.name}" for site, tap in taps.items() if len(tap.shape) == 1]
+            if len(self.shapes[own]) == 1:
+                vectors.append(f"the student's {own}")
+            if taps and vectors:
+                raise SettingsError(
+                    f"job.yaml: field 'student.common_feature.spaces.{at}.size' is {space.size}, of maps; in this "
+                    f"space vectors meet: {', '.join(vectors[:10])}",
+                    hint="Leave size out, or name taps that are maps in sites and student",
+                )
+
     def _check_layers(self, site: str, told: Sequence[TapCard]) -> None:
+        if not told:
+            return  # penultimate alone, or another network's taps: it takes part by its labels
         held = {tap.name: tap for tap in told}
         layouts = {
             f"site {site}": [Tap(tap.name, tap.layout, tap.channels) for tap in told],

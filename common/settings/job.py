@@ -133,7 +133,7 @@ class LayerWise(Settings):
     epochs: int = Field(default=10, ge=1, le=10_000)
     """Of each layer's own training, and of `descent`."""
     learning_rate: float = Field(default=0.05, gt=0, le=10)
-    """Of each layer's own training; for the scores a tenth of it."""
+    """Of each layer's own training; for scores side by side (`target: concatenated`) a tenth of it."""
     layers: bool = True
     """Whether layers are trained by themselves; without, no features are asked for, and the joint phase is all."""
     joint: bool = True
@@ -158,8 +158,8 @@ class CommonSpace(Settings):
     """Channels of the space; by default as many as the student's tap has, and where maps meet a quarter of them, as in
     the authors' later code; at most 128, which is the paper's."""
     size: int | None = Field(default=None, ge=1, le=4096)
-    """Rows and columns that maps are averaged down or interpolated up to; by default those of the smallest. Where a
-    tap is a vector, maps are averaged to one."""
+    """Rows and columns that maps are averaged down or interpolated up to; by default those of the smallest. Not to
+    be given where a tap is a vector: maps are then averaged to one."""
 
 
 class CommonFeature(Settings):

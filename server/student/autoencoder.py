@@ -157,7 +157,7 @@ def descended(
             raise StudentError(
                 f"The autoencoder's training failed in epoch {epoch + 1} of {epochs}: the loss is {loss.item():.4g} at "
                 f"learning rate {learning_rate:.4g}",
-                hint=f"Lower the learning rate, for example to {learning_rate / 4:.2g}",
+                hint="Set student.layer_wise.autoencoder to principal: the optimum, without a learning rate",
             )
     found = [weight.detach().cpu().numpy().astype(np.float64) for weight in weights]
     return measured(Affine(found[0], found[1]), Affine(found[2], found[3]), moments)

@@ -213,6 +213,8 @@ class CommonFeatureLearning(nn.Module):
             total = total + self.weights.soft * soft
         else:
             soft = torch.zeros_like(soft)
+            # A batch of which no site told two samples has a gradient too, of zeros.
+            total = total + 0 * sum((student[name].sum() for name in self.names), start=torch.zeros_like(soft))
         return Terms(total, soft, apart, lost)
 
 

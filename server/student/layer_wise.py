@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,19 +93,28 @@ def layers(student: nn.Module) -> list[Layer]:
     return [Layer(adapter, unit) for adapter, unit in zip(adapters, found, strict=True)]
 
 
-def train_layer(layer: Layer, blocks: Blocks, schedule: Schedule, *, device: torch.device | None = None) -> list[float]:
+def train_layer(
+    layer: Layer,
+    blocks: Blocks,
+    schedule: Schedule,
+    *,
+    device: torch.device | None = None,
+    stop: threading.Event | None = None,
+) -> list[float]:
     """Train `layer` on `blocks`, read once an epoch; return each epoch's mean loss, in the blocks' order.
 
     Each block is one step on 1/2 |estimate - target|^2, summed over channels, mean over samples and positions. The
     layer is left on `device` (the CPU when None) in evaluation mode. Raises `StudentError` for blocks that can be read
     only once or hold no sample, for a target that the layer does not fit, and when the loss or a weight is no longer
-    finite; each names the layer.
+    finite; each names the layer. Raises `CancelledError` at the next epoch once `stop` is set.
     """
     check_again(blocks)
     layer.to(device or torch.device("cpu")).train()
     optimizer = torch.optim.SGD(layer.parameters(), lr=schedule.learning_rate, momentum=MOMENTUM)
     losses = []
     for epoch in range(schedule.epochs):
+        if stop is not None and stop.is_set():
+            raise CancelledError
         total, steps = torch.zeros((), device=device), 0
         for given, wanted in blocks:
             if not len(given):
@@ -133,7 +143,8 @@ def train_layers(
     """Train every layer of `student`, `workers` at a time, and join them; return each layer's losses by epoch.
 
     With a `folder`, each finished layer is kept there under the training's `key`, and a second call with the same
-    trains what is lacking. `on_layer` is called, by any thread, when one is done.
+    trains what is lacking. Where one fails, or the caller is interrupted, the others end with their epoch. `on_layer`
+    is called, by any thread, when one is done.
 
     `blocks[l]` and `schedules[l]` belong to tap l of `taps.taps(student)`; widths and sizes of the targets are the
     student's. The result does not depend on `workers`. The student is left on `device` in evaluation mode, every FAM
@@ -147,15 +158,29 @@ def train_layers(
             f"{len(schedules)}",
             hint="Give one of each for every tap, the scores among them",
         )
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    stop, pool = threading.Event(), ThreadPoolExecutor(max_workers=workers)
+    try:
         started = [
-            pool.submit(_once, layer, pairs, schedule, device, folder, key, on_layer)
+            pool.submit(_once, layer, pairs, schedule, device, folder, key, on_layer, stop)
             for layer, pairs, schedule in zip(problems, blocks, schedules, strict=True)
         ]
+        for done in as_completed(started):
+            done.result()  # the first that fails ends the others, whichever layer it is
         losses = [each.result() for each in started]
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
     student.eval()
     join(problems)
     return losses
+
+
+def kept_adapter(folder: Path, tap: str, key: str) -> Affine | None:
+    """Return the FAM before the student's `tap` that `train_layers` kept in `folder` under `key`; None without it."""
+    found = kept(folder / f"{tap}.safetensors", key)
+    if found is None or "adapter.weight" not in found[0]:
+        return None
+    return Affine(*(found[0][f"adapter.{name}"].double().numpy() for name in ("weight", "bias")))
 
 
 def join(problems: Sequence[Layer]) -> None:
@@ -176,12 +201,13 @@ def _once(
     folder: Path | None,
     key: str,
     on_layer: Callable[[], None] | None,
+    stop: threading.Event,
 ) -> list[float]:
-    """Train a layer, unless it lies in `folder`; return its losses."""
+    """Train a layer, unless it lies in `folder`; return its losses. Raises `CancelledError` once `stop` is set."""
     path = None if folder is None else folder / f"{layer.unit.tap.name}.safetensors"
     found = None if path is None else kept(path, key)
     if found is None:
-        losses = train_layer(layer, blocks, schedule, device=device)
+        losses = train_layer(layer, blocks, schedule, device=device, stop=stop)
         if path is not None:
             keep(path, key, layer.state_dict(), losses)
     else:
@@ -230,7 +256,7 @@ def _epoch_loss(layer: Layer, total: Tensor, steps: int, when: str, schedule: Sc
         raise StudentError(
             f"Training of the student's {name} failed in {when}: the loss is {mean:.4g} at learning rate {rate:.4g}, "
             "and it or the weights are not finite",
-            hint=f"Lower this layer's learning rate, for example to {rate / 4:.2g}",
+            hint="Lower student.layer_wise.learning_rate, for example to a quarter of what it is",
         )
     return mean
 

@@ -12,7 +12,9 @@ gradient descent they then diverge, or the common space collapses to a point.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,8 @@ SHOWN = 500
 """Pool samples that reconstruction is measured on."""
 DRAWN = 1500
 """Points of a picture, of all sites and the student together."""
+MOST_VALUES = 4096
+"""Numbers that a point of a picture is made of, at most: maps are averaged down to as many."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,14 @@ class Space:
 
 
 class CommonStudent(nn.Module):
-    """A student and the common spaces that are trained with it: (scores, features of its taps, one a space)."""
+    """A student and the networks of its common spaces: (scores, features of its taps, one a space).
+
+    It holds nothing of the sites: the training loop copies it.
+    """
 
     def __init__(self, network: nn.Module, spaces: Sequence[Space], weights: Weights, seed: int) -> None:
         """Raises `StudentError` for a tap that the student has not, and for spaces without sites."""
         super().__init__()
-        self.spaces = tuple(spaces)
         self.tapped = Tapped(network, [space.student for space in spaces])
         built = {str(at): space.build(derive(seed, "common space", at)) for at, space in enumerate(spaces)}
         self.common = CommonFeatureLearning(built, weights)
@@ -113,12 +119,20 @@ class CommonStudent(nn.Module):
 class CommonLoss:
     """soft L_D + mmd L_M + reconstruction L_R of a batch, and the three by name.
 
-    `soft` is L_D, a loss of scores. `samples` (m,): training's sample j is the pool's samples[j].
+    `spaces` are those that `model` was made for. `soft` is L_D, a loss of scores. `samples` (m,): training's sample j
+    is the pool's samples[j].
     """
 
-    def __init__(self, model: CommonStudent, soft: Loss, fingerprint: str, samples: NDArray[np.int64]) -> None:
-        self._model, self._soft, self._samples = model, soft, samples
-        self.fingerprint = f"{common_fingerprint(model.spaces, model.common.weights)} {fingerprint}"
+    def __init__(
+        self,
+        model: CommonStudent,
+        spaces: Sequence[Space],
+        soft: Loss,
+        fingerprint: str,
+        samples: NDArray[np.int64],
+    ) -> None:
+        self._common, self._spaces, self._soft, self._samples = model.common, spaces, soft, samples
+        self.fingerprint = f"{common_fingerprint(spaces, model.common.weights)} {fingerprint}"
 
     def __call__(self, output: tuple[Tensor, tuple[Tensor, ...]], ids: Tensor) -> Parted:
         """Return the loss of what `CommonStudent` gives for the samples `ids` (b,)."""
@@ -129,13 +143,13 @@ class CommonLoss:
         student: dict[str, Tensor] = {}
         teachers: dict[str, list[Tensor]] = {}
         rows: dict[str, list[Tensor | None]] = {}
-        for name, space, own in zip(self._model.common.names, self._model.spaces, features, strict=True):
+        for name, space, own in zip(self._common.names, self._spaces, features, strict=True):
             student[name] = space.formed(own)
             told = [_told(tap, at) for tap in space.taps]
             pairs = zip(space.taps, told, strict=True)
             teachers[name] = [space.given(tap, at if t is None else at[t], own.device) for tap, t in pairs]
             rows[name] = [None if t is None else torch.from_numpy(t).to(own.device) for t in told]
-        terms = self._model.common(soft, student, teachers, rows)
+        terms = self._common(soft, student, teachers, rows)
         named = {"soft": terms.soft, "mmd": terms.mmd, "reconstruction": terms.reconstruction}
         return Parted(terms.total, {name: term.detach() for name, term in named.items()})
 
@@ -158,38 +172,44 @@ def _told(tap: SiteTap, ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
 @torch.no_grad()
 def told_of(
     model: CommonStudent,
+    spaces: Sequence[Space],
     images: ImageRows,
     samples: NDArray[np.int64],
     preprocessing: Preprocessing,
     device: torch.device,
+    batch: int,
 ) -> list[dict[str, Any]]:
     """Return what the report tells of each trained space: who meets, what reconstruction misses, and a picture.
 
-    `images` are those learnt from, `samples` (m,) their pool ids; samples that every site of the space told, spread
-    evenly. Random numbers are not drawn.
+    `spaces` are those that `model` was made for, `images` those learnt from, `samples` (m,) their pool ids; samples
+    that every site of the space told, spread evenly, in `batch` of them at least. The networks of a space normalise by
+    batch, as they were trained: their running statistics are of student and sites together. Random numbers are not
+    drawn, and the model is left as it was, in evaluation mode.
     """
     model.eval()
     normalise = Normalise(preprocessing, device)
     found = []
-    for at, space in enumerate(model.spaces):
+    for at, space in enumerate(spaces):
         common = model.common.taps[at]
         assert isinstance(common, CommonFeature)
         places = told_by_all(space.taps, samples)
-        places = places[np.unique(np.linspace(0, len(places) - 1, SHOWN).astype(np.int64))] if len(places) else places
+        spread = np.unique(np.linspace(0, len(places) - 1, SHOWN).astype(np.int64))
+        places = places[spread] if len(places) > 1 else places[:0]  # one alone cannot be normalised by
         vectors: dict[str, list[NDArray[np.float32]]] = {"student": []}
         missed = {tap.site: 0.0 for tap in space.taps}
-        for start in range(0, len(places), 64):
-            part = places[start : start + 64]
+        drawn = max(2, DRAWN // (len(space.taps) + 1))
+        step = max(1, -(-len(places) // drawn))
+        for block in _parts(len(places), max(batch, 2)):
+            part, some = places[block], np.arange(len(places))[block] % step == 0
             shaped = normalise(torch.from_numpy(fit_shape(np.array(images[part]), preprocessing)).to(device))
             own = common.brought(space.formed(model(shaped)[1][at].float()))
-            vectors["student"].append(_unit(common.project(own)))
-            for number, tap in enumerate(space.taps):
-                given = common.brought(space.given(tap, samples[part], device))
-                missed[tap.site] += common.unexplained(given, number) * len(part) / len(places)
-                vectors.setdefault(f"site {tap.site}", []).append(_unit(common.project(given, number)))
-        drawn = max(2, DRAWN // len(vectors))
-        step = max(1, -(-len(places) // drawn))
-        joined = {who: np.concatenate(held)[::step] for who, held in vectors.items() if held}
+            with _by_batch(common):
+                vectors["student"].append(_unit(common.project(own))[some])
+                for number, tap in enumerate(space.taps):
+                    given = common.brought(space.given(tap, samples[part], device))
+                    missed[tap.site] += common.unexplained(given, number) * len(part) / len(places)
+                    vectors.setdefault(f"site {tap.site}", []).append(_unit(common.project(given, number))[some])
+        joined = {who: np.concatenate(held) for who, held in vectors.items() if held}
         found.append(
             {
                 "student": space.student,
@@ -204,8 +224,34 @@ def told_of(
     return found
 
 
+def _parts(samples: int, batch: int) -> list[slice]:
+    """Return slices of `batch` samples; the last takes the rest, so that none is too small to normalise by."""
+    starts = range(0, max(samples - batch, 0) + 1, batch) if samples else ()
+    return [slice(start, start + batch if start + 2 * batch <= samples else samples) for start in starts]
+
+
+@contextmanager
+def _by_batch(common: CommonFeature) -> Iterator[None]:
+    """Let the networks of a space normalise by batch for a while, without a trace."""
+    norms = [module for module in common.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    held = [(norm.training, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (training, norm.momentum, norm.num_batches_tracked) in zip(norms, held, strict=True):
+            norm.train(training)
+
+
 def _unit(common: Tensor) -> NDArray[np.float32]:
-    """Return common features as MMD compares them: a sample's as one vector of length 1."""
+    """Return common features as MMD compares them, a sample's as one vector of length 1; large maps averaged first."""
+    if common.ndim == 4 and common[0].numel() > MOST_VALUES:
+        side = max(1, math.isqrt(MOST_VALUES // common.shape[1]))
+        common = nn.functional.adaptive_avg_pool2d(
+            common.float(), (min(side, common.shape[2]), min(side, common.shape[3]))
+        )
     held: NDArray[np.float32] = nn.functional.normalize(common.float().flatten(1), dim=1).cpu().numpy()
     return held
 

@@ -34,7 +34,7 @@ from consilience.server.student.amalgamate import concatenated, direct, incremen
 from consilience.server.student.autoencoder import Affine, Autoencoder, descended
 from consilience.server.student.folding import settle
 from consilience.server.student.kept import keep, kept
-from consilience.server.student.layer_wise import Schedule, train_layers
+from consilience.server.student.layer_wise import Schedule, kept_adapter, train_layers
 from consilience.server.student.picture import picture
 from consilience.server.student.site_taps import SiteTap, in_blocks, told_by_all
 
@@ -43,7 +43,7 @@ DESCENT_RATE = 0.05
 SCORES_RATE = 0.1
 """Of the score layer's squared error, over that of the other layers."""
 DRAWN = 500
-"""Samples in the picture, and images at once."""
+"""Samples in the picture."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ def amalgamated(
 
 
 def _by_site(layer: LayerTaps, found: Autoencoder, moments: Moments) -> dict[str, float]:
-    """Return the share of each site's variance that is kept: at least 0; 1 where there is none."""
+    """Return the share of each site's variance that is kept: in [0, 1]; 1 where there is none."""
     both = found.decoder.after(found.encoder)
     residual = moments.through(both.weight - np.eye(len(moments.mean)), both.bias)
     lost, held = np.diag(residual.covariance) + residual.mean**2, np.diag(moments.covariance)
     cuts = np.cumsum(layer.channels)[:-1]
     kept = {}
     for tap, missed, total in zip(layer.taps, np.split(lost, cuts), np.split(held, cuts), strict=True):
-        kept[tap.site] = max(0.0, 1 - float(missed.sum() / total.sum())) if total.sum() else 1.0
+        kept[tap.site] = min(1.0, max(0.0, 1 - float(missed.sum() / total.sum()))) if total.sum() else 1.0
     return kept
 
 
@@ -151,10 +151,10 @@ class _Scaled:
 
 
 class _Pairs:
-    """A layer's inputs and targets, a batch at a time, in an order that is the same every time.
+    """A layer's inputs and targets, a batch at a time, each time in another order, which the seed and the time say.
 
     `given` and `wanted` take places in the samples that are learnt from. A last, partial batch is left out, as in the
-    training loop, unless it is the only one.
+    training loop, unless it is the only one: each time of other samples.
     """
 
     def __init__(
@@ -163,12 +163,16 @@ class _Pairs:
         wanted: Callable[[NDArray[np.int64]], NDArray[Any]],
         places: NDArray[np.int64],
         batch: int,
+        seed: int,
     ) -> None:
         self._given, self._wanted, self._places, self._batch = given, wanted, places, batch
+        self._seed, self._times = seed, 0
 
     def __iter__(self) -> Iterator[tuple[Features, NDArray[Any]]]:
-        for start in range(0, max(len(self._places) - self._batch, 0) + 1, self._batch):
-            part = self._places[start : start + self._batch]
+        drawn = torch.randperm(len(self._places), generator=generator(self._seed, "layers", self._times))
+        mixed, self._times = self._places[drawn.numpy()], self._times + 1
+        for start in range(0, max(len(mixed) - self._batch, 0) + 1, self._batch):
+            part = mixed[start : start + self._batch]
             yield self._given(part), self._wanted(part)
 
 
@@ -213,8 +217,6 @@ class LayerLesson:
                 hint="Run the same command again to ask for the rest",
             )
         self._batch = min(batch, len(self.places))
-        order = torch.randperm(len(self.places), generator=generator(seed, "layers")).numpy()
-        self._mixed = self.places[order]
         told = [[layer.name, *(tap.fingerprint for tap in layer.taps)] for layer in layers]
         about = settings.model_dump(mode="json", exclude={"joint"})
         self.fingerprint = (
@@ -254,7 +256,9 @@ class LayerLesson:
         ]
         inputs += [self._of(each) for each in wanted]
         targets: list[Callable[[NDArray[np.int64]], NDArray[Any]]] = [*inputs[1:], lambda part: part]
-        pairs = [_Pairs(given, to, self._mixed, self._batch) for given, to in zip(inputs, targets, strict=True)]
+        pairs = [
+            _Pairs(each, to, self.places, self._batch, self._seed) for each, to in zip(inputs, targets, strict=True)
+        ]
         times = SCORES_RATE if self._settings.target == "concatenated" else 1.0
         schedules = [Schedule(epochs, rate)] * len(wanted) + [Schedule(epochs, rate * times, self._scores)]
         losses = train_layers(
@@ -267,7 +271,7 @@ class LayerLesson:
             key=self.fingerprint,
             on_layer=on_layer,
         )
-        settle(student, (inputs[0](part) for part in in_blocks(self.places, 1, DRAWN)))
+        settle(student, (inputs[0](part) for part in in_blocks(self.places, 1, self._batch)))
         told = [
             {
                 "tap": each.layer.name,
@@ -302,8 +306,14 @@ class LayerLesson:
     def picture(
         self, student: nn.Module, images: ImageRows, folder: Path, device: torch.device
     ) -> dict[str, Any] | None:
-        """Return a picture of the last layer before the scores: the amalgamated features and the student's own."""
-        layer = self._layers[-1]
+        """Return a picture of the last layer before the scores: the amalgamated features and the student's own.
+
+        The score layer's FAM was folded into the student's layer, so the amalgamated features go through it too: both
+        are then the same thing, or would be. None where that FAM is no longer in `folder`.
+        """
+        layer, adapter = self._layers[-1], kept_adapter(folder, SCORES, self.fingerprint)
+        if adapter is None:
+            return None
         best = self._amalgamated(layer, taps(student)[-2].channels, folder, device)
         some = self.places[np.unique(np.linspace(0, len(self.places) - 1, DRAWN).astype(np.int64))]
         tapped = Tapped(student.eval(), [layer.name])
@@ -311,5 +321,5 @@ class LayerLesson:
         for part in in_blocks(some, 1, 64):
             shaped = torch.from_numpy(preprocess(np.array(images[part]), self._preprocessing)).to(device)
             vectors["student"].append(tapped(shaped)[1][0].float().mean(dim=(2, 3)).cpu().numpy())
-            vectors["amalgamated"].append(best(self._samples[part]).mean(axis=(2, 3)))
+            vectors["amalgamated"].append(adapter(best(self._samples[part])).mean(axis=(2, 3)))
         return picture({who: np.concatenate(held) for who, held in vectors.items()})

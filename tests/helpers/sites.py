@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -11,6 +12,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from consilience.common.encoding import encode, encode_coverage
+from consilience.common.identity import PrivateKey, key_fingerprint, key_line
 from consilience.common.protocol import (
     Agreement,
     Answer,
@@ -22,6 +24,7 @@ from consilience.common.protocol import (
     SiteCard,
 )
 from consilience.common.settings import ENCODINGS, CoverageEncoding
+from consilience.common.vouching import Signer
 from consilience.deploy.local_grid import LocalGrid
 
 DIGEST, POLICY, CLASSES = "a" * 64, "c" * 16, 3
@@ -61,9 +64,10 @@ class Sites:
         classes: dict[str, tuple[str, ...]] | None = None,
         coverage: dict[str, tuple[CoverageEncoding, ...]] | None = None,
         features: dict[str, FeaturesCard] | None = None,
+        keys: dict[str, PrivateKey] | None = None,
     ) -> None:
         self.handlers, self.cards, self.classes = handlers, cards or {}, classes or {}
-        self.coverage, self.features = coverage or {}, features or {}
+        self.coverage, self.features, self.keys = coverage or {}, features or {}, keys or {}
         self.attempts: dict[tuple[str, int], int] = {}
         self.asked_coverage: dict[tuple[str, int], int] = {}
         self.asked_features: dict[tuple[str, str, int], int] = {}
@@ -87,6 +91,8 @@ class Sites:
             if name in self.coverage
             else None,
             features=self.features.get(name),
+            identity=key_fingerprint(self.keys[name].public_key()) if name in self.keys else None,
+            public_key=key_line(self.keys[name].public_key()) if name in self.keys else None,
         )
         return Message(card.to_content(), reply_to=message)
 
@@ -107,11 +113,20 @@ class Sites:
             with self.lock:
                 asked = name, question.teacher, question.start
                 attempt = self.asked_features[asked] = self.asked_features.get(asked, 0) + 1
-            return Message(self.handlers[name](question, attempt), reply_to=message)
+            return Message(self.signed(name, question, attempt), reply_to=message)
         with self.lock:
             counts = self.asked_coverage if question.kind == "coverage" else self.attempts
             attempt = counts[name, question.start] = counts.get((name, question.start), 0) + 1
-        return Message(self.handlers[name](question, attempt), reply_to=message)
+        return Message(self.signed(name, question, attempt), reply_to=message)
+
+    def signed(self, name: str, question: Question, attempt: int) -> RecordDict:
+        """Return what the site's handler answers, with the site's signature where it has a key."""
+        content = self.handlers[name](question, attempt)
+        if name not in self.keys or Refusal.find(content) is not None:
+            return content
+        answer = Answer.from_content(content, question)
+        signer = Signer(self.keys[name], name, self.classes.get(name, ("a", "b", "c")))
+        return dataclasses.replace(answer, vouch=signer.vouch(question, answer.data)).to_content()
 
 
 def grid_of(sites: Sites) -> LocalGrid:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from consilience.common.data import from_arrays
-from consilience.common.errors import ConsilienceError, SettingsError
+from consilience.common.errors import ConsilienceError, SettingsError, StudentError
 from consilience.common.files import read_json
-from consilience.common.nets import EpochRecord, loop
+from consilience.common.identity import make_key
+from consilience.common.nets import EpochRecord, loop, precision
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import TapCard
@@ -135,6 +136,16 @@ def test_layers_are_amalgamated_and_everything_is_told(home: Path, reporter: Rep
     assert "east (features of layer1, layer2, layer3)" in card
 
 
+def test_a_site_that_tells_no_layer_takes_part_by_its_labels(home: Path, reporter: Reporter) -> None:
+    cards = LAYERED | cards_of(LAYERS, ("north",), ["penultimate"])
+    sites = sites_of(CHAIN, LAYERS, cards)
+    report = do(home, sites, reporter, "layer-wise")
+    assert report["amalgamation"]["without"] == ["north"]
+    assert "north" in {site["name"] for site in report["sites"]}
+    assert not report["left_out"]
+    assert {site for site, _, _ in sites.asked_features} == {"east", "west"}
+
+
 def test_common_features_of_a_mixed_federation(home: Path, reporter: Reporter) -> None:
     cards = cards_of(MIXED, ("east", "north"), ["layer2", "layer3"])
     report = do(
@@ -155,6 +166,22 @@ def test_common_features_of_a_mixed_federation(home: Path, reporter: Reporter) -
     page = (home / "run" / "report.html").read_text()
     assert "Terms of the loss" in page
     assert "common-feature learning (Luo et al., IJCAI 2019) from features of east, north" in page
+
+
+def test_a_space_has_the_tap_that_was_asked_for_or_none(home: Path, reporter: Reporter) -> None:
+    """A site that did not answer about its last tap does not meet there by another."""
+    cards = cards_of(LAYERS, ("east", "west"), ["layer1", "layer3"])
+    sites = sites_of(CHAIN, LAYERS, cards)
+    whole, lost = sites.handlers["east"], cards["east"][1].fingerprint
+    sites.handlers["east"] = lambda question, attempt: (
+        refusing(question, attempt) if question.teacher == lost else whole(question, attempt)
+    )
+    spaces = [{"width": 4, "sites": {"east": "layer1"}}, {"width": 4}]
+    report = do(home, sites, reporter, "common-feature", ask={"min_sites": 2}, common_feature={"spaces": spaces})
+    assert [space["sites"] for space in report["amalgamation"]["spaces"]] == [
+        {"east": "layer1", "west": "layer3"},
+        {"west": "layer3"},
+    ]
 
 
 def test_only_the_taps_that_the_job_names_are_asked_for(home: Path, reporter: Reporter) -> None:
@@ -248,6 +275,23 @@ def test_the_joint_phase_alone_asks_for_no_features(home: Path, reporter: Report
 
 
 @pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+def test_sites_that_sign_and_arithmetic_that_is_tried_out(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch, learning: str
+) -> None:
+    """The loop tries on a copy of what it trains; a store knows its site's key, which cannot be copied."""
+    monkeypatch.setattr(precision, "MIN_STEPS", 2)
+    cards = cards_of(LAYERS, ("east", "west"))
+    sites = sites_of(CHAIN, LAYERS, cards)
+    sites.keys = {site: make_key(home / f"{site}.key") for site in CHAIN}
+    spaces: dict[str, Any] = {"common_feature": {"spaces": [{"width": 4}]}}
+    fit = {"epochs": 3, "batch_size": 16, "learning_rate": 0.05}
+    report = do(home, sites, reporter, learning, fit=fit, **spaces)
+    assert report["amalgamation"]["without"] == ["north"]
+    beside = home / "run" / ("student/training" if learning == "layer-wise" else "amalgamation")
+    assert read_json(beside / "precision.json")["f32_step_seconds"] > 0
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
 def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, learning: str) -> None:
     cards = cards_of(LAYERS, ("east", "west"))
     sites = sites_of(CHAIN, LAYERS, cards)
@@ -262,7 +306,30 @@ def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, l
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]
     assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+    said = any("Layers learned from 16\u00a0samples of 48" in line for line in report["warnings"])
+    assert said == (learning == "layer-wise")
     assert told["without"] == ["north"]
+
+
+def test_a_site_that_lacks_a_layer_is_left_out_of_the_layers_where_others_suffice(
+    home: Path, reporter: Reporter
+) -> None:
+    """What it told of other layers is of no use, and would stop the job after all had been asked."""
+    wide = {**LAYERS, "north": "cnn3@0.2"}
+    cards = cards_of(wide, ("east", "west", "north"))
+    sites = sites_of(CHAIN, wide, cards)
+    whole, lost = sites.handlers["north"], cards["north"][1].fingerprint
+    sites.handlers["north"] = lambda question, attempt: (
+        refusing(question, attempt) if question.teacher == lost else whole(question, attempt)
+    )
+    report = do(home, sites, reporter, "layer-wise", ask={"min_sites": 2})
+    told = report["amalgamation"]
+    assert told["without"] == ["north"]
+    assert told["samples"] == SAMPLES
+    assert told["layers"][0]["channels"].keys() == {"east", "west"}
+    assert any("Site north: its features were left out" in line for line in report["warnings"])
+    with pytest.raises(StudentError, match=r"every layer of the same sites.*layer1 3, layer2 2, layer3 3"):
+        do(home, sites, reporter, "layer-wise", run="wide", architecture="cnn3@0.5", ask={"min_sites": 2})
 
 
 def changed(cards: Cards, site: str, **fields: Any) -> Cards:
@@ -339,6 +406,18 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         "layer-wise",
         {},
         r"at layer1 site west tells principal components.*policy.features.taps.layer1.channels out",
+    ),
+    "a size of vectors": (
+        cards_of(LAYERS, ("east", "west"), ["layer2", "penultimate"]),
+        "common-feature",
+        {"common_feature": {"spaces": [{}, {"sites": {"west": "layer2"}, "size": 2}]}},
+        "spaces.1.size' is 2, of maps; in this space vectors meet: site east's penultimate, the student's penultimate",
+    ),
+    "a site that is not there": (
+        LAYERED,
+        "common-feature",
+        {"common_feature": {"spaces": [{}, {"sites": {"eest": "layer1"}}]}},
+        "spaces.1.sites.eest' names no connected site; connected: east, north, west",
     ),
     "overlap and scores side by side": (
         LAYERED,

@@ -131,7 +131,7 @@ def amalgamated() -> Findings:
     layer = {
         "tap": "layer1",
         "channels": {"s00": 32, "s02": 48},
-        "components": {},
+        "components": {"s02": 0.875},
         "width": 40,
         "explained": 0.42,
         "by_site": {"s00": 0.5, "s02": 0.375},
@@ -745,14 +745,24 @@ class TestAmalgamation:
             "Without features, by their labels alone: s01.",
             "32 + 48",
             "42.0 %",
-            "37.5 %",
+            "37.5 % of 87.5 % sent",
+            "by its own account; the share above is of what they hold",
             "over 77 samples",
-            "5.0 MB features as u8",
+            "layer1: 0.151 at the end",
+            "scores: 0.500 at the end",
+            "No private sample left it. Features of the teacher’s layers for that pool did, from s00, s02: maps of",
+            "features: 5.0 MB u8",
             "Site s00: features of 7 samples of 77 went unanswered.",
             "At layer1 the amalgamated features keep 42.0 % of the variance",
         ):
             assert part in text, part
-        assert "What it learned from features" not in words(make())
+        plain = words(make())
+        assert "What it learned from features" not in plain
+        assert "neither a private sample nor a weight left it" in plain
+        assert "nor a weight left it" not in text
+        made = dict(amalgamated().amalgamation or {})
+        made["layers"] = [{**layer, "components": {}} for layer in made["layers"]]
+        assert "the share above" not in words(replace(amalgamated(), amalgamation=made))
 
     def test_the_report_has_it_whole_and_the_card_says_so(self) -> None:
         findings = amalgamated()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,8 +187,33 @@ def test_blocks_that_can_be_read_once() -> None:
 def test_a_layer_that_fails_is_named(bad: float) -> None:
     problem = layers(build("cnn3", classes=2, channels=1, seed=0))[1]
     blocks = [(np.ones((2, 32, 4, 4)), np.full((2, 64, 2, 2), bad))]
-    with pytest.raises(StudentError, match=r"student's layer2 failed in epoch 1 of 3: .* example to 0\.025"):
+    with pytest.raises(
+        StudentError, match=r"student's layer2 failed in epoch 1 of 3: .*student\.layer_wise\.learning_rate"
+    ):
         train_layer(problem, blocks, Schedule(3, 0.1))
+
+
+class Read:
+    """Blocks that count how often they were read."""
+
+    def __init__(self, blocks: Blocks, failure: BaseException | None = None) -> None:
+        self.blocks, self.failure, self.times = blocks, failure, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.times += 1
+        if self.failure is not None:
+            raise self.failure
+        return iter(self.blocks)
+
+
+@pytest.mark.parametrize("failure", [StudentError("broken", hint="none"), KeyboardInterrupt()])
+def test_where_a_layer_fails_the_others_do_not_go_on(failure: BaseException) -> None:
+    student, epochs = build("cnn3@0.1", classes=3, channels=1, seed=0), 300
+    given = [Read(each) for each in problems([teacher("cnn3@0.1", 1)], student)]
+    given[0].failure = failure
+    with pytest.raises(type(failure)):
+        train_layers(student, given, [Schedule(epochs, 0.001)] * 4, workers=2)
+    assert max(each.times for each in given) < epochs
 
 
 def test_one_schedule_a_layer() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from consilience.common.errors import StudentError
 from consilience.common.nets import build, train
 from consilience.common.nets.tapped import tap_shapes
 from consilience.common.settings import Fit
+from consilience.server.student import learn_common
 from consilience.server.student.common_feature import CommonFeature, Weights
 from consilience.server.student.learn_common import CommonLoss, CommonStudent, Space, common_fingerprint, told_of
 from consilience.server.student.mmd import mmd
@@ -95,7 +97,7 @@ def test_the_loss_is_that_of_a_direct_computation(tmp_path: Path, form: str, upt
     space = maps(tmp_path, upto) if form == "maps" else vectors(tmp_path, upto)
     model = CommonStudent(student(), [space], Weights(0.5, 3.0, 7.0), seed=0).eval()
     samples = np.arange(COUNT)[::-1].copy()
-    loss = CommonLoss(model, Fixed(), "f", samples)
+    loss = CommonLoss(model, [space], Fixed(), "f", samples)
     ids = torch.tensor([0, 7, 25, 39, 12, 30])
     output = model(torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
     told = loss(output, ids)
@@ -134,7 +136,7 @@ def test_a_site_that_told_one_sample_of_the_batch_or_none_has_no_part(tmp_path: 
     model = CommonStudent(student(), [space], Weights(), seed=0).train()
     ids = torch.arange(6)
     output = model(torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
-    terms = CommonLoss(model, Fixed(), "f", np.arange(COUNT))(output, ids).terms
+    terms = CommonLoss(model, [space], Fixed(), "f", np.arange(COUNT))(output, ids).terms
     common = space_of(model)
     given = space.given(space.taps[0], ids.numpy(), CPU)
     projected = common.project(given, 0)
@@ -152,7 +154,7 @@ def test_training_brings_the_terms_down_and_resumes_bit_for_bit(
 
     def done(folder: Path, stop: int = -1) -> tuple[CommonStudent, list[dict[str, float]]]:
         model = CommonStudent(student(), [space], Weights(), seed=0)
-        loss = CommonLoss(model, Fixed(), "f", np.arange(COUNT))
+        loss = CommonLoss(model, [space], Fixed(), "f", np.arange(COUNT))
 
         def watch(record: object) -> None:
             if record.epoch == stop:  # type: ignore[attr-defined]
@@ -173,20 +175,78 @@ def test_training_brings_the_terms_down_and_resumes_bit_for_bit(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_batch_of_which_no_site_told_anything(tmp_path: Path) -> None:
+    """Without soft targets nothing is left to learn from it: the step changes nothing, and does not fail."""
+    network = teacher("cnn3@0.2", 2)
+    (card,) = tap_cards(network, "west", ["penultimate"])
+    some = stored(tmp_path, "west", card, features(network, PIXELS, ["penultimate"])["penultimate"], upto=20)
+    space = Space("penultimate", SHAPES["penultimate"], (some,))
+    model = CommonStudent(student(), [space], Weights(soft=0), seed=0)
+    loss = CommonLoss(model, [space], Fixed(), "f", np.arange(COUNT))
+    told = loss(model(torch.ones(6, 1, 16, 16)), torch.arange(20, 26))
+    torch.autograd.backward(told.total)
+    assert float(told.total.detach()) == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_what_is_told_of_a_space(tmp_path: Path) -> None:
     space = maps(tmp_path, 30)
     model = CommonStudent(student(), [space], Weights(), seed=0)
-    (told,) = told_of(model, PIXELS, np.arange(COUNT), PLAIN, CPU)
+    (told,) = told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 8)
     assert told["sites"] == {"east": "layer4", "west": "layer2"}
     assert told["samples"] == 30
     assert {who: len(points) for who, points in told["picture"]["points"].items()} == dict.fromkeys(
         ("student", "site east", "site west"), 30
     )
-    common = space_of(model)
-    given = common.brought(space.given(space.taps[1], np.arange(30), CPU))
+
+
+@pytest.mark.parametrize("form", ["maps", "vectors"])
+def test_what_reconstruction_misses_is_measured_as_it_was_trained(tmp_path: Path, form: str) -> None:
+    """The extractor's running statistics are of student and sites together: by these it may miss more than all."""
+    space = maps(tmp_path, 27) if form == "maps" else vectors(tmp_path, 27)
+    model = CommonStudent(student(), [space], Weights(), seed=0)
+    loss = CommonLoss(model, [space], Fixed(), "f", np.arange(COUNT))
+    records = train(model, PIXELS, loss, FIT.model_copy(update={"epochs": 20}), PLAIN, seed=0, folder=None, device=CPU)
+    before = {name: held.clone() for name, held in model.state_dict().items()}
+    (told,) = told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 8)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], held) for name, held in before.items())
+    assert not any(module.training for module in model.modules())
+    assert told["samples"] == 27
+    assert max(told["missed"].values()) < 1
+    common, missed = space_of(model).train(), 0.0
     with torch.no_grad():
-        missed = (common.decoders[1](common.project(given, 1)) - given).square().sum() / given.square().sum()
-    assert told["missed"]["west"] == pytest.approx(float(missed), rel=1e-3)
+        for start, stop in ((0, 8), (8, 16), (16, 27)):  # the last three alone would be normalised by too few
+            given = common.brought(space.given(space.taps[1], np.arange(start, stop), CPU))
+            lost = (common.decoders[1](common.project(given, 1)) - given).square().mean() / given.square().mean()
+            missed += float(lost) * (stop - start) / 27
+    assert told["missed"]["west"] == pytest.approx(missed, rel=1e-4)
+    assert len(records) == 20
+
+
+def test_one_sample_that_all_told_is_too_few_to_tell_of(tmp_path: Path) -> None:
+    space = vectors(tmp_path, 1)
+    model = CommonStudent(student(), [space], Weights(), seed=0)
+    (told,) = told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 1)
+    assert (told["samples"], told["missed"], told["picture"]) == (0, {}, None)
+
+
+def test_a_picture_holds_few_numbers_of_large_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def look(vectors: Mapping[str, NDArray[np.floating]]) -> None:
+        seen.update({who: held.shape for who, held in vectors.items()})
+
+    monkeypatch.setattr(learn_common, "picture", look)
+    monkeypatch.setattr(learn_common, "DRAWN", 30)
+    space = maps(tmp_path)
+    model = CommonStudent(student(), [space], Weights(), seed=0)
+    told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 8)
+    assert seen == dict.fromkeys(("student", "site east", "site west"), (10, 6 * 4 * 4))
+    monkeypatch.setattr(learn_common, "MOST_VALUES", 6 * 2 * 2)
+    told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 8)
+    assert seen == dict.fromkeys(("student", "site east", "site west"), (10, 6 * 2 * 2))
 
 
 def test_another_space_weight_or_feature_is_another_lesson(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_full_width_of_equal_teachers_loses_nothing(tmp_path: Path) -> None:
     made = [how(each, each.channels[0]) for each in told(tmp_path, {"east": network, "west": network})]
     assert [each.explained for each in made] == pytest.approx([1, 1, 1])
     assert [list(each.by_site.values()) for each in made] == [pytest.approx([1, 1])] * 3
+    assert max(share for each in made for share in each.by_site.values()) <= 1
     found = layers(teacher(NAME, 1))
     for each, before, after in zip(made, found, found[1:], strict=False):
         width = each.layer.channels[0]
@@ -223,6 +224,59 @@ def test_a_killed_training_goes_on_after_the_last_layer_to_the_same_student(
     other = student()
     lesson(taps, networks, learning_rate=0.01).teach(other, PIXELS, tmp_path / "cut", CPU)
     assert not same(other, whole)
+
+
+def test_the_picture_shows_the_same_thing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the score layer's FAM does to the amalgamated features is a part of the student's layer before it."""
+    network = teacher(NAME, 1)
+    with torch.no_grad():
+        network[-1].weight.mul_(20)  # type: ignore[index, union-attr, operator]  # scores that vary
+    networks = {"east": network, "west": network}
+    made, learnt = student(), lesson(told(tmp_path, networks), networks, epochs=60)
+    learnt.teach(made, PIXELS, tmp_path / "layers", CPU)
+    seen: dict[str, NDArray[np.floating]] = {}
+    monkeypatch.setattr(learn_layers, "picture", lambda vectors: seen.update(vectors))
+    learnt.picture(made, PIXELS, tmp_path / "layers", CPU)
+    apart = np.square(seen["student"] - seen["amalgamated"]).mean()
+    assert apart < 0.3 * seen["amalgamated"].var(axis=0).mean()
+    monkeypatch.undo()
+    assert learnt.picture(made, PIXELS, tmp_path / "elsewhere", CPU) is None
+
+
+def test_every_sample_is_learnt_from_where_batches_do_not_come_out_even(tmp_path: Path) -> None:
+    """What an epoch leaves out, another takes; the same lesson takes the same each time."""
+    seen: list[int] = []
+
+    class Noted:
+        def __call__(self, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            seen.extend(ids.tolist())
+            return scores.square().mean()
+
+    taps = told(tmp_path, two())
+    orders = []
+    for folder in ("one", "two"):
+        made = LayerLesson(taps, Noted(), "noted", IDS, LayerWise(epochs=6), PLAIN, batch=20, seed=0)
+        made.teach(student(), PIXELS, tmp_path / folder, CPU, workers=1 if folder == "one" else 4)
+        orders.append(seen.copy())
+        seen.clear()
+    assert len(orders[0]) == 6 * 40
+    assert set(orders[0]) == set(IDS)
+    assert orders[0][:40] != orders[0][40:80]
+    assert orders[0] == orders[1]
+
+
+def test_images_are_taken_a_batch_at_a_time(tmp_path: Path) -> None:
+    """A network that is not trained yet holds all its maps, as in training: no more at once than there."""
+    seen = []
+
+    class Watched(np.ndarray):  # type: ignore[type-arg]
+        def __getitem__(self, part: Any) -> Any:
+            seen.append(len(part))
+            return np.asarray(super().__getitem__(part))
+
+    networks = two()
+    lesson(told(tmp_path, networks), networks).teach(student(), PIXELS.view(Watched), tmp_path / "layers", CPU)
+    assert max(seen) == 16
 
 
 def same(one: nn.Module, two: nn.Module) -> bool:
