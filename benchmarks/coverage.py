@@ -213,7 +213,7 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
     home.mkdir(parents=True, exist_ok=True)
     paths = prepare(scenario, seed, home, folders)
     other = OTHER if name == "unknown" else 0.0
-    variants = [v for v in VARIANTS if not (v == "direct" and other)]
+    variants = [v for v in VARIANTS if not (v == "direct" and (other or name == "quick"))]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         list(pool.map(train_quietly, paths))
         tasks = [(job(scenario, seed, home, v, other), home / "runs" / v, paths) for v in variants]
