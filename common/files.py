@@ -62,8 +62,8 @@ class Resident:
 
     MOST = 32 * 2**20
     """Bytes that may have been read before pages are let go of; what is needed again comes from the disk's cache."""
-    AROUND = 16 * 4096
-    """Bytes that the kernel maps around a piece that is read."""
+    AROUND = 2**18
+    """Bytes that the kernel maps around a piece that is read, as measured: 16 pages, or a large folio of its cache."""
 
     def __init__(self) -> None:
         self._read = 0
