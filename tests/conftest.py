@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -41,3 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing wait for the disk: for tests that write a great many small files and cut no power."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread, so that what is trained is the same bit for bit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

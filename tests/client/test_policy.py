@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from flwr.app import Message
-from typer.testing import CliRunner
 
-from consilience.__main__ import app
 from consilience.client import app as app_module
 from consilience.client import ledger as ledger_module
 from consilience.client.explain import explain
@@ -31,6 +29,7 @@ from consilience.common.pool import Pool
 from consilience.common.protocol import FINAL_REFUSALS, Contract, Refusal
 from consilience.common.settings import JobSettings
 from consilience.deploy.local_grid import LocalGrid
+from helpers.commands import call, said
 from helpers.small_site import CLASSES, ROW, SIZE, Familiar, Fickle, about, make_pool, make_site
 
 
@@ -263,19 +262,6 @@ def write(file: Path, **policy: Any) -> None:
     teacher = {"kind": "callable", "callable": "policy_teacher:scores", "classes": list(CLASSES), "preprocessing": {}}
     raw = {"name": "site-1", "teacher": teacher, "pools": ["pool"], "policy": policy}
     file.write_text(yaml.safe_dump(raw))
-
-
-def call(*words: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["site", *map(str, words), "--json"])
-    assert result.exit_code == code, result.output
-    held = json.loads(result.stdout)
-    return held["data"] if code == 0 else held["error"]
-
-
-def said(*words: object) -> str:
-    result = CliRunner().invoke(app, ["site", *map(str, words)], env={"COLUMNS": "300"})
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def release(file: Path, pool: Pool, start: int, stop: int, job: str = "job", **changes: Any) -> None:

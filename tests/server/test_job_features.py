@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from consilience.common.data import from_arrays
 from consilience.common.errors import ConsilienceError, SettingsError, StudentError
@@ -34,17 +33,7 @@ MIXED = {"east": "cnn3@0.2", "north": "resnet8@0.2", "west": "vgg6@0.1"}
 Cards = dict[str, tuple[TapCard, ...]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def quick(unsynced: None) -> None:
-    """Nothing waits for the disk."""
+pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 
 
 @pytest.fixture

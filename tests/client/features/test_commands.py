@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from consilience.__main__ import app
 from consilience.client.app import forget_sites
 from consilience.client.site import Site
 from consilience.common.encoding import feature_bytes
 from consilience.common.encoding.features import basis_bytes
 from consilience.common.pool import Pool
 from consilience.common.protocol import Contract
+from helpers.commands import call, said
 from helpers.feature_site import CALLABLE, CLASSES, SIZE, hosted, make_pool, make_settings
 
 TAPS: dict[str, Any] = {"*": {"size": 4, "channels": 8}, "penultimate": {}}
@@ -33,19 +31,6 @@ def pool(tmp_path: Path) -> Pool:
 def file(tmp_path: Path, pool: Pool) -> Path:
     make_settings(tmp_path, TAPS)
     return tmp_path / "site.yaml"
-
-
-def call(*words: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["site", *map(str, words), "--json"])
-    assert result.exit_code == code, result.output
-    held = json.loads(result.stdout)
-    return held["data"] if code == 0 else held["error"]
-
-
-def said(*words: object) -> str:
-    result = CliRunner().invoke(app, ["site", *map(str, words)], env={"COLUMNS": "300"})
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def job(file: Path, **student: Any) -> Path:

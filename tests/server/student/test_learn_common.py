@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +28,7 @@ PIXELS = images(COUNT)
 FIT = Fit(epochs=3, batch_size=16, learning_rate=0.05, precision="f32")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def quick(unsynced: None) -> None:
-    """Nothing waits for the disk."""
+pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 
 
 class Fixed:

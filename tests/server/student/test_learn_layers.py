@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,7 @@ IDS = np.arange(COUNT)
 NAME = "cnn3@0.1"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def quick(unsynced: None) -> None:
-    """Nothing waits for the disk."""
+pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 
 
 def told(folder: Path, networks: dict[str, nn.Module], upto: dict[str, int] | None = None) -> list[LayerTaps]:
