@@ -31,12 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from images import Images, Labels, Source, add_data, folders_of, read, save, spread, write_pools
-from scipy import stats
+from images import Images, Labels, Source, add_data, difference, folders_of, read, save, spread, write_pools
 
 from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool
-from consilience.common.progress import Reporter
 from consilience.common.settings import (
     Ask,
     CommonFeature,
@@ -54,10 +52,9 @@ from consilience.common.settings import (
     TrainTeacher,
 )
 from consilience.common.settings_file import dump_settings
-from consilience.deploy.simulation import train_site
 from consilience.server.learning import StudentModel
 from harness import options, show
-from jobs import do_job
+from jobs import do_job, train_quietly
 
 RATES = (0.03, 0.1)
 """Peak learning rates that each method has the choice of."""
@@ -233,12 +230,6 @@ def choose(scenario: Scenario, home: Path, paths: list[Path]) -> dict[str, dict[
     }
 
 
-def train_quietly(path: Path) -> None:
-    """Train a site in a process of its own."""
-    with Reporter() as reporter:
-        train_site(path, reporter)
-
-
 def measure(
     scenario: Scenario, seed: int, home: Path, paths: list[Path], agreed: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
@@ -260,14 +251,9 @@ def measure(
     }
 
 
-def difference(figures: Sequence[dict[str, Any]], method: str) -> str:
-    """Return the paired difference to KD in points, with its 95 % interval."""
-    held = [100 * (each["students"][method] - each["students"]["KD"]) for each in figures]
-    if len(held) < 2:
-        return f"{held[0]:+.1f}"
-    half = float(stats.t.ppf(0.975, len(held) - 1)) * statistics.stdev(held) / len(held) ** 0.5
-    middle = statistics.mean(held)
-    return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+def to_kd(figures: Sequence[dict[str, Any]], method: str) -> list[float]:
+    """Return the differences to KD, seed by seed."""
+    return [each["students"][method] - each["students"]["KD"] for each in figures]
 
 
 def arguments_too(parser: argparse.ArgumentParser) -> None:
@@ -303,7 +289,7 @@ def main() -> None:
             (
                 method,
                 spread([f["students"][method] for f in figures]),
-                "" if method == "KD" else difference(figures, method),
+                "" if method == "KD" else difference(to_kd(figures, method)),
                 f"{figures[0]['rates'][method]:g}",
                 f"{statistics.mean(f['bytes'][method] for f in figures):,.0f}",
             )

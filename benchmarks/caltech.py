@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ from typing import Any
 
 import lite
 import numpy as np
-from images import Images, Labels, add_data, folders_of, read, save, spread, write_pools
-from scipy import stats
+from images import Images, Labels, add_data, difference, folders_of, read, save, spread, write_pools
 from sklearn.linear_model import LogisticRegression
 
 from consilience.client.teacher import calibrate_teacher
@@ -244,16 +242,6 @@ def read_site(path: Path) -> list[str]:
     """Return the classes of a site."""
     with np.load(path.parent / "held-out.npz") as held:
         return [str(name) for name in held["names"]]
-
-
-def difference(values: Sequence[float]) -> str:
-    """Return the mean of paired differences in points, with its 95 % interval."""
-    held = [100 * value for value in values]
-    if len(held) < 2:
-        return f"{held[0]:+.1f}"
-    half = float(stats.t.ppf(0.975, len(held) - 1)) * statistics.stdev(held) / len(held) ** 0.5
-    middle = statistics.mean(held)
-    return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
 
 
 def students(figures: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -35,7 +35,6 @@ from sklearn.preprocessing import StandardScaler
 from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import resize
-from consilience.common.progress import Reporter
 from consilience.common.settings import (
     Ask,
     Coverage,
@@ -51,11 +50,10 @@ from consilience.common.settings import (
     Unify,
 )
 from consilience.common.settings_file import dump_settings, load_settings
-from consilience.deploy.simulation import train_site
 from consilience.server.contract import RunContract
 from consilience.server.stores import stores_about
 from harness import options, show
-from jobs import do_job
+from jobs import do_job, train_quietly
 
 OVERLAP = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
 DISJOINT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
@@ -200,12 +198,6 @@ def job(scenario: Scenario, seed: int, home: Path, variant: str, other: float) -
 def do(task: tuple[JobSettings, Path, list[Path]]) -> dict[str, Any]:
     """Do a job with the sites at `paths` and return its report."""
     return do_job(*task)
-
-
-def train_quietly(path: Path) -> None:
-    """Train a site in a process of its own."""
-    with Reporter() as reporter:
-        train_site(path, reporter)
 
 
 def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import stats
 
 from consilience.common.data import ImageData, open_data
 from consilience.common.pool import Pool
@@ -105,3 +106,13 @@ def spread(values: Sequence[float | None], scale: float = 100.0) -> str:
     if not known:
         return "-"
     return f"{statistics.mean(known):.1f} ± {statistics.stdev(known) if len(known) > 1 else 0.0:.1f}"
+
+
+def difference(values: Sequence[float]) -> str:
+    """Return the mean of paired differences in points, with its 95 % interval."""
+    held = [100 * value for value in values]
+    if len(held) < 2:
+        return f"{held[0]:+.1f}"
+    half = float(stats.t.ppf(0.975, len(held) - 1)) * statistics.stdev(held) / len(held) ** 0.5
+    middle = statistics.mean(held)
+    return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"

@@ -1,4 +1,4 @@
-"""What benchmarks of whole jobs share: doing one with sites that are there."""
+"""What benchmarks of whole jobs share: training sites that are there, and doing a job with them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from flwr.app import Context, RecordDict
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.common.files import read_json
+from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings
 from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
+from consilience.deploy.simulation import train_site
 from consilience.server.app import app as server_app
 
 
@@ -27,3 +29,9 @@ def do_job(settings: JobSettings, run: Path, paths: list[Path]) -> dict[str, Any
             context = Context(run_id=1, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=about)
             server_app(grid=grid, context=context)
     return dict(read_json(run / "report.json"))
+
+
+def train_quietly(path: Path) -> None:
+    """Train the site at `path`, as it is done in a process of its own."""
+    with Reporter() as reporter:
+        train_site(path, reporter)
