@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
@@ -36,6 +36,21 @@ def pytest_configure(config: pytest.Config) -> None:
     home = tempfile.mkdtemp(prefix="consilience-flwr-")
     os.environ["FLWR_HOME"] = home
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let nothing that a slow test starts measure its coverage: each process would take most of a second longer.
+
+    The other tests reach every line that is asked for; a slow one is there for what only real processes show.
+    """
+    variable = "COVERAGE_PROCESS_CONFIG"
+    config = os.environ.pop(variable, None) if item.get_closest_marker("slow") else None
+    try:
+        return (yield)
+    finally:
+        if config is not None:
+            os.environ[variable] = config
 
 
 @pytest.fixture
