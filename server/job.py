@@ -47,7 +47,6 @@ from consilience.server.learning import (
     soft_label_loss,
 )
 from consilience.server.progress import Progress
-from consilience.server.publishing import Outcome, gather, publish
 from consilience.server.settings import Home
 from consilience.server.signatures import Signatures
 from consilience.server.stores import all_stores, lacked, stores_about
@@ -130,6 +129,9 @@ class Job:
             oracle = self.learn_oracle(space)
             if oracle is not None:
                 curves["oracle"] = oracle
+        # matplotlib comes with it: a process that waits for a run, or whose run ends early, does without
+        from consilience.server.publishing import Outcome, gather, publish
+
         with self._stage("judge"):
             tested = stores_about(self.run, self.settings, cards, self.test_pool) if self.test_pool else None
             outcome = Outcome(

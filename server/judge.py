@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_auc_score
 
 from consilience.common.labels import LabelSpace
+from consilience.common.roc import roc_auc_score
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
