@@ -7,7 +7,6 @@ live here: which optimiser learns what.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import TypeVar, cast
 
@@ -18,7 +17,6 @@ Kind = TypeVar("Kind", bound=Optimizer)
 _WRAPPED = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
 
 
-@functools.cache
 def plain(kind: type[Kind]) -> type[Kind]:
     """Return an optimiser that does as `kind` of torch does, bit for bit, and cannot be compiled or differentiated."""
     bare = {name: inspect.unwrap(getattr(kind, name)) for name in _WRAPPED}
