@@ -1,7 +1,7 @@
 """Optimisers that do not bring torch's compiler along.
 
 Lives here: taking away what torch wraps around an optimiser for programs that compile its step, which none of ours
-does. That imports the compiler when the first one is made: 1.3 s and 100 MB of every process that learns. Does not
+does. That imports the compiler when the first one is made: 1.3 s and 70 MB of every process that learns. Does not
 live here: which optimiser learns what.
 """
 
