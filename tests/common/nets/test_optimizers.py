@@ -27,11 +27,11 @@ def learnt(kind: type[torch.optim.Optimizer], made: Callable[..., torch.optim.Op
     images = torch.randn(8, 1, 8, 8)
     optimizer = made(model.parameters(), **OWN[kind])
 
-    def closure() -> Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
         loss = model(images).square().mean()
         loss.backward()
-        return loss
+        return float(loss.detach())
 
     for _ in range(3):
         optimizer.step(closure)
