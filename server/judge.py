@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from consilience.common.labels import LabelSpace
-from consilience.common.roc import roc_auc_score
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -256,6 +255,8 @@ def auroc(scores: ArrayLike, truth: ArrayLike, classes: ArrayLike) -> float | No
     None where there are no samples of `classes`, or no others.
     """
     mine = np.isin(np.asarray(truth), np.asarray(classes))
+    from sklearn.metrics import roc_auc_score  # a second, which processes that judge nothing do without
+
     return float(roc_auc_score(mine, np.asarray(scores))) if 0 < mine.sum() < len(mine) else None
 
 

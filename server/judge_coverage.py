@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.common.roc import roc_auc_score, roc_curve
 from consilience.server.judge import BINS, Bin, bin_of, reliability
 
 Floats = NDArray[np.float64]
@@ -88,9 +87,11 @@ def coverage_figures(
 
 def roc(scores: NDArray[np.floating], mine: NDArray[np.bool_]) -> Roc | None:
     """Return the ROC of scores (n,) for `mine` (n,), at about 100 points; None without both kinds of samples."""
+    from sklearn.metrics import roc_auc_score, roc_curve  # late, as in judge
+
     if not 0 < mine.sum() < len(mine):
         return None
-    false, true = roc_curve(mine, scores)
+    false, true, _ = roc_curve(mine, scores)
     # Points at even distances along the curve: it rises and runs to the right only.
     way = false + true
     kept = np.unique(np.searchsorted(way, np.linspace(0, way[-1], MOST_POINTS)))

@@ -1,7 +1,7 @@
 """How well an attack tells members, the images that a teacher learned from, from others.
 
 Lives here: from one score an image to a ROC curve and the numbers that sum it up. Does not live here: the scores
-(losses, shadows). Intervals of shares are SciPy's.
+(losses, shadows). ROC and area are scikit-learn's, intervals of shares SciPy's.
 
 What matters is the left end of the curve: an attack that is certain of few members is worse for these than one that is
 a little better than chance for all (Carlini et al., IEEE S&P 2022). So the share of members that are found is told
@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit, ndtri
 from scipy.stats import binomtest, rankdata
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from consilience.common.errors import DataError
-from consilience.common.roc import roc_auc_score, roc_curve
 from consilience.common.settings import Settings
 
 CONFIDENCE = 0.95
@@ -72,7 +72,8 @@ def membership(members: NDArray[np.floating[Any]], others: NDArray[np.floating[A
             )
     scores = np.concatenate([members, others]).astype(np.float64)
     truth = np.repeat([1, 0], [len(members), len(others)])
-    false, true = roc_curve(truth, scores)
+    # with all points: of equal steps in a row scikit-learn drops those between, and with them a threshold that counts
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
     auc = float(roc_auc_score(truth, scores))
     inside, outside = np.asarray(members, np.float64), np.asarray(others, np.float64)
     low, high = auc_interval(inside, outside)

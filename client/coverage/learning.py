@@ -34,7 +34,7 @@ from consilience.client.coverage.learned import (
     score_of,
     settings_digest,
 )
-from consilience.client.coverage.prior import FIRST_PRIOR, estimate_prior
+from consilience.client.coverage.prior import FIRST_PRIOR, auroc, estimate_prior
 from consilience.client.coverage.risk import PositiveUnlabelled
 from consilience.client.coverage.samples import Samples, gather, mine
 from consilience.client.coverage.vectors import Vectors, vectors_of
@@ -46,7 +46,6 @@ from consilience.common.files import lock, make_private, sha256, sha256_file, wr
 from consilience.common.nets import EpochRecord, build, default_device, save_model, train
 from consilience.common.nets.seeding import derive
 from consilience.common.pool import Pool
-from consilience.common.roc import auroc
 from consilience.common.settings import Fit, Preprocessing, SiteSettings
 
 LEAST_PRIVATE = LEAST_POOL = 200

@@ -1,7 +1,7 @@
 """How much of the pool is of the site's classes, from scores alone.
 
-Lives here: class-prior estimation from positive and unlabelled data. Does not live here: where scores come from
-(learned), how well they rank the two (common/roc) and what is made of the prior (calibrate).
+Lives here: class-prior estimation from positive and unlabelled data, and how well scores rank the two. Does not live
+here: where scores come from (learned) and what is made of the prior (calibrate).
 """
 
 from __future__ import annotations
@@ -49,3 +49,13 @@ def _share_from(scores: NDArray[np.floating], thresholds: NDArray[np.floating]) 
     """Return the share of scores that are at least each threshold."""
     below = np.searchsorted(np.sort(scores), thresholds, side="left")
     return 1 - below / len(scores)
+
+
+def auroc(mine: NDArray[np.floating], others: NDArray[np.floating]) -> float:
+    """Return the chance that a score of `mine` (n,) is higher than one of `others` (m,), ties counting half.
+
+    n and m are at least 1.
+    """
+    ranked = np.sort(others)
+    below, up_to = np.searchsorted(ranked, mine, side="left"), np.searchsorted(ranked, mine, side="right")
+    return float((below + up_to).mean() / (2 * len(others)))

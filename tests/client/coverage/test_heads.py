@@ -23,6 +23,7 @@ from consilience.__main__ import app
 from consilience.client.coverage import CoverageRecord, learn_coverage, load_coverage, read_record, tell_coverage
 from consilience.client.coverage.head import PARTS, train_heads
 from consilience.client.coverage.learned import LearnedCoverage
+from consilience.client.coverage.prior import auroc
 from consilience.client.coverage.vectors import Vectors, vectors_of
 from consilience.client.site import Site
 from consilience.client.teacher import CalibratedTeacher, calibrate_teacher, load_teacher, train_teacher
@@ -32,7 +33,6 @@ from consilience.common.data import from_arrays
 from consilience.common.errors import CoverageError, SettingsError, StorageError, TeacherError
 from consilience.common.files import read_json, sha256_file, write_json
 from consilience.common.pool import Pool
-from consilience.common.roc import auroc
 from consilience.common.settings import Preprocessing, SiteSettings
 from consilience.common.settings_file import load_settings
 

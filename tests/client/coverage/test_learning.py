@@ -20,6 +20,7 @@ from consilience.client.coverage import CoverageRecord, learn_coverage, load_cov
 from consilience.client.coverage import samples as samples_module
 from consilience.client.coverage.learned import LearnedCoverage
 from consilience.client.coverage.learning import LEAST_POOL, LEAST_PRIVATE
+from consilience.client.coverage.prior import auroc
 from consilience.client.coverage.samples import gather, hold_out, refuse_copies
 from consilience.client.site import Site
 from consilience.common.data import from_arrays
@@ -29,7 +30,6 @@ from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import resize
 from consilience.common.protocol import CoverageCard, Question
-from consilience.common.roc import auroc
 from consilience.common.settings import CoverageEncoding, SiteSettings
 from consilience.common.settings_file import load_settings
 

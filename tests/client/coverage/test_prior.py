@@ -1,4 +1,4 @@
-"""The estimated share of the pool is what mixtures were made of."""
+"""The estimated share of the pool is what mixtures were made of; ranks are scikit-learn's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
-from consilience.client.coverage.prior import CONFIDENCE, TIGHTNESS, estimate_prior
+from consilience.client.coverage.prior import CONFIDENCE, TIGHTNESS, auroc, estimate_prior
 
 
 def mixture(prior: float, far: float, seed: int, held: int = 2000, pool: int = 5000) -> tuple[np.ndarray, np.ndarray]:
@@ -77,3 +78,9 @@ def test_neither_order_nor_a_rising_map_changes_it(mine: np.ndarray, pool: np.nd
 def test_nothing_comes_of_nothing(mine: list[float], pool: list[float]) -> None:
     with pytest.raises(ValueError, match="missing or NaN"):
         estimate_prior(np.array(mine), np.array(pool))
+
+
+@given(SCORES, SCORES)
+def test_ranks_are_scikit_learn_s_with_ties(mine: np.ndarray, pool: np.ndarray) -> None:
+    truth = np.repeat([1, 0], [len(mine), len(pool)])
+    assert auroc(mine, pool) == pytest.approx(roc_auc_score(truth, np.concatenate([mine, pool])), abs=1e-12)
