@@ -229,8 +229,6 @@ def test_sites_that_did_not_answer_have_no_part(kind: type[DirectCE] | type[Dire
     answered[:, 1] = False
     some = [0, 2, 3]
     few = kind([answers[i] for i in some], [SETS[i] for i in some], [WEIGHTS[i] for i in some], CPU, wanted=wanted)
-        [answers[i] for i in others], [SETS[i] for i in others], [WEIGHTS[i] for i in others], CPU, wanted=wanted
-    )
     masked = kind(answers, SETS, WEIGHTS, CPU, answered=answered, wanted=wanted)
     assert value(masked, logits) == pytest.approx(value(few, logits), rel=1e-5)
 
