@@ -251,7 +251,7 @@ def test_scores_side_by_side_lose_the_unwanted_terms() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.booleans())
 def test_cut_rows_are_distributions_and_mass_is_kept(seed: int, classes: int, other: bool) -> None:
     rng = np.random.default_rng(seed)
-    wanted = Wanted(tuple(np.flatnonzero(rng.random(classes) < 0.5)) or (0,), other)
+    wanted = Wanted(tuple(np.flatnonzero(rng.random(classes) < 0.5).tolist()) or (0,), other)
     probs = rng.dirichlet(np.full(classes, 0.05), 8).astype(np.float32)
     held = torch.from_numpy(probs[:, wanted.classes])
     rows, weights = wanted.labels(held)
