@@ -14,6 +14,7 @@ from consilience.common.identity import words
 from consilience.common.pages.numbers import MISSING, count, decimal, number_of, percent, size
 from consilience.common.settings import largest_sent
 from consilience.server.report_amalgamation import amalgamation_summary
+from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_coverage import coverage_summary
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_page import CONTENDERS
@@ -71,9 +72,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) ->
 def _about(findings: Findings, report: Mapping[str, Any]) -> str:
     space, student = findings.space, findings.student
     about = findings.card.about.strip() or (
-        f"An image classifier for {number_of(len(space), 'class', 'classes')}. It was trained from the answers of "
-        f"{number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, without "
-        "their data or weights (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
+        f"An image classifier for {number_of(len(findings.taught), 'class', 'classes')}. It was trained from the "
+        f"answers of {number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, "
+        "without their data or weights (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
     )
     shape = " × ".join(map(str, findings.pool.shape))
     facts = [
@@ -82,6 +83,8 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
         f"* Input: one image, as the pool's: {shape} (height × width × channels), 8 bits a value",
         f"* Learning: {escape(student.learning)}",
     ]
+    if told := chosen_summary(findings):
+        facts.append(f"* Classes: {escape(told)}")
     if told := amalgamation_summary(findings):
         facts.append(f"* Features: {escape(told)}")
     if findings.card.licence.strip():
@@ -91,7 +94,7 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
 
 
 def _labels(findings: Findings) -> str:
-    space, synonyms = findings.space, findings.synonyms()
+    space, synonyms = findings.taught, findings.synonyms()
     rows = []
     for index, (name, owners) in enumerate(zip(space.names, space.owners, strict=True)):
         others = sorted(set(synonyms.get(name, {}).values()))
@@ -115,8 +118,13 @@ def _use(findings: Findings) -> str:
         "Classifying images like those of the pool into the classes above, where a wrong answer does no harm or a "
         "person looks at it. Measure it on labelled images of your own before you rely on it."
     )
+    odd = (
+        "What is none of the other classes it should call other, as far as the pool showed such images."
+        if findings.student.other
+        else "It always chooses one of the classes above, also for an image of none of them."
+    )
     limits = findings.card.limits.strip() or (
-        "It always chooses one of the classes above, also for an image of none of them. It has learned what the "
+        f"{odd} It has learned what the "
         "sites' classifiers say, their mistakes included. On images unlike the pool nothing is known about it. Its "
         "probabilities are not to be taken as frequencies without looking at the calibration error below."
     )
@@ -176,9 +184,10 @@ def _scores(findings: Findings, report: Mapping[str, Any]) -> str:
     outside = f" {number_of(judged.outside, 'image')} of classes that no site knows count as wrong." * bool(
         judged.outside
     )
+    apart = f" {unwanted_words(findings)}".rstrip()
     return "\n\n".join(
         [
-            f"## Scores\n\nOn {number_of(judged.count, 'labelled test image')}, used for judging only.{outside}",
+            f"## Scores\n\nOn {number_of(judged.count, 'labelled test image')}, used for judging only.{outside}{apart}",
             scores,
             f"Expected calibration error: {decimal(judged.calibration_error)}.",
             classes,

@@ -20,6 +20,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard
 from consilience.common.settings import CoverageEncoding, JobSettings, allowed_by, encoding_names
 from consilience.common.taps_asked import taps_asked
+from consilience.server.chosen import Chosen
 
 
 class RunContract(BaseModel):
@@ -42,7 +43,7 @@ class RunContract(BaseModel):
 
     @classmethod
     def build(cls, job: JobSettings, cards: Iterable[SiteCard], pools: tuple[str, ...]) -> RunContract:
-        """Align the cards' classes. Raises `LabelError`; `SettingsError` for settings of unknown sites."""
+        """Align the cards' classes. Raises `LabelError`; `SettingsError` for settings of unknown sites or classes."""
         sites = sorted(cards, key=lambda card: card.name)
         space = LabelSpace.build({card.name: card.classes for card in sites}, job.labels.synonyms, job.labels.classes)
         fields: list[tuple[str, Mapping[str, object]]] = [
@@ -61,6 +62,7 @@ class RunContract(BaseModel):
                 )
         for card in sites:
             _check_policy(job, card)
+        Chosen.of(job, space)
         _check_features(job, sites, space)
         owners = {
             name: tuple(space.sites[i] for i in owned) for name, owned in zip(space.names, space.owners, strict=True)

@@ -43,6 +43,7 @@ from consilience.server.student.learn_common import (
 from consilience.server.student.learn_layers import LayerLesson, LayerTaps, need_layers
 from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
 from consilience.server.student.site_taps import SiteTap, told_by_all
+from consilience.server.student.wanted import Wanted
 from consilience.server.student_taps import StudentTaps
 
 FILE = "amalgamation.json"
@@ -68,12 +69,13 @@ def concatenated_loss(
     stores: Sequence[AnswerStore],
     fingerprint: str,
     samples: NDArray[np.int64] | None,
+    wanted: Wanted | None = None,
 ) -> FingerprintedLoss:
     """Return the loss of the papers: the sites' scores side by side, decoded once into files in `folder`.
 
-    Raises `StudentError` where several sites know one class.
+    `wanted`: the student's classes, where these are not all. Raises `StudentError` where several sites know one class.
     """
-    about = (decoded(folder, space, stores), space.class_sets, default_device(), fingerprint, samples)
+    about = (decoded(folder, space, stores), space.class_sets, default_device(), fingerprint, samples, wanted)
     if job.student.learning == "layer-wise":
         return ConcatenatedScores(*about)
     return ConcatenatedSoftmax(*about, temperature=job.unify.temperature)

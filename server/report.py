@@ -18,6 +18,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server.judge import BASELINES, Judgement, Score, SiteScore
 from consilience.server.report_amalgamation import amalgamation_warnings
+from consilience.server.report_chosen import chosen_words
 from consilience.server.report_coverage import coverage_dict, coverage_summary, coverage_warnings
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_page import render_page
@@ -32,7 +33,8 @@ def report_dict(findings: Findings) -> dict[str, Any]:
     """Return report.json: strict JSON values, null for what is not known, never NaN.
 
     `student.accuracy`, `student.calibration_error` and every `baselines.*.accuracy` are numbers or null; lists are
-    empty where there is nothing to list. What may differ between two runs of one seed is named at `comparable`.
+    empty where there is nothing to list. `student.classes` are the student's outputs where it did not learn all of
+    `labels.names`, else null. What may differ between two runs of one seed is named at `comparable`.
     Absolute paths in the settings keep their last part only: a report is shown to others.
     """
     judged = findings.judgement
@@ -54,7 +56,9 @@ def report_dict(findings: Findings) -> dict[str, Any]:
         },
         "warnings": [*findings.warnings, *derived_warnings(findings)],
         "student": _student(findings),
-        "test": None if judged is None else {"count": judged.count, "outside": judged.outside},
+        "test": None
+        if judged is None
+        else {"count": judged.count, "outside": judged.outside, "unwanted": judged.unwanted},
         "baselines": _baselines(judged),
         "sites": [_site(site, scores.get(site.name), space) for site in findings.sites],
         "left_out": findings.left_out,
@@ -114,7 +118,7 @@ def render_html(findings: Findings, report: Mapping[str, Any]) -> str:
 def headline(findings: Findings) -> str:
     """Return the result in one sentence."""
     space, judged = findings.space, findings.judgement
-    made = f"One classifier for {number_of(len(space), 'class', 'classes')}"
+    made = f"One classifier for {chosen_words(findings)}"
     made += f", from {number_of(len(space.sites), 'site')}"
     if judged is None:
         return f"{made}. No labelled test set was given: nothing is known about its accuracy."
@@ -181,11 +185,14 @@ def _student(findings: Findings) -> dict[str, Any]:
         "architecture": student.architecture,
         "learning": student.learning,
         "parameters": student.parameters,
+        "classes": None if student.taught is None else student.taught.names,
+        "other": student.other,
+        "other_share": student.other_share,
     }
     if judged is None:
         empty = {"correct": None, "calibration_error": None, "confusion": None, "confusion_outside": None}
         return about | _score(None) | empty | {"per_class": [], "reliability": []}
-    small = len(findings.space) <= MOST_CONFUSION
+    small = len(findings.taught) <= MOST_CONFUSION
     return (
         about
         | _score(judged.student)
