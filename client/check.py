@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 
 from consilience.client.agent_cli import papers
-from consilience.client.card import tells_bases
 from consilience.client.connection import DroppedError, LostError
 from consilience.client.coverage import load_coverage, tell_coverage
 from consilience.client.explain import tell_policy
@@ -190,8 +189,7 @@ class Preflight:
             tap.values(self._pools[0].read(0, 1))  # checks shape and values itself
         total = sum(feature_bytes(tap.card.values, self._settings.policy.features.encodings[0]) for tap in taps)
         most, asked = self._settings.policy.features.bytes, total * len(self._pools[0])
-        if tells_bases(self._settings.policy):
-            asked += sum(len(tap.card.basis or "") for tap in taps)
+        asked += sum(tap.card.components.bytes for tap in taps if tap.card.components is not None)
         if asked > most:
             raise WarnedError(
                 f"{tell_taps(self._settings, taps)}. Of the first pool that is {asked:,} bytes, and "

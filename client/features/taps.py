@@ -23,7 +23,14 @@ from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
-from consilience.common.protocol import MOST_BASES, MOST_CHANNELS, MOST_FEATURES, FeaturesCard, TapCard
+from consilience.common.protocol import (
+    MOST_CHANNELS,
+    MOST_COMPONENTS,
+    MOST_FEATURES,
+    ComponentsCard,
+    FeaturesCard,
+    TapCard,
+)
 from consilience.common.settings import EVERY_LAYER, Reduction, SiteSettings
 
 _FIELD = "policy.features.taps"
@@ -38,6 +45,12 @@ class OpenTap:
     size: int | None
     """As `Reduction.size`."""
     basis: Basis | None
+
+    @property
+    def components(self) -> bytes:
+        """The principal components as they leave; of a tap that has some (`card.components`)."""
+        assert self.basis is not None
+        return pack_basis(self.basis.directions, self.basis.mean)
 
     def values(self, images: Images) -> NDArray[np.float32]:
         """Return (n, `card.values`) finite float32 for (n, H, W, C) uint8, in the order channel, row, column.
@@ -190,14 +203,17 @@ def kept_shares(settings: SiteSettings, found: Found) -> dict[str, float]:
 
 
 def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis | None) -> OpenTap:
-    layer, text = allowed.layer, None if basis is None else pack_basis(basis.directions, basis.mean)
+    layer, told = allowed.layer, None
+    if basis is not None:
+        packed = pack_basis(basis.directions, basis.mean)
+        told = ComponentsCard(number=allowed.shape[0], kept=basis.kept, bytes=len(packed), digest=sha256(packed))
     parts = {  # the shape decides how maps are averaged
         "kind": "features",
         "teacher": found.layers.fingerprint,
         "tap": layer.name,
         "channels": layer.shape[0],
         "shape": allowed.shape,
-        "basis": text,
+        "components": None if told is None else told.digest,
     }
     try:
         card = TapCard(
@@ -205,8 +221,7 @@ def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis |
             layout=layer.layout,
             shape=allowed.shape,
             channels=layer.shape[0],
-            kept=1.0 if basis is None else basis.kept,
-            basis=text,
+            components=told,
             fingerprint=sha256(canonical_json(parts)),
         )
     except ValidationError as error:
@@ -229,11 +244,11 @@ def _check_sizes(settings: SiteSettings, found: Found) -> None:
                 hint="Give the tap a smaller size or fewer channels, or name another",
             )
     sizes = {name: basis_bytes(one.shape[0], one.channels) for name, one in _wanted(found).items()}
-    if sum(sizes.values()) > MOST_BASES:
+    if sum(sizes.values()) > MOST_COMPONENTS:
         told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         raise SettingsError(
-            f"{settings.name}: field {_FIELD}: principal components are {sum(sizes.values()):,} bytes on the site card "
-            f"({told}); allowed are {MOST_BASES:,}",
+            f"{settings.name}: field {_FIELD}: principal components are {sum(sizes.values()):,} bytes ({told}); "
+            f"allowed are {MOST_COMPONENTS:,}, which one message holds",
             hint="Give these taps fewer channels, or name fewer",
         )
 
