@@ -390,12 +390,6 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         {},
         r"the sites have 16384 \+ 1 channels at layer1; allowed are 16,384 together",
     ),
-    "components that nobody can read": (
-        changed(LAYERED, "west", channels=9),
-        "layer-wise",
-        {},
-        r"at layer1 site west tells principal components.*policy.features.taps.layer1.channels out",
-    ),
     "a size of vectors": (
         cards_of(LAYERS, ("east", "west"), ["layer2", "penultimate"]),
         "common-feature",
