@@ -30,7 +30,7 @@ def enclose(contract: Contract, site: str, held: Sequence[tuple[TapCard, bytes]]
     vouch = b"" if signer is None else signer.vouch_components(contract, [_claim(tap) for tap, _ in held])
     packed = len(vouch).to_bytes(_LENGTH_BYTES, "big") + vouch + data
     if contract.job_key is not None:
-        packed = seal(contract.job_key.key, _info(contract, site), packed)
+        packed = seal(contract.job_key.key, components_info(contract, site), packed)
     return Enclosed(taps=contract.components, data=base64.b64encode(packed).decode("ascii"))
 
 
@@ -88,7 +88,7 @@ def _unsealed(text: str, contract: Contract, site: str, secret: Secret | None) -
     if contract.job_key is None or secret is None:
         return raw
     try:
-        return secret.unseal(_info(contract, site), raw)
+        return secret.unseal(components_info(contract, site), raw)
     except ProtocolError:
         raise ProtocolError(
             "Its principal components are not sealed for this contract, this site and the job's key"
@@ -101,6 +101,6 @@ def _claim(tap: TapCard) -> tuple[str, str, str]:
     return tap.name, tap.fingerprint, tap.components.digest
 
 
-def _info(contract: Contract, site: str) -> bytes:
+def components_info(contract: Contract, site: str) -> bytes:
     """What sealed components are bound to: the site, and all of the contract that they answer."""
     return b"consilience sealed components\n" + canonical_json([site, contract.model_dump(mode="json")])
