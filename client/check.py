@@ -38,6 +38,7 @@ from consilience.common.errors import (
     ConsilienceError,
     RunError,
     StorageError,
+    TeacherError,
     UnreachableError,
     VersionError,
 )
@@ -185,8 +186,12 @@ class Preflight:
         taps = open_taps(self._settings, self._teacher)
         if not taps:
             raise SkippedError(tell_taps(self._settings, taps))
-        for tap in taps if len(self._pools[0]) else ():
-            tap.values(self._pools[0].read(0, 1))  # checks shape and values itself
+        for pool in (pool for pool in self._pools if len(pool)):
+            for tap in taps:
+                try:
+                    tap.values(pool.read(0, 1))  # checks shape and values itself
+                except TeacherError as error:
+                    raise TeacherError(f"{pool.folder}: {error.message}", hint=error.hint) from error
         total = sum(feature_bytes(tap.card.values, self._settings.policy.features.encodings[0]) for tap in taps)
         most, asked = self._settings.policy.features.bytes, total * len(self._pools[0])
         asked += sum(tap.card.components.bytes for tap in taps if tap.card.components is not None)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from consilience.client.card import card_of
 from consilience.client.components import not_released, release
 from consilience.client.coverage import Coverage, load_coverage
-from consilience.client.features import OpenTap, open_taps
+from consilience.client.features import OpenTap, Together, open_taps
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked
 from consilience.client.policy import (
@@ -92,6 +92,7 @@ class Site:
         self.teacher = teacher
         self.coverage = coverage
         self.taps = taps
+        self._together = Together()
         self.lock = threading.Lock()
         """Held while an answer is made: the ledger and the teacher are for one thread at a time."""
         self._verified: dict[str, Pool] = {}
@@ -193,6 +194,7 @@ class Site:
             seconds = time.perf_counter() - began
             for tap in taps:
                 self._try(pools[0], tried, tap.values, f"tap {tap.card.name}")
+            self._together.expect(taps)
             enclosed = release(
                 self.settings,
                 self.ledger,
@@ -375,7 +377,9 @@ class Site:
             return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in covered)
         if question.kind == "features":
             tap = self._tap(question)
-            told = self._score(pool, question.start, new, tap.values, f"tap {tap.card.name}")
+            told = self._score(
+                pool, question.start, new, partial(self._together.values, tap), f"tap {tap.card.name}"
+            )
             return b"".join(encode_features(rows, cast(FeatureEncoding, question.encoding)) for rows in told)
         scored = self._score(pool, question.start, new, self._told, "teacher")
         return b"".join(encode(rows, question.encoding) for rows in scored)

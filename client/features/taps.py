@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from consilience.client.features import bases
-from consilience.client.features.layers import Layer, Layers, layers_of
+from consilience.client.features.layers import Layer, Layers, Maps, layers_of
 from consilience.client.features.reducing import Basis, averaged, averaged_shape
 from consilience.client.teacher import Teacher
 from consilience.common.encoding.features import LARGEST, basis_bytes, pack_basis
@@ -45,6 +45,8 @@ class OpenTap:
     size: int | None
     """As `Reduction.size`."""
     basis: Basis | None
+    computed: int
+    """Numbers that the layer itself gives for a sample."""
 
     @property
     def components(self) -> bytes:
@@ -58,6 +60,10 @@ class OpenTap:
         Raises `TeacherError` when the layer gives anything else, or a value that no encoding holds.
         """
         (features,) = self.layers.features(images, [self.card.name])
+        return self.rows(features)
+
+    def rows(self, features: Maps) -> NDArray[np.float32]:
+        """Return the same for the layer's features (n, C, ...), as they are computed. Raises as `values`."""
         with np.errstate(invalid="ignore", over="ignore"):
             features = averaged(features, self.size)
             if features.shape[1:] != (self.card.channels, *self.card.shape[1:]):
@@ -230,7 +236,7 @@ def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis |
             f"{error.errors()[0]['msg']}",
             hint="Name another, or find out what the teacher computes there",
         ) from error
-    return OpenTap(card, found.layers, allowed.reduction.size, basis)
+    return OpenTap(card, found.layers, allowed.reduction.size, basis, math.prod(layer.shape))
 
 
 def _check_sizes(settings: SiteSettings, found: Found) -> None:

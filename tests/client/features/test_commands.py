@@ -6,11 +6,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from consilience.client.app import forget_sites
+from consilience.client.check import Preflight
 from consilience.client.site import Site
+from consilience.common.data import from_arrays
 from consilience.common.encoding import feature_bytes
 from consilience.common.encoding.features import basis_bytes
 from consilience.common.pool import Pool
@@ -216,3 +219,21 @@ def test_approve_is_of_the_features_that_are_shown(file: Path) -> None:
     assert "not approved" not in said("explain", job(file), file)
     make_settings(file.parent, {"penultimate": {}, "layer1": {}}, policy={"approval": True})
     assert "nobody at the site has approved" in said("explain", job(file), file)
+
+
+def test_check_tries_features_on_every_pool(file: Path) -> None:
+    """Where images of another size give maps of another size, a job over that pool could not have them."""
+    large = np.zeros((4, 32, 32, 1), np.uint8)
+    Pool.build(from_arrays(large, None, (), where="test"), file.parent / "large")
+    as_it_is = {"channels": 1, "mean": [0.5], "std": [0.25]}
+    teacher = {**make_settings(file.parent, {}).teacher.model_dump(mode="json"), "preprocessing": as_it_is}
+    found = {}
+    for size, pools in ((None, ["pool", "large"]), (4, ["pool", "large"]), (None, ["pool"])):
+        make_settings(file.parent, {"layer2": {"size": size}}, teacher=teacher, pools=pools)
+        preflight = Preflight(file)
+        preflight.run()
+        found[size, len(pools)] = next(row for row in preflight.rows if row.check == "features")
+    assert {key: row.result for key, row in found.items()} == {(None, 2): "problem", (4, 2): "ok", (None, 1): "ok"}
+    told = found[None, 2].found
+    assert told.startswith(str(file.parent / "large"))
+    assert "Tap 'layer2' gives (64, 16, 16) a sample; its card says (64, 8, 8)" in told
