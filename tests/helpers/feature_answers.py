@@ -141,7 +141,7 @@ def telling(
     told = features(network, pixels, [card.name for card in cards]) if cards else {}
     for name, (directions, mean) in (bases or {}).items():
         centred = np.moveaxis(told[name], 1, -1) - mean
-        told[name] = np.ascontiguousarray(np.moveaxis(centred @ directions.T, -1, 1))
+        told[name] = np.ascontiguousarray(np.moveaxis(centred @ directions.T, -1, 1), np.float32)
 
     def handler(question: Question, attempt: int) -> RecordDict:
         rows = slice(question.start, question.stop)
