@@ -20,11 +20,11 @@ from consilience.common.vouching import Signer
 
 def not_released(ledger: Ledger, taps: Sequence[TapCard]) -> tuple[TapCard, ...]:
     """Return those of `taps`, which have components, whose very components did not leave yet. Raises `StorageError`."""
-    fresh = {  # of two taps with the same ones, one counts
-        tap.components.digest: tap for tap in reversed(taps) if tap.components is not None
-    }
     return tuple(
-        tap for digest, tap in fresh.items() if next(ledger.rows(subject=components_subject(digest)), None) is None
+        tap
+        for tap in taps
+        if tap.components is not None
+        and next(ledger.rows(subject=components_subject(tap.components.digest)), None) is None
     )
 
 
