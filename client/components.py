@@ -1,7 +1,7 @@
 """A site's principal components on their way out: counted in the ledger once, then given with an agreement.
 
-Does not live here: whether a job may have them (client/policy), how they come to be (features/bases), their bytes on the
-way (common/components).
+Does not live here: whether a job may have them (client/policy), how they come to be (features/bases), their bytes on
+the way (common/components).
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
                     "jobs": dict(spent.features),
                     "lifetime": spent.features.total(),
                     "components": [
-                        {"job": job, "tap": tap, "bytes": count} for (job, tap), count in sorted(spent.components.items())
+                        {"job": job, "tap": tap, "bytes": count}
+                        for (job, tap), count in sorted(spent.components.items())
                     ],
                 },
                 "limits": most.model_dump(),

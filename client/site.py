@@ -154,8 +154,8 @@ class Site:
         """Check that the site can take part: same teacher, its classes in place, every pool here and intact.
 
         The policy must allow the job, and all of its pools within the limits. The teacher, and every tap that is to be
-        told, is tried on the first batch, so that one that does not work is known before anybody counts on it. After all
-        of that the principal components that the contract asks for are counted, and come with the agreement. Raises
+        told, is tried on the first batch, so that one that does not work is known before anybody counts on it. After
+        all of that the principal components that the contract asks for are counted, and come with the agreement. Raises
         `RefusedError`, `LedgerError`, `StorageError`, `IdentityError`, `ProtocolError`.
         """
         if contract.teacher != self.teacher.fingerprint:
@@ -203,9 +203,7 @@ class Site:
                 self.signer,
                 permit=lambda count: self.permit(contract.job, demand.asked, 0, count),
             )
-        return Agreement(
-            pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee, enclosed=enclosed
-        )
+        return Agreement(pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee, enclosed=enclosed)
 
     def _guarantee(self, samples: int) -> Guarantee | None:
         """Return what everything that left comes to once so many samples more have; None where nothing can be said."""
@@ -377,9 +375,7 @@ class Site:
             return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in covered)
         if question.kind == "features":
             tap = self._tap(question)
-            told = self._score(
-                pool, question.start, new, partial(self._together.values, tap), f"tap {tap.card.name}"
-            )
+            told = self._score(pool, question.start, new, partial(self._together.values, tap), f"tap {tap.card.name}")
             return b"".join(encode_features(rows, cast(FeatureEncoding, question.encoding)) for rows in told)
         scored = self._score(pool, question.start, new, self._told, "teacher")
         return b"".join(encode(rows, question.encoding) for rows in scored)

@@ -48,7 +48,7 @@ def taps_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
 
 
 def components_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
-    """Return those of `taps_asked` whose principal components a job needs: layer-wise amalgamation makes channels of them.
+    """Return those of `taps_asked` whose principal components a job needs, as layer-wise amalgamation does.
 
     Raises as `taps_asked`.
     """

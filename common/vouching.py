@@ -2,9 +2,9 @@
 
 A site signs job, pool, range, kind, encoding, teacher, policy version, its name, its class names in the order of its
 answers, and a digest of the answer's bytes. The digest is salted: signatures are published, and short answers, votes
-about a few samples, could else be guessed from them. Of principal components, whose digest its card tells, it signs job,
-teacher, its name, and each tap's name, fingerprint and digest; nobody publishes that. Does not live here: keys and fingerprints (common/identity), where
-signatures are kept (server/answers) and published (server/signatures).
+about a few samples, could else be guessed from them. Of principal components, whose digest its card tells, it signs
+job, teacher, its name, and each tap's name, fingerprint and digest; nobody publishes that. Does not live here: keys and
+fingerprints (common/identity), where signatures are kept (server/answers) and published (server/signatures).
 """
 
 from __future__ import annotations

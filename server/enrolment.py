@@ -283,9 +283,7 @@ def enrol(
         asked = {node: card for node, card in cards.items() if card.name not in done}
         job_key = None if unsealing is None else unsealing.key()  # now: sites may have been long in coming
         contracts = {
-            node: contract.for_site(
-                card.name, settings, job_key, lacking_components(path.parent, settings, card)
-            )
+            node: contract.for_site(card.name, settings, job_key, lacking_components(path.parent, settings, card))
             for node, card in asked.items()
         }
         taking = Taking(path.parent, contracts, asked, unsealing)

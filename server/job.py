@@ -217,7 +217,7 @@ class Job:
         )
 
     def _complete(self, contract: RunContract) -> set[str]:
-        """Return the sites that answered everything, and whose principal components are here where the job needs them."""
+        """Return the sites that answered everything, and whose principal components are here if the job needs them."""
         if (summed := self._summed(contract)) is not None:
             return set(summed.survivors)
         lacking = {card.name for card in contract.sites if lacking_components(self.run, self.settings, card)}

@@ -119,7 +119,7 @@ def _table(settings: SiteSettings, rows: list[dict[str, Any]], pools: list[Pool]
         table.caption = f"A job may ask for at most {settings.policy.features.bytes:,} bytes of features."
         if components := sum(row.get("components", 0) for row in rows):
             table.caption += (
-                f" Principal components themselves are {components:,} bytes, which count among these and leave with the "
-                "agreement to a job that needs them."
+                f" Principal components themselves are {components:,} bytes, which count among these and leave with "
+                "the agreement to a job that needs them."
             )
     return table

@@ -1,7 +1,7 @@
 """Features of a network's layer as bytes and back: the values of one sample's features a row.
 
 Binary16 (`f16`), or the row's least value and the step as binary32 and a byte a value of which v means least + v * step
-(`u8`). Lives here too: a tap's principal components as bytes, which leave with the site's agreement (common/components).
+(`u8`). Lives here too: a tap's principal components as bytes, which leave with a site's agreement (common/components).
 """
 
 from __future__ import annotations
