@@ -30,8 +30,8 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row tells: of an answer, of principal components of features, of a mechanism that added noise, of a person's
-    approval, or of what was carried over.
+    """What a row tells: of an answer, of principal components of features, of a mechanism that added noise, of a
+    person's approval, or of what was carried over.
 
     `subject`: of an answer the name of the released bytes' file; of components `components_subject`; of a mechanism its
     name; of an approval the policy version. `body`: the particulars, JSON values.

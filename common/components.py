@@ -1,8 +1,8 @@
 """Principal components of taps as they come with a site's agreement: signed, sealed where the job is, in base64.
 
 Behind base64 and seal stand the length of the signature (2 bytes), the signature, and the components of each tap that
-the contract names, in its order (`encoding.pack_basis`). Does not live here: whether they may leave (client/site), where
-the server keeps them (server/components), what card and contract say (common/protocol).
+the contract names, in its order (`encoding.pack_basis`). Does not live here: whether they may leave (client/site),
+where the server keeps them (server/components), what card and contract say (common/protocol).
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Three queries: `card` (the site speaks first: who it is and what its policy allows), `contract` (the server says
 which label space and pools the job is about; the site checks its copies, and what it gives beside answers comes with
-its agreement) and `answer` (a question about a range of
-pool samples). A site that will not or cannot answer sends a `Refusal`: a code and a short reason of ours, never
-exception text, paths or values.
+its agreement) and `answer` (a question about a range of pool samples). A site that will not or cannot answer sends a
+`Refusal`: a code and a short reason of ours, never exception text, paths or values.
 """
 
 from __future__ import annotations

@@ -51,7 +51,10 @@ class Taking:
 
 
 def read_components(path: Path, tap: TapCard) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return a tap's (k, C) directions and (C,) means, float32. Raises `StorageError` where they are lost or damaged."""
+    """Return a tap's (k, C) directions and (C,) means, float32.
+
+    Raises `StorageError` where they are lost or damaged.
+    """
     assert tap.components is not None
     try:
         data = path.read_bytes()
