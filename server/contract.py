@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsError
 from consilience.common.files import read_json, write_json
@@ -83,10 +83,12 @@ class RunContract(BaseModel):
         """The label space."""
         return LabelSpace(self.labels, tuple(card.name for card in self.sites), self.class_sets)
 
-    def for_site(self, name: str, job: JobSettings, job_key: JobKey | None = None) -> Contract:
+    def for_site(
+        self, name: str, job: JobSettings, job_key: JobKey | None = None, components: tuple[str, ...] = ()
+    ) -> Contract:
         """Return the part that site `name` is asked to agree to, and how `job` will ask.
 
-        `job_key`: what its answers are to be sealed for.
+        `job_key`: what its answers are to be sealed for; `components`: taps whose principal components are lacking.
         """
         at = [card.name for card in self.sites].index(name)
         return Contract(
@@ -99,6 +101,7 @@ class RunContract(BaseModel):
             coverage=coverage_encoding(job, self.sites[at]) is not None,
             features=tuple(tap.name for tap in taps_asked(job, self.sites[at])),
             feature_encoding=job.ask.features,
+            components=components,
             secure_sum=job.privacy.secure_sum,
             job_key=job_key,
         )
@@ -131,8 +134,17 @@ class RunContract(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> RunContract:
-        """Read contract.json. Raises `StorageError`."""
-        return cls.model_validate(read_json(path), strict=False)
+        """Read contract.json. Raises `StorageError`, and `RunError` where another version of Consilience wrote it."""
+        held = read_json(path)
+        try:
+            for card in held["sites"]:
+                card.pop("protocol", None)  # that of the messages then; the run goes on in that of now
+            return cls.model_validate(held, strict=False)
+        except (ValidationError, AttributeError, KeyError, TypeError):
+            raise RunError(
+                f"{path} is damaged, or of a run that another version of Consilience began",
+                hint=f"Go on with that version, or start {NEW_RUN}",
+            ) from None
 
 
 def objection(job: JobSettings, card: SiteCard) -> str:

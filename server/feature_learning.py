@@ -27,8 +27,9 @@ from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, Student
-from consilience.common.taps_asked import tap_in
+from consilience.common.taps_asked import components_asked, tap_in
 from consilience.server.answers import AnswerStore
+from consilience.server.components import components_path, lacking_components
 from consilience.server.learning import FingerprintedLoss, Lesson, decoded
 from consilience.server.stores import feature_stores
 from consilience.server.student.common_feature import Weights
@@ -51,12 +52,20 @@ FILE = "amalgamation.json"
 
 
 def site_taps(run: Path, job: JobSettings, cards: Sequence[SiteCard], pool: Pool) -> dict[str, dict[str, SiteTap]]:
-    """Return site -> tap -> its features, of the sites that told any. Raises as `feature_stores`."""
+    """Return site -> tap -> its features, of the sites that told any, and what their components stand for where the job
+    needs that. Raises as `feature_stores`."""
     found: dict[str, dict[str, SiteTap]] = {}
     for card in cards:
         stores = feature_stores(run, job, card, pool)
         told = {} if card.features is None else {tap.name: tap for tap in card.features.taps}
-        held = {name: SiteTap(card.name, told[name], store) for name, store in stores.items() if len(store)}
+        lacking, needed = lacking_components(run, job, card), {tap.name for tap in components_asked(job, card)}
+        held = {
+            name: SiteTap(
+                card.name, told[name], store, components_path(run, card.name, told[name]) if name in needed else None
+            )
+            for name, store in stores.items()
+            if len(store) and name not in lacking
+        }
         if held:
             found[card.name] = held
     return found

@@ -31,6 +31,7 @@ from consilience.server.answers import AnswerStore
 from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
 from consilience.server.chosen import Chosen
+from consilience.server.components import lacking_components
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
@@ -227,10 +228,12 @@ class Job:
         )
 
     def _complete(self, contract: RunContract) -> set[str]:
-        """Return the sites that answered everything."""
+        """Return the sites that answered everything, and whose principal components are here if the job needs them."""
         if (summed := self._summed(contract)) is not None:
             return set(summed.survivors)
-        return {name for name, stores in self._all_answers(contract).items() if all(s.complete for s in stores)}
+        lacking = {card.name for card in contract.sites if lacking_components(self.run, self.settings, card)}
+        held = self._all_answers(contract)
+        return {name for name, stores in held.items() if name not in lacking and all(s.complete for s in stores)}
 
     def _reported(self, contract: RunContract) -> bool:
         """Whether the report speaks of just these sites: a run that was folding in others may have been stopped."""
@@ -279,7 +282,7 @@ class Job:
         needed = self.settings.ask.min_sites or len(contract.sites)
         if len(complete) < needed:
             lacking = [
-                f"{name} lacks {lacked(stores)} ({reasons.get(name, 'unknown')})"
+                f"{name} lacks {lacked(stores) or 'its principal components'} ({reasons.get(name, 'unknown')})"
                 for name, stores in self._all_answers(contract).items()
                 if name not in complete
             ]

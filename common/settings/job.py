@@ -50,8 +50,8 @@ class Ask(Settings):
     features: FeatureEncoding = "f16"
     """How features come, where `student.learning` takes them; every site that tells some must allow it."""
     feature_bytes: int = Field(default=2**34, ge=1, le=2**53)
-    """Most bytes of features that one site may bring, over all taps and samples; a site whose card declares more does
-    not fit the job."""
+    """Most bytes of features that one site may bring, over all taps and samples, principal components among them; a
+    site whose card declares more does not fit the job."""
     question_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Pool samples a question speaks of; by default tuned for each site, to about two seconds of its teacher's work."""
     in_flight: int = Field(default=4, ge=1, le=64)

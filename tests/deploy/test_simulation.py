@@ -485,7 +485,7 @@ def test_simulated_sites_tell_features_by_the_simulation_s_policy(tmp_path: Path
     for path in paths:
         with closing(Site.load(path)) as site:
             assert site.card.features is not None
-            shapes = [(tap.name, tap.shape[0], tap.basis is None) for tap in site.card.features.taps]
+            shapes = [(tap.name, tap.shape[0], tap.components is None) for tap in site.card.features.taps]
             assert shapes == [
                 ("layer1", 4, False),
                 ("layer2", 4, False),
