@@ -30,6 +30,7 @@ from consilience.server.answered import CoverageStores, Usable, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
+from consilience.server.concentration import check_concentration, concentration_lesson, head_plan
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
@@ -174,6 +175,7 @@ class Job:
             enrolment = Enrolment(self._contract(), away=held.reasons)
         else:
             enrolment = self.enrol(grid, fold_in)
+            check_concentration(self.settings, enrolment.contract.space, enrolment.contract.sites)
             note_guarantees(self.run, enrolment.guarantees)
         record = AskingRecord.begin(path, submission)
         reasons = enrolment.away | self.ask(grid, enrolment, record.passed)
@@ -332,8 +334,14 @@ class Job:
         """Train the student in RUN/student, on the whole pool or on `samples` of it."""
         settings, unify = self.settings.student, self.settings.unify
         folder = self.run / "student"
+        images, other = PoolImages(self.pool, samples), load_other(self.run / "labels")
+        if settings.learning == "concentration":
+            answers = (self.settings, space, stores, coverage, labels, key, samples, other)
+            taught = concentration_lesson(self.run / "labels", *answers)
+            plan = head_plan(self.settings, space)
+            return learn(folder, images, space, taught, settings, self.settings.seed, self.reporter, "student", plan)
         if settings.learns_labels:
-            loss = soft_label_loss(labels, unify.temperature, key, samples, load_other(self.run / "labels"))
+            loss = soft_label_loss(labels, unify.temperature, key, samples, other)
         elif settings.target == "concatenated":
             loss = concatenated_loss(self.run / "labels", self.settings, space, stores, key, samples)
         else:
@@ -350,7 +358,6 @@ class Job:
                 coverage,
                 [unify.strength_of(site) for site in space.sites],
             )
-        images = PoolImages(self.pool, samples)
         lesson: Lesson = ByLoss(loss, settings, self.settings.seed)
         if self.settings.asks_features:
             lesson = feature_lesson(self.run, self.settings, cards, self.pool, loss, samples)
@@ -372,6 +379,7 @@ class Job:
             self.settings.seed,
             self.reporter,
             "oracle (true labels)",
+            head_plan(self.settings, space),
         )
 
     def _pools(self) -> list[Pool]:
