@@ -9,9 +9,10 @@ classes a sample are not zero, SGD with Nesterov momentum. Rows:
 * ours, bf16: the same with products in bfloat16, which the training loop takes where its measurement says that it pays;
 * dense, bf16: the dense one under autocast, to tell apart what bfloat16 and what the rest gains.
 
-Each is its own process, which tells its peak of memory beyond what it had with torch and the features loaded. The rows take
-turns, `--rounds` times, so that whatever else the machine does meets all of them; a round tells the median of its steps, and
-the table the median of the rounds. Gradients: the largest difference of a small head's from dense ones in float64, beside
+Each is its own process, which tells its peak of memory beyond what it had with torch loaded. The rows take turns,
+`--rounds` times, so that whatever else the machine does meets all of them; a round tells the median of its steps, and
+the table the median of the rounds. Processor seconds, of all threads, change less with what else the machine does, and
+do not count waiting. Gradients: the largest difference of a small head's from dense ones in float64, beside
 the largest gradient.
 """
 
@@ -140,14 +141,15 @@ def serve(row: str, arguments: argparse.Namespace) -> None:
     for _ in range(2):
         step(0)
     for _ in sys.stdin:
-        seconds, losses = [], []
+        seconds, processor, losses = [], [], []
         for _ in range(2 if arguments.quick else arguments.steps):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             losses.append(step(at))
             seconds.append(time.perf_counter() - began)
+            processor.append(time.process_time() - worked)
             at += batch
-        told = {"seconds": median(seconds), "loss": losses[-1], "memory": peak() - base, "whole": peak()}
-        print(json.dumps(told), flush=True)
+        told = {"seconds": median(seconds), "processor": median(processor), "loss": losses[-1]}
+        print(json.dumps({**told, "memory": peak() - base, "whole": peak()}), flush=True)
 
 
 def rounds(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
@@ -213,9 +215,12 @@ def main() -> None:
         seconds = median(each["seconds"] for each in held)
         times = [one / each["seconds"] for one, each in zip(slow, held, strict=True)]
         gain = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
-        rows.append((row, batch / seconds, 1000 * seconds, gain, max(e["memory"] for e in held), held[-1]["loss"]))
+        worked = median(each["processor"] for each in held)
+        less = median(each["processor"] for each in found["dense"]) / worked
+        memory = max(each["memory"] for each in held)
+        rows.append((row, batch / seconds, 1000 * seconds, gain, 1000 * worked, less, memory, held[-1]["loss"]))
     told = {"rounds": found, "gradients": gradients(), "scaling": arguments.scaling, "threads": arguments.threads}
-    columns = ("", "samples/s", "ms a step", "times dense", "peak memory, GB", "loss at the end")
+    columns = ("", "samples/s", "ms a step", "times dense", "processor, ms", "times", "peak memory, GB", "last loss")
     verticals, classes = sizes(arguments)[:2]
     show(f"{verticals * classes:,} classes, batches of {batch}", columns, rows, told, arguments.json)
     print(f"gradients of a small head: {told['gradients']}", file=sys.stderr)

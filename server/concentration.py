@@ -186,7 +186,7 @@ class Concentrating:
             )
         finally:
             head.in_parts = False
-        about = {"weights": head.weights, "gammas": [[float(g) for g in held] for held in head.gammas]}
+        about = {"weights": head.weights, "gammas": [held.detach().tolist() for held in head.gammas]}
         if self.settings.concentration.head.scaling == "class":
             about.pop("gammas")  # one a class: as many as the classes are
         write_json(folder / FILE, {**self.told, **about})

@@ -181,6 +181,7 @@ def _student(findings: Findings) -> dict[str, Any]:
         "architecture": student.architecture,
         "learning": student.learning,
         "parameters": student.parameters,
+        "concentration": findings.concentration,
     }
     if judged is None:
         empty = {"correct": None, "calibration_error": None, "confusion": None, "confusion_outside": None}

@@ -100,7 +100,7 @@ class ConcentratedHead(nn.Module):
 
     def hidden(self, features: Tensor) -> Tensor:
         """Return the second layer's units of (b, s_b) features: (b, M, s_2), or (b, 1, s_2) where all share them."""
-        head, verticals, batch = self.plan.head, len(self.plan.sizes), len(features)
+        head, verticals, batch = self.plan.head, len(self.plan.sizes), features.shape[0]
         units = F.relu(self.first(features))
         if head.kind == "sc-sc":
             blocks = torch.bmm(units.view(batch, verticals, head.first).transpose(0, 1), self.blocks)
@@ -128,7 +128,8 @@ class ConcentratedHead(nn.Module):
 
 def scaled(scores: Tensor, gamma: Tensor) -> Tensor:
     """Return (b, N_v) scores brought to length 1, or less where they are shorter than `FLOOR`, times gamma."""
-    return gamma * scores / scores.norm(dim=1, keepdim=True).clamp_min(FLOOR)
+    long: Tensor = scores / scores.norm(dim=1, keepdim=True).clamp_min(FLOOR)
+    return gamma * long
 
 
 def _gamma(head: Head, classes: int) -> nn.Parameter:

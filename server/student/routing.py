@@ -50,7 +50,8 @@ def route_by_labels(labels: Floats, verticals: Verticals, able: Sequence[bool] |
     masses = np.stack([labels[:, list(held)].sum(axis=1, dtype=np.float64) for held in verticals.classes], axis=1)
     if able is not None:
         masses[:, ~np.asarray(able)] = -1.0
-    return masses.argmax(axis=1)
+    found: Ints = masses.argmax(axis=1)
+    return found
 
 
 def specialists_for(

@@ -54,13 +54,13 @@ class SparseSigmoid:
         self._place = np.empty(len(flat), np.int64)
         self._place[flat] = np.arange(len(flat))
 
-    def __call__(self, output: Any, ids: Tensor) -> Tensor:
-        """Return the scalar loss of the samples `ids` (b,)."""
+    def __call__(self, logits: Any, ids: Tensor) -> Tensor:
+        """Return the scalar loss of (b, L) logits, or what stands for them, for the samples `ids` (b,)."""
         labels, values = read(self._targets, self._samples, ids, self._resident)
-        if isinstance(output, Tensor):
+        if isinstance(logits, Tensor):
             at, z = torch.from_numpy(labels).to(self._device), torch.from_numpy(values).to(self._device)
-            return (F.softplus(output).sum() - (z * output.gather(1, at)).sum()) / len(output)
-        hidden, coarse, gammas, weights = output
+            return (F.softplus(logits).sum() - (z * logits.gather(1, at)).sum()) / len(logits)
+        hidden, coarse, gammas, weights = logits
         return blocked_sigmoid(hidden, gammas, weights, self._by_vertical(labels, values), coarse=bool(coarse))
 
     def _by_vertical(self, labels: NDArray[np.int64], values: NDArray[np.float32]) -> list[tuple[Tensor, ...]]:

@@ -71,7 +71,7 @@ def verticals_of(
             if not sites:
                 raise SettingsError(
                     f"{_FIELD}: no site knows every class of {name}, so none can teach it",
-                    hint="Name verticals that one site each knows whole, or set student.concentration.target to unified",
+                    hint="Name verticals that a site each knows whole, or set student.concentration.target to unified",
                 )
     return found
 
