@@ -59,7 +59,7 @@ def judge_verticals(truth: ArrayLike, log_probs: ArrayLike, verticals: Sequence[
 
 
 def average_precision(positive: NDArray[np.bool_], scores: NDArray[np.floating[Any]]) -> float:
-    """Return sum_n (R_n - R_{n-1}) P_n over thresholds of (m,) scores, of which ties are one, with at least one positive.
+    """Return sum_n (R_n - R_{n-1}) P_n over the thresholds of (m,) scores with a positive; ties are one threshold.
 
     Raises `ValueError` without a positive, or with NaN.
     """

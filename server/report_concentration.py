@@ -32,7 +32,7 @@ def concentration_summary(findings: Findings) -> str:
         text += f"each sample from one specialist: {listing(by)}. "
     else:
         text += "from unified soft labels. "
-    text += f"Of each sample at most {number_of(told['keep'], 'probability', 'probabilities')} were kept"
+    text += f"Kept of each sample: at most {number_of(told['keep'], 'probability', 'probabilities')}"
     short = [held["name"] for held in told["verticals"] if held["kept"] < told["keep"]]
     text += f"; all classes of {listing(short)}, which has no more. " if len(short) == 1 else ""
     text += f"; all classes of {listing(short)}, which have no more. " if len(short) > 1 else ". " if not short else ""

@@ -120,7 +120,7 @@ def test_each_sample_is_taught_by_the_site_that_covers_it(home: Path, reporter: 
     assert 0 < told["mpvap"]["against_all"] <= told["mpvap"]["within"] <= 1
     assert told["verticals"][0]["average_precision"].keys() == {"within", "against_all"}
     assert len(told["gammas"]) == 3
-    page, card = (home / "run" / "report.html").read_text(), (home / "run" / "card.md").read_text()
+    page, card = ((home / "run" / name).read_text().replace("\xa0", " ") for name in ("report.html", "card.md"))
     for text in (page, card):
         assert "knowledge concentration (Gao et al., 2017) over 3 verticals" in text
         assert "60 samples by coverage" in text
@@ -193,7 +193,7 @@ def test_fewer_classes_come_than_are_kept(home: Path, reporter: Reporter) -> Non
     ask = {"encoding": "top-1", "question_size": 16, "retries": 0}
     report = do(home, sites_of(APART, tuple(APART)), reporter, {}, ask=ask)
     assert report["student"]["concentration"]["keep"] == 1
-    assert "at most 1 probability were kept; all" not in (home / "run" / "card.md").read_text()
+    assert "at most 1\xa0probability" in (home / "run" / "card.md").read_text()
 
 
 def test_the_oracle_has_the_same_head(home: Path, reporter: Reporter) -> None:

@@ -76,7 +76,7 @@ def test_a_class_under_two_names_is_refused() -> None:
 
 
 def test_keep_is_at_most_a_verticals_classes_and_by_default_what_there_is() -> None:
-    with pytest.raises(SettingsError, match="'student.concentration.keep' is 3; vertical east has 2 classes"):
+    with pytest.raises(SettingsError, match="is 3; vertical east has 2 classes"):
         verticals_of(APART, chosen(keep=3))
     assert kept(verticals_of(APART, chosen(keep=2)), chosen(keep=2)) == 2
     assert kept(verticals_of(APART, chosen()), chosen()) == 2
