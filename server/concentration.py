@@ -135,7 +135,7 @@ def concentration_lesson(
         held["samples"] = int(counts.sum())
     told["routed_by"] = {by: int(counts.sum()) for by, counts in zip(_BY, routed, strict=True)}
     key = sha256(canonical_json([key, job.unify.temperature, [c is not None for c in coverage]]))
-    loss = SparseSigmoid(targets, verticals.classes, device, key, samples)
+    loss = SparseSigmoid(targets, verticals.classes, device, key, samples, settings.drawn, job.seed)
     return Concentrating(loss, job.student, job.seed, told)
 
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from consilience.common.files import Resident
+from consilience.common.files import Resident, sha256
+from consilience.common.nets.seeding import generator
 from consilience.server.student.blocked_loss import blocked_sigmoid
 
 
@@ -37,6 +38,10 @@ class SparseSigmoid:
     Takes (b, L) scores, or the parts that a `ConcentratedHead` gives, of which it makes scores a vertical at a time.
     `verticals`: the head's, in its order. `samples` (m,): training's sample j has the target of row samples[j]; None:
     all are learnt from. `fingerprint` names what the targets are, so that a training is not resumed with others.
+
+    `drawn` in (0, 1): for the samples that a vertical does not teach, this share of its classes is drawn for each
+    batch, by the batch's samples and `seed`, and stands for all: the loss and its gradients are right on average. For
+    parts of a head without scaling; with 1 every class counts. Scores as they are always count whole.
     """
 
     def __init__(
@@ -46,8 +51,11 @@ class SparseSigmoid:
         device: torch.device,
         fingerprint: str = "",
         samples: NDArray[np.int64] | None = None,
+        drawn: float = 1.0,
+        seed: int = 0,
     ) -> None:
-        self.fingerprint = f"sparse-sigmoid {targets.labels.shape} {fingerprint}"
+        self.fingerprint = f"sparse-sigmoid {targets.labels.shape} {drawn} {fingerprint}"
+        self._drawn, self._seed = drawn, seed
         self._targets, self._samples, self._resident, self._device = targets, samples, Resident(), device
         flat = [label for classes in verticals for label in classes]
         self._starts = np.cumsum([0, *map(len, verticals)])
@@ -61,7 +69,18 @@ class SparseSigmoid:
             at, z = torch.from_numpy(labels).to(self._device), torch.from_numpy(values).to(self._device)
             return (F.softplus(logits).sum() - (z * logits.gather(1, at)).sum()) / len(logits)
         hidden, coarse, gammas, weights = logits
-        return blocked_sigmoid(hidden, gammas, weights, self._by_vertical(labels, values), coarse=bool(coarse))
+        drawn = None if self._drawn == 1 else self._draw(weights, ids)
+        places = self._by_vertical(labels, values)
+        return blocked_sigmoid(hidden, gammas, weights, places, coarse=bool(coarse), drawn=drawn)
+
+    def _draw(self, weights: Sequence[Tensor], ids: Tensor) -> list[Tensor]:
+        """Return drawn classes of each vertical: no state to keep, so that a resumed training draws the same."""
+        chance = generator(self._seed, f"classes {sha256(ids.cpu().numpy().tobytes())}")
+        counts = [max(1, round(self._drawn * len(weight))) for weight in weights]
+        return [
+            torch.randperm(len(weight), generator=chance)[:count].to(self._device)
+            for weight, count in zip(weights, counts, strict=True)
+        ]
 
     def _by_vertical(self, labels: NDArray[np.int64], values: NDArray[np.float32]) -> list[tuple[Tensor, ...]]:
         """Return for each vertical where targets are, as (rows, columns in it, values), on the device."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from consilience.common.errors import SettingsError
 from consilience.common.nets import build, load_model, save_model, train
 from consilience.common.settings import Fit, Head, Preprocessing
+from consilience.server.student.blocked_loss import blocked_sigmoid
 from consilience.server.student.concentrated_head import (
     FLOOR,
     ConcentratedHead,
@@ -140,6 +143,47 @@ def test_products_in_bfloat16_are_near_those_in_float32() -> None:
     assert [kind for kind, _ in told] == [torch.float32, torch.bfloat16]
     assert told[0][1] != told[1][1]
     assert told[1][1] == pytest.approx(told[0][1], rel=0.02)
+
+
+@pytest.mark.parametrize(("kind", "shared"), KINDS)
+def test_drawn_classes_stand_for_all_on_average(kind: str, shared: int) -> None:
+    """Over every way to draw, loss and gradients are those of all classes; with all drawn, each time."""
+    built = head(uneven(kind, shared)).double()
+    features = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    learned, ids, verticals = [features, *built.parameters()], torch.arange(4), list(UNEVEN.values())
+    built.in_parts = True
+    targets = SparseTargets(LABELS, VALUES)
+    exact = SparseSigmoid(targets, verticals, CPU)(built(features), ids)
+    wanted = torch.autograd.grad(exact, learned)
+    places = SparseSigmoid(targets, verticals, CPU)._by_vertical(LABELS.astype(np.int64), VALUES)
+
+    def told(drawn: Sequence[tuple[int, ...]]) -> tuple[float, list[Tensor]]:
+        hidden, _, gammas, weights = built(features)
+        value = blocked_sigmoid(hidden, gammas, weights, places, drawn=[torch.tensor(held) for held in drawn])
+        return float(value.detach()), [2 * g for g in torch.autograd.grad(value / 2, learned)]
+
+    ways = list(product(*(combinations(range(n), count) for n, count in ((3, 2), (2, 1), (4, 3)))))
+    values, gradients = zip(*(told(way) for way in ways), strict=True)
+    assert np.ptp(values) > 1e-3
+    assert np.mean(values) == pytest.approx(float(exact.detach()), rel=1e-9)
+    whole = told([tuple(range(n)) for n in (3, 2, 4)])
+    assert whole[0] == pytest.approx(float(exact.detach()), rel=1e-12)
+    for at, held in enumerate(wanted):
+        torch.testing.assert_close(sum(g[at] for g in gradients) / len(ways), held, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(whole[1][at], held, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_drawn_depends_on_batch_and_seed_alone() -> None:
+    built = head(uneven("fc-sc"))
+    built.in_parts = True
+    features = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+    def value(seed: int, ids: list[int]) -> float:
+        loss = SparseSigmoid(SparseTargets(LABELS, VALUES), list(UNEVEN.values()), CPU, drawn=0.5, seed=seed)
+        return float(loss(built(features[ids]), torch.tensor(ids)).detach())
+
+    assert value(1, [0, 1, 2]) == value(1, [0, 1, 2])
+    assert len({value(seed, [0, 1, 2]) for seed in range(5)}) > 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
