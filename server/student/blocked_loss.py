@@ -61,6 +61,7 @@ class _Blocked(torch.autograd.Function):
             at = v if units.shape[1] > 1 else 0
             fed, narrow = units[:, at].to(kind), weight.detach().to(kind)
             scores = (fed @ narrow.T).to(hidden.dtype)
+            unit = length = floored = scores  # what they are where scores are scaled
             if scaled:
                 length = scores.norm(dim=1, keepdim=True)
                 floored = length.clamp_min(FLOOR)

@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     parallel = DistributedDataParallel(network)  # named: what it hooks goes with it
     torch.autograd.backward(loss(parallel(features[ids]), ids))
     found = {name: held.grad.numpy() for name, held in network.named_parameters() if held.grad is not None}
-    np.savez(folder / f"{rank}.npz", **found)
+    np.savez(folder / f"{rank}.npz", allow_pickle=False, **found)
     dist.destroy_process_group()
 
 
