@@ -174,8 +174,9 @@ def test_unified_labels_are_learnt_by_a_softmax(home: Path, reporter: Reporter) 
     assert report["student"]["accuracy"] > 0.9
 
 
-def test_the_student_learns_every_class(home: Path, reporter: Reporter) -> None:
-    report = do(home, sites_of(APART, tuple(APART)), reporter, {})
+@pytest.mark.parametrize("drawn", [1.0, 0.5])
+def test_the_student_learns_every_class(home: Path, reporter: Reporter, drawn: float) -> None:
+    report = do(home, sites_of(APART, tuple(APART)), reporter, {"drawn": drawn})
     assert report["student"]["accuracy"] > 0.9
     assert report["student"]["concentration"]["mpvap"]["against_all"] > 0.9
 

@@ -130,6 +130,21 @@ def test_the_loss_and_its_gradients_are_the_dense_ones(kind: str, shared: int, s
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("scaling", ["vertical", "class"])
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_scores_below_the_floor_have_the_dense_gradients_too(scaling: str, size: float) -> None:
+    built = head(uneven("fc-sc", 0, scaling)).double()
+    features = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * size
+    learned = list(built.parameters())
+    loss = SparseSigmoid(SparseTargets(LABELS, VALUES), list(UNEVEN.values()), CPU)
+    wanted = torch.autograd.grad(loss(built(features), torch.arange(4)), learned)
+    built.in_parts = True
+    found = torch.autograd.grad(loss(built(features), torch.arange(4)), learned)
+    assert all(held.isfinite().all() for held in wanted)
+    for a, b in zip(wanted, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
+
+
 def test_products_in_bfloat16_are_near_those_in_float32() -> None:
     built = head(uneven("fc-sc", 0, "vertical"))
     features = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
