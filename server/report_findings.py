@@ -209,7 +209,8 @@ class Findings:
     `learning` has the curves `student` and, where there is one, `oracle`. `agreement` is what `judge.agreement`
     gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
     the job as a plain mapping. `amalgamation` is the student's amalgamation.json, None where no features were learnt
-    from. `audits` is what the sites of a simulation found out about their own answers.
+    from; `concentration` its concentration.json with what the test set tells of verticals, None where it has none.
+    `audits` is what the sites of a simulation found out about their own answers.
     """
 
     job: str
@@ -232,6 +233,7 @@ class Findings:
     card: CardTexts = CardTexts()
     audits: Mapping[str, SiteAudit] = field(default_factory=dict)
     amalgamation: Mapping[str, Any] | None = None
+    concentration: Mapping[str, Any] | None = None
 
     @property
     def taught(self) -> LabelSpace:

@@ -21,6 +21,7 @@ from consilience.common.settings.base import (
     encoding_names,
     largest_sent,
 )
+from consilience.common.settings.concentration import Concentration, Head
 from consilience.common.settings.data import (
     DataSource,
     EmbeddedData,
@@ -89,6 +90,7 @@ __all__ = [
     "ClassName",
     "CommonFeature",
     "CommonSpace",
+    "Concentration",
     "Coverage",
     "CoverageEncoding",
     "CoverageFamily",
@@ -104,6 +106,7 @@ __all__ = [
     "Features",
     "Fit",
     "FolderData",
+    "Head",
     "JobPrivacy",
     "JobSettings",
     "Judge",
