@@ -69,7 +69,7 @@ class Spent:
     months: Counter[str] = field(default_factory=Counter)
     lifetime: int = 0
     features: Counter[str] = field(default_factory=Counter)
-    """Bytes of features by job; those carried over are of none."""
+    """Bytes of features by job; of those carried over, where the job was known."""
     mechanisms: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     """Uses by job, month, name and parameters, these as JSON; `none` for samples that left behind no mechanism."""
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.ledger import RESTORE, Ledger
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_head import RESTORE
 from consilience.client.ledger_rows import Entry, Row
 from consilience.common.errors import LedgerError
 from consilience.common.files import storage_error, sync_folder

@@ -108,8 +108,7 @@ def test_a_limit_that_is_reached_is_a_warning(site: SiteFolder) -> None:
 
 
 def damaged_ledger(site: SiteFolder) -> None:
-    (site.folder / "state").mkdir()
-    (site.folder / "state" / "ledger.head").write_text("x")
+    (site.folder / "state-ledger.head").write_text("x")
 
 
 @pytest.mark.parametrize(

@@ -474,7 +474,7 @@ def test_the_ledger_is_shown_verified_and_exported(file: Path, pool: Pool, tmp_p
 def test_a_restart_asks_for_a_word_and_says_what_it_carried_over(file: Path, pool: Pool) -> None:
     write(file)
     release(file, pool, 0, 10)
-    (file.parent / "state" / "ledger.head").unlink()
+    (file.parent / "state-ledger.head").unlink()
     error = call("ledger", "verify", file, code=24)
     assert "ledger.head is missing" in error["message"]
     assert "--yes is missing" in call("ledger", "restart", file, code=3)["message"]
