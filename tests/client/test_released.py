@@ -23,6 +23,7 @@ from consilience.client import ledger as ledger_module
 from consilience.client import released as module
 from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError
+from consilience.client.released import Released, subject_of
 from consilience.client.site import Site
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.pool import Pool
@@ -186,6 +187,57 @@ def test_a_question_about_too_much_is_refused_before_any_work(
     assert site.teacher.batches == 0  # type: ignore[attr-defined]
     assert len(site.answer(about(site, pool, 0, 10)).data) == 10 * ROW
     assert MOST_ANSWER_BYTES == 64 * 2**20
+
+
+def as_names_once_were(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "subject_of", lambda question, use="", digits=64: subject_of(question, use, 16))
+
+
+def test_answers_kept_under_a_short_name_are_found(
+    site: Site, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        as_names_once_were(patch)
+        before = site.answer(about(site, pool, 0, 10)).data
+    site.close()
+    again = make_site(tmp_path, coverage="f16")
+    whole = again.answer(about(again, pool, 0, 20)).data
+    assert whole[: 10 * ROW] == before
+    assert spent(again) == 20
+    (path,) = (again.settings.state / "released").rglob("*.bin")  # they stay together
+    assert path.parent.name == pool.digest[:16]
+    other = again.answer(about(again, pool, 0, 10, encoding="f16"))
+    assert len(other.data) == 10 * ROW // 2
+    assert {path.parent.name for path in (again.settings.state / "released").rglob("*-f16-*.bin")} == {pool.digest}
+    again.close()
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("field", ["pool", "teacher"])
+def test_digests_that_begin_alike_share_no_answers(
+    site: Site, pool: Pool, monkeypatch: pytest.MonkeyPatch, field: str, once: bool
+) -> None:
+    released = Released(site.settings.state / "released", site.ledger)
+
+    def give(end: str, size: int) -> bytes:
+        question = about(site, pool, 0, size).model_copy(update={field: "a" * 16 + end * 48})
+        return released.give(
+            question,
+            size=size,
+            width=1,
+            score=lambda new: end.encode() * int(new.sum()),
+            permit=lambda _: None,
+            costs=lambda _: (),
+        )
+
+    with monkeypatch.context() as patch:
+        if once:
+            as_names_once_were(patch)
+        assert give("b", 4) == b"bbbb"
+    released = Released(released.folder, released.ledger)
+    assert give("c", 9) == b"c" * 9  # more samples than the other has
+    assert give("b", 4) == b"bbbb"
+    assert spent(site) == 13
 
 
 class Stop(BaseException):
