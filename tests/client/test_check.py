@@ -58,7 +58,8 @@ def test_an_admitted_site_passes_and_the_server_does_not_take_it_to_be_online(
         "features",
         "agent",
     }
-    assert "f32" in rows["policy"]["found"]
+    assert "log-probabilities as f16 or u8 or top-K" in rows["policy"]["found"]
+    assert "f32" not in rows["policy"]["found"]
     assert "coverage" not in rows["policy"]["found"]
     assert site.pool.digest[:12] in rows["pools"]["found"]
     with superlink.run() as grid:

@@ -69,6 +69,7 @@ def site(tmp_path: Path, pool: Pool, teacher: Linear) -> Site:
             pools=(tmp_path / "none", pool.folder),
             batch_size=16,
             state=tmp_path / "state",
+            policy=Policy(precision="f32"),
         ),
         teacher,
     )
