@@ -189,7 +189,7 @@ def test_direct_learning_cannot_follow_what_is_outside_all_classes() -> None:
 
 def test_every_field_of_the_policy_enters_its_version() -> None:
     others: dict[str, Any] = {
-        "precision": "f16",
+        "precision": "f32",
         "coverage": "u8",
         "features": {"taps": {"layer1": {}}},
         "class_priors": True,
