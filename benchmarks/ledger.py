@@ -1,12 +1,12 @@
 """Claim: what a site counts as spent is never less than what left, whatever kills it and however many write at once.
 
-Crash points: a process of its own answers questions under a limit, behind a mechanism, and writes down, after each, what
-left; it is killed by SIGKILL at a random moment, mostly while it answers. After every kill the ledger is opened, and so
-verified, anew; each sample that left must be counted, and so must be its use of the mechanism, and it must have left as
-the same bytes as before (the bytes that are scored are random: equal ones are kept ones). Where each kill struck is read
-off what it left behind: one that left new bytes without a row struck before the row, one whose head tells of fewer rows
-than there are before the head, one that left rows of which nothing left before the answer. Writers: as many processes at
-once ask about the same samples under one limit.
+Crash points: a process of its own answers questions under a limit, behind a mechanism, and writes down, after each,
+what left; it is killed by SIGKILL at a random moment, mostly while it answers. After every kill the ledger is opened,
+and so verified, anew; each sample that left must be counted, and so must be its use of the mechanism, and it must have
+left as the same bytes as before (the bytes that are scored are random: equal ones are kept ones). Where each kill
+struck is read off what it left behind: one that left new bytes without a row struck before the row, one whose head
+tells of fewer rows than there are before the head, one that left rows of which nothing left before the answer. Writers:
+as many processes at once ask about the same samples under one limit.
 """
 
 from __future__ import annotations
@@ -105,7 +105,6 @@ class Bench:
                     sample, row = int(start) + i // (2 * WIDTH), data[i : i + 2 * WIDTH]
                     other += held.setdefault(sample, row) != row
         return held, other
-
 
     def head_rows(self) -> int:
         """Return the rows that the head tells of; 0 where there is none."""

@@ -165,8 +165,8 @@ def restart(
         told = f"A new ledger begins with {_amount(carried.samples, carried.features)} spent. "
         if samples or size:
             told += (
-                f"Of {_amount(samples, size)} no row tells the job any more: they count for the month and the lifetime, "
-                "and towards no job's limit. "
+                f"Of {_amount(samples, size)} no row tells the job any more: they count for the month and the "
+                "lifetime, and towards no job's limit. "
             )
         return data, f"{told}The old one is in {carried.aside}: keep it."
 

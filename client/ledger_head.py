@@ -1,7 +1,7 @@
-"""The ledger's head: its length and last hash, kept a second time, where an older copy of `state` does not bring it back.
+"""The ledger's head: its length and last hash, kept where an older copy of `state` that is put back does not bring it.
 
-Lives here: where it lies, reading it, and what tells that there was a ledger once. Does not live here: comparing it with
-the rows and writing it (client/ledger).
+Lives here: where it lies, reading it, and what tells that there was a ledger once. Does not live here: comparing it
+with the rows and writing it (client/ledger).
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ RESTORE = "Put the newest copy back, or begin another with `consilience site led
 
 
 def head_path(settings: SiteSettings) -> Path:
-    """Return where the head of a site's ledger lies: by default beside the folder `state`, in the file STATE-ledger.head.
+    """Return where the head of a site's ledger lies: by default beside the folder `state`, as STATE-ledger.head.
 
     Never two sites' heads at one place, for each has a folder of its own.
     """
-    state = Path(os.path.abspath(settings.state))
+    state = _plain(settings.state)
     return settings.ledger_head or state.parent / f"{state.name}-ledger.head"
 
 
 def former_path(settings: SiteSettings) -> Path | None:
     """Return where the head lay by default once, and is moved from; None where that is its place."""
     former = settings.state / "ledger.head"
-    return None if os.path.abspath(former) == os.path.abspath(head_path(settings)) else former
+    return None if _plain(former) == _plain(head_path(settings)) else former
+
+
+def _plain(path: Path) -> Path:
+    """Return the path without `..`, links as they are named."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def comes_back_with_state(settings: SiteSettings) -> bool:

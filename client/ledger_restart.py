@@ -38,8 +38,9 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
 
     Samples and bytes of features are the most that the head or the rows still tell of, and `least` and `least_bytes`
     where a person knows of more. They count for this month and for the lifetime, and for the job that their rows name.
-    Sums that are not opened are given up (`forget_given`). Stopped in between, the next call goes on. Raises `RunError`
-    while an agent runs, `LedgerError` when neither head nor rows tell anything and `least` is not given, `StorageError`.
+    Sums that are not opened are given up (`forget_given`). Stopped in between, the next call goes on. Raises
+    `RunError` while an agent runs, `LedgerError` when neither head nor rows tell anything and `least` is not given,
+    `StorageError`.
     """
     path, head = paths(settings)
     with lock(settings.state / "agent"), locked(path):

@@ -206,7 +206,9 @@ def test_a_copy_of_the_whole_state_is_not_noticed_where_the_head_is_in_it(
     assert Ledger.open(within).spent.lifetime == 12
 
 
-def test_where_the_head_lies_by_default(settings: SiteSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_head_lies_by_default(
+    settings: SiteSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert head_path(settings) == tmp_path / "state-ledger.head"
     monkeypatch.chdir(tmp_path)
     for state in ("other", "sub/..", "."):

@@ -488,4 +488,6 @@ def test_a_restart_asks_for_a_word_and_says_what_it_carried_over(file: Path, poo
     for folder in (file.parent / "state").glob("ledger-*"):
         folder.rename(folder.with_name("ledger-first"))  # a second has room for one
     words = said("ledger", "restart", file, "--yes")
-    assert "begins with 22 samples spent. Of 22 samples no row tells the job any more: they count for the month" in words
+    assert (
+        "begins with 22 samples spent. Of 22 samples no row tells the job any more: they count for the month" in words
+    )

@@ -10,6 +10,7 @@ import errno
 import os
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from consilience.client.site import Site
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.pool import Pool
 from consilience.common.protocol import MOST_ANSWER_BYTES
+from consilience.common.settings import NoPrivacy, OutputNoise
 from helpers.small_site import ROW, SIZE, Fickle, about, make_pool, make_site
 
 
@@ -283,10 +285,27 @@ STEPS = 8
 """Before and after: the bytes written, secured, the row committed, the head written."""
 
 
+def made(folder: Path, *, noisy: bool, **policy: Any) -> Site:
+    """A site that says its answers are behind noise, if `noisy`; what they are does not matter here."""
+    settings = make_site(folder, **policy).settings
+    noise = OutputNoise(mechanism="output-noise", sigma=40.0) if noisy else NoPrivacy()
+    return Site(settings.model_copy(update={"privacy": noise}), Fickle())
+
+
+def uses(site: Site) -> dict[str, int]:
+    """How often each mechanism was used by the ledger."""
+    found: Counter[str] = Counter()
+    for (_, _, name, _), count in site.ledger.spent.mechanisms.items():
+        found[name] += count
+    return found
+
+
+@pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("left", range(STEPS + 1))
 def test_a_crash_at_any_step_leaves_nothing_uncounted(
-    site: Site, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, noisy: bool
 ) -> None:
+    site, name = made(tmp_path, noisy=noisy), "output-noise" if noisy else "none"
     before = site.answer(about(site, pool, 0, 10)).data
     steps = Steps()
     with monkeypatch.context() as patch:
@@ -298,12 +317,14 @@ def test_a_crash_at_any_step_leaves_nothing_uncounted(
         else:
             with pytest.raises(Stop):
                 site.answer(about(site, pool, 5, 25))
-    again = make_site(tmp_path, coverage="f16")  # the first one is left as a process that was killed leaves it
+    again = made(tmp_path, noisy=noisy)  # the first one is left as a process that was killed leaves it
     assert spent(again) == (10 if left < 5 else 25)
+    assert uses(again) == {name: spent(again)}
     after = again.answer(about(again, pool, 0, 25)).data
     assert after[: 10 * ROW] == before
     assert again.answer(about(again, pool, 0, 25)).data == after
     assert spent(again) == 25
+    assert uses(again) == {name: 25}
     again.close()
 
 
@@ -342,13 +363,14 @@ class Life(RuleBasedStateMachine):
         self.patch, self.steps = pytest.MonkeyPatch(), Steps()
         self.steps.install(self.patch)
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(noisy=st.booleans())
+    def begin(self, noisy: bool) -> None:
+        self.noisy = noisy
         self.pool = make_pool(self.folder)
         self.start()
 
     def start(self) -> None:
-        self.site = make_site(self.folder, limits={"lifetime": 60})
+        self.site = made(self.folder, noisy=self.noisy, limits={"lifetime": 60})
 
     @rule(
         start=st.integers(0, SIZE - 1),
@@ -376,12 +398,15 @@ class Life(RuleBasedStateMachine):
         if hasattr(self, "site"):
             self.site.ledger.refresh()
             assert len(self.left) <= spent(self.site) <= 60
+            assert set(uses(self.site)) <= {"output-noise" if self.noisy else "none"}
+            assert sum(uses(self.site).values()) == spent(self.site)
 
     def teardown(self) -> None:
         self.patch.undo()
         if hasattr(self, "site"):
             rows = list(Ledger.open(self.site.settings).rows())
-            held = [(r.entry.subject, i) for r in rows for a, b in r.entry.body["ranges"] for i in range(a, b)]
+            answers = [row.entry for row in rows if row.entry.kind == "answer"]
+            held = [(entry.subject, i) for entry in answers for a, b in entry.body["ranges"] for i in range(a, b)]
             assert len(held) == len(set(held)) == sum(r.entry.samples for r in rows)
 
 
