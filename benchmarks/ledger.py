@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError, check_budget
@@ -118,7 +119,7 @@ class Bench:
             return {}
         data = np.fromfile(files[0], np.uint8)
         kept = np.pad(data, (0, -len(data) % WIDTH)).reshape(-1, WIDTH)
-        written = kept.any(axis=1)
+        written: NDArray[np.bool_] = np.asarray(kept.any(axis=1), np.bool_)
         for row in ledger.rows():
             for start, stop in row.entry.body.get("ranges", ()):
                 written[start:stop] = False
