@@ -105,6 +105,7 @@ def main() -> None:
                     plain.append(plain_loop(model, pool, classes))
                     forget_sites()  # else it would give what it gave before
                     shutil.rmtree(home / architecture / "state")
+                    (home / architecture / "state-ledger.head").unlink()
                     whole.append(whole_path(grid, pool, home / architecture / f"store-{repeat}"))
             ratios = [p / w for p, w in zip(plain, whole, strict=True)]
             figures[architecture] = {

@@ -29,7 +29,16 @@ from consilience.common.data import ImageData
 from consilience.common.files import read_json
 from consilience.common.identity import Kit, key_fingerprint, make_key
 from consilience.common.pool import Pool
-from consilience.common.settings import Ask, CallableTeacher, Fit, JobSettings, Preprocessing, SiteSettings, Student
+from consilience.common.settings import (
+    Ask,
+    CallableTeacher,
+    Fit,
+    JobSettings,
+    Policy,
+    Preprocessing,
+    SiteSettings,
+    Student,
+)
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.processes import join, make_server, online, start, stop
 from consilience.server.answers import About, AnswerStore
@@ -87,6 +96,7 @@ class Place:
             ),
             pools=(self.folder / "pool",),
             batch_size=BATCH,
+            policy=Policy(precision="f32"),
         )
         dump_settings(settings, path)
         return join(self.home, path, self.folder / "papers")

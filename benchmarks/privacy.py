@@ -178,7 +178,7 @@ def attack(protection: Protection, paths: list[Path], test: Path) -> tuple[float
     In secure sums what arrives is the sum of probabilities, class by class, of the sites that know it.
     """
     sites = [load_settings(path, SiteSettings) for path in paths]
-    answers = [answering(settings, "f32" if protection.sums else protection.encoding) for settings in sites]
+    answers = [answering(settings, protection.encoding) for settings in sites]
     classes = [present_classes(private_data(settings))[1] for settings in sites]
     shown = open_data(NpzData(kind="npz", path=test))
     names = np.array(shown.class_names)[shown.need_labels("test")]

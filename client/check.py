@@ -26,6 +26,7 @@ from consilience.client.explain import tell_policy
 from consilience.client.features import open_taps, tell_taps
 from consilience.client.fleet import open_fleet
 from consilience.client.ledger import Ledger
+from consilience.client.ledger_head import comes_back_with_state
 from consilience.client.policy import limits
 from consilience.client.privacy import describe_privacy
 from consilience.client.reach import certificate_end, connect, resolve
@@ -238,6 +239,12 @@ class Preflight:
                         "nothing new is answered",
                         "Raise policy.limits if more may leave",
                     )
+            if comes_back_with_state(self._settings):
+                raise WarnedError(
+                    f"{ledger.head} lies in the folder `state`: an older copy of that, put back, brings the head back "
+                    "too, and is not noticed",
+                    "Move the file elsewhere while the agent is stopped, and name that place as `ledger_head`",
+                )
             return f"{ledger.count:,} rows as they were written; {ledger.spent.lifetime:,} samples released so far"
 
     def _load_key(self) -> str:

@@ -1,8 +1,8 @@
 """The site's ledger: what left, row by row, each bound to the one before by a hash. It only ever grows.
 
-Lives here: the database (STATE/ledger.db), its verification, and the second file with its length and last hash (the
-head), by which an older copy that was put back is noticed. Does not live here: what a row tells (client/ledger_rows),
-what may leave (client/policy), the bytes that left (client/released).
+Lives here: the database (STATE/ledger.db), its verification, and the comparison with the head (client/ledger_head), by
+which an older copy that was put back is noticed. Does not live here: what a row tells (client/ledger_rows), what may
+leave (client/policy), the bytes that left (client/released).
 
 A row is committed, and then the head written, before the bytes of which it speaks leave: whatever is interrupted, what
 is counted as spent is never less than what left.
@@ -22,9 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
 
+from consilience.client.ledger_head import RESTORE, former_path, head_path, read_head, trace_of
 from consilience.client.ledger_rows import Asked, Entry, Row, Spent, approved_by, chain_of
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
-from consilience.common.files import canonical_json, make_private, read_json, storage_error, write_json
+from consilience.common.files import canonical_json, make_private, storage_error, sync_folder, write_json
 from consilience.common.settings import SiteSettings
 
 COLUMNS = ("seq", "time", "kind", "job", "samples", "subject", "body", "chain")
@@ -33,7 +34,6 @@ FIRST = "0" * 64
 """What the first row is bound to."""
 PATIENCE = 60.0
 """Seconds that a process waits for others that write."""
-RESTORE = "Put the newest copy back, or begin another with `consilience site ledger restart` (docs/privacy.md)"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
     seq INTEGER PRIMARY KEY, time TEXT NOT NULL, kind TEXT NOT NULL, job TEXT NOT NULL, samples INTEGER NOT NULL,
@@ -53,9 +53,14 @@ def utc_now() -> datetime:
 class Ledger:
     """A ledger that was verified, row by row, when it was opened. Safe to use from several threads and processes."""
 
-    def __init__(self, path: Path, head: Path) -> None:
-        """Open the ledger, or begin one. Raises `LedgerError` naming the first bad row, `StorageError`."""
+    def __init__(self, path: Path, head: Path, *, former: Path | None = None, trace: Path | None = None) -> None:
+        """Open the ledger, or begin one. Raises `LedgerError` naming the first bad row, `StorageError`.
+
+        `former`: where the head may still lie; it is moved. `trace`: what tells that there was a ledger, so that none
+        begins where it is lost.
+        """
         self.path, self.head = path, head
+        self._former, self._trace = former, trace
         self.spent = Spent()
         self.count, self.chain, self.last = 0, FIRST, ""
         self._approved: dict[tuple[str, str], frozenset[Asked] | None] = {}
@@ -79,7 +84,8 @@ class Ledger:
     @classmethod
     def open(cls, settings: SiteSettings) -> Self:
         """Open a site's ledger. Raises `LedgerError`, `StorageError`."""
-        return cls(*paths(settings))
+        path, head = paths(settings)
+        return cls(path, head, former=former_path(settings), trace=trace_of(settings.state))
 
     def close(self) -> None:
         """Let the database go."""
@@ -171,19 +177,38 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(SCHEMA)
-        head = read_head(self.head)
+        places = [self.head] if self._former is None else [self.head, self._former]
+        heads = {place: head for place in places if (head := read_head(place)) is not None}
         for row in self.rows():
             self._take(row)
-            if head is not None and row.seq == head["rows"] and row.chain != head["chain"]:
-                raise self._bad(row.seq, f"is not the one that {self.head} tells of")
-        if head is None and self.count:
+            for place, head in heads.items():
+                if row.seq == head["rows"] and row.chain != head["chain"]:
+                    raise self._bad(row.seq, f"is not the one that {place} tells of")
+        if not heads and self.count:
             raise LedgerError(f"{self.head} is missing, and the ledger has {self.count:,} rows", hint=RESTORE)
-        if head is not None and self.count < head["rows"]:
-            raise self._bad(
-                self.count + 1, f"and later ones are missing: {self.head} tells of {head['rows']:,} rows; an older copy"
+        if not heads and self._trace is not None:
+            raise LedgerError(
+                f"{self.head} and all rows of {self.path} are missing, and {self._trace} is there: what was released "
+                "is not known",
+                hint=RESTORE,
             )
-        if head is None or self.count > head["rows"]:
+        for place, head in heads.items():
+            if self.count < head["rows"]:
+                raise self._bad(
+                    self.count + 1, f"and later ones are missing: {place} tells of {head['rows']:,} rows; an older copy"
+                )
+        if self.head not in heads or self.count > heads[self.head]["rows"]:
             self._write_head()
+        if self._former in heads:
+            self._forget_former(self._former)
+
+    def _forget_former(self, former: Path) -> None:
+        """Remove the head from where it lay once, now that it lies on the disk at its place."""
+        try:
+            former.unlink(missing_ok=True)
+            sync_folder(former.parent)
+        except OSError as error:
+            raise storage_error(error, former, "remove") from error
 
     def _catch_up(self) -> None:
         """Take in the rows that were added since, after a look whether the last known one is still there."""
@@ -239,7 +264,13 @@ class Ledger:
 
     def _write_head(self) -> None:
         told = {"samples": self.spent.lifetime, "features": self.spent.features.total()}
-        write_json(self.head, {"rows": self.count, "chain": self.chain, **told})
+        try:
+            write_json(self.head, {"rows": self.count, "chain": self.chain, **told})
+        except StorageError as error:
+            raise StorageError(
+                error.message,
+                hint="Make room there and let it be written, or name another file as `ledger_head` in site.yaml",
+            ) from error
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -271,22 +302,7 @@ class Ledger:
 
 def paths(settings: SiteSettings) -> tuple[Path, Path]:
     """Return where a site's ledger and its head lie."""
-    return settings.state / "ledger.db", settings.ledger_head or settings.state / "ledger.head"
-
-
-def read_head(path: Path) -> dict[str, Any] | None:
-    """Return rows, chain, samples and bytes of features as the head tells them; None where there is none.
-
-    Raises `LedgerError`.
-    """
-    if not path.exists():
-        return None
-    try:
-        held = read_json(path)
-        told = {name: int(held[name]) for name in ("rows", "samples")}
-        return {**told, "chain": str(held["chain"]), "features": int(held.get("features", 0))}  # once it told none
-    except (StorageError, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise LedgerError(f"{path} is damaged", hint=RESTORE) from error
+    return settings.state / "ledger.db", head_path(settings)
 
 
 @contextlib.contextmanager

@@ -162,16 +162,32 @@ def restart(
                 "The ledger and the released answers would be put aside, and --yes is missing",
                 hint="Look for a newer copy first; then run the same command with --yes",
             )
-        aside, carried, features = restart_ledger(settings, spent, spent_bytes)
-        data = {"aside": str(aside), "carried": carried, "carried_bytes": features}
-        told = f" and {features:,} bytes of features" if features else ""
-        return data, f"A new ledger begins with {carried:,} samples{told} spent. The old one is in {aside}: keep it."
+        carried = restart_ledger(settings, spent, spent_bytes)
+        samples, size = carried.of_no_job
+        data = {
+            "aside": str(carried.aside),
+            "carried": carried.samples,
+            "carried_bytes": carried.features,
+            "of_no_job": samples,
+            "of_no_job_bytes": size,
+        }
+        told = f"A new ledger begins with {_amount(carried.samples, carried.features)} spent. "
+        if samples or size:
+            told += (
+                f"Of {_amount(samples, size)} no row tells the job any more: they count for the month and the "
+                "lifetime, and towards no job's limit. "
+            )
+        return data, f"{told}The old one is in {carried.aside}: keep it."
 
     emit(as_json, action)
 
 
 def _state(ledger: Ledger) -> dict[str, Any]:
     return {"rows": ledger.count, "chain": ledger.chain, "last": ledger.last or None}
+
+
+def _amount(samples: int, size: int) -> str:
+    return f"{samples:,} samples" + (f" and {size:,} bytes of features" if size else "")
 
 
 def _limit(most: float | None) -> str:

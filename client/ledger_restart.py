@@ -7,39 +7,61 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from consilience.client.ledger import Ledger, locked, paths, read_head, utc_now
+from consilience.client.ledger import Ledger, locked, paths, utc_now
+from consilience.client.ledger_head import former_path, read_head, trace_of
 from consilience.client.ledger_rows import Entry
+from consilience.client.sum_index import forget_given
 from consilience.common.errors import LedgerError, RunError
 from consilience.common.files import lock, storage_error, sync_folder, write_json
 from consilience.common.settings import SiteSettings
 
 
-def restart(settings: SiteSettings, least: int | None = None, least_bytes: int | None = None) -> tuple[Path, int, int]:
+class Carried(NamedTuple):
+    """What another ledger begins with, and the folder that the old one is in."""
+
+    aside: Path
+    samples: int
+    features: int
+    """Bytes of features."""
+    of_no_job: tuple[int, int]
+    """Samples, and bytes of features, of which no row tells the job any more: they count towards no job's limit."""
+
+
+def restart(settings: SiteSettings, least: int | None = None, least_bytes: int | None = None) -> Carried:
     """Put ledger and released answers aside, and begin a ledger that carries over what was spent.
 
-    Returns the folder they are in now, and the samples and bytes of features carried over: the most that the head or
-    the rows still tell of, and `least` and `least_bytes` where a person knows of more. They count for this month and
-    for the lifetime. Stopped in between, the next call goes on. Raises `RunError` while an agent runs, `LedgerError`
-    when neither head nor rows tell anything and `least` is not given, `StorageError`.
+    Samples and bytes of features are the most that the head or the rows still tell of, and `least` and `least_bytes`
+    where a person knows of more. They count for this month and for the lifetime, and for the job that their rows name.
+    Sums that are not opened are given up (`forget_given`). Stopped in between, the next call goes on. Raises
+    `RunError` while an agent runs, `LedgerError` when neither head nor rows tell anything and `least` is not given,
+    `StorageError`.
     """
     path, head = paths(settings)
     with lock(settings.state / "agent"), locked(path):
-        spent, features, rows, told = _spent(path, head)
-        if least is None and not told:
+        known = _known(settings)
+        if least is None and not known.told:
             raise LedgerError(
                 f"Neither {path} nor {head} tells how many samples were released",
                 hint="Say how many there were at most with --spent, for example by the coordinator's reports",
             )
-        spent, features = max(spent, least or 0), max(features, least_bytes or 0)
+        spent, features = max(known.samples, least or 0), max(known.features, least_bytes or 0)
+        rows, by_job = known.rows, known.jobs
+        forget_given(settings.state / "sums")
         # from here on and until the end, whatever is stopped leaves a ledger that is refused and knows what was spent
-        write_json(head, {"rows": rows + 1, "chain": "restarting", "samples": spent, "features": features})
+        told = {"samples": spent, "features": features, "jobs": by_job}
+        write_json(head, {"rows": rows + 1, "chain": "restarting", **told})
         aside = _aside(settings.state)
         fresh, fresh_head = path.with_name("ledger.fresh.db"), path.with_name("ledger.fresh.head")
         try:
-            for old in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+            former = former_path(settings)
+            databases = (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm")))
+            for old in databases if former is None else (former, *databases):
                 if old.exists():
                     old.rename(aside / old.name)
             released = settings.state / "released"
@@ -50,8 +72,14 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
             ledger = Ledger(fresh, fresh_head)
             with closing(ledger), ledger.alone():
                 # behind what mechanisms it left is not certain any more: it counts as behind none
-                body = {"aside": aside.name, "rows": rows, "features": features}
-                ledger.append(Entry("carried", "", "ledger", spent, body))
+                rest = spent - sum(n for n, _ in by_job.values()), features - sum(size for _, size in by_job.values())
+                parts = {job: told for job, told in {"": rest, **by_job}.items() if any(told)} or {"": rest}
+                ledger.append(
+                    *(
+                        Entry("carried", job, "ledger", n, {"aside": aside.name, "rows": rows, "features": size})
+                        for job, (n, size) in parts.items()
+                    )
+                )
             fresh.rename(path)
             sync_folder(path.parent)
             write_json(head, read_head(fresh_head))
@@ -59,27 +87,56 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
                 left.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(error, path, "write") from error
-    return aside, spent, features
+    return Carried(aside, spent, features, rest)
 
 
-def _spent(path: Path, head: Path) -> tuple[int, int, int, bool]:
-    """Return samples, bytes of features and rows that head and database tell of, whichever tells of more, and whether
-    one tells."""
-    told, total, features, count, readable = None, 0, 0, 0, False
-    with suppress(LedgerError):  # a damaged head tells nothing
-        told = read_head(head)
+@dataclass
+class _Known:
+    """What heads and database tell of, whichever tells of more."""
+
+    samples: int = 0
+    features: int = 0
+    rows: int = 0
+    jobs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Samples and bytes of features by job, as far as they are known."""
+    told: bool = False
+    """Whether one of them tells."""
+
+
+def _known(settings: SiteSettings) -> _Known:
+    path, head = paths(settings)
+    known = _Known()
+    jobs = _by_job(path, known)
+    for place in (head, former_path(settings)):
+        held = None
+        with suppress(LedgerError):  # a damaged head tells nothing
+            held = None if place is None else read_head(place)
+        if held is not None:
+            known.told, known.rows = True, max(known.rows, held["rows"])
+            known.samples, known.features = max(known.samples, held["samples"]), max(known.features, held["features"])
+            for job, (samples, size) in held["jobs"].items():  # as a restart that was stopped leaves them
+                before = jobs.get(job, (0, 0))
+                jobs[job] = max(before[0], samples), max(before[1], size)
+    known.samples = max(known.samples, sum(samples for samples, _ in jobs.values()))
+    known.features = max(known.features, sum(size for _, size in jobs.values()))
+    known.jobs = {job: told for job, told in jobs.items() if job}
+    return known
+
+
+def _by_job(path: Path, known: _Known) -> dict[str, tuple[int, int]]:
+    """Return samples and bytes of features by job, as the rows tell of them up to where they cannot be read."""
+    samples, features = Counter[str](), Counter[str]()
     if path.exists():
-        with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:  # nor does a damaged database
-            query = "SELECT coalesce(sum(samples), 0), count(*) FROM rows WHERE samples > 0"
-            total, count = database.execute(query).fetchone()
-            readable = True
-            for samples, kind, body in database.execute(
-                "SELECT samples, kind, body FROM rows WHERE samples > 0 OR kind IN ('carried', 'features')"
-            ):
-                features += _feature_bytes(samples, kind, body)
-    known = told or {"samples": 0, "rows": 0, "features": 0}
-    samples, features = max(int(total), known["samples"]), max(features, known["features"])
-    return samples, features, max(int(count), known["rows"]), readable or told is not None
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:
+            database.text_factory = lambda raw: raw.decode(errors="replace")
+            query = "SELECT job, samples, kind, body FROM rows WHERE samples > 0 OR kind IN ('carried', 'features')"
+            for job, count, kind, body in database.execute(query):
+                samples[job] += max(0, count)
+                features[job] += _feature_bytes(count, kind, body)
+                known.rows += count > 0
+            # one without rows tells that nothing was released only where nothing else says that something was
+            known.told = database.execute("SELECT 1 FROM rows").fetchone() is not None or trace_of(path.parent) is None
+    return {job: (samples[job], features[job]) for job in sorted(samples)}
 
 
 def _feature_bytes(samples: int, kind: str, body: str) -> int:

@@ -71,7 +71,7 @@ class Spent:
     months: Counter[str] = field(default_factory=Counter)
     lifetime: int = 0
     features: Counter[str] = field(default_factory=Counter)
-    """Bytes of features by job, principal components among them; those carried over are of none."""
+    """Bytes of features by job, principal components among them; of those carried over, where the job was known."""
     components: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Bytes of principal components alone, by job and tap."""
     mechanisms: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.ledger import RESTORE, Ledger
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_head import RESTORE
 from consilience.client.ledger_rows import Entry, Row
 from consilience.common.errors import LedgerError
 from consilience.common.files import storage_error, sync_folder
@@ -53,6 +54,7 @@ class Released:
     def __init__(self, folder: Path, ledger: Ledger, use: str = "") -> None:
         self.folder, self.ledger, self.use = folder, ledger, use
         self._shelves: dict[str, _Shelf] = {}
+        self._subjects: dict[str, str] = {}
         self._intact: set[int] = set()
 
     def missing(self, question: Question, size: int) -> NDArray[np.bool_]:
@@ -69,7 +71,7 @@ class Released:
         What was not released yet is scored, and kept, counted with its costs and secured on the disk before it is
         returned. Raises `LedgerError`, `StorageError`, and what `score` and `permit` raise: nothing leaves then.
         """
-        subject = subject_of(question, self.use)
+        subject = self._subject(question)
         new = self.missing(question, size)
         permit(int(new.sum()))  # before the work
         data = score(new) if new.any() else b""
@@ -118,18 +120,29 @@ class Released:
         self._intact.add(seq)
 
     def _new(self, question: Question, size: int) -> NDArray[np.bool_]:
-        owners = self._owners(subject_of(question, self.use), size)[question.start : question.stop]
-        return np.asarray(owners == 0)
+        return np.asarray(self._owners(question, size)[question.start : question.stop] == 0)
 
-    def _owners(self, subject: str, size: int) -> NDArray[np.int64]:
+    def _subject(self, question: Question) -> str:
+        """Return the name of the file that a question's answer is kept in: the short one where it was begun with that.
+
+        Short names hold the beginnings of digests; such a file is that of the pool and teacher it was begun for.
+        """
+        subject, short = subject_of(question, self.use), subject_of(question, self.use, digits=16)
+        if subject not in self._subjects:
+            first = next(self.ledger.rows(0, short), None)
+            self._subjects[subject] = short if first is not None and _is_of(first, question) else subject
+        return self._subjects[subject]
+
+    def _owners(self, question: Question, size: int) -> NDArray[np.int64]:
         """Return (size,) int64: the row of the ledger by which each sample was released, 0 for none yet."""
+        subject = self._subject(question)
         shelf = self._shelves.get(subject)
         if shelf is None:
             while len(self._shelves) >= MOST_SHELVES:  # the ledger tells again what was on it
                 self._shelves.pop(next(iter(self._shelves)))
             shelf = self._shelves[subject] = _Shelf(np.zeros(size, np.int64))
         if shelf.seen < self.ledger.count:
-            for row in self.ledger.rows(shelf.seen, subject):
+            for row in (row for row in self.ledger.rows(shelf.seen, subject) if _is_of(row, question)):
                 for start, stop in row.entry.body["ranges"]:
                     shelf.rows[start:stop] = row.seq
             shelf.seen = self.ledger.count
@@ -166,10 +179,18 @@ class Released:
         self._intact.add(row.seq)
 
 
-def subject_of(question: Question, use: str = "") -> str:
-    """Return the name of the file, in the folder of released answers, that a question's answer is kept in."""
+def subject_of(question: Question, use: str = "", digits: int = 64) -> str:
+    """Return the name of the file, in the folder of released answers, that a question's answer is kept in.
+
+    `digits`: how many of the pool's and teacher's digests are in it; 16 in names that earlier versions gave.
+    """
     kind = f"{use}-{question.kind}" if use else question.kind
-    return f"{question.pool[:16]}/{kind}-{question.encoding}-{question.teacher[:16]}-{question.policy}.bin"
+    return f"{question.pool[:digits]}/{kind}-{question.encoding}-{question.teacher[:digits]}-{question.policy}.bin"
+
+
+def _is_of(row: Row, question: Question) -> bool:
+    """Whether a row tells of answers about the question's pool by its teacher."""
+    return bool(row.entry.body["pool"] == question.pool and row.entry.body["teacher"] == question.teacher)
 
 
 def _lost(path: Path, which: str = "") -> LedgerError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from consilience.common.errors import ProtocolError, StorageError
+from consilience.common.files import lock, storage_error, write_json
 from consilience.common.pool import Pool
 from consilience.common.sums.messages import Terms
 
@@ -23,6 +24,8 @@ State = Literal["keys", "given", "opened", "dropped"]
 DIGEST_BYTES = 16
 MOST_OPEN = 32
 """Sums that are not opened of which keys are kept, among those without rows and among those with. Older ones go."""
+_NO_GROUND = -1
+"""The ground of images whose sum is given up: that of no sum's terms."""
 _BLOCK = 500
 _POOL_BYTES = 16 * 2**20
 _FILE = "index.sqlite"
@@ -47,6 +50,28 @@ def image_digests(pool: Pool) -> bytes:
         for _, images in pool.blocks(max(1, _POOL_BYTES // pool.sample_bytes))
         for image in images
     )
+
+
+def forget_given(folder: Path) -> None:
+    """Give up the sums of a folder that rows were given for and that are not opened: the answers are put aside.
+
+    A classifier that never says the same twice would else put other answers under the same masks, or into another
+    attempt at the same sum: the difference tells of them. Raises `RunError` while another process works in the folder,
+    `StorageError` when the index is gone or damaged.
+    """
+    if not (folder / _FILE).exists() and next(folder.glob("*.json"), None) is None:
+        return
+    with lock(folder), SumIndex.open(folder) as index:
+        given_up = index.give_up()
+        if given_up:  # also so that a lost index is noticed where no record is left
+            write_json(folder / "given-up.json", {"terms": given_up})
+        for terms in given_up:
+            path = folder / f"{terms}.json"
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error(error, path, "remove") from error
+            index.drop(terms)
 
 
 class SumIndex:
@@ -105,6 +130,12 @@ class SumIndex:
             self._database.execute("UPDATE sums SET state = 'dropped' WHERE terms = ?", (terms,))
         else:
             self._database.execute("DELETE FROM sums WHERE terms = ?", (terms,))
+
+    def give_up(self) -> list[str]:
+        """Let no image of a sum that is not opened be summed again; return the digests of those with rows and keys."""
+        self._database.execute("UPDATE images SET ground = ? WHERE opened = 0", (_NO_GROUND,))
+        query = "SELECT terms FROM sums WHERE state = 'given'"
+        return [row[0] for row in self._database.execute(query).fetchall()]
 
     def refuse_second(self, terms: Terms, teacher: str, images: bytes) -> None:
         """Raise `ProtocolError` when another sum of some of the images, with the same teacher, was opened or begun.

@@ -287,10 +287,10 @@ class LedgerError(ConsilienceError):
     name = "ledger"
     explanation = (
         "A site's record of what it released is not as it was written: a row was changed or is missing, an older copy "
-        "was put back, or an answer that was given before is lost. The site answers nothing until it is in order, for "
-        "it could release more than its policy allows. The message names the row or the file. Put the newest copy "
-        "back; if there is none, `consilience site ledger restart` puts the ledger aside and begins another, which "
-        "counts everything spent so far as spent."
+        "was put back, or the record, or an answer that was given before, is lost. The site answers nothing until it "
+        "is in order, for it could release more than its policy allows. The message names the row or the file. Put the "
+        "newest copy back; if there is none, `consilience site ledger restart` puts the ledger aside and begins "
+        "another, which counts everything spent so far as spent."
     )
 
 

@@ -123,7 +123,7 @@ def asked_in_vain(site: Site) -> Iterator[Callable[[], Site]]:
         policy = site.settings.policy.model_copy(
             update={**gates, "pools": (), "sums_only": False, "sealed_only": False}
         )
-        changes: dict[str, Any] = {"state": Path(folder), "ledger_head": None, "policy": policy}
+        changes: dict[str, Any] = {"state": Path(folder), "ledger_head": Path(folder) / "head", "policy": policy}
         if isinstance(site.settings.privacy, DpSgd):  # paid by its training, which the copy does not have
             changes["privacy"] = NoPrivacy()
         settings, teacher, started = site.settings.model_copy(update=changes), audited_teacher(site), list[Site]()

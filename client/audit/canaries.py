@@ -219,7 +219,7 @@ def _scratch(settings: SiteSettings, folder: Path | None) -> Iterator[Path]:
 def _settings(settings: SiteSettings, state: Path) -> SiteSettings:
     """Return the copy's settings: the site's, in another folder, and without a holdout, which is made here."""
     teacher = wanted(settings).model_copy(update={"holdout": 0.0})
-    return settings.model_copy(update={"state": state, "ledger_head": None, "teacher": teacher})
+    return settings.model_copy(update={"state": state, "ledger_head": state / "head", "teacher": teacher})
 
 
 def _with_canaries(

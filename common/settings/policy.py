@@ -80,7 +80,7 @@ class Policy(Settings):
     Another policy is another version: what left under an earlier one counts anew if it is asked again.
     """
 
-    precision: Encoding = "f32"
+    precision: Encoding = "f16"
     """The finest encoding of log-probabilities that may leave: `f32`, `f16`, `u8` (a byte a class), `top-K`, for
     example `top-3` (the three largest and the sum of the others), or `votes` (the largest class alone). Whatever can be
     computed from it may leave too: see [encodings](encodings.md)."""

@@ -51,8 +51,8 @@ class SiteSettings(Settings):
     state: Path = Path("state")
     """Folder of the site's own: the trained teacher, the ledger and the released answers live there."""
     ledger_head: Path | None = None
-    """File with the ledger's length and last hash, by default `ledger.head` in `state`. On another disk than `state`,
-    it shows that an older copy of the whole of `state` was put back."""
+    """File with the ledger's length and last hash, by which an older copy of `state` that was put back is noticed. By
+    default `state-ledger.head` beside `state`; never put it within `state`, nor back with an older copy of that."""
     key: Path = Path("site.key")
     """The site's private key (`consilience site init` makes it). It never leaves the site."""
     kit: Path = Path("kit.json")

@@ -64,7 +64,7 @@ def question_of(site: SiteFolder, card: SiteCard, start: int = 0) -> RecordDict:
         pool=site.pool.digest,
         start=start,
         stop=start + 5,
-        encoding="f32",
+        encoding="f16",
         teacher=card.teacher,
         policy=card.policy,
     )
@@ -88,7 +88,7 @@ def test_it_answers_card_contract_and_questions(
             class_set=(0, 1, 2),
             pools=(site.pool.digest,),
             teacher=card.teacher,
-            encoding="f32",
+            encoding="f16",
             features=("means",),
         )
         (reply,) = ask(grid, node, "query.contract", contract.to_content())
@@ -99,7 +99,7 @@ def test_it_answers_card_contract_and_questions(
                 pool=site.pool.digest,
                 start=start,
                 stop=start + 5,
-                encoding="f32",
+                encoding="f16",
                 teacher=card.teacher,
                 policy=card.policy,
             )
@@ -107,7 +107,7 @@ def test_it_answers_card_contract_and_questions(
         ]
         replies = ask(grid, node, "query.answer", *(question.to_content() for question in questions))
         for question, answer in zip(questions, replies, strict=True):
-            rows = decode(Answer.from_content(answer.content, question).data, 5, 3, "f32")
+            rows = decode(Answer.from_content(answer.content, question).data, 5, 3, "f16")
             pixels = site.pool.read(question.start, question.stop)
             assert rows.argmax(axis=1).tolist() == pixels.reshape(5, -1, 3).mean(axis=1).argmax(axis=1).tolist()
         assert card.features is not None

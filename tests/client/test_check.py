@@ -58,7 +58,8 @@ def test_an_admitted_site_passes_and_the_server_does_not_take_it_to_be_online(
         "features",
         "agent",
     }
-    assert "f32" in rows["policy"]["found"]
+    assert "log-probabilities as f16 or u8 or top-K" in rows["policy"]["found"]
+    assert "f32" not in rows["policy"]["found"]
     assert "coverage" not in rows["policy"]["found"]
     assert site.pool.digest[:12] in rows["pools"]["found"]
     with superlink.run() as grid:
@@ -107,9 +108,20 @@ def test_a_limit_that_is_reached_is_a_warning(site: SiteFolder) -> None:
     assert "policy.limits" in rows["ledger"]["fix"]
 
 
+def test_a_head_that_comes_back_with_the_state_is_a_warning(site: SiteFolder) -> None:
+    site.register()
+    assert check(site)[1]["ledger"]["result"] == "ok"
+    assert (site.folder / "state-ledger.head").exists()
+    site.write_settings(ledger_head="state/ledger.head")
+    (site.folder / "state-ledger.head").rename(site.folder / "state" / "ledger.head")
+    code, rows, _ = check(site)
+    assert (code, rows["ledger"]["result"]) == (0, "warning")
+    assert "state/ledger.head lies in the folder `state`" in rows["ledger"]["found"]
+    assert "`ledger_head`" in rows["ledger"]["fix"]
+
+
 def damaged_ledger(site: SiteFolder) -> None:
-    (site.folder / "state").mkdir()
-    (site.folder / "state" / "ledger.head").write_text("x")
+    (site.folder / "state-ledger.head").write_text("x")
 
 
 @pytest.mark.parametrize(

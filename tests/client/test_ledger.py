@@ -15,6 +15,7 @@ import pytest
 
 from consilience.client import ledger as module
 from consilience.client.ledger import Ledger
+from consilience.client.ledger_head import comes_back_with_state, head_path
 from consilience.client.ledger_restart import restart
 from consilience.client.ledger_rows import Asked, Entry, approval, chain_of, mechanism
 from consilience.common.errors import LedgerError, RunError, StorageError
@@ -170,19 +171,142 @@ def test_an_older_copy_that_was_put_back_is_noticed(settings: SiteSettings, tmp_
         Ledger.open(settings)
 
 
-def test_a_copy_of_the_whole_state_is_noticed_where_the_head_is_elsewhere(
-    settings: SiteSettings, tmp_path: Path
-) -> None:
-    elsewhere = settings.model_copy(update={"ledger_head": tmp_path / "other" / "head"})
-    filled(elsewhere).close()
+def put_back(backup: Path, state: Path) -> None:
+    shutil.rmtree(state)
+    shutil.copytree(backup, state)
+
+
+def test_an_older_copy_of_the_whole_state_is_noticed_by_default(settings: SiteSettings, tmp_path: Path) -> None:
+    filled(settings).close()
     shutil.copytree(settings.state, tmp_path / "backup")
-    again = Ledger.open(elsewhere)
+    again = Ledger.open(settings)
     add(again, answer(1))
     again.close()
-    shutil.rmtree(settings.state)
-    shutil.copytree(tmp_path / "backup", settings.state)
+    put_back(tmp_path / "backup", settings.state)
     with pytest.raises(LedgerError, match="row 4 and later ones are missing"):
-        Ledger.open(elsewhere)
+        Ledger.open(settings)
+    shutil.rmtree(settings.state)
+    with pytest.raises(LedgerError, match="row 1 and later ones are missing"):
+        Ledger.open(settings)
+    assert restart(settings)[1] == 13  # the head still tells it
+
+
+def test_a_copy_of_the_whole_state_is_not_noticed_where_the_head_is_in_it(
+    settings: SiteSettings, tmp_path: Path
+) -> None:
+    """Why it is elsewhere by default, and what `site check` warns of."""
+    within = settings.model_copy(update={"ledger_head": settings.state / "ledger.head"})
+    assert (comes_back_with_state(within), comes_back_with_state(settings)) == (True, False)
+    filled(within).close()
+    shutil.copytree(settings.state, tmp_path / "backup")
+    again = Ledger.open(within)
+    add(again, answer(1))
+    again.close()
+    put_back(tmp_path / "backup", settings.state)
+    assert Ledger.open(within).spent.lifetime == 12
+
+
+def test_where_the_head_lies_by_default(
+    settings: SiteSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert head_path(settings) == tmp_path / "state-ledger.head"
+    monkeypatch.chdir(tmp_path)
+    for state in ("other", "sub/..", "."):
+        assert not comes_back_with_state(settings.model_copy(update={"state": Path(state)}))
+    elsewhere = tmp_path / "other" / "head"
+    assert head_path(settings.model_copy(update={"ledger_head": elsewhere})) == elsewhere
+    (tmp_path / "link").symlink_to(settings.state)
+    linked = settings.model_copy(update={"ledger_head": tmp_path / "link" / "head"})
+    assert comes_back_with_state(linked)
+
+
+def as_it_once_was(settings: SiteSettings) -> tuple[Path, Path]:
+    """Fill a ledger whose head lies where it once did; return that place and its place now."""
+    old = settings.state / "ledger.head"
+    filled(settings.model_copy(update={"ledger_head": old})).close()
+    return old, head_path(settings)
+
+
+def test_a_head_in_the_state_is_moved_and_the_ledger_goes_on(settings: SiteSettings, tmp_path: Path) -> None:
+    old, new = as_it_once_was(settings)
+    shutil.copytree(settings.state, tmp_path / "backup")
+    ledger = Ledger.open(settings)
+    assert ledger.spent.lifetime == 12
+    assert not old.exists()
+    assert read_json(new)["rows"] == 3
+    add(ledger, answer(1))
+    ledger.close()
+    assert Ledger.open(settings).spent.lifetime == 13
+    put_back(tmp_path / "backup", settings.state)  # with the old head
+    with pytest.raises(LedgerError, match="row 4 and later ones are missing"):
+        Ledger.open(settings)
+
+
+@pytest.mark.parametrize("step", ["write", "remove"])
+def test_a_move_of_the_head_that_is_stopped_loses_nothing(
+    settings: SiteSettings, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    old, new = as_it_once_was(settings)
+
+    def stop(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", stop) if step == "write" else patch.setattr(Path, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Ledger.open(settings)
+    assert old.exists()
+    assert new.exists() == (step == "remove")
+    assert Ledger.open(settings).spent.lifetime == 12
+    assert not old.exists()
+
+
+def test_of_two_heads_the_one_that_tells_of_more_counts(settings: SiteSettings) -> None:
+    """As an earlier version leaves it that was put in again for a while."""
+    old, new = as_it_once_was(settings)
+    Ledger.open(settings).close()
+    write_json(old, {**read_json(new), "rows": 4, "samples": 20})
+    with pytest.raises(LedgerError, match=r"state/ledger\.head tells of 4 rows"):
+        Ledger.open(settings)
+    assert restart(settings)[1] == 20
+    assert Ledger.open(settings).spent.lifetime == 20
+
+
+def test_a_place_where_no_head_can_be_written_is_said(settings: SiteSettings, tmp_path: Path) -> None:
+    old, _ = as_it_once_was(settings)
+    (tmp_path / "file").write_text("")
+    nowhere = settings.model_copy(update={"ledger_head": tmp_path / "file" / "head"})
+    with pytest.raises(StorageError, match="Cannot write") as caught:
+        Ledger.open(nowhere)
+    assert "ledger_head" in caught.value.hint
+    assert old.exists()
+
+
+@pytest.mark.parametrize("trace", ["released/aa/answers.bin", "ledger-20300101T000000Z/ledger.db", "sums/index.sqlite"])
+def test_no_ledger_begins_where_one_was_lost(settings: SiteSettings, trace: str) -> None:
+    filled(settings).close()
+    path = settings.state / trace
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    for left in (*settings.state.glob("ledger.db*"), head_path(settings)):
+        left.unlink()
+    for _ in range(2):  # the first look leaves an empty database
+        with pytest.raises(LedgerError, match=r"all rows of .*ledger\.db are missing, and .* is there") as caught:
+            Ledger.open(settings)
+        assert "ledger restart" in caught.value.hint
+        with pytest.raises(LedgerError, match="tells how many samples were released"):
+            restart(settings)
+    shutil.rmtree(settings.state / "sums", ignore_errors=True)  # without its index no ledger begins at all
+    assert restart(settings, 40)[1] == Ledger.open(settings).spent.lifetime == 40
+
+
+def test_a_first_start_that_was_stopped_early_is_a_first_start(settings: SiteSettings) -> None:
+    ledger = Ledger.open(settings)
+    ledger.close()
+    ledger.head.unlink()
+    (settings.state / "released").mkdir()
+    (settings.state / "sums").mkdir()
+    assert Ledger.open(settings).count == 0
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"rows": "x", "chain": "", "samples": 0}'])
@@ -328,11 +452,13 @@ def test_another_ledger_begins_with_all_that_was_spent(settings: SiteSettings, d
     ledger.close()
     (settings.state / "released").mkdir()
     damage(ledger)
-    aside, carried, _ = restart(settings)
-    assert carried == 12
+    rows_tell = ledger.path.exists() and ledger.path.read_bytes()[:6] == b"SQLite"
+    aside, carried, _, of_no_job = restart(settings)
+    assert (carried, of_no_job) == (12, (0 if rows_tell else 12, 0))
     again = Ledger.open(settings)
     assert again.spent.lifetime == sum(again.spent.months.values()) == 12
     assert [row.entry.kind for row in again.rows()] == ["carried"]
+    assert again.spent.jobs == {"job" if rows_tell else "": 12}
     assert (aside / "released").exists()
     assert not (settings.state / "released").exists()
     add(again, answer(1))
@@ -400,6 +526,38 @@ def test_a_restart_that_is_stopped_loses_nothing(
             steps = iter(range(50, 100))
             restart(settings)
     assert Ledger.open(settings).spent.lifetime == 12
+    assert Ledger.open(settings).spent.jobs == {"job": 12}
+
+
+def test_a_job_takes_no_more_than_before_from_another_ledger(settings: SiteSettings, tmp_path: Path) -> None:
+    ledger = filled(settings)
+    add(ledger, answer(2, "other"), mechanism("other", "gaussian", {"sigma": 2.5, "sensitivity": 1}, 2))
+    add(ledger, Entry("answer", "other", "taps", 3, {"ranges": [[0, 3]], "kind": "features", "width": 10}))
+    ledger.close()
+    assert restart(settings, 20, 35)[1:] == (20, 35, (3, 5))  # a person knows of more than the rows
+    again = Ledger.open(settings)
+    assert (again.spent.jobs, again.spent.features) == ({"": 3, "job": 12, "other": 5}, {"": 5, "other": 30})
+    assert {key[2]: n for key, n in again.spent.mechanisms.items() if key[0] == "other"} == {"none": 5}
+    add(again, answer(1, "other"))
+    again.close()
+    set_aside(settings)
+    assert restart(settings)[1:] == (21, 35, (3, 5))  # what was carried over is carried on
+    assert Ledger.open(settings).spent.jobs == {"": 3, "job": 12, "other": 6}
+
+
+def set_aside(settings: SiteSettings) -> None:
+    """Rename the folders of earlier restarts: a second has room for one."""
+    for number, folder in enumerate(sorted(settings.state.glob("ledger-*T*"))):
+        folder.rename(folder.with_name(f"ledger-{number}"))
+
+
+def test_jobs_are_told_by_the_rows_that_can_still_be_read(settings: SiteSettings) -> None:
+    ledger = filled(settings)
+    add(ledger, answer(7, "other"))
+    ledger.close()
+    edit(settings, "DELETE FROM rows WHERE seq = 4")
+    assert restart(settings).of_no_job == (7, 0)
+    assert Ledger.open(settings).spent.jobs == {"": 7, "job": 12}
 
 
 def test_no_other_ledger_begins_while_an_agent_runs(settings: SiteSettings) -> None:

@@ -260,7 +260,7 @@ def file(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def write(file: Path, **policy: Any) -> None:
     teacher = {"kind": "callable", "callable": "policy_teacher:scores", "classes": list(CLASSES), "preprocessing": {}}
-    raw = {"name": "site-1", "teacher": teacher, "pools": ["pool"], "policy": policy}
+    raw = {"name": "site-1", "teacher": teacher, "pools": ["pool"], "policy": {"precision": "f32", **policy}}
     file.write_text(yaml.safe_dump(raw))
 
 
@@ -474,11 +474,20 @@ def test_the_ledger_is_shown_verified_and_exported(file: Path, pool: Pool, tmp_p
 def test_a_restart_asks_for_a_word_and_says_what_it_carried_over(file: Path, pool: Pool) -> None:
     write(file)
     release(file, pool, 0, 10)
-    (file.parent / "state" / "ledger.head").unlink()
+    (file.parent / "state-ledger.head").unlink()
     error = call("ledger", "verify", file, code=24)
     assert "ledger.head is missing" in error["message"]
     assert "--yes is missing" in call("ledger", "restart", file, code=3)["message"]
-    assert call("ledger", "restart", file, "--yes")["carried"] == 10
-    assert call("ledger", "show", file)["spent"]["lifetime"] == 10
+    told = call("ledger", "restart", file, "--yes", "--spent", 12)
+    assert (told["carried"], told["of_no_job"]) == (12, 2)
+    spent = call("ledger", "show", file)["spent"]
+    assert (spent["jobs"], spent["lifetime"]) == ({"": 2, "job": 10}, 12)
     release(file, pool, 0, 10)
-    assert call("ledger", "show", file)["spent"]["lifetime"] == 20
+    assert call("ledger", "show", file)["spent"]["lifetime"] == 22
+    (file.parent / "state" / "ledger.db").write_bytes(b"damaged" * 1000)
+    for folder in (file.parent / "state").glob("ledger-*"):
+        folder.rename(folder.with_name("ledger-first"))  # a second has room for one
+    words = said("ledger", "restart", file, "--yes")
+    assert (
+        "begins with 22 samples spent. Of 22 samples no row tells the job any more: they count for the month" in words
+    )

@@ -10,6 +10,7 @@ import errno
 import os
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from consilience.client import ledger as ledger_module
 from consilience.client import released as module
 from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError
+from consilience.client.released import Released, subject_of
 from consilience.client.site import Site
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.pool import Pool
 from consilience.common.protocol import MOST_ANSWER_BYTES
+from consilience.common.settings import NoPrivacy, OutputNoise
 from helpers.small_site import ROW, SIZE, Fickle, about, make_pool, make_site
 
 
@@ -188,6 +191,62 @@ def test_a_question_about_too_much_is_refused_before_any_work(
     assert MOST_ANSWER_BYTES == 64 * 2**20
 
 
+def as_names_once_were(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "subject_of", lambda question, use="", digits=64: subject_of(question, use, 16))
+
+
+def test_answers_kept_under_a_short_name_are_found(
+    site: Site, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        as_names_once_were(patch)
+        before = site.answer(about(site, pool, 0, 10)).data
+    site.close()
+    again = make_site(tmp_path, coverage="f16")
+    whole = again.answer(about(again, pool, 0, 20)).data
+    assert whole[: 10 * ROW] == before
+    assert spent(again) == 20
+    (path,) = (again.settings.state / "released").rglob("*.bin")  # they stay together
+    assert path.parent.name == pool.digest[:16]
+    other = again.answer(about(again, pool, 0, 10, encoding="f16"))
+    assert len(other.data) == 10 * ROW // 2
+    assert {path.parent.name for path in (again.settings.state / "released").rglob("*-f16-*.bin")} == {pool.digest}
+    again.close()
+
+
+@pytest.mark.parametrize("once", ["", "one", "both"])
+@pytest.mark.parametrize("field", ["pool", "teacher"])
+def test_digests_that_begin_alike_share_no_answers(
+    site: Site, pool: Pool, monkeypatch: pytest.MonkeyPatch, field: str, once: str
+) -> None:
+    released = Released(site.settings.state / "released", site.ledger)
+
+    def give(end: str, size: int) -> bytes:
+        question = about(site, pool, 0, size).model_copy(update={field: "a" * 16 + end * 48})
+        return released.give(
+            question,
+            size=size,
+            width=1,
+            score=lambda new: end.encode() * int(new.sum()),
+            permit=lambda _: None,
+            costs=lambda _: (),
+        )
+
+    with monkeypatch.context() as patch:
+        if once:
+            as_names_once_were(patch)
+        assert give("b", 4) == b"bbbb"
+        if once == "both":
+            patch.setattr(module, "_is_of", lambda row, question: True)
+            released = Released(released.folder, released.ledger)
+            assert give("c", 9) == b"bbbbccccc"  # as it once was
+    released = Released(released.folder, released.ledger)
+    assert give("b", 9) == b"b" * 9
+    assert give("c", 9) == b"c" * 9
+    assert give("b", 9) == b"b" * 9
+    assert spent(site) == (23 if once == "both" else 18)
+
+
 class Stop(BaseException):
     """The process ends here."""
 
@@ -231,10 +290,27 @@ STEPS = 8
 """Before and after: the bytes written, secured, the row committed, the head written."""
 
 
+def made(folder: Path, *, noisy: bool, **policy: Any) -> Site:
+    """A site that says its answers are behind noise, if `noisy`; what they are does not matter here."""
+    settings = make_site(folder, **policy).settings
+    noise = OutputNoise(mechanism="output-noise", sigma=40.0) if noisy else NoPrivacy()
+    return Site(settings.model_copy(update={"privacy": noise}), Fickle())
+
+
+def uses(site: Site) -> dict[str, int]:
+    """How often each mechanism was used by the ledger."""
+    found: Counter[str] = Counter()
+    for (_, _, name, _), count in site.ledger.spent.mechanisms.items():
+        found[name] += count
+    return found
+
+
+@pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("left", range(STEPS + 1))
 def test_a_crash_at_any_step_leaves_nothing_uncounted(
-    site: Site, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, noisy: bool
 ) -> None:
+    site, name = made(tmp_path, noisy=noisy), "output-noise" if noisy else "none"
     before = site.answer(about(site, pool, 0, 10)).data
     steps = Steps()
     with monkeypatch.context() as patch:
@@ -246,12 +322,14 @@ def test_a_crash_at_any_step_leaves_nothing_uncounted(
         else:
             with pytest.raises(Stop):
                 site.answer(about(site, pool, 5, 25))
-    again = make_site(tmp_path, coverage="f16")  # the first one is left as a process that was killed leaves it
+    again = made(tmp_path, noisy=noisy)  # the first one is left as a process that was killed leaves it
     assert spent(again) == (10 if left < 5 else 25)
+    assert uses(again) == {name: spent(again)}
     after = again.answer(about(again, pool, 0, 25)).data
     assert after[: 10 * ROW] == before
     assert again.answer(about(again, pool, 0, 25)).data == after
     assert spent(again) == 25
+    assert uses(again) == {name: 25}
     again.close()
 
 
@@ -290,13 +368,14 @@ class Life(RuleBasedStateMachine):
         self.patch, self.steps = pytest.MonkeyPatch(), Steps()
         self.steps.install(self.patch)
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(noisy=st.booleans())
+    def begin(self, noisy: bool) -> None:
+        self.noisy = noisy
         self.pool = make_pool(self.folder)
         self.start()
 
     def start(self) -> None:
-        self.site = make_site(self.folder, limits={"lifetime": 60})
+        self.site = made(self.folder, noisy=self.noisy, limits={"lifetime": 60})
 
     @rule(
         start=st.integers(0, SIZE - 1),
@@ -324,12 +403,15 @@ class Life(RuleBasedStateMachine):
         if hasattr(self, "site"):
             self.site.ledger.refresh()
             assert len(self.left) <= spent(self.site) <= 60
+            assert set(uses(self.site)) <= {"output-noise" if self.noisy else "none"}
+            assert sum(uses(self.site).values()) == spent(self.site)
 
     def teardown(self) -> None:
         self.patch.undo()
         if hasattr(self, "site"):
             rows = list(Ledger.open(self.site.settings).rows())
-            held = [(r.entry.subject, i) for r in rows for a, b in r.entry.body["ranges"] for i in range(a, b)]
+            answers = [row.entry for row in rows if row.entry.kind == "answer"]
+            held = [(entry.subject, i) for entry in answers for a, b in entry.body["ranges"] for i in range(a, b)]
             assert len(held) == len(set(held)) == sum(r.entry.samples for r in rows)
 
 

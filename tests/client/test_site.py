@@ -69,6 +69,7 @@ def site(tmp_path: Path, pool: Pool, teacher: Linear) -> Site:
             pools=(tmp_path / "none", pool.folder),
             batch_size=16,
             state=tmp_path / "state",
+            policy=Policy(precision="f32"),
         ),
         teacher,
     )
@@ -308,7 +309,7 @@ def familiar() -> Familiar:
 
 @pytest.fixture
 def covering(site: Site, teacher: Linear, familiar: Familiar) -> Site:
-    return Site(site.settings.model_copy(update={"policy": Policy(coverage="f16")}), teacher, familiar)
+    return Site(site.settings.model_copy(update={"policy": Policy(precision="f32", coverage="f16")}), teacher, familiar)
 
 
 def about_coverage(site: Site, pool: Pool, start: int, stop: int, **changes: Any) -> Question:
@@ -386,7 +387,7 @@ def test_a_question_about_coverage_for_a_site_that_has_none_is_refused(site: Sit
 def test_the_policy_bounds_coverage(
     covering: Site, pool: Pool, teacher: Linear, familiar: Familiar, policy: Any, encoding: str
 ) -> None:
-    changed = covering.settings.model_copy(update={"policy": Policy(coverage=policy)})
+    changed = covering.settings.model_copy(update={"policy": Policy(precision="f32", coverage=policy)})
     strict = Site(changed, teacher, familiar)
     with pytest.raises(RefusedError) as caught:
         strict.answer(about_coverage(strict, pool, 0, 5, encoding=encoding))

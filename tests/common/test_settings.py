@@ -144,8 +144,8 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
 
 
 def test_the_policy_s_version_follows_its_content() -> None:
-    assert Policy().version == Policy(precision="f32").version
-    assert Policy().version != Policy(precision="f16").version
+    assert Policy().version == Policy(precision="f16").version
+    assert Policy().version != Policy(precision="f32").version
 
 
 FINENESS = [
@@ -189,7 +189,7 @@ def test_direct_learning_cannot_follow_what_is_outside_all_classes() -> None:
 
 def test_every_field_of_the_policy_enters_its_version() -> None:
     others: dict[str, Any] = {
-        "precision": "f16",
+        "precision": "f32",
         "coverage": "u8",
         "features": {"taps": {"layer1": {}}},
         "class_priors": True,

@@ -35,6 +35,7 @@ def job(**changes: Any) -> dict[str, Any]:
             "pool_share": 0.04,
             "partition": {"kind": "class-lists", "classes": sets},
             "teachers": [{"kind": "train", "architecture": "cnn3", "fit": fit}],
+            "policy": {"precision": "f32"},
         },
         "ask": {"encoding": "f32"},
         "student": {"architecture": "cnn3", "fit": fit},
@@ -68,7 +69,7 @@ def sites_of(run: Path) -> list[Site]:
 @pytest.mark.slow
 def test_sums_count_towards_a_site_s_limits(tmp_path: Path, unsynced: None) -> None:
     raw = job(privacy={"secure_sum": True})
-    raw["simulation"]["policy"] = {"limits": {"per_job": 10}}
+    raw["simulation"]["policy"] |= {"limits": {"per_job": 10}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(raw))
     forget_sites()
     result = CliRunner().invoke(app, ["simulate", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "run")])
@@ -78,7 +79,7 @@ def test_sums_count_towards_a_site_s_limits(tmp_path: Path, unsynced: None) -> N
 
 def test_a_site_that_answers_in_sums_only_does_not_answer_openly(tmp_path: Path, unsynced: None) -> None:
     raw = job()
-    raw["simulation"]["policy"] = {"sums_only": True}
+    raw["simulation"]["policy"] |= {"sums_only": True}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(raw))
     forget_sites()
     result = CliRunner().invoke(app, ["simulate", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "run")])
@@ -108,7 +109,7 @@ def test_a_student_of_some_classes_by_secure_sums(tmp_path: Path, unsynced: None
 @pytest.mark.slow
 def test_a_job_by_secure_sums(tmp_path: Path, unsynced: None) -> None:
     raw = job(privacy={"secure_sum": True})
-    raw["simulation"]["policy"] = {"sums_only": True}
+    raw["simulation"]["policy"] |= {"sums_only": True}
     hidden = simulate(tmp_path, "hidden", raw)
     labels = np.load(hidden / "labels" / "q.npy")
     np.testing.assert_allclose(labels, open_labels(hidden), atol=1e-5)

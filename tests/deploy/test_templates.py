@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from consilience.client.health import health_server
+from consilience.client.ledger_head import comes_back_with_state, head_path
 from consilience.common.errors import REGISTRY
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import parse_settings
@@ -318,6 +319,8 @@ def test_the_site_settings_of_the_manifest_are_ours_and_lie_in_its_volumes() -> 
     (site,) = pods()[1]["containers"]
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in site["volumeMounts"]}
     assert mounts[str(settings.state)] is False
+    assert mounts[str(head_path(settings).parent)] is False
+    assert not comes_back_with_state(settings)
     for path in (settings.key.parent, settings.kit.parent, *(pool.parent for pool in settings.pools)):
         assert mounts[str(path)] is True
     assert not [held for held in resources() if held["kind"] == "Secret"]

@@ -61,7 +61,7 @@ def make_site(folder: Path, teacher: Any = None, **policy: Any) -> Site:
         pools=(folder / "pool",),
         batch_size=16,
         state=folder / "state",
-        policy=Policy(**policy),
+        policy=Policy(**{"precision": "f32", **policy}),
     )
     return Site(settings, teacher or Fickle(), Familiar())
 

@@ -96,6 +96,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
             batch_size=16,
             state=tmp_path / name / "state",
             key=tmp_path / name / "site.key",
+            policy=Policy(precision="f32"),
         )
         sites[name] = Site(settings, Linear(name))
     contract = RunContract.build(JobSettings(name="job"), [site.card for site in sites.values()], (pool.digest,))

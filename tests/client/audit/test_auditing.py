@@ -139,7 +139,7 @@ def test_an_audit_spends_and_releases_nothing_and_leaves_the_state_as_it_was(
     )
     site = Site(settings, load_teacher(settings))
     pool = Pool.open(settings.pools[0])
-    question = site.question("real", pool.digest, 8, "log-probs", "f32")
+    question = site.question("real", pool.digest, 8, "log-probs", "f16")
     before = site.answer(question).data
     site.close()
     state = tree(tmp_path)

@@ -168,7 +168,7 @@ def test_it_asks_as_the_policy_lets_answers_leave(site: Path, found: CanaryAudit
     short = {"epochs": 1, "learning_rate": 1e-4}
     rounded = settings_of(site, NONE, fit=short, policy={"temperature": 100, "decimals": 1, "precision": "u8"})
     dull = audit_canaries(rounded, canaries=60, seed=7)
-    assert (found.encoding, dull.encoding) == ("f32", "u8")
+    assert (found.encoding, dull.encoding) == ("f16", "u8")
     assert dull.auc == 0.5
     assert audit_canaries(settings_of(site, NONE, fit=short), canaries=60, seed=7).auc != 0.5
     votes = audit_canaries(settings_of(site, NONE, fit=short), canaries=60, seed=7, encoding="votes")

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from consilience.client import app as app_module
 from consilience.client.features import learn_bases
-from consilience.client.ledger import Ledger, read_head
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_head import head_path, read_head
 from consilience.client.ledger_restart import restart
 from consilience.client.ledger_rows import approval
 from consilience.client.policy import RefusedError
@@ -244,12 +245,12 @@ def test_another_ledger_carries_over_the_bytes_of_features(pool: Pool, opening: 
     site.answer(about(site, pool, 0, 30))
     site.answer(about(site, pool, 30, 35, job="another"))
     site.close()
-    head = read_head(site.settings.state / "ledger.head")
+    head = read_head(head_path(site.settings))
     assert head is not None
     assert (head["samples"], head["features"]) == (35, 35 * width)
 
     def again(*least: int) -> tuple[int, int]:
-        aside, samples, features = restart(site.settings, *least)
+        aside, samples, features, _ = restart(site.settings, *least)
         aside.rename(aside.with_name(f"aside-{samples}-{len(least)}"))  # one second has room for one
         return samples, features
 
@@ -261,7 +262,7 @@ def test_another_ledger_carries_over_the_bytes_of_features(pool: Pool, opening: 
     site.close()
     (site.settings.state / "ledger.db").write_bytes(b"damaged" * 1000)
     assert again() == (50, 50 * width)  # by the head
-    (site.settings.state / "ledger.head").unlink()
+    head_path(site.settings).unlink()
     assert again(60, 70 * width) == (60, 70 * width)
 
 

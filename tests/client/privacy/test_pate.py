@@ -139,7 +139,7 @@ def test_the_fingerprint_is_under_the_secret(trained: Path, tmp_path: Path) -> N
 
 def test_a_site_answers_the_same_bytes_for_a_sample_however_it_is_asked(trained: Path, tmp_path: Path) -> None:
     pool = Pool.build(from_arrays(bars(50, seed=3)[0], None, (), where="test"), tmp_path / "pool")
-    settings = settings_of(trained, MEAN, pools=[str(pool.folder)], batch_size=16)
+    settings = settings_of(trained, MEAN, pools=[str(pool.folder)], batch_size=16, policy={"precision": "f32"})
     site = Site(settings, load_teacher(settings))
 
     def ask(start: int, stop: int) -> bytes:

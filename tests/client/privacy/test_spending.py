@@ -30,7 +30,7 @@ def noisy(folder: Path, **limits: Any) -> Site:
     """A site that says its answers are behind noise; what they are does not matter here."""
     changes = {
         "privacy": OutputNoise(mechanism="output-noise", sigma=SIGMA),
-        "policy": Policy(limits=Limits(**limits)),
+        "policy": Policy(precision="f32", limits=Limits(**limits)),
     }
     return Site(make_site(folder).settings.model_copy(update=changes), Fickle())
 
@@ -138,7 +138,7 @@ def test_show_and_explain_tell_what_it_came_to(tmp_path: Path, pool: Pool) -> No
     (tmp_path / "site.yaml").write_text(
         "name: a\nteacher: {kind: callable, callable: 'helpers.teachers:fixed', classes: [ant, bee, cow], "
         "preprocessing: {}}\npools: [pool]\nprivacy: {mechanism: output-noise, sigma: 40}\n"
-        "policy: {limits: {epsilon_lifetime: 9}}\n"
+        "policy: {precision: f32, limits: {epsilon_lifetime: 9}}\n"
     )
     (tmp_path / "job.yaml").write_text("name: leaves\npool: pool\nask: {encoding: f32}\n")
     site = Site.load(tmp_path / "site.yaml")

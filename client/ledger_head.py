@@ -1,0 +1,67 @@
+"""The ledger's head: its length and last hash, kept where an older copy of `state` that is put back does not bring it.
+
+Lives here: where it lies, reading it, and what tells that there was a ledger once. Does not live here: comparing it
+with the rows and writing it (client/ledger).
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from consilience.common.errors import LedgerError, StorageError
+from consilience.common.files import read_json
+from consilience.common.settings import SiteSettings
+
+RESTORE = "Put the newest copy back, or begin another with `consilience site ledger restart` (docs/privacy.md)"
+
+
+def head_path(settings: SiteSettings) -> Path:
+    """Return where the head of a site's ledger lies: by default beside the folder `state`, as STATE-ledger.head.
+
+    Never two sites' heads at one place, for each has a folder of its own.
+    """
+    state = _plain(settings.state)
+    return settings.ledger_head or state.parent / f"{state.name}-ledger.head"
+
+
+def former_path(settings: SiteSettings) -> Path | None:
+    """Return where the head lay by default once, and is moved from; None where that is its place."""
+    former = settings.state / "ledger.head"
+    return None if _plain(former) == _plain(head_path(settings)) else former
+
+
+def _plain(path: Path) -> Path:
+    """Return the path without `..`, links as they are named."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def comes_back_with_state(settings: SiteSettings) -> bool:
+    """Whether the head lies within the folder `state`, so that an older copy of that brings it back, too."""
+    return head_path(settings).resolve().is_relative_to(settings.state.resolve())
+
+
+def read_head(path: Path) -> dict[str, Any] | None:
+    """Return rows, chain, samples and bytes of features as the head tells them; None where there is none.
+
+    Raises `LedgerError`.
+    """
+    if not path.exists():
+        return None
+    try:
+        held = read_json(path)
+        told = {name: int(held[name]) for name in ("rows", "samples")}
+        features = int(held.get("features", 0))  # once it told none
+        jobs = {str(job): (int(samples), int(size)) for job, (samples, size) in held.get("jobs", {}).items()}
+        return {**told, "chain": str(held["chain"]), "features": features, "jobs": jobs}
+    except (StorageError, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise LedgerError(f"{path} is damaged", hint=RESTORE) from error
+
+
+def trace_of(state: Path) -> Path | None:
+    """Return something that only a site with a ledger has in its folder; None where there is nothing of the kind."""
+    answers = (path for path in (state / "released").rglob("*") if path.is_file())
+    aside = (path for path in state.glob("ledger-*") if path.is_dir())
+    return next(chain(answers, aside, (state / "sums").glob("index.sqlite")), None)

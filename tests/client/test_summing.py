@@ -1,0 +1,130 @@
+"""A whole site in a secure sum, with a teacher that never says the same twice: what it puts under one mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+from consilience.client.ledger import Ledger
+from consilience.client.ledger_restart import restart
+from consilience.client.site import Site
+from consilience.common.errors import ProtocolError, StorageError
+from consilience.common.identity import write_secret
+from consilience.common.pool import Pool
+from consilience.common.settings import SiteSettings
+from consilience.common.sums.messages import Member, RowsQuestion, Terms
+from helpers.small_site import CLASSES, SIZE, Fickle, make_pool, make_site
+from helpers.summing import Sums, draw, identity, make_terms
+
+SETS = {"site-1": [0, 1, 2], "site-2": [1, 2, 0], "site-3": [2, 0, 1]}
+
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+
+class World(Sums):
+    """A sum of two made-up sites and a whole one, `site-1`."""
+
+    def __init__(self, folder: Path, pool: Pool, **changes: Any) -> None:
+        self.settings = _settings(folder)
+        self.whole = Site(self.settings, Fickle())
+        super().__init__(folder, terms_of(pool, self.settings, **changes), draw(SETS, SIZE))
+        self.sites["site-1"] = self.whole.summing.sums
+
+    def advertise_all(self) -> None:
+        self.server.add_advert("site-1", self.whole.summing.keys(self.terms))
+        for member in self.terms.members[1:]:
+            self.server.add_advert(
+                member.site,
+                self.sites[member.site].advertise(
+                    self.terms,
+                    teacher=member.teacher,
+                    policy=member.policy,
+                    classes=[CLASSES[label] for label in member.classes],
+                ),
+            )
+
+    def rows(self) -> np.ndarray:
+        question = RowsQuestion(terms=self.terms.digest, start=0, stop=SIZE)
+        return np.frombuffer(self.whole.summing.rows(question).data, "<u4")
+
+    def up_to_rows(self) -> np.ndarray:
+        self.advertise_all()
+        self.share()
+        self.deliver()
+        return self.rows()
+
+
+def _settings(folder: Path) -> SiteSettings:
+    key = folder / "site.key"
+    if not key.exists():
+        held = identity("site-1").private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        )
+        write_secret(key, held)
+    site = make_site(folder)
+    return site.settings.model_copy(update={"key": key})
+
+
+def terms_of(pool: Pool, settings: SiteSettings, **changes: Any) -> Terms:
+    made = make_terms(SETS, SIZE, pool=pool.digest, labels=CLASSES, **changes)
+    own = {"teacher": Fickle.fingerprint, "policy": settings.policy.version}
+    members = tuple(Member(**{**member.model_dump(), **own}) for member in made.members)
+    return Terms(**{**made.model_dump(exclude={"members"}), "members": members})
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Pool:
+    return make_pool(tmp_path)
+
+
+def test_the_same_rows_are_under_a_mask_however_often_they_are_asked(tmp_path: Path, pool: Pool) -> None:
+    world = World(tmp_path, pool)
+    first = world.up_to_rows()
+    world.whole.close()
+    world.whole = Site(world.settings, Fickle())
+    assert np.array_equal(world.rows(), first)
+
+
+def test_no_other_rows_are_put_under_a_mask_after_another_ledger_began(tmp_path: Path, pool: Pool) -> None:
+    """Their difference would be that of two answers, without any mask."""
+    world = World(tmp_path, pool)
+    world.up_to_rows()
+    world.whole.close()
+    restart(world.settings)
+    world.whole = Site(world.settings, Fickle())
+    with pytest.raises(ProtocolError, match="no keys for this"):
+        world.rows()
+    with pytest.raises(ProtocolError, match="forgotten its keys"):
+        world.whole.summing.keys(world.terms)
+    again = World(tmp_path, pool, attempt=2)  # by the same sites: allowed before
+    with pytest.raises(ProtocolError, match="summed before"):
+        again.advertise_all()
+    assert Ledger.open(world.settings).spent.jobs == {"job": SIZE}
+    (tmp_path / "state" / "sums" / "index.sqlite").unlink()
+    with pytest.raises(StorageError, match="is gone, and sums are there"):
+        again.advertise_all()
+
+
+def test_a_sum_without_rows_goes_on_after_another_ledger_began(tmp_path: Path, pool: Pool) -> None:
+    world = World(tmp_path, pool)
+    world.advertise_all()
+    world.share()
+    world.deliver()
+    world.whole.close()
+    restart(world.settings)
+    world.whole = Site(world.settings, Fickle())
+    assert len(world.rows()) == SIZE * len(CLASSES)
+
+
+def test_no_ledger_begins_where_it_is_not_known_what_was_summed(tmp_path: Path, pool: Pool) -> None:
+    world = World(tmp_path, pool)
+    world.up_to_rows()
+    world.whole.close()
+    (tmp_path / "state" / "sums" / "index.sqlite").unlink()
+    with pytest.raises(StorageError, match="is gone, and sums are there"):
+        restart(world.settings)
+    assert Ledger.open(world.settings).spent.lifetime == SIZE
