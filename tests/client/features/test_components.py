@@ -16,6 +16,7 @@ import yaml
 
 from consilience.client.features import learn_bases
 from consilience.client.ledger import Ledger
+from consilience.client.ledger_head import head_path
 from consilience.client.ledger_restart import restart
 from consilience.client.ledger_rows import approval
 from consilience.client.policy import RefusedError
@@ -153,18 +154,19 @@ def test_components_are_counted_once_for_job_and_lifetime(pool: Pool, opening: O
     assert f"of these, components of layer2 to job job {LAYER2:,} bytes" in " ".join(
         said("ledger", "show", file).replace("│", " ").split()
     )
-    _, samples, count = restart(site.settings)
-    assert (samples, count) == (0, LAYER2 + LAYER3)
+    carried = restart(site.settings)
+    assert (carried.samples, carried.features) == (0, LAYER2 + LAYER3)
     site.agree(contract(site, pool, job="third"))  # this ledger knows nothing of what left before
-    assert site.ledger.spent.features == {"": LAYER2 + LAYER3, "third": LAYER2}
+    assert site.ledger.spent.features == {"job": LAYER2, "another": LAYER3, "third": LAYER2}
 
 
 def test_a_ledger_without_its_head_still_tells_of_components(pool: Pool, opening: Opening) -> None:
     site = opening()
     site.agree(contract(site, pool))
     site.close()
-    (site.settings.state / "ledger.head").unlink()
-    assert restart(site.settings)[1:] == (0, LAYER2)
+    head_path(site.settings).unlink()
+    carried = restart(site.settings)
+    assert (carried.samples, carried.features) == (0, LAYER2)
 
 
 def test_a_row_of_components_that_was_changed_is_found(pool: Pool, opening: Opening, tmp_path: Path) -> None:
