@@ -57,7 +57,7 @@ def sent(sums: Sums, site: str = "ant") -> NDArray[np.uint32]:
 
 
 def without_known_masks(sums: Sums) -> dict[str, NDArray[np.uint32]]:
-    """The rows of `ant` and `bee` as server and colluding sites see them at the end: only what both share is still on."""
+    """The rows of `ant` and `bee` as server and colluding sites see them at the end: what both share is still on."""
     rows = {site: sent(sums, site) for site in HONEST}
     for site in ("bee", "cat", "dog"):
         sums.send(site)
