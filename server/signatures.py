@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from consilience.common.bounded import bounded
 from consilience.common.errors import ConsilienceError, IdentityError, ProtocolError, StorageError, StudentError
-from consilience.common.files import read_json, storage_error, write_json
+from consilience.common.files import read_bytes, storage_error, write_json
 from consilience.common.identity import key_fingerprint, read_key_line
 from consilience.common.protocol import MOST_CLASSES, Digest, Kind, Question, SiteCard, SiteName
 from consilience.common.settings import ClassName, Encoding
@@ -117,11 +118,16 @@ class Signatures(_Part):
                 hint="Name a student's folder with --student; students made before sites signed have no such file",
             )
         try:
-            return cls.model_validate(read_json(path, MOST_BYTES))
-        except (ValidationError, StorageError) as error:
+            data = read_bytes(path, MOST_BYTES)
+            bounded(data.decode("latin-1"), _FIELDS)  # as many characters as bytes
+            return cls.model_validate_json(data)
+        except (ValidationError, ProtocolError, StorageError) as error:
             raise StudentError(
                 f"{path} is not as it must be, or damaged", hint="Get it anew from whoever published the student"
             ) from error
+
+
+_FIELDS = frozenset(name for part in (Signed, SignedAnswers, SignedSite, Signatures) for name in part.model_fields)
 
 
 @dataclass(frozen=True)
