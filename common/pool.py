@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from consilience.common.bounded import bounded
 from consilience.common.data import ImageData
@@ -36,7 +36,7 @@ from consilience.common.preprocessing import Images
 SHARD_BYTES = 16 * 2**20
 """Most bytes of a shard: small enough to send again, large enough that a million samples are few files."""
 MOST_MANIFEST = 32 * 2**20
-"""Bytes of a manifest, which may come from anybody: that of 100,000 shards, which is all that names allow, has 20 MB."""
+"""Bytes of a manifest, which may come from anybody: of 100,000 shards, as many as there are names for, it has 20 MB."""
 
 
 class _Strict(BaseModel):
@@ -57,7 +57,7 @@ class Manifest(_Strict):
     format: Literal[1]
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=3)]]
     size: int = Field(ge=0)
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], FailFast()]  # a list of mistakes takes far more than the file
 
     @property
     def digest(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from consilience.common.bounded import bounded
 from consilience.common.errors import ConsilienceError, IdentityError, ProtocolError, StorageError, StudentError
@@ -57,7 +57,7 @@ class SignedAnswers(_Part):
     teacher: Digest
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
     answers: Count
-    signed: tuple[Signed, ...]
+    signed: Annotated[tuple[Signed, ...], FailFast()]
 
 
 class SignedSite(_Part):
@@ -66,7 +66,7 @@ class SignedSite(_Part):
     site: SiteName
     classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
     public_key: Annotated[str, Field(max_length=1000)] | None
-    answers: tuple[SignedAnswers, ...]
+    answers: Annotated[tuple[SignedAnswers, ...], FailFast()]
 
     @model_validator(mode="after")
     def _no_part_twice(self) -> SignedSite:
@@ -80,7 +80,7 @@ class Signatures(_Part):
 
     consilience_signatures: Literal[1] = 1
     job: SiteName
-    sites: tuple[SignedSite, ...]
+    sites: Annotated[tuple[SignedSite, ...], FailFast()]
 
     @model_validator(mode="after")
     def _no_site_twice(self) -> Signatures:
