@@ -537,7 +537,10 @@ def test_hostile_records_raise_our_errors_only(sums: Sums) -> None:
 @pytest.mark.parametrize("item", ["{}", "[]", "0", '""', '{"site": 1}'])
 @pytest.mark.parametrize("field", ["members", "labels", "synonyms", "job", "another"])
 def test_a_flood_of_mistakes_takes_no_flood_of_memory(sums: Sums, field: str, item: str) -> None:
-    """Each mistake used to be kept with what it is about: a megabyte of empty members took gigabytes."""
+    """Each mistake used to be kept with what it is about: a megabyte of empty members took gigabytes.
+
+    30 times so small a text is far less than the 32 MiB that any JSON may take (common/bounded).
+    """
     fields = json.loads(sums.terms.model_dump_json())
     fields[field] = "HERE"
     text = json.dumps(fields).replace('"HERE"', f"[{','.join([item] * 20_000)}]")
