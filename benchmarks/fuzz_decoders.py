@@ -3,8 +3,8 @@
 Each decoder of tests/helpers/fuzz_targets.py is attacked for ten minutes by libFuzzer through atheris, which keeps
 inputs that reach other lines of our code and changes them further. It begins with those in tests/attacks/corpus and
 those that the decoder takes. An input that a decoder neither takes nor refuses is shown, and kept in the folder that is
-named. With `--keep`, the shortest inputs found are put into the corpus, which the tests try again; with `--work`, a
-second call leaves out the decoders that were attacked.
+named. With `--keep`, the hundred shortest inputs found are put into the corpus, which the tests try again; with
+`--work`, a second call leaves out the decoders that were attacked.
 """
 
 from __future__ import annotations

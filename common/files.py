@@ -126,19 +126,24 @@ def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(), mode)
 
 
-def read_json(path: Path, most: int | None = None) -> Any:
-    """Read what `write_json` wrote. Raises `StorageError` when the file is missing or damaged.
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """Read a file. Raises `StorageError` when it is missing or cannot be read.
 
-    `most`: a file from a stranger has at most so many bytes; a longer one is a `StorageError` too, and is not parsed.
+    `most`: a file from a stranger has at most so many bytes; a longer one is a `StorageError` too, and is not read.
     """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if most is not None and size > most:
                 raise StorageError(f"{path} has more than {most:,} bytes", hint="Get it anew from whoever made it")
-            data = file.read(-1 if most is None else size)  # not `most`: that many bytes would be taken at once
+            return file.read(-1 if most is None else size)  # not `most`: that many bytes would be taken at once
     except OSError as error:
         raise storage_error(error, path, "read") from error
+
+
+def read_json(path: Path, most: int | None = None) -> Any:
+    """Read what `write_json` wrote, as `read_bytes` does. Raises `StorageError` when it is damaged."""
+    data = read_bytes(path, most)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # the latter: brackets within brackets, thousands deep

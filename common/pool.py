@@ -16,13 +16,15 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from consilience.common.bounded import bounded
 from consilience.common.data import ImageData
-from consilience.common.errors import PoolError
+from consilience.common.errors import PoolError, ProtocolError
 from consilience.common.files import (
     Resident,
     canonical_json,
+    read_bytes,
     sha256,
     sha256_file,
     storage_error,
@@ -33,6 +35,8 @@ from consilience.common.preprocessing import Images
 
 SHARD_BYTES = 16 * 2**20
 """Most bytes of a shard: small enough to send again, large enough that a million samples are few files."""
+MOST_MANIFEST = 32 * 2**20
+"""Bytes of a manifest, which may come from anybody: of 100,000 shards, as many as there are names for, it has 20 MB."""
 
 
 class _Strict(BaseModel):
@@ -53,7 +57,7 @@ class Manifest(_Strict):
     format: Literal[1]
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=3)]]
     size: int = Field(ge=0)
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], FailFast()]  # a list of mistakes takes far more than the file
 
     @property
     def digest(self) -> str:
@@ -233,11 +237,15 @@ class PoolImages:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise PoolError(
-            f"{folder} holds no pool: manifest.json is missing", hint="Build it with `consilience pool build`"
-        ) from None
+        if not path.exists():
+            raise PoolError(
+                f"{folder} holds no pool: manifest.json is missing", hint="Build it with `consilience pool build`"
+            )
+        data = read_bytes(path, MOST_MANIFEST)
+        bounded(data.decode("latin-1"), {*Manifest.model_fields, *Shard.model_fields})  # as many characters as bytes
+        return Manifest.model_validate_json(data)
+    except ProtocolError:
+        raise PoolError(f"{path} holds more values than any manifest", hint="Copy or build the pool anew") from None
     except OSError as error:
         raise storage_error(error, path, "read") from error
     except ValidationError as error:

@@ -9,14 +9,13 @@ its agreement) and `answer` (a question about a range of pool samples). A site t
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from consilience.common.bounded import bounded
 from consilience.common.encoding.features import basis_bytes
 from consilience.common.errors import IdentityError, ProtocolError
 from consilience.common.identity import key_fingerprint, read_key_line
@@ -33,12 +32,6 @@ from consilience.common.settings import (
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 400_000
-MOST_TIMES, MOST_SPARE = 4, 32 * 2**20
-"""Reading a record takes at most so many times its bytes, and so many bytes more."""
-_VALUE_BYTES, _GROUP_BYTES = 80, 720
-"""What a value, and an array or object, take at most while JSON is read and checked, as measured."""
-_FIELD, _MOST_FIELDS = re.compile(r'"\s*:'), 10_000
-"""A field's name in JSON, and how many there may be: the largest record, of a sum over 255 sites, has some 2,000."""
 _MOST_MISTAKES = 1000
 """Mistakes in a record that are looked at: a list of them takes far more than the record."""
 MOST_ANSWER_BYTES = 64 * 2**20
@@ -124,7 +117,7 @@ class Record(BaseModel):
 
     def to_content(self) -> RecordDict:
         """Return the message content that carries this record. Raises `ProtocolError` for more than may be read."""
-        return RecordDict({"record": ConfigRecord({"json": _bounded(self.model_dump_json())})})
+        return RecordDict({"record": ConfigRecord({"json": bounded(self.model_dump_json())})})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> Self:
@@ -133,7 +126,7 @@ class Record(BaseModel):
         if not isinstance(text, str):
             raise ProtocolError("A message carries no record")
         try:
-            return cls.model_validate_json(_bounded(text))
+            return cls.model_validate_json(bounded(text))
         except ValidationError as error:
             if error.error_count() > _MOST_MISTAKES:
                 raise ProtocolError(f"A message's {cls.__name__} is not as it must be: many fields") from None
@@ -483,7 +476,7 @@ class Refusal(Record):
         if "refusal" not in content:
             return None
         try:
-            return cls.model_validate_json(_bounded(str(_config(content, "refusal").get("json"))))
+            return cls.model_validate_json(bounded(str(_config(content, "refusal").get("json"))))
         except ValidationError:
             raise ProtocolError("A site sent a refusal that cannot be read") from None
 
@@ -494,21 +487,6 @@ def read_reply(content: RecordDict, record: type[RecordType]) -> RecordType:
     if refusal is not None:
         raise RefusedReplyError(refusal.code, refusal.reason)
     return record.from_content(content)
-
-
-def _bounded(text: str) -> str:
-    """Return `text`. Raises `ProtocolError` where it holds so many values that reading it would take too much memory.
-
-    An array of empty arrays takes 240 times its bytes when it is read, before any field is looked at, and an object of
-    fields that are not known 90 times.
-    """
-    groups = text.count("[") + text.count("{")
-    if (
-        _VALUE_BYTES * text.count(",") + _GROUP_BYTES * groups > MOST_TIMES * len(text) + MOST_SPARE
-        or sum(1 for _ in islice(_FIELD.finditer(text), _MOST_FIELDS + 1)) > _MOST_FIELDS
-    ):
-        raise ProtocolError("A message's record holds more values than any record of its size")
-    return text
 
 
 def _config(content: RecordDict, key: str) -> dict[str, Any]:

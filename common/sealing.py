@@ -8,6 +8,7 @@ told by the signature inside (common/vouching). Does not live here: whose key it
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from Crypto.Protocol import HPKE
 from Crypto.Protocol.DH import import_x25519_public_key
@@ -40,7 +41,8 @@ class Secret:
         """Return what `seal` sealed for this key under the same `info`. Raises `ProtocolError` for anything else."""
         try:
             box = HPKE.new(receiver_key=self._key, aead_id=_SUITE, enc=sealed[:KEY_BYTES], info=info)
-            return bytes(box.unseal(sealed[KEY_BYTES:]))
+            rest: Any = memoryview(sealed)[KEY_BYTES:]  # of bytes, every part would be a copy
+            return bytes(box.unseal(rest))
         except ValueError:
             raise ProtocolError("An answer is not sealed for this question, this site and the job's key") from None
 

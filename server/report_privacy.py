@@ -12,8 +12,14 @@ from consilience.server.report_findings import Findings
 
 
 def privacy_summary(findings: Findings) -> str:
-    """Say which sites answered by differential privacy, in their own words, and which without; then what audits say."""
-    return " ".join([_guarantees(findings), *audit_lines(findings)])
+    """Say which sites answered by differential privacy, in their own words, and which without; then what audits say.
+
+    Where answers have no guarantee and there is no audit to show, that is said too.
+    """
+    lines = audit_lines(findings)
+    if not lines and any(site.guarantee is None for site in findings.sites):
+        lines = ["No audit is told of: over a network a site sees its own alone, by `consilience site audit`."]
+    return " ".join([_guarantees(findings), *lines])
 
 
 def audit_lines(findings: Findings) -> list[str]:

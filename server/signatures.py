@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
+from consilience.common.bounded import bounded
 from consilience.common.errors import ConsilienceError, IdentityError, ProtocolError, StorageError, StudentError
-from consilience.common.files import read_json, storage_error, write_json
+from consilience.common.files import read_bytes, storage_error, write_json
 from consilience.common.identity import key_fingerprint, read_key_line
 from consilience.common.protocol import MOST_CLASSES, Digest, Kind, Question, SiteCard, SiteName
 from consilience.common.settings import ClassName, Encoding
@@ -56,7 +57,7 @@ class SignedAnswers(_Part):
     teacher: Digest
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
     answers: Count
-    signed: tuple[Signed, ...]
+    signed: Annotated[tuple[Signed, ...], FailFast()]
 
 
 class SignedSite(_Part):
@@ -65,7 +66,7 @@ class SignedSite(_Part):
     site: SiteName
     classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
     public_key: Annotated[str, Field(max_length=1000)] | None
-    answers: tuple[SignedAnswers, ...]
+    answers: Annotated[tuple[SignedAnswers, ...], FailFast()]
 
     @model_validator(mode="after")
     def _no_part_twice(self) -> SignedSite:
@@ -79,7 +80,7 @@ class Signatures(_Part):
 
     consilience_signatures: Literal[1] = 1
     job: SiteName
-    sites: tuple[SignedSite, ...]
+    sites: Annotated[tuple[SignedSite, ...], FailFast()]
 
     @model_validator(mode="after")
     def _no_site_twice(self) -> Signatures:
@@ -117,11 +118,16 @@ class Signatures(_Part):
                 hint="Name a student's folder with --student; students made before sites signed have no such file",
             )
         try:
-            return cls.model_validate(read_json(path, MOST_BYTES))
-        except (ValidationError, StorageError) as error:
+            data = read_bytes(path, MOST_BYTES)
+            bounded(data.decode("latin-1"), _FIELDS)  # as many characters as bytes
+            return cls.model_validate_json(data)
+        except (ValidationError, ProtocolError, StorageError) as error:
             raise StudentError(
                 f"{path} is not as it must be, or damaged", hint="Get it anew from whoever published the student"
             ) from error
+
+
+_FIELDS = frozenset(name for part in (Signed, SignedAnswers, SignedSite, Signatures) for name in part.model_fields)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -52,7 +53,7 @@ class Strangers:
 
     def turned_away(self, key: bytes, reason: Reason) -> None:
         """Write down that a key (PEM) was turned away, unless that was done just now. Never raises."""
-        with self._lock, contextlib.suppress(OSError, ValueError):
+        with self._lock, contextlib.suppress(OSError, ValueError, UnsupportedAlgorithm):
             public = serialization.load_pem_public_key(key)
             if not isinstance(public, ec.EllipticCurvePublicKey):
                 return

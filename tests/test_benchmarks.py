@@ -6,6 +6,7 @@ packages or images of its own.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -48,3 +49,14 @@ def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     figures = json.loads(file.read_text())
     assert len(figures) >= 2
     assert "machine" in figures
+
+
+def test_secure_sums_that_miss_a_bar_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    missed = importlib.import_module("secure_sums").missed
+    good = {"median_seconds": 4.0, "bytes": 3.0, "largest_difference": 1e-4, "same_arg_max": 0.9999}
+    paths = {"open f16": {"median_seconds": 1.0, "bytes": 1.0}, "secure": good, "secure, 3 lost": good}
+    assert missed(paths) == []
+    for worse in ({"median_seconds": 4.1}, {"bytes": 3.1}, {"largest_difference": float("nan")}, {"same_arg_max": 0.9}):
+        (told,) = missed({**paths, "secure, 3 lost": {**good, **worse}})
+        assert told.startswith("secure, 3 lost: ")

@@ -88,7 +88,8 @@ BOMBS = """
 import resource, sys
 from flwr.app import ConfigRecord, RecordDict
 from consilience.common.errors import ProtocolError
-from consilience.common.protocol import MOST_SPARE, MOST_TIMES, Contract, Refusal
+from consilience.common.bounded import MOST_SPARE, MOST_TIMES
+from consilience.common.protocol import Contract, Refusal
 
 def lists():
     for value in ("[]", "{}", "0", "1234", '"a"'):

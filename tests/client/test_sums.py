@@ -204,6 +204,22 @@ def test_deliveries_that_are_not_the_others_shares_are_refused(sums: Sums) -> No
         sums.sites["ant"].deliver(delivery.model_copy(update={"shares": (bee, cat)}))
 
 
+def test_a_share_that_was_sealed_for_another_job_is_refused(sums: Sums) -> None:
+    """Same sites, same identities, same samples: only the job is another."""
+    other = Sums(sums.folder, make_terms(SETS, SAMPLES, job="other"), sums.answers)
+    delivery, theirs = shared(sums), shared(other)
+    from_bee, from_other_bee = delivery.shares[0], theirs.shares[0]
+    assert (from_bee.sender, from_other_bee.sender) == ("bee", "bee")
+    with pytest.raises(ProtocolError, match="bee are not what it sealed for site ant"):
+        sums.sites["ant"].deliver(delivery.model_copy(update={"shares": (from_other_bee, *delivery.shares[1:])}))
+    with pytest.raises(ProtocolError, match="another roster"):
+        sums.sites["ant"].deliver(theirs.model_copy(update={"terms": sums.terms.digest}))
+    question = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
+    with pytest.raises(ProtocolError, match="after shares were delivered"):
+        sums.sites["ant"].rows(question, no_answer)
+    sums.sites["ant"].deliver(delivery)
+
+
 def test_rows_are_given_in_their_time_only(sums: Sums) -> None:
     question = RowsQuestion(terms=sums.terms.digest, start=0, stop=SAMPLES)
     delivery = shared(sums)
@@ -521,7 +537,10 @@ def test_hostile_records_raise_our_errors_only(sums: Sums) -> None:
 @pytest.mark.parametrize("item", ["{}", "[]", "0", '""', '{"site": 1}'])
 @pytest.mark.parametrize("field", ["members", "labels", "synonyms", "job", "another"])
 def test_a_flood_of_mistakes_takes_no_flood_of_memory(sums: Sums, field: str, item: str) -> None:
-    """Each mistake used to be kept with what it is about: a megabyte of empty members took gigabytes."""
+    """Each mistake used to be kept with what it is about: a megabyte of empty members took gigabytes.
+
+    30 times so small a text is far less than the 32 MiB that any JSON may take (common/bounded).
+    """
     fields = json.loads(sums.terms.model_dump_json())
     fields[field] = "HERE"
     text = json.dumps(fields).replace('"HERE"', f"[{','.join([item] * 20_000)}]")

@@ -133,3 +133,10 @@ def test_an_empty_pool_is_a_pool(tmp_path: Path) -> None:
     pool.verify()
     assert len(pool) == 0
     assert pool.read(0, 0).shape == (0, 4, 5, 3)
+
+
+@pytest.mark.parametrize("flood", ['"shards": [' + "{}," * 1_000_000 + "{}]", '"x": 0,' * 20_000 + '"y": 0'])
+def test_a_manifest_of_very_many_values_is_refused_before_it_is_read(tmp_path: Path, flood: str) -> None:
+    (tmp_path / "manifest.json").write_text(f"{{{flood}}}")
+    with pytest.raises(PoolError, match="more values than any manifest"):
+        Pool.open(tmp_path)

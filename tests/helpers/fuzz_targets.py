@@ -25,10 +25,18 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.x509.oid import NameOID
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.task_identity import TaskIdentity
 from pydantic import ValidationError
 
 from consilience.client.bundle import APP, bundle_problem
+from consilience.client.connection import Envelope, MalformedError
+from consilience.client.fleet import inflate
 from consilience.common.components import components_info, opened
 from consilience.common.encoding import (
     check,
@@ -91,6 +99,7 @@ from consilience.server.signatures import (
     check_signatures,
     complaint,
 )
+from consilience.server.strangers import Strangers
 
 DIGEST, POLICY = "a" * 64, "c" * 16
 MOST_TIMES, MOST_SPARE = 4, 8 * 2**20
@@ -117,8 +126,9 @@ class DecoderError(Exception):
 def measured(target: Target, data: bytes) -> tuple[bool, int]:
     """Run a target; return whether the bytes were taken and the peak of memory beyond 4 times them.
 
-    Raises whatever the target raises, and `DecoderError` where it takes more memory than that and 8 MiB. tracemalloc
-    must be on.
+    Raises whatever the target raises, and `DecoderError` where it takes more memory than that and 8 MiB: for the few
+    kilobytes of a fuzzer that bounds the constant alone. tests/attacks/test_decoder_memory.py has megabytes, and sees
+    what tracemalloc, which must be on, does not.
     """
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
@@ -177,7 +187,7 @@ def _coverage(encoding: Any) -> Target:
             found = decode_coverage(data, rows, encoding)
         except ProtocolError:
             return False
-        if found.shape != (rows,) or not np.all((found >= 0) & (found <= 1)):
+        if found.shape != (rows,) or (rows and not 0 <= found.min() <= found.max() <= 1):  # NaN is neither
             raise DecoderError("what was taken is no coverage")
         return True
 
@@ -478,6 +488,92 @@ def _certificate() -> str:
     return built.sign(_key(0), hashes.SHA384()).public_bytes(serialization.Encoding.PEM).decode()
 
 
+AUTHORITY = _certificate()
+
+
+def _keyed(record: Contract | Question) -> tuple[Callable[[bytes, bytes | None], object], bytes]:
+    """A record with a job's key, which a site checks against the authority in its kit."""
+    signature = _key(0).sign(JobKey.signed("job", JOB_SECRET.public, 2**40), ec.ECDSA(hashes.SHA256())).hex()
+    key = JobKey(job="job", key=JOB_SECRET.public, not_after=2**40, signature=signature)
+
+    def check_it(found: Any) -> None:
+        if found.job_key is None:
+            raise ProtocolError("no key to check")
+        found.job_key.check(found.job, AUTHORITY)
+
+    return _checked(record.model_copy(update={"job_key": key}), check_it)
+
+
+def _vouched(question: Question, rows: bytes) -> tuple[Callable[[bytes, bytes | None], object], bytes]:
+    """An answer with a signature. After its text: one byte that tells how long that is, itself, and the rows."""
+    vouch = Signer(_key(0), "site-0", ("a", "b", "c")).vouch(question, rows)
+
+    def read(text: bytes, data: bytes | None) -> None:
+        length, held = (data or b"\0")[0], (data or b"\0")[1:]
+        record = {"json": text.decode("utf-8", "replace"), "seconds": 0.1}
+        content = RecordDict({"record": ConfigRecord({**record, "data": held[length:], "vouch": held[:length]})})
+        answer = Answer.from_content(content, question)
+        salt, signature = answer.vouch[:SALT_BYTES], answer.vouch[SALT_BYTES:]
+        _SIGNER.check(question, salted(salt, sha256(answer.data)), signature)
+        if question.kind == "coverage":
+            decode_coverage(answer.data, len(question), "f16")
+        else:
+            check_features(answer.data, len(question), 3, "f16")
+
+    return read, question.model_dump_json().encode() + _TEXT_END + bytes([len(vouch)]) + vouch + rows
+
+
+COVERAGE_QUESTION = QUESTION.model_copy(update={"kind": "coverage", "encoding": "f16"})
+FEATURES_QUESTION = QUESTION.model_copy(update={"kind": "features", "encoding": "f16"})
+JOB_KEYS = _records(_keyed(CONTRACT), _keyed(QUESTION))
+VOUCHED = _records(
+    _vouched(COVERAGE_QUESTION, encode_coverage(np.array([0.0, 0.5]), "f16")),
+    _vouched(FEATURES_QUESTION, encode_features(np.ones((2, 3), np.float32), "f16")),
+)
+
+
+def _fleet() -> Target:
+    """A message's objects as a SuperLink gives them, each after four bytes that tell how long it is.
+
+    Objects keep the names by which others refer to them, as if whoever changed them had named them anew.
+    """
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = Message(CONTRACT.to_content(), 7, "query.contract")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    with no_object_id_recompute():
+        tree = get_object_tree(message)
+        parts = {key: part.deflate() for key, part in get_all_nested_objects(message).items()}
+    announced = Envelope(message, tree)
+
+    def run(data: bytes) -> bool:
+        contents, left = {}, data
+        for name in parts:
+            size = int.from_bytes(left[:4], "big")
+            contents[name], left = left[4 : 4 + size], left[4 + size :]
+        try:
+            Contract.from_content(inflate(announced, contents).content)
+        except (MalformedError, ProtocolError):
+            return False
+        return True
+
+    return Target(run, (b"".join(len(part).to_bytes(4, "big") + part for part in parts.values()),))
+
+
+def _stranger() -> Target:
+    """The public key of whom the SuperLink turns away, PEM."""
+    folder = Path(tempfile.mkdtemp(prefix="consilience-fuzz-"))
+
+    def run(data: bytes) -> bool:
+        strangers = Strangers(folder)
+        strangers.path.unlink(missing_ok=True)
+        strangers.turned_away(data, "unknown")
+        return len(strangers.since(0)) == 1
+
+    public = serialization.PublicFormat.SubjectPublicKeyInfo
+    pem = _key(0).public_key().public_bytes(serialization.Encoding.PEM, public)
+    return Target(run, (pem,))
+
+
 TARGETS: dict[str, Target] = {
     **{f"rows-{encoding}": _rows(encoding) for encoding in ("f32", "f16", "u8", "top-1", "top-3", "top-40", "votes")},
     **{f"coverage-{encoding}": _coverage(encoding) for encoding in ("f16", "u8")},
@@ -491,5 +587,9 @@ TARGETS: dict[str, Target] = {
     "components": Target(_components, (b"\0" + base64.b64encode(_PACKED), b"\1" + bytes(2) + BASIS, b"\2" + _PACKED)),
     "bundle": Target(_bundle, (_good_bundle(zipfile.ZIP_DEFLATED), _good_bundle(zipfile.ZIP_STORED))),
     **_paper_targets(),
+    "job-key": JOB_KEYS,
+    "answers-vouched": VOUCHED,
+    "fleet-message": _fleet(),
+    "stranger-key": _stranger(),
 }
-"""Every decoder of bytes that strangers may send."""
+"""Every decoder of bytes that strangers may send, by a list that was made by hand."""

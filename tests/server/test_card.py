@@ -10,6 +10,7 @@ import pytest
 
 from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import MISSING, percent
+from consilience.server.audits import SiteAudit
 from consilience.server.card import card_markdown, code, escape
 from consilience.server.judge import BASELINES, ClassScore, Judgement, Score, SiteScore
 from consilience.server.report import render_html, report_dict
@@ -21,6 +22,7 @@ from consilience.server.report_findings import (
     StudentFindings,
     UnifyFindings,
 )
+from consilience.server.report_privacy import privacy_summary
 
 CLASSES = ("coat", "bag", "boot", "dress")
 SETS = ((0, 1, 2), (2, 1, 3), (3, 2))
@@ -125,7 +127,8 @@ def test_privacy_has_the_exact_numbers_of_every_site() -> None:
     findings = make()
     gone = SiteFindings("south", ("boot",), "vit", "ef", 1001, 3000, 4004, 1.0, 1999, "failed", "f32")
     privacy = section(card(replace(findings, sites=[*findings.sites, gone])), "Privacy")
-    assert "No formal guarantee. Soft labels over the pool left the sites." in privacy
+    assert "No formal guarantee. No audit is told of: over a network a site sees its own alone" in privacy
+    assert "Soft labels over the pool left the sites." in privacy
     assert "| s00 | 1,434 | 3 | 16-bit (f16) | 8,604 (8.6 kB) |" in privacy
     assert "| s02 | 1,434 | 2 | 16-bit (f16) | 5,736 (5.7 kB) |" in privacy
     assert "| south | 1,001 | 1 | 32-bit (f32) | 4,004 (4.0 kB) |" in privacy
@@ -145,6 +148,13 @@ def test_card_and_report_say_whether_answers_were_sealed(privacy: dict[str, bool
     findings = replace(make(), settings={} if privacy is None else {"privacy": privacy})
     assert words in section(card(findings), "Privacy")
     assert words in render_html(findings, report_dict(findings))
+
+
+def test_report_and_card_say_that_there_is_no_audit_to_show() -> None:
+    findings = make()
+    assert "No audit is told of" in render_html(findings, report_dict(findings))
+    told = SiteAudit(verdict="Found out", auc=0.9, low=0.8, high=0.95, page=None)
+    assert "No audit is told of" not in privacy_summary(replace(findings, audits={"s00": told}))
 
 
 def test_texts_of_people_take_the_place_of_ours() -> None:

@@ -263,6 +263,28 @@ def test_shares_that_were_not_asked_for_are_refused(sums: Sums) -> None:
             sums.server.add_opened("ant", wrong)
 
 
+def test_shares_that_were_opened_for_another_job_are_refused(sums: Sums, tmp_path: Path) -> None:
+    """Same sites, same identities, same samples: only the job is another."""
+    other = Sums(tmp_path / "other", make_terms(SETS, SAMPLES, job="other"), sums.answers)
+    for each in (sums, other):
+        each.advertise()
+        each.share()
+        each.deliver()
+        for site in SETS:
+            each.send(site)
+    theirs = {site: other.sites[site].open(other.server.unmask()) for site in ("ant", "bee")}
+    sums.open(without=["ant", "bee"])
+    for site, opened in theirs.items():
+        with pytest.raises(ProtocolError, match="not opened the shares that were asked for"):
+            sums.server.add_opened(site, opened)
+    with pytest.raises(AskingError, match="3 of 5 sites have opened their shares, 4 are needed"):
+        unmask_sums(sums.server)
+    for site, opened in theirs.items():  # as a site sends them that lies about the job
+        sums.server.add_opened(site, opened.model_copy(update={"terms": sums.terms.digest}))
+    with pytest.raises(ProtocolError, match="do not give it back"):
+        unmask_sums(sums.server)
+
+
 def test_a_folder_holds_one_sum(sums: Sums) -> None:
     with pytest.raises(RunError, match="other terms"):
         SecureSum(sums.server.folder, make_terms(SETS, SAMPLES, attempt=2))

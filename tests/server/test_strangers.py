@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import time
 from pathlib import Path
@@ -32,6 +33,11 @@ def test_a_key_is_written_down_once_and_many_keys_are_not(tmp_path: Path) -> Non
 def test_what_is_no_key_or_cannot_be_written_or_read_does_no_harm(tmp_path: Path) -> None:
     strangers = Strangers(tmp_path)
     strangers.turned_away(b"no key", "unknown")
+    curve, none = bytes.fromhex("2b81040022"), bytes.fromhex("2b8104007f")
+    der = base64.b64decode(b"".join(pem().splitlines()[1:-1])).replace(curve, none)
+    strangers.turned_away(
+        b"-----BEGIN PUBLIC KEY-----\n" + base64.encodebytes(der) + b"-----END PUBLIC KEY-----\n", "unknown"
+    )
     assert strangers.since(0) == []
     strangers.path.write_bytes(b"{}\n\xff\n" + os.urandom(MOST_BYTES))
     assert strangers.since(0) == []

@@ -231,8 +231,15 @@ def test_a_job_that_needs_every_site_releases_nothing_without_one(world: World) 
     world.hinder = after(1, "bee", ROWS)
     with pytest.raises(AskingError, match="3 of 4 sites have sent all their masked answers, 4 are needed; not: bee"):
         run_job(world)
+    run = world.folder / "run"
+    assert not (run / "labels").exists()
+    assert not [*run.rglob("opened*")]  # masks are still on all that is here
+    opened = [read_json(path)["opened"] for path in world.folder.glob("*/state/sums/*.json")]
+    assert opened
+    assert not any(opened)
     world.hinder = lambda site, kind: None
     assert len(run_job(world)["sites"]) == 4  # the same run goes on
+    assert [*run.rglob("q.npy")]
 
 
 def test_the_same_command_goes_on_after_a_failure(world: World) -> None:

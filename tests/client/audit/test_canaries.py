@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from opacus.optimizers import optimizer
 
 from consilience.client.audit import canaries
 from consilience.client.audit.canaries import CanaryAudit, audit_canaries, choose, suspicion
@@ -158,6 +160,27 @@ def test_behind_noisy_gradients_it_stays_below_what_the_training_cost(site: Path
 def test_a_mechanism_whose_noise_is_missing_is_found_out(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Secret, "normal", lambda self, purpose, images, count: np.zeros((len(images), count)))
     found = audit(site, {"mechanism": "output-noise", "sigma": 200.0})
+    assert found.upper is not None
+    assert found.lower > found.upper
+    assert not found.holds
+
+
+@pytest.mark.slow
+def test_votes_without_noise_are_found_out(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two parts, or the vote itself hides a canary, and the audit is blind to what noise does."""
+    monkeypatch.setattr(Secret, "normal", lambda self, purpose, images, count: np.zeros((len(images), count)))
+    found = audit(site, {"mechanism": "pate", "parts": 2, "sigma": 400.0})
+    assert found.upper is not None
+    assert found.lower > found.upper
+    assert not found.holds
+
+
+@pytest.mark.slow
+def test_gradients_without_noise_are_found_out(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "_generate_noise", lambda std, reference, **_: torch.zeros_like(reference))
+    private = {"mechanism": "dp-sgd", "noise_multiplier": 50.0, "clip": 20.0}  # cut to 1, nothing is learned by heart
+    settings = settings_of(site, private, fit={**EAGER, "epochs": 40}, teacher={"holdout": 0.0})
+    found = audit_canaries(settings, canaries=60, seed=7)
     assert found.upper is not None
     assert found.lower > found.upper
     assert not found.holds
