@@ -13,7 +13,14 @@ from consilience.client.coverage import Coverage
 from consilience.client.features import OpenTap
 from consilience.client.ledger import utc_now
 from consilience.client.summing import noise_card
-from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher
+from consilience.client.teacher import (
+    CalibratedMulti,
+    CalibratedTeacher,
+    MultiTeacher,
+    Teacher,
+    describe_teacher,
+    holdout_ap,
+)
 from consilience.common.data import open_data
 from consilience.common.errors import DataError
 from consilience.common.identity import key_fingerprint, key_line
@@ -23,7 +30,11 @@ from consilience.common.vouching import Signer
 
 
 def card_of(
-    settings: SiteSettings, teacher: Teacher, coverage: Coverage | None, taps: Sequence[OpenTap], signer: Signer | None
+    settings: SiteSettings,
+    teacher: Teacher | MultiTeacher,
+    coverage: Coverage | None,
+    taps: Sequence[OpenTap],
+    signer: Signer | None,
 ) -> SiteCard:
     """Return the card of a site with this teacher, coverage, taps and key.
 
@@ -33,6 +44,7 @@ def card_of(
     description, accuracy = describe_teacher(settings)
     policy = settings.policy
     return SiteCard(
+        labels=settings.teacher.labels,
         name=settings.name,
         classes=teacher.classes,
         encodings=policy.encodings,
@@ -40,6 +52,7 @@ def card_of(
         description=description,
         policy=policy.version,
         holdout_accuracy=accuracy if policy.holdout_accuracy else None,
+        holdout_ap=holdout_ap(settings) if policy.holdout_accuracy else None,
         calibration=_calibration(teacher) if policy.holdout_accuracy else None,
         class_priors=_class_priors(settings, teacher) if policy.class_priors else None,
         coverage=_coverage(policy, coverage),
@@ -74,8 +87,8 @@ def tells_bases(policy: Policy) -> bool:
     return not (policy.approval or policy.sealed_only or ended)
 
 
-def _calibration(teacher: Teacher) -> CalibrationCard | None:
-    record = teacher.record if isinstance(teacher, CalibratedTeacher) else None
+def _calibration(teacher: Teacher | MultiTeacher) -> CalibrationCard | None:
+    record = teacher.record if isinstance(teacher, CalibratedTeacher | CalibratedMulti) else None
     if record is None or record.before is None or record.after is None:
         return None
     return CalibrationCard(
@@ -88,7 +101,7 @@ def _calibration(teacher: Teacher) -> CalibrationCard | None:
     )
 
 
-def _class_priors(settings: SiteSettings, teacher: Teacher) -> tuple[float, ...] | None:
+def _class_priors(settings: SiteSettings, teacher: Teacher | MultiTeacher) -> tuple[float, ...] | None:
     if settings.data is None:
         return None
     data = open_data(settings.data)

@@ -18,12 +18,14 @@ class LabelSpace:
     """The union of the sites' classes, by name.
 
     `names` are the L canonical class names. `sites` are the sites' names and `class_sets[i]` the indices into
-    `names` of site i's classes, in the order its teacher declares them.
+    `names` of site i's classes, in the order its teacher declares them. `multi`: the classes are labels that do not
+    exclude one another; else an image is of one class.
     """
 
     names: tuple[str, ...]
     sites: tuple[str, ...]
     class_sets: tuple[tuple[int, ...], ...]
+    multi: bool = False
 
     @classmethod
     def build(
@@ -31,6 +33,8 @@ class LabelSpace:
         site_classes: Mapping[str, Sequence[str]],
         synonyms: Mapping[str, Sequence[str]] | None = None,
         order: Sequence[str] | None = None,
+        *,
+        multi: bool = False,
     ) -> LabelSpace:
         """Align the sites' class names.
 
@@ -51,7 +55,7 @@ class LabelSpace:
         names = _ordered(found, order)
         index = {name: i for i, name in enumerate(names)}
         sets = tuple(tuple(index[name] for name in known[site]) for site in known)
-        return cls(tuple(names), tuple(known), sets)
+        return cls(tuple(names), tuple(known), sets, multi)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -111,9 +115,10 @@ class LabelSpace:
         return tuple(sorted(set(self.class_sets[site]) & set(self.class_sets[other])))
 
     def warnings(self) -> list[str]:
-        """Say in plain words what the overlap leaves open; empty when the overlap graph is connected."""
+        """Say in plain words what the overlap leaves open; empty when the overlap graph is connected, or each label is
+        by itself."""
         count = max(self.components) + 1
-        if count == 1:
+        if count == 1 or self.multi:
             return []
         groups = [
             "{" + ", ".join(n for n, c in zip(self.names, self.components, strict=True) if c == k) + "}"
