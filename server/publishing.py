@@ -21,7 +21,7 @@ from consilience.common.data import ImageData
 from consilience.common.files import read_json, write_bytes, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
-from consilience.common.protocol import Guarantee, SiteCard
+from consilience.common.protocol import LABEL_KINDS, Guarantee, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks
@@ -210,7 +210,7 @@ def _site(
     coverage_auroc: float | None,
     guarantee: Guarantee | None,
 ) -> SiteFindings:
-    stores = [store for store in held if store.about.kind == "log-probs"]
+    stores = [store for store in held if store.about.kind in LABEL_KINDS.values()]
     covers = [store for store in held if store.about.kind == "coverage"]
     asked = sum(store.about.size for store in stores)
     answered = sum(len(store) for store in stores)

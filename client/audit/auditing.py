@@ -81,8 +81,8 @@ def audit_site(
 def check_audit(site: Site, shadows: int) -> None:
     """See, before anything is trained, that the site can be audited with so many shadow teachers.
 
-    Raises `SettingsError` for fewer than `LEAST_SHADOWS` and for a multi-label teacher; `TeacherError` where the teacher was trained from other
-    settings or data, or hardly anything was held out; what loading private data raises.
+    Raises `SettingsError` for fewer than `LEAST_SHADOWS` and for a multi-label teacher; `TeacherError` where the
+    teacher was trained from other settings or data, or hardly anything was held out; what loading private data raises.
     """
     check_shadows(shadows)
     single_teacher(site)

@@ -49,8 +49,8 @@ def mine(settings: SiteSettings, data: ImageData) -> tuple[NDArray[np.int64], ND
     """Return the ids (n,) of private images of the teacher's classes, their labels (n,) in [0, K), and K.
 
     Data without labels is one class: all of it is the site's. Of data with any number of labels an image it is the
-    images to which at least one of the teacher's applies, as one class. Raises `CoverageError` when no image is of a class that
-    the teacher knows.
+    images to which at least one of the teacher's applies, as one class. Raises `CoverageError` when no image is of a
+    class that the teacher knows.
     """
     if data.many is not None:
         return _labelled(settings, data, data.many)

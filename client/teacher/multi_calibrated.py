@@ -192,7 +192,7 @@ def _mean(scores: list[CalibrationScores]) -> CalibrationScores | None:
 
 
 def _of_teacher(data: ImageData, teacher: MultiTeacher) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """Return all ids (n,) of the data, and labels (n, k) in the teacher's order, -1 for those that the data have not."""
+    """Return all ids (n,) of the data, and labels (n, k) in the teacher's order, -1 where the data have no such."""
     many = data.need_many("The private data of a multi-label teacher")
     column = {name: k for k, name in enumerate(data.class_names)}
     labels = np.full((len(data), len(teacher.classes)), -1, np.int8)
@@ -215,10 +215,10 @@ def _read(settings: SiteSettings, teacher: MultiTeacher) -> MultiCalibrationReco
     path = _path(settings)
     record = read_kept(path, MultiCalibrationRecord, TeacherError, _AGAIN)
     held = None if record is None else record.temperatures
-    if record is not None and held is not None and record.teacher == teacher.fingerprint:
-        if len(held) != len(teacher.classes):
-            raise TeacherError(
-                f"{path}: it has {len(held)} temperatures; the teacher knows {len(teacher.classes)} labels",
-                hint=f"Remove {path}, then {_AGAIN}",
-            )
+    own = record is not None and record.teacher == teacher.fingerprint
+    if own and held is not None and len(held) != len(teacher.classes):
+        raise TeacherError(
+            f"{path}: it has {len(held)} temperatures; the teacher knows {len(teacher.classes)} labels",
+            hint=f"Remove {path}, then {_AGAIN}",
+        )
     return record

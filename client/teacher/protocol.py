@@ -60,7 +60,7 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Scoring:
-    """A function that preprocesses and scores, of whichever kind of teacher. `where` names file or callable in errors."""
+    """A function that preprocesses and scores, of any kind of teacher. `where` names file or callable in errors."""
 
     classes: tuple[str, ...]
     fingerprint: str
@@ -69,7 +69,7 @@ class Scoring:
     scores: Scores
 
     def scored(self, images: Images) -> Any:
-        """Return what the function gives for (n, H, W, C) uint8, unchecked; None where n is 0. Raises `TeacherError`."""
+        """Return what the function gives for (n, H, W, C) uint8, unchecked; None if n is 0. Raises `TeacherError`."""
         if images.ndim != 4 or images.dtype != np.uint8:
             raise TeacherError(
                 f"{self.where}: asked about {images.dtype} images of shape {images.shape}; expected (n, H, W, C) uint8"

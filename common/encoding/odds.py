@@ -6,8 +6,8 @@ A row over k labels is, as `f32` and `f16`, k numbers. As `u8` it is k signed by
     |error of the log-odds d| <= 0.0386 sqrt(|d|) + 0.0004      where |d| <= 24
     |error of the probability| <= 0.0072
 
-`top-K` has the m = min(K, k) likeliest labels (ids, then log-odds f16) and, where labels are left, the log-odds of their
-mean probability (f16): they are decoded as all having that. `votes` has one bit a label, lowest bit first, 1 where the
+`top-K` has the m = min(K, k) likeliest labels (ids, then log-odds f16) and, where labels are left, the log-odds of
+their mean probability (f16): they are decoded as all having that. `votes` has one bit a label, lowest bit first, 1 where the
 label is likelier than not; it is decoded as a probability of 1 - OTHERS or OTHERS.
 """
 
@@ -182,7 +182,7 @@ class OddsVotes:
     def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
         """Say which of (n, row_bytes) encoded rows has a bit behind its last label; None when none has."""
         spare = 8 * raw.shape[1] - classes
-        row = first(np.asarray(raw[:, -1] >> (8 - spare) > 0)) if spare else None
+        row = first(np.asarray(raw[:, -1:] >= 1 << (8 - spare)).any(axis=1)) if spare else None
         return None if row is None else (row, f"has a bit behind its last of {classes} labels")
 
     def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:

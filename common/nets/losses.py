@@ -69,7 +69,7 @@ class SupervisedLabels:
 
 
 def label_loss(logits: Tensor, probs: Tensor, known: Tensor) -> Tensor:
-    """Return the mean over the batch of the binary cross-entropy of logits (b, L) to `probs` (b, L), summed over labels.
+    """Return the mean over the batch of the binary cross-entropy of (b, L) logits to `probs` (b, L), summed over L.
 
     Entries that are not `known` (b, L) do not count, whatever they hold.
     """

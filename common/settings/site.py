@@ -44,9 +44,9 @@ class SiteSettings(Settings):
     coverage: Coverage = Coverage()
     calibration: Literal["temperature", "dirichlet", "off"] = "temperature"
     """How the teacher's probabilities are made as good as they claim to be, by `consilience site train`: by one number
-    for all classes (of a multi-label teacher, one for each label), by a matrix over them (which needs 20 held-out samples of every class), or not at all. What is
-    fitted on: the part that `teacher.holdout` keeps out of training; for a hosted teacher `data`, which should be
-    images that it was not trained on."""
+    for all classes (of a multi-label teacher, one for each label), by a matrix over them (which needs 20 held-out
+    samples of every class), or not at all. What is fitted on: the part that `teacher.holdout` keeps out of training;
+    for a hosted teacher `data`, which should be images that it was not trained on."""
     pools: tuple[Path, ...] = ()
     """Folders of public pools the site holds a copy of; a question names one by its digest."""
     state: Path = Path("state")
