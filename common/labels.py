@@ -95,7 +95,12 @@ class LabelSpace:
 
     @cached_property
     def components(self) -> tuple[int, ...]:
-        """For each class the number of its component of the class-overlap graph, from 0 in order of classes."""
+        """For each class the number of its component of the class-overlap graph, from 0 in order of classes.
+
+        One component where `multi`: of labels that do not exclude one another no odds are open.
+        """
+        if self.multi:
+            return (0,) * len(self.names)
         parent = list(range(len(self.names)))
 
         def root(label: int) -> int:
@@ -115,10 +120,9 @@ class LabelSpace:
         return tuple(sorted(set(self.class_sets[site]) & set(self.class_sets[other])))
 
     def warnings(self) -> list[str]:
-        """Say in plain words what the overlap leaves open; empty when the overlap graph is connected, or each label is
-        by itself."""
+        """Say in plain words what the overlap leaves open; empty when the overlap graph is connected."""
         count = max(self.components) + 1
-        if count == 1 or self.multi:
+        if count == 1:
             return []
         groups = [
             "{" + ", ".join(n for n, c in zip(self.names, self.components, strict=True) if c == k) + "}"

@@ -23,6 +23,7 @@ from consilience.server.judge import Judgement
 from consilience.server.report_amalgamation import amalgamation_views
 from consilience.server.report_coverage import coverage_views
 from consilience.server.report_findings import Findings
+from consilience.server.report_multi import multi_view
 from consilience.server.report_privacy import sealing_line
 from consilience.server.report_samples import sample_views
 
@@ -49,13 +50,15 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
     """Return the page. Names come from sites and are untrusted: the templates escape all but our own figures."""
     environment = page_templates("consilience.server")
     environment.filters["backticks"] = backticks
+    judged = findings.judgement or findings.labelled
     views = {
         "contenders": contenders(report),
+        "multi": multi_view(report),
         "overlap": overlap(findings),
         "partition": partition(findings),
         "classes": classes(report),
         "confusion": confusion(findings.judgement, findings.space.names),
-        "reliability": plots.reliability(findings.judgement.reliability) if findings.judgement else None,
+        "reliability": plots.reliability(judged.reliability) if judged and judged.reliability else None,
         "agreement": agreement(findings),
         "learning": learning(findings),
         "samples": sample_views(findings),

@@ -7,8 +7,8 @@ A row over k labels is, as `f32` and `f16`, k numbers. As `u8` it is k signed by
     |error of the probability| <= 0.0072
 
 `top-K` has the m = min(K, k) likeliest labels (ids, then log-odds f16) and, where labels are left, the log-odds of
-their mean probability (f16): they are decoded as all having that. `votes` has one bit a label, lowest bit first, 1 where the
-label is likelier than not; it is decoded as a probability of 1 - OTHERS or OTHERS.
+their mean probability (f16): they are decoded as all having that. `votes` has one bit a label, lowest bit first, 1
+where the label is likelier than not; it is decoded as a probability of 1 - OTHERS or OTHERS.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class OddsLargest:
         if row is not None:
             return row, f"names label {int(ids[row].max())} of {classes}, which are counted from 0"
         known = values if rest is None else np.concatenate([values, rest], axis=1)
-        row = first(~(np.abs(known) <= MOST_ODDS).all(axis=1))
+        row = first(~np.all(np.abs(known) <= MOST_ODDS, axis=1))
         if row is not None:
             return row, _BEYOND
         falls = (values[:, :-1] > values[:, 1:]) | ((values[:, :-1] == values[:, 1:]) & (ids[:, :-1] < ids[:, 1:]))
@@ -147,7 +147,7 @@ class OddsLargest:
             return row, "names a label twice"
         if rest is None:
             return None
-        row = first((rest > values[:, -1:])[:, 0])
+        row = first(np.any(rest > values[:, -1:], axis=1))
         return None if row is None else (row, "takes a label not sent for likelier than one that is")
 
     def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
@@ -182,7 +182,7 @@ class OddsVotes:
     def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
         """Say which of (n, row_bytes) encoded rows has a bit behind its last label; None when none has."""
         spare = 8 * raw.shape[1] - classes
-        row = first(np.asarray(raw[:, -1:] >= 1 << (8 - spare)).any(axis=1)) if spare else None
+        row = first(np.any(raw[:, -1:] >= 1 << (8 - spare), axis=1)) if spare else None
         return None if row is None else (row, f"has a bit behind its last of {classes} labels")
 
     def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
