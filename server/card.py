@@ -74,8 +74,8 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
     space, student = findings.space, findings.student
     what = f"{number_of(len(space), 'label')} that do not exclude one another" if space.multi else ""
     about = findings.card.about.strip() or (
-        f"An image classifier for {what or number_of(len(space), 'class', 'classes')}. It was trained from the answers of "
-        f"{number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, without "
+        f"An image classifier for {what or number_of(len(space), 'class', 'classes')}. It was trained from the answers "
+        f"of {number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, without "
         "their data or weights (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
     )
     shape = " × ".join(map(str, findings.pool.shape))

@@ -4,8 +4,8 @@ Lives here: average precision label by label and on average, for the student and
 where the arrays come from (server/publishing_multi), how results are told (server/report_multi), students of one label
 an image (server/judge). Test labels come in here and nowhere else; nothing here feeds a choice.
 
-A contender that says nothing of a label scores all images alike there: its average precision is then the share of images
-to which the label applies, which is what chance comes to.
+A contender that says nothing of a label scores all images alike there: its average precision is then the share of
+images to which the label applies, which is what chance comes to.
 """
 
 from __future__ import annotations

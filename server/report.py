@@ -33,9 +33,9 @@ _ABSOLUTE = re.compile(r"(?:/|[A-Za-z]:[\\/]).*?([^\\/]+)[\\/]*", re.DOTALL)
 def report_dict(findings: Findings) -> dict[str, Any]:
     """Return report.json: strict JSON values, null for what is not known, never NaN.
 
-    Of a multi-label run `multi_label` tells mean average precision in place of accuracy, which is null; of another it is
-    null. `student.accuracy`, `student.calibration_error` and every `baselines.*.accuracy` are numbers or null; lists are
-    empty where there is nothing to list. What may differ between two runs of one seed is named at `comparable`.
+    Of a multi-label run `multi_label` tells mean average precision in place of accuracy, which is null; of another it
+    is null. `student.accuracy`, `student.calibration_error` and every `baselines.*.accuracy` are numbers or null; lists
+    are empty where there is nothing to list. What may differ between two runs of one seed is named at `comparable`.
     Absolute paths in the settings keep their last part only: a report is shown to others.
     """
     judged = findings.judgement

@@ -94,8 +94,9 @@ class SiteFindings:
 
     `classes` are its own names in the order of its answers. `asked`, `answers` and `missed` count samples of pool and
     test pool together; `bytes` is the size of the answers. `reason` says why samples were missed. `precision` is the
-    encoding of its answers. `holdout_accuracy`, `holdout_ap` and `calibration` (the fields of `CalibrationCard`) are the site's own
-    claims about its teacher, where it makes them. All these are about log-probabilities; `coverage` is about coverage.
+    encoding of its answers. `holdout_accuracy`, `holdout_ap` and `calibration` (the fields of `CalibrationCard`) are
+    the site's own claims about its teacher, where it makes them. All these are about its teacher's answers; `coverage`
+    is about coverage.
     `features`: what it told of features, None where it was not asked for any.
     `coverage_auroc`: AUROC of its coverage as a score for "this image is of one of my classes", None where that is not
     known. `guarantee` (the fields of `Guarantee`): what its answers come to, by its own word, where it has a mechanism.
@@ -204,8 +205,8 @@ class Findings:
     `space` holds the sites that took part to the end, in the order of every array here; `sites` may list more.
     `learning` has the curves `student` and, where there is one, `oracle`. `agreement` is what `judge.agreement`
     gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
-    the job as a plain mapping. `judgement` is of a run of one label an image, `labelled` of a multi-label one; without a
-    test set there is neither. `amalgamation` is the student's amalgamation.json, None where no features were learnt
+    the job as a plain mapping. `judgement` is of a run of one label an image, `labelled` of a multi-label one; without
+    a test set there is neither. `amalgamation` is the student's amalgamation.json, None where no features were learnt
     from. `audits` is what the sites of a simulation found out about their own answers.
     """
 
