@@ -173,6 +173,8 @@ class Site:
         within = all(label < len(contract.labels) for label in contract.class_set)
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
+        if contract.secure_sum:
+            self.check_kind("log-probs")
         taps = self.taps_named(contract.features)
         pools = [self.pool(digest) for digest in dict.fromkeys(contract.pools)]
         tried = min(self.settings.batch_size, len(pools[0]))

@@ -96,6 +96,7 @@ def partition(
 
 
 def number_of_sites(scheme: PartitionSettings) -> int:
+    """Return how many sites a partition makes."""
     return len(scheme.classes) if isinstance(scheme, ClassLists) else scheme.sites
 
 
@@ -106,6 +107,7 @@ class Streams:
         self._seed = seed
 
     def generator(self, purpose: Purpose) -> np.random.Generator:
+        """Return the generator of one purpose, from its beginning."""
         return np.random.default_rng(self._sequence(purpose))
 
     def number(self, purpose: Purpose) -> int:

@@ -146,7 +146,9 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
     pool, unify = findings.pool, findings.unify
     facts = [
         f"* Pool: {number_of(pool.size, 'unlabelled image')}, digest {code(pool.digest)}",
-        f"* Unification: {escape(unify.method)}, {number_of(unify.components, 'component')}, across components: "
+        "* Unification: each label by itself, the mean of the log-odds of the sites that know it"
+        if findings.space.multi
+        else f"* Unification: {escape(unify.method)}, {number_of(unify.components, 'component')}, across components: "
         f"{escape(unify.across)}",
         f"* Seed: {findings.seed}",
     ]

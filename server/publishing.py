@@ -85,7 +85,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
     settings, space, diagnostics = outcome.settings, outcome.space, outcome.diagnostics
     student = StudentModel(outcome.run / "student")
     guarantees = read_guarantees(outcome.run)
-    converged = 1 - diagnostics.not_converged / max(diagnostics.samples, 1)
+    converged = None if space.multi else 1 - diagnostics.not_converged / max(diagnostics.samples, 1)
     joined = _joined(outcome)
     warnings = [] if joined else list(space.warnings())
     if diagnostics.not_converged:
@@ -97,6 +97,11 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         warnings.append(
             f"The student learnt by {learning}, which says nothing about the odds between components; "
             "student.learning: soft-labels would follow the rule unify.across."
+        )
+    if diagnostics.lacking:
+        warnings.append(
+            f"{diagnostics.lacking:,} labels of samples are left out of learning: no site that knows them answered "
+            "about those samples."
         )
     if diagnostics.apart:
         warnings.append(
@@ -144,7 +149,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             max(space.components) + 1,
             diagnostics.seconds,
             converged,
-            diagnostics.largest_residual,
+            None if space.multi else diagnostics.largest_residual,
             joined,
             settings.unify.strength if settings.unify.method == "ce" else None,
             settings.unify.strengths,

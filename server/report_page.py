@@ -140,7 +140,9 @@ def partition(findings: Findings) -> dict[str, Any]:
     space, part = findings.space, findings.partition
     if part is not None:
         counts = np.asarray(part.counts, np.int64)
-        sites, names, total = part.sites, part.classes, int(counts.sum())
+        # An image of several labels is counted for each.
+        total = None if findings.space.multi else int(counts.sum())
+        sites, names = part.sites, part.classes
         # The square root keeps small counts visible beside large ones.
         values = np.sqrt(counts / max(1, counts.max(initial=0)))
         title = "Private images by site and class"
