@@ -110,7 +110,7 @@ def split_images(labels: Labels, share: float, seed: int) -> tuple[NDArray[np.in
     held_out[order[: min(round(share * len(labels)), len(labels) - 1)]] = True
     for label in range(labels.shape[1]):
         having = np.flatnonzero(labels[:, label] > 0)
-        if held_out[having].all():
+        if len(having) and held_out[having].all():
             held_out[having[0]] = False
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 

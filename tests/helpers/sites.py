@@ -23,7 +23,7 @@ from consilience.common.protocol import (
     Refusal,
     SiteCard,
 )
-from consilience.common.settings import ENCODINGS, CoverageEncoding
+from consilience.common.settings import ENCODINGS, CoverageEncoding, LabelKind
 from consilience.common.vouching import Signer
 from consilience.deploy.local_grid import LocalGrid
 
@@ -50,7 +50,7 @@ def honest(question: Question, attempt: int) -> RecordDict:
     if question.kind == "coverage":
         data = encode_coverage(covered(question), cast(CoverageEncoding, question.encoding))
     else:
-        data = encode(rows(question), question.encoding)
+        data = encode(rows(question), question.encoding, odds=question.kind == "log-odds")
     return Answer(question, data, 0.1).to_content()
 
 
@@ -65,9 +65,11 @@ class Sites:
         coverage: dict[str, tuple[CoverageEncoding, ...]] | None = None,
         features: dict[str, FeaturesCard] | None = None,
         keys: dict[str, PrivateKey] | None = None,
+        labels: dict[str, LabelKind] | None = None,
     ) -> None:
         self.handlers, self.cards, self.classes = handlers, cards or {}, classes or {}
         self.coverage, self.features, self.keys = coverage or {}, features or {}, keys or {}
+        self.labels = labels or {}
         self.attempts: dict[tuple[str, int], int] = {}
         self.asked_coverage: dict[tuple[str, int], int] = {}
         self.asked_features: dict[tuple[str, str, int], int] = {}
@@ -81,6 +83,7 @@ class Sites:
         """Present the site."""
         name = str(context.node_config["name"])
         card = SiteCard(
+            labels=self.labels.get(name, "single"),
             name=self.cards.get(name, name),
             classes=self.classes.get(name, ("a", "b", "c")),
             encodings=ENCODINGS,

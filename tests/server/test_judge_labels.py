@@ -69,7 +69,9 @@ def test_contenders_are_told_apart() -> None:
 
 def test_a_site_that_did_not_answer_and_a_label_that_nobody_told_are_no_obstacle() -> None:
     unified = np.stack([expit(EAST[:, 0]), expit(EAST[:, 1]), np.full(4, np.nan)], axis=1)
-    found = judge_labels(TRUTH, SPACE, [EAST, None], unified, np.log(np.full((4, 3), 0.5)), np.log(np.full((4, 3), 0.5)))
+    found = judge_labels(
+        TRUTH, SPACE, [EAST, None], unified, np.log(np.full((4, 3), 0.5)), np.log(np.full((4, 3), 0.5))
+    )
     assert found.sites[1].teacher is None
     assert found.labels[2].unified_ensemble == pytest.approx(1 / 3)
     assert found.baselines["naive"] == pytest.approx((1 + 1 + 1 / 3) / 3)
