@@ -38,7 +38,7 @@ def test_every_image_goes_to_one_place(n: int, share: float, skew: float, seed: 
     for ids, own, counts in zip(parts.sites, parts.classes, parts.counts, strict=True):
         assert len(ids) >= 1
         assert np.array_equal(np.flatnonzero(counts), [k for k in own if many[ids, k].any()])
-        assert counts[list(own)].tolist() == many[np.ix_(ids, list(own))].sum(axis=0).tolist()
+        assert counts[list(own)].tolist() == many[ids][:, list(own)].sum(axis=0).tolist()
     again = partition_labels(many, NAMES, simulation(pool_share=share, quantity_skew=skew), seed)
     assert np.array_equal(again.pool, parts.pool)
 

@@ -178,10 +178,10 @@ def test_what_takes_one_label_an_image_is_refused(
 
 def test_test_images_must_be_labelled_as_the_answers_are(home: Path, reporter: Reporter) -> None:
     changes = {"test": {"kind": "npz", "path": "single.npz"}, "pool_labels": None}
-    with pytest.raises(DataError, match="judge.test has one label an image"):
+    with pytest.raises(DataError, match=r"judge.test has one label an image"):
         do(home, reporter, judge=changes)
     shutil.rmtree(home / "run")
-    with pytest.raises(DataError, match="judge.test has any number of labels an image"):
+    with pytest.raises(DataError, match=r"judge.test has any number of labels an image"):
         do(home, reporter, labels={})
 
 
@@ -207,7 +207,7 @@ def test_log_odds_that_are_none_are_refused(home: Path, reporter: Reporter, valu
         data = np.full((len(question), 3), value, "<f4").tobytes()
         return Answer(question, data, 0.1).to_content()
 
-    with pytest.raises(AskingError, match="east lacks .*log-odds: row 0 holds a number that is not finite or beyond"):
+    with pytest.raises(AskingError, match=r"east lacks .*log-odds: row 0 holds a number that is not finite or beyond"):
         do(home, reporter, {"east": hostile, "west": honest})
 
 

@@ -53,4 +53,5 @@ def test_other_labels_are_another_lesson() -> None:
     labels = np.array([[1, 0], [0, 1]], np.int8)
     prints = {SupervisedLabels(held, CPU).fingerprint for held in (labels, labels[::-1], labels.reshape(1, 4))}
     assert len(prints) == 3
-    assert SoftMultiLabels(labels, CPU, 1.0, "a").fingerprint != SoftMultiLabels(labels, CPU, 2.0, "a").fingerprint
+    soft = labels.astype(np.float32)
+    assert SoftMultiLabels(soft, CPU, 1.0, "a").fingerprint != SoftMultiLabels(soft, CPU, 2.0, "a").fingerprint
