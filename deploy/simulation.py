@@ -22,7 +22,7 @@ from consilience.client.app import forget_sites
 from consilience.client.coverage import learn_and_show
 from consilience.client.features import learn_and_show_bases
 from consilience.client.privacy import train_private, training_epochs
-from consilience.client.teacher import calibrate_teacher
+from consilience.client.teacher import calibrate_any
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
@@ -237,7 +237,7 @@ def train_site(path: Path, reporter: Reporter) -> None:
         name = f"training {settings.name} ({settings.teacher.architecture})"
         train_private(settings, epoch_task(reporter, name, training_epochs(settings)))
         if settings.calibration != "off":
-            calibrate_teacher(settings)
+            calibrate_any(settings)
     if settings.policy.coverage != "off":
         learn_and_show(settings, reporter)
     learn_and_show_bases(settings, reporter)

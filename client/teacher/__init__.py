@@ -45,6 +45,7 @@ __all__ = [
     "MultiTeacher",
     "Teacher",
     "TrainedTeacher",
+    "calibrate_any",
     "calibrate_teacher",
     "describe_teacher",
     "holdout_ap",
@@ -91,14 +92,19 @@ def load_teacher(settings: SiteSettings) -> CalibratedTeacher:
     return calibrated if noisy is calibrated else CalibratedTeacher(noisy, None, f"{calibrated.told}, before noise")
 
 
-def calibrate_teacher(settings: SiteSettings) -> CalibrationRecord | MultiCalibrationRecord:
+def calibrate_any(settings: SiteSettings) -> CalibrationRecord | MultiCalibrationRecord:
     """Fit the calibration of the site's teacher on private data that it was not trained on, and keep it.
 
-    Returns at once when that was done for this teacher, these data and this method. Raises what `load_teacher` raises,
+    Returns at once when that was done for this teacher, these data and this method. Raises what `load_any` raises,
     `SettingsError` when calibration is off or the settings name no data, `DataError`, `StorageError`, and `RunError`
     when another process is at it.
     """
-    return fit_temperatures(settings, _load_multi(settings)) if is_multi(settings) else fit(settings, _load(settings))
+    return fit_temperatures(settings, _load_multi(settings)) if is_multi(settings) else calibrate_teacher(settings)
+
+
+def calibrate_teacher(settings: SiteSettings) -> CalibrationRecord:
+    """Do as `calibrate_any` for a single-label teacher."""
+    return fit(settings, _load(settings))
 
 
 def _load(settings: SiteSettings) -> Teacher:

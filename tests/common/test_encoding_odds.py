@@ -22,7 +22,7 @@ ENCODINGS = ["f32", "f16", "u8", "top-1", "top-3", "votes"]
 
 
 def there_and_back(rows: np.ndarray, encoding: str) -> np.ndarray:
-    return decode(encode(rows, encoding, odds=True), *rows.shape, encoding, odds=True)
+    return decode(encode(rows, encoding, odds=True), len(rows), rows.shape[1], encoding, odds=True)
 
 
 @given(ROWS)

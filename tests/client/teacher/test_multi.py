@@ -20,7 +20,7 @@ from consilience.client.coverage.samples import mine
 from consilience.client.features import open_taps
 from consilience.client.privacy import train_private
 from consilience.client.shaping import shape_odds
-from consilience.client.teacher import CalibratedMulti, calibrate_teacher, holdout_ap, load_any, load_teacher
+from consilience.client.teacher import CalibratedMulti, calibrate_any, holdout_ap, load_any, load_teacher
 from consilience.client.teacher.multi import checked_odds
 from consilience.client.teacher.multi_calibrated import fit_label
 from consilience.client.teacher.multi_trained import split_images
@@ -55,7 +55,7 @@ def test_a_trained_one_learns_each_label_and_measures_it_on_what_it_held_out(
 ) -> None:
     settings = site(data=private, **TRAIN)
     train_private(settings)
-    record = calibrate_teacher(settings)
+    record = calibrate_any(settings)
     teacher = load_any(settings)
     assert isinstance(teacher, CalibratedMulti)
     assert teacher.classes == ("left", "right")  # a label that no image has cannot be learned
@@ -84,7 +84,7 @@ def test_what_is_not_known_is_no_lesson(site: Site, private: dict[str, Any], tmp
         arrays = dict(held)
     labels = arrays["y"].astype(np.float32)
     labels[80:, 0] = np.nan
-    np.savez(tmp_path / "private.npz", **(arrays | {"y": labels}))
+    np.savez(tmp_path / "private.npz", x=arrays["x"], y=labels, names=arrays["names"])
     settings = site(data=private, **(TRAIN | {"holdout": 0.0}))
     train_private(settings)
     found = load_any(settings)
@@ -120,7 +120,7 @@ def test_labels_that_are_none_are_refused(
 ) -> None:
     with np.load(tmp_path / "private.npz") as held:
         arrays = dict(held)
-    np.savez(tmp_path / "private.npz", **(arrays | {"y": labels}))
+    np.savez(tmp_path / "private.npz", x=arrays["x"], y=labels, names=arrays["names"])
     with pytest.raises(DataError, match=reason):
         open_data(private_source(site(data=private, **TRAIN)))
 
@@ -172,7 +172,7 @@ def test_a_hosted_one_gives_the_logits_of_its_network(site: Site, private: dict[
     assert teacher.fingerprint != load_teacher(site(**common)).fingerprint
     assert teacher.log_odds(images[:0]).shape == (0, 3)
     # An untrained network is never made surer on data that it may have seen.
-    assert calibrate_teacher(settings).samples == 160
+    assert calibrate_any(settings).samples == 160
     calibrated = load_any(settings)
     assert isinstance(calibrated, CalibratedMulti)
     assert calibrated.record is not None
@@ -199,7 +199,7 @@ def test_temperatures_keep_the_order_of_images(site: Site, private: dict[str, An
     settings = site(data=private, **TRAIN)
     train_private(settings)
     bare = load_any(settings)
-    record = calibrate_teacher(settings)
+    record = calibrate_any(settings)
     assert isinstance(bare, CalibratedMulti)
     record = record.model_copy(update={"temperatures": (2.0, 0.5)})
     behind = CalibratedMulti(bare.teacher, record, "")  # type: ignore[arg-type]
