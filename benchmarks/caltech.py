@@ -3,11 +3,11 @@
 Caltech-101 without its background and without Faces_easy, the same photographs as Faces: 100 classes, of which a seed
 gives 50 to each of two sites. The sites' teachers are frozen EfficientNet-Lite0 and Lite1 with linear heads, learned
 from private images, hosted as callables whose `penultimate` features take part. The student is a frozen Lite2
-(`--student lite0`: the first teacher's backbone) with a head that learns from 40 % of the training images, unlabelled:
-from soft labels alone (KD) or in a common space of features too (CFL; Luo et al., IJCAI 2019), each with and without
-the sites' coverage; `oracle` is the same student that learns from the pool's true labels. A student's accuracy on a
-site's test images is told over all 100 classes, as it is used, and over that site's 50, which is what its teacher has
-to choose from.
+(`--student lite0`: the first teacher's backbone) with a head that learns from 40 % of the training images (`--pool`:
+another share, the rest being the sites'), unlabelled: from soft labels alone (KD) or in a common space of features too
+(CFL; Luo et al., IJCAI 2019), each with and without the sites' coverage; `oracle` is the same student that learns from
+the pool's true labels. A student's accuracy on a site's test images is told over all 100 classes, as it is used, and
+over that site's 50, which is what its teacher has to choose from.
 
 Heads' strength is chosen by private images held out, on which sites also calibrate and learn coverage. The student's
 peak learning rate is the one, of two, under which it agrees best with the unified labels of a tenth of the pool that
@@ -64,8 +64,8 @@ BACKBONES = ("lite0", "lite1")
 METHODS = ("KD", "CFL", "KD, coverage", "CFL, coverage")
 RATES = (0.02, 0.1)
 """Peak learning rates that each method has the choice of."""
-POOL, HELD_OUT, CHOSEN_ON = 0.4, 0.2, 0.1
-"""Shares: of the training images that are the pool, of private images, of the pool that the rate is chosen by."""
+POOL, HELD_OUT, CHOSEN_ON = 40, 0.2, 0.1
+"""Percent of the training images; shares: of private images, of the pool that the rate is chosen by."""
 WAYS = ("over_all", "over_own")
 """Classes that a student has the choice of: all, or a site's alone."""
 STRENGTHS = (0.001, 0.01, 0.1)
@@ -114,7 +114,7 @@ def prepare(seed: int, home: Path, work: Path, arguments: argparse.Namespace) ->
     """Make pools, test set and sites, whose teachers `lite` then has by name; returns the sites' files."""
     random = np.random.default_rng(seed)
     (images, labels), names = kept("train", arguments)
-    pool, private = shared_out(labels, random, POOL)
+    pool, private = shared_out(labels, random, arguments.pool / 100)
     write_pools(home, (images[pool], labels[pool]), kept("test", arguments)[0], names)
     cut = round(len(pool) * (1 - CHOSEN_ON))
     for name, ids in (("learned", pool[:cut]), ("chosen-on", pool[cut:])):
@@ -286,12 +286,14 @@ def arguments_too(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's own options."""
     add_data(parser)
     parser.add_argument("--student", choices=("lite2", "lite0"), default="lite2", help="the student's backbone")
+    parser.add_argument("--pool", type=int, default=POOL, metavar="PERCENT", help="of the training images")
 
 
 def main() -> None:
     """Measure what is not measured yet, and show everything."""
     arguments = options(__doc__, arguments_too)
     figures: list[dict[str, Any]] = []
+    scenario = arguments.student if arguments.pool == POOL else f"{arguments.student}-pool-{arguments.pool}"
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         images = [kept(split, arguments)[0][0] for split in ("train", "test")]
@@ -299,9 +301,9 @@ def main() -> None:
             for part in images:
                 lite.remember(backbone, part, work / "features")
         for seed in range(1 if arguments.quick else arguments.seeds):
-            done, chosen = (work / f"{arguments.student}-{name}.json" for name in (seed, "rates"))
+            done, chosen = (work / f"{scenario}-{name}.json" for name in (seed, "rates"))
             if not done.exists():
-                home = work / f"{arguments.student}-{seed}"
+                home = work / f"{scenario}-{seed}"
                 paths = prepare(seed, home, work, arguments)
                 if not chosen.exists():
                     of = {m: {str(r): agreement(m, r, home, paths, arguments) for r in RATES} for m in METHODS}
@@ -313,9 +315,9 @@ def main() -> None:
             figures.append(read_json(done))
             print(f"seed {seed}: {figures[-1]['teachers']} {figures[-1]['students']}", file=sys.stderr)
     places = ("site 1's, of 100", "of 50", "site 2's, of 100", "of 50")
-    title = f"student on {arguments.student}: {len(figures)} seeds, mean ± standard deviation"
+    title = f"student on {arguments.student}, {arguments.pool} % as pool: {len(figures)} seeds, mean ± deviation"
     show(title, ("accuracy, %", *places, "all", "CFL over KD (95 %)"), students(figures), {}, None)
-    told = {"student": arguments.student, "seeds": figures}
+    told = {"student": arguments.student, "pool": arguments.pool, "seeds": figures}
     title = "students less teachers on the teachers' classes, points (95 %)"
     show(title, ("", *places), against_teachers(figures), told, arguments.json)
 

@@ -46,7 +46,7 @@ from consilience.common.sums.messages import SUM_QUESTIONS
 QUESTIONS = (CARD, CONTRACT, ANSWER, *SUM_QUESTIONS)
 QUEUE = 2
 """Questions pulled ahead, and answers waiting to be sent."""
-BUSY_POLL, IDLE_POLL = 0.05, 0.5
+BUSY_POLL, IDLE_POLL = 0.05, 1.0
 """Seconds between two looks for a question: soon after one came, and at most."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before a lost connection is tried again: doubled each time, and at most."""

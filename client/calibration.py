@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, model_validator
 
+from consilience.common.nets.optimizers import plain
 from consilience.common.settings import Settings
 
 Floats = NDArray[np.float64]
@@ -184,7 +185,7 @@ def best_dirichlet(log_probs: Floats, labels: Ints) -> CalibrationMap:
     precision = eye + (1 - eye) * 9 * classes
     matrix = start.clone().requires_grad_()
     intercept = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
+    optimizer = plain(torch.optim.LBFGS)(
         [matrix, intercept],
         max_iter=500,
         tolerance_grad=1e-7,

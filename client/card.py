@@ -11,7 +11,6 @@ import numpy as np
 
 from consilience.client.coverage import Coverage
 from consilience.client.features import OpenTap
-from consilience.client.ledger import utc_now
 from consilience.client.summing import noise_card
 from consilience.client.teacher import (
     CalibratedMulti,
@@ -75,16 +74,7 @@ def _coverage(policy: Policy, coverage: Coverage | None) -> CoverageCard | None:
 def _features(policy: Policy, taps: Sequence[OpenTap]) -> FeaturesCard | None:
     if not taps:
         return None
-    cards = tuple(tap.card for tap in taps)
-    if not tells_bases(policy):
-        cards = tuple(card.model_copy(update={"basis": None}) for card in cards)
-    return FeaturesCard(taps=cards, encodings=policy.features.encodings)
-
-
-def tells_bases(policy: Policy) -> bool:
-    """Whether the card tells principal components: any server reads it, before a job is approved and unsealed."""
-    ended = policy.ends is not None and utc_now().date() > policy.ends
-    return not (policy.approval or policy.sealed_only or ended)
+    return FeaturesCard(taps=tuple(tap.card for tap in taps), encodings=policy.features.encodings)
 
 
 def _calibration(teacher: Teacher | MultiTeacher) -> CalibrationCard | None:

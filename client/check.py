@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 
 from consilience.client.agent_cli import papers
-from consilience.client.card import tells_bases
 from consilience.client.connection import DroppedError, LostError
 from consilience.client.coverage import load_coverage, tell_coverage
 from consilience.client.explain import tell_policy
@@ -39,6 +38,7 @@ from consilience.common.errors import (
     ConsilienceError,
     RunError,
     StorageError,
+    TeacherError,
     UnreachableError,
     VersionError,
 )
@@ -188,12 +188,15 @@ class Preflight:
         taps = open_taps(self._settings, self._teacher)
         if not taps:
             raise SkippedError(tell_taps(self._settings, taps))
-        for tap in taps if len(self._pools[0]) else ():
-            tap.values(self._pools[0].read(0, 1))  # checks shape and values itself
+        for pool in (pool for pool in self._pools if len(pool)):
+            for tap in taps:
+                try:
+                    tap.values(pool.read(0, 1))  # checks shape and values itself
+                except TeacherError as error:
+                    raise TeacherError(f"{pool.folder}: {error.message}", hint=error.hint) from error
         total = sum(feature_bytes(tap.card.values, self._settings.policy.features.encodings[0]) for tap in taps)
         most, asked = self._settings.policy.features.bytes, total * len(self._pools[0])
-        if tells_bases(self._settings.policy):
-            asked += sum(len(tap.card.basis or "") for tap in taps)
+        asked += sum(tap.card.components.bytes for tap in taps if tap.card.components is not None)
         if asked > most:
             raise WarnedError(
                 f"{tell_taps(self._settings, taps)}. Of the first pool that is {asked:,} bytes, and "

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from consilience.client.components import not_released
 from consilience.client.features import OpenTap, tell_shape
 from consilience.client.policy import Demand, Limit, RefusedError, byte_limits, check_demand, check_sealed, limits
 from consilience.client.privacy import Spent, account, describe_privacy
@@ -16,7 +17,7 @@ from consilience.client.privacy.spending import loss_limits, loss_of
 from consilience.client.site import Site
 from consilience.common.errors import PoolError, SettingsError, StorageError
 from consilience.common.pool import Pool
-from consilience.common.protocol import Kind
+from consilience.common.protocol import Kind, TapCard
 from consilience.common.settings import (
     EVERY_LAYER,
     Encoding,
@@ -26,7 +27,7 @@ from consilience.common.settings import (
     SiteSettings,
     largest_sent,
 )
-from consilience.common.taps_asked import taps_asked
+from consilience.common.taps_asked import components_asked, taps_asked
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Explanation:
     """Why the job's features could not be asked for, and are not among the parts; empty where they could."""
     bytes_left: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     """The same of bytes of features; empty where none leave."""
+    new_components: tuple[TapCard, ...] = ()
+    """Taps whose principal components would be newly released, of `demand.components`."""
     loss: tuple[Spent, Spent] | None = None
     """What all that left comes to, before and after the job; None without a mechanism."""
     most: dict[str, tuple[float, float | None]] = field(default_factory=dict)
@@ -101,14 +104,14 @@ class Explanation:
     @property
     def new_bytes(self) -> int:
         """Bytes of features that would be newly released."""
-        return self.demand.feature_bytes([part.new for part in self.parts])
+        return self.demand.feature_bytes([part.new for part in self.parts], self.new_components)
 
 
 def explain(job: JobSettings, site: Site) -> Explanation:
     """Work out what `job` would take from `site` now. Raises `PoolError`, `LedgerError`, `StorageError`."""
     pools, here = _pools(job, site)
     policy, summed, refusal = site.settings.policy, job.privacy.secure_sum, ""
-    wanted, unfit = _taps(job, site)
+    wanted, reduced, unfit = _taps(job, site)
     demand = site.demand(
         job.name,
         pools,
@@ -117,17 +120,19 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         summed=summed,
         taps=wanted,
         features=job.ask.features,
+        components=reduced,
         first=here,
     )
     fresh = site.new_of(demand)
+    fresh_components = not_released(site.ledger, demand.components)
     parts = _parts(demand, fresh, wanted, summed=summed)
-    held = Explanation(demand, parts, here, "", {}, unfit)
+    held = Explanation(demand, parts, here, "", {}, unfit, new_components=fresh_components)
     try:
         if unfit:
             raise RefusedError("bad-question", "the job asks for features that the site does not tell", unfit)
         check_sealed(policy, sealed=job.privacy.sealed)
         check_demand(policy, site.ledger, demand)
-        site.permit(job.name, demand.asked, held.new, demand.feature_bytes(fresh))
+        site.permit(job.name, demand.asked, held.new, held.new_bytes)
         _check_papers(job, site.settings)
     except RefusedError as error:
         refusal = error.told_here
@@ -147,12 +152,14 @@ def _left(held: Sequence[Limit], new: int) -> dict[str, tuple[int | None, int | 
     return {limit.name: (limit.left, None if limit.left is None else limit.left - new) for limit in held}
 
 
-def _taps(job: JobSettings, site: Site) -> tuple[tuple[OpenTap, ...], str]:
-    """Return the taps whose features a job would ask for, and why it could not; the server goes by the same rule."""
+def _taps(job: JobSettings, site: Site) -> tuple[tuple[OpenTap, ...], tuple[OpenTap, ...], str]:
+    """Return the taps whose features a job would ask for, those of them whose principal components, and why it could
+    not; the server goes by the same rules."""
     try:
-        return site.taps_named([tap.name for tap in taps_asked(job, site.card)]), ""
+        asked, reduced = taps_asked(job, site.card), components_asked(job, site.card)
     except SettingsError as error:
-        return (), error.message
+        return (), (), error.message
+    return site.taps_named([tap.name for tap in asked]), site.taps_named([tap.name for tap in reduced]), ""
 
 
 def _parts(demand: Demand, fresh: Sequence[int], taps: Sequence[OpenTap], *, summed: bool) -> tuple[Part, ...]:

@@ -223,6 +223,11 @@ class Ledger:
             if carried < 0:
                 raise self._bad(row.seq, CHANGED)
             self.spent.features[entry.job] += carried
+        if entry.kind == "features":
+            if entry.body["bytes"] < 1:
+                raise self._bad(row.seq, CHANGED)
+            self.spent.features[entry.job] += entry.body["bytes"]
+            self.spent.components[entry.job, entry.body["tap"]] += entry.body["bytes"]
         if entry.kind == "mechanism":
             parameters = canonical_json(entry.body["parameters"]).decode()
             self.spent.mechanisms[entry.job, row.month, entry.subject, parameters] += entry.body["count"]

@@ -43,7 +43,14 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
             data = {
                 **_state(ledger),
                 "spent": {"jobs": dict(spent.jobs), "months": dict(spent.months), "lifetime": spent.lifetime},
-                "features": {"jobs": dict(spent.features), "lifetime": spent.features.total()},
+                "features": {
+                    "jobs": dict(spent.features),
+                    "lifetime": spent.features.total(),
+                    "components": [
+                        {"job": job, "tap": tap, "bytes": count}
+                        for (job, tap), count in sorted(spent.components.items())
+                    ],
+                },
                 "limits": most.model_dump(),
             }
             table = Table("what", "samples released", "limit")
@@ -56,6 +63,8 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
             for job, count in sorted(spent.features.items()):
                 if job:
                     table.add_row(Text(f"features of job {job}"), f"{count:,} bytes", f"{features.bytes:,} bytes")
+            for (job, tap), count in sorted(spent.components.items()):
+                table.add_row(Text(f"of these, components of {tap} to job {job}"), f"{count:,} bytes", "")
             if spent.features or features.taps:
                 told = f"{features.bytes_lifetime:,} bytes"
                 table.add_row("features, lifetime", f"{spent.features.total():,} bytes", told)

@@ -73,19 +73,21 @@ def _spent(path: Path, head: Path) -> tuple[int, int, int, bool]:
             query = "SELECT coalesce(sum(samples), 0), count(*) FROM rows WHERE samples > 0"
             total, count = database.execute(query).fetchone()
             readable = True
-            for samples, body in database.execute(
-                "SELECT samples, body FROM rows WHERE samples > 0 OR kind = 'carried'"
+            for samples, kind, body in database.execute(
+                "SELECT samples, kind, body FROM rows WHERE samples > 0 OR kind IN ('carried', 'features')"
             ):
-                features += _feature_bytes(samples, body)
+                features += _feature_bytes(samples, kind, body)
     known = told or {"samples": 0, "rows": 0, "features": 0}
     samples, features = max(int(total), known["samples"]), max(features, known["features"])
     return samples, features, max(int(count), known["rows"]), readable or told is not None
 
 
-def _feature_bytes(samples: int, body: str) -> int:
+def _feature_bytes(samples: int, kind: str, body: str) -> int:
     """Return the bytes of features that a row tells of; none of one that is not as ours are."""
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         held = json.loads(body)
+        if kind == "features":
+            return max(0, int(held["bytes"]))
         return max(0, samples * int(held["width"]) if held.get("kind") == "features" else int(held.get("features", 0)))
     return 0
 

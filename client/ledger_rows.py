@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from consilience.common.files import canonical_json, sha256
+from consilience.common.protocol import TapCard
 
-EntryKind = Literal["answer", "mechanism", "approval", "carried"]
+EntryKind = Literal["answer", "features", "mechanism", "approval", "carried"]
 
 
 class Asked(NamedTuple):
@@ -29,10 +30,11 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row tells: of an answer, a mechanism that added noise, a person's approval, or what was carried over.
+    """What a row tells: of an answer, of principal components of features, of a mechanism that added noise, of a
+    person's approval, or of what was carried over.
 
-    `subject`: of an answer the name of the released bytes' file; of a mechanism its name; of an approval the policy
-    version. `body`: the particulars, JSON values.
+    `subject`: of an answer the name of the released bytes' file; of components `components_subject`; of a mechanism its
+    name; of an approval the policy version. `body`: the particulars, JSON values.
     """
 
     kind: EntryKind
@@ -69,7 +71,9 @@ class Spent:
     months: Counter[str] = field(default_factory=Counter)
     lifetime: int = 0
     features: Counter[str] = field(default_factory=Counter)
-    """Bytes of features by job; those carried over are of none."""
+    """Bytes of features by job, principal components among them; those carried over are of none."""
+    components: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Bytes of principal components alone, by job and tap."""
     mechanisms: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     """Uses by job, month, name and parameters, these as JSON; `none` for samples that left behind no mechanism."""
 
@@ -77,6 +81,19 @@ class Spent:
 def mechanism(job: str, name: str, parameters: Mapping[str, Any], count: int) -> Entry:
     """Return the entry of `count` uses of a mechanism: with its parameters any accountant can sum up the loss."""
     return Entry("mechanism", job, name, body={"parameters": dict(parameters), "count": count})
+
+
+def components_subject(digest: str) -> str:
+    """Return the subject of the row of principal components whose bytes have this SHA-256."""
+    return f"components-{digest}"
+
+
+def components(job: str, policy: str, tap: TapCard) -> Entry:
+    """Return the entry of a tap's principal components that left, under a policy version; of a tap that has some."""
+    held = tap.components
+    assert held is not None
+    body = {"tap": tap.name, "teacher": tap.fingerprint, "policy": policy, "sha256": held.digest, "bytes": held.bytes}
+    return Entry("features", job, components_subject(held.digest), body=body)
 
 
 def approval(job: str, policy: str, asked: Iterable[Asked] | None) -> Entry:

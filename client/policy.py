@@ -15,7 +15,7 @@ from consilience.client.ledger_rows import Asked
 from consilience.common.errors import IdentityError, ProtocolError, StorageError
 from consilience.common.identity import Kit, words
 from consilience.common.job_key import JobKey
-from consilience.common.protocol import Kind, Question, RefusalCode
+from consilience.common.protocol import Kind, Question, RefusalCode, TapCard
 from consilience.common.settings import Policy, SiteSettings, allowed_by
 from consilience.common.sums.messages import Terms
 
@@ -54,7 +54,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Demand:
-    """All that a job would ask of a site: `questions`, each about all samples of a pool.
+    """All that a job would ask of a site: `questions`, each about all samples of a pool, and principal components.
 
     `use`: what the answers leave for, as in `Asked`.
     """
@@ -64,11 +64,12 @@ class Demand:
     use: str = ""
     widths: tuple[int, ...] = ()
     """Bytes a sample of each question's answers."""
-    bases: int = 0
-    """Bytes of the principal components of these features, which the site card tells; the ledger has none of them."""
+    components: tuple[TapCard, ...] = ()
+    """Taps whose principal components are to come with the agreement."""
 
-    def feature_bytes(self, samples: Sequence[int] | None = None) -> int:
-        """Return the bytes of features, of so many `samples` of each question, or of all with `bases`.
+    def feature_bytes(self, samples: Sequence[int] | None = None, components: Sequence[TapCard] = ()) -> int:
+        """Return the bytes of features, of so many `samples` of each question and the `components` of so many taps, or
+        of all that is asked for.
 
         A job takes features of one pool: of several that it may be, those of which there are most.
         """
@@ -76,12 +77,18 @@ class Demand:
         pools: Counter[str] = Counter()
         for question, width, count in zip(self.questions, self.widths, counts, strict=True):
             pools[question.pool] += width * count if question.kind == "features" else 0
-        return max(pools.values(), default=0) + (self.bases if samples is None else 0)
+        return max(pools.values(), default=0) + component_bytes(self.components if samples is None else components)
 
     @property
     def asked(self) -> frozenset[Asked]:
         """What an approval of the job is of."""
-        return frozenset(asked_by(question, self.use) for question in self.questions)
+        answers = frozenset(asked_by(question, self.use) for question in self.questions)
+        return answers | {Asked("", "", "components", "f32", tap.fingerprint) for tap in self.components}
+
+
+def component_bytes(taps: Iterable[TapCard]) -> int:
+    """Return the bytes of the principal components of taps; of none where channels leave as they are."""
+    return sum(tap.components.bytes for tap in taps if tap.components is not None)
 
 
 def asked_by(question: Question, use: str = "") -> Asked:
@@ -189,7 +196,8 @@ def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] =
         raise RefusedError("not-approved", "nobody at the site has approved this job yet", f"job {job}")
     if other := sorted(set(asked) - approved):
         told = "; ".join(
-            f"{part.use} {part.kind} as {part.encoding} of pool {part.pool[:12]}".strip() for part in other
+            f"{part.use} {part.kind} as {part.encoding} of {f'pool {part.pool[:12]}' if part.pool else 'a tap'}".strip()
+            for part in other
         )
         raise RefusedError(
             "not-approved", "the job asks for something else than was approved at the site", f"job {job}: {told}"

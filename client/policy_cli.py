@@ -16,6 +16,7 @@ from consilience.client.explain import Explanation, tell_site
 from consilience.client.explain import explain as explain_job
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import approval
+from consilience.client.policy import component_bytes
 from consilience.client.privacy import Spent
 from consilience.client.site import Site
 from consilience.common.cli import AsJson, Result, emit
@@ -97,6 +98,13 @@ def _is_name(job: str) -> bool:
 def _parts(found: Explanation) -> list[str]:
     """Return what a job would take, a line a kind of answers and pool."""
     lines = [f"- {part.words}" for part in found.parts] or ["- nothing: there is no pool here"]
+    for tap in found.demand.components:
+        assert tap.components is not None
+        known = "" if tap in found.new_components else ", released before"
+        lines.append(
+            f"- with the agreement, the principal components of tap {tap.name} themselves: {tap.components.number} of "
+            f"{tap.channels} channels, {tap.components.bytes:,} bytes{known}"
+        )
     if not found.here:
         lines.append("Its pools are not on this machine under the job's names: these are the pools of site.yaml.")
         if any(part.kind == "features" for part in found.parts):
@@ -122,7 +130,7 @@ def explain(
         lines.append(_sealing(wanted))
         if told := found.demand.feature_bytes():
             lines.append(
-                f"Features are {told:,} bytes in all{_bases(found)}; a job may ask for "
+                f"Features are {told:,} bytes in all{_components(found)}; a job may ask for "
                 f"{held.settings.policy.features.bytes:,}."
             )
         lines.append(f"That is {found.new:,} samples newly released. Left of the limits, before and after:")
@@ -144,7 +152,7 @@ def explain(
             "pools_are_the_job_s": found.here,
             "feature_bytes": {
                 "asked": found.demand.feature_bytes(),
-                "bases": found.demand.bases,
+                "components": component_bytes(found.demand.components),
                 "new": found.new_bytes,
                 "most": held.settings.policy.features.bytes,
                 "left": {name: {"before": was, "after": then} for name, (was, then) in found.bytes_left.items()},
@@ -161,9 +169,9 @@ def explain(
     emit(as_json, action)
 
 
-def _bases(found: Explanation) -> str:
-    bases = found.demand.bases
-    return f", with {bases:,} of principal components that the site card tells any server" if bases else ""
+def _components(found: Explanation) -> str:
+    count = component_bytes(found.demand.components)
+    return f", with {count:,} of principal components that leave with the agreement" if count else ""
 
 
 def _sealing(job: JobSettings) -> str:

@@ -10,16 +10,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.card import card_of, tells_bases
+from consilience.client.card import card_of
+from consilience.client.components import not_released, release
 from consilience.client.coverage import Coverage, load_coverage
-from consilience.client.features import OpenTap, open_taps
+from consilience.client.features import OpenTap, Together, open_taps
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked
 from consilience.client.policy import (
@@ -95,10 +96,10 @@ class Site:
         """What the teacher's answers are."""
         self.coverage = coverage
         self.taps = taps
+        self._together = Together()
         self.lock = threading.Lock()
         """Held while an answer is made: the ledger and the teacher are for one thread at a time."""
         self._verified: dict[str, Pool] = {}
-        self._told_bases = False
         self._allowance = Allowance(settings)
         # of the training whose teacher answers here, whatever is trained beside it meanwhile
         self._training = answering_costs(settings, 1) if isinstance(settings.privacy, DpSgd) else None
@@ -142,16 +143,9 @@ class Site:
         """The answers of which only sums over sites left. Raises what `ledger` raises."""
         return Released(self.settings.state / "released", self.ledger, "sums")
 
-    @property
+    @cached_property
     def card(self) -> SiteCard:
         """What the site says of itself first. Raises `DataError`, `TeacherError`, `IdentityError`, `StorageError`."""
-        if tells_bases(self.settings.policy) != self._told_bases:  # the policy's last day has passed
-            self.__dict__.pop("_card", None)
-        return self._card
-
-    @cached_property
-    def _card(self) -> SiteCard:
-        self._told_bases = tells_bases(self.settings.policy)
         return card_of(self.settings, self.teacher, self.coverage, self.taps, self.signer)
 
     @cached_property
@@ -164,8 +158,9 @@ class Site:
         """Check that the site can take part: same teacher, its classes in place, every pool here and intact.
 
         The policy must allow the job, and all of its pools within the limits. The teacher, and every tap that is to be
-        told, is tried on the first batch, so that one that does not work is known before anybody counts on it. Raises
-        `RefusedError`, `LedgerError`, `StorageError`.
+        told, is tried on the first batch, so that one that does not work is known before anybody counts on it. After
+        all of that the principal components that the contract asks for are counted, and come with the agreement. Raises
+        `RefusedError`, `LedgerError`, `StorageError`, `IdentityError`, `ProtocolError`.
         """
         if contract.teacher != self.teacher.fingerprint:
             raise RefusedError("other-teacher", "the contract names another teacher")
@@ -175,7 +170,11 @@ class Site:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
         if contract.secure_sum:
             self.check_kind("log-probs")
-        taps = self.taps_named(contract.features)
+        taps, reduced = self.taps_named(contract.features), self.taps_named(contract.components)
+        if plain := [tap.card.name for tap in reduced if tap.card.components is None]:
+            raise RefusedError(
+                "bad-question", "the contract asks for components of a tap that has none", f"of {', '.join(plain)}"
+            )
         pools = [self.pool(digest) for digest in dict.fromkeys(contract.pools)]
         tried = min(self.settings.batch_size, len(pools[0]))
         with self.lock:
@@ -188,18 +187,29 @@ class Site:
                 taps=taps,
                 features=contract.feature_encoding,
                 summed=contract.secure_sum,
+                components=reduced,
             )
             check_demand(self.settings.policy, self.ledger, demand)
             fresh = self.new_of(demand)
             new = sum(fresh)
-            self.permit(contract.job, demand.asked, new, demand.feature_bytes(fresh))
+            features = demand.feature_bytes(fresh, not_released(self.ledger, demand.components))
+            self.permit(contract.job, demand.asked, new, features)
             guarantee = self._guarantee(new)
             began = time.perf_counter()
             self._try(pools[0], tried, self._told, "teacher")
             seconds = time.perf_counter() - began
             for tap in taps:
                 self._try(pools[0], tried, tap.values, f"tap {tap.card.name}")
-        return Agreement(pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee)
+            self._together.expect(taps)
+            enclosed = release(
+                self.settings,
+                self.ledger,
+                contract,
+                reduced,
+                self.signer,
+                permit=lambda count: self.permit(contract.job, demand.asked, 0, count),
+            )
+        return Agreement(pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee, enclosed=enclosed)
 
     def _guarantee(self, samples: int) -> Guarantee | None:
         """Return what everything that left comes to once so many samples more have; None where nothing can be said."""
@@ -232,13 +242,14 @@ class Site:
         summed: bool,
         taps: Sequence[OpenTap] = (),
         features: FeatureEncoding = "f16",
+        components: Sequence[OpenTap] = (),
         first: bool = True,
     ) -> Demand:
         """Return all that a job would ask of this site about `pools`: `coverage`: that too, if the site offers it.
 
         `taps`: those whose features of the first pool it asks for too, as `features`; without `first`, of every pool,
-        any of which may be the one. `summed`: in secure sums, to
-        which answers are added as precise as the policy allows, whatever `encoding` is.
+        any of which may be the one. `components`: those of them whose principal components it asks for. `summed`: in
+        secure sums, to which answers are added as precise as the policy allows, whatever `encoding` is.
         """
         policy = self.settings.policy
         kinds: list[tuple[Kind, Encoding]] = [(self.kind, policy.encodings[0] if summed else encoding)]
@@ -252,8 +263,8 @@ class Site:
             for tap in taps
         ]
         widths = tuple(self._width(question) for question in questions)
-        bases = sum(len(tap.card.basis or "") for tap in taps) if tells_bases(policy) else 0
-        return Demand(job, tuple(questions), self.summed.use if summed else "", widths, bases)
+        cards = tuple(tap.card for tap in components)
+        return Demand(job, tuple(questions), self.summed.use if summed else "", widths, cards)
 
     def new_of(self, demand: Demand) -> list[int]:
         """Return how many samples of each question were not released yet. Raises what `ledger` raises."""
@@ -381,7 +392,7 @@ class Site:
             return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in covered)
         if question.kind == "features":
             tap = self._tap(question)
-            told = self._score(pool, question.start, new, tap.values, f"tap {tap.card.name}")
+            told = self._score(pool, question.start, new, partial(self._together.values, tap), f"tap {tap.card.name}")
             return b"".join(encode_features(rows, cast(FeatureEncoding, question.encoding)) for rows in told)
         scored = self._score(pool, question.start, new, self._told, "teacher")
         odds = question.kind == "log-odds"

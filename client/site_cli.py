@@ -83,7 +83,7 @@ def check(site: SiteFile, as_json: AsJson = False) -> None:
 
 
 def _about(site: Site) -> Result:
-    card = site.card.model_dump(mode="json", exclude={"features": {"taps": {"__all__": {"basis"}}}})
+    card = site.card.model_dump(mode="json")
     table = Table(show_header=False)
     for field, value in card.items():
         if field == "calibration":  # how it is applied concerns the site whether or not its policy tells it

@@ -70,11 +70,16 @@ class LabelSpace:
                 hint="Correct the name or add a synonym",
             ) from None
 
-    def align(self, names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> list[int]:
-        """Return the index of each name, -1 for a class no site knows. Raises `LabelError` for one named twice."""
+    def align(
+        self, names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None, *, who: str = "The test data"
+    ) -> list[int]:
+        """Return the index of each name, -1 for a class no site knows. Raises `LabelError` for one named twice.
+
+        `who` names them, in an error.
+        """
         canonical = _canonical_names(synonyms or {})
         index = {name: i for i, name in enumerate(self.names)}
-        return [index.get(name, -1) for name in _site_names("The test data", names, canonical)]
+        return [index.get(name, -1) for name in _site_names(who, names, canonical)]
 
     @cached_property
     def owners(self) -> tuple[tuple[int, ...], ...]:

@@ -1,9 +1,9 @@
 """Questions and answers as typed records, and as Flower messages. Every field is validated on arrival.
 
 Three queries: `card` (the site speaks first: who it is and what its policy allows), `contract` (the server says
-which label space and pools the job is about; the site checks its copies) and `answer` (a question about a range of
-pool samples). A site that will not or cannot answer sends a `Refusal`: a code and a short reason of ours, never
-exception text, paths or values.
+which label space and pools the job is about; the site checks its copies, and what it gives beside answers comes with
+its agreement) and `answer` (a question about a range of pool samples). A site that will not or cannot answer sends a
+`Refusal`: a code and a short reason of ours, never exception text, paths or values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from consilience.common.encoding.features import unpack_basis
+from consilience.common.encoding.features import basis_bytes
 from consilience.common.errors import IdentityError, ProtocolError
 from consilience.common.identity import key_fingerprint, read_key_line
 from consilience.common.job_key import JobKey
@@ -48,12 +48,14 @@ MOST_CHANNELS = 16_384
 """Of a layer: who joins layers holds numbers for each pair of channels."""
 MOST_FEATURES = 2**22
 """Numbers that a sample's features of a tap may be: who learns from them holds a batch."""
-MOST_BASES = 8 * 2**20
-"""Characters of all the bases on a site card, which one message holds."""
+MOST_COMPONENTS = 8 * 2**20
+"""Bytes of the principal components of all taps of a site, which one message holds."""
 FINGERPRINT_SHOWN = 12
 """First digits of a fingerprint by which folders are named and people tell one from another."""
 MOST_VOUCH_BYTES = 200
 """Salt and signature of an answer."""
+MOST_ENCLOSED = 4 * -(-(MOST_COMPONENTS + 1000) // 3)
+"""Characters of what comes with an agreement: the components, signature and seal, in base64."""
 
 Kind = Literal["log-probs", "log-odds", "coverage", "features"]
 """What an answer tells of a pool sample: the teacher's log-probabilities of classes, or the log-odds of labels that do
@@ -119,7 +121,9 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    protocol: Literal[1] = 1
+    protocol: Literal[2] = 2
+    """Another one where records say something else than before: both sides must be of one. Since 2 principal components
+    come with agreements, and cards tell no more of them than their digest."""
 
     def to_content(self) -> RecordDict:
         """Return the message content that carries this record. Raises `ProtocolError` for more than may be read."""
@@ -138,6 +142,11 @@ class Record(BaseModel):
                 raise ProtocolError(f"A message's {cls.__name__} is not as it must be: many fields") from None
             mistakes = error.errors(include_url=False, include_context=False, include_input=False)
             first = str((*mistakes[0]["loc"], "")[0])
+            if first == "protocol":
+                raise ProtocolError(
+                    f"A message's {cls.__name__} is of another protocol than this version's, "
+                    f"{cls.model_fields['protocol'].default}: site and server must run one version of Consilience"
+                ) from None
             field = first if first in cls.model_fields else "a field it has not"  # a stranger may have named it
             raise ProtocolError(f"A message's {cls.__name__} is not as it must be: {field}") from None
 
@@ -173,6 +182,20 @@ class CoverageCard(BaseModel):
     """The estimate in words."""
 
 
+class ComponentsCard(BaseModel):
+    """What a card tells of the principal components that leave in place of a layer's channels; not the components."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    number: int = Field(ge=1, le=MOST_CHANNELS)
+    kept: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    """Share of the channels' variance, over the site's first pool, that they hold."""
+    bytes: int = Field(ge=1, le=MOST_COMPONENTS)
+    """What they come to (`encoding.pack_basis`): they leave with an agreement."""
+    digest: Digest
+    """SHA-256 of these bytes."""
+
+
 class TapCard(BaseModel):
     """One layer of a teacher whose features a site may tell, as they leave."""
 
@@ -185,28 +208,24 @@ class TapCard(BaseModel):
     """Of one sample's features: (C,), or (C, H, W)."""
     channels: int = Field(ge=1, le=MOST_CHANNELS)
     """The layer's own; where it has more than C, its principal components leave."""
-    kept: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
-    """Share of the channels' variance, over the site's first pool, that the components hold."""
-    basis: Annotated[str, Field(max_length=MOST_BASES)] | None = None
-    """What the components are (`encoding.pack_basis`); None where the channels leave as they are, and where the site's
-    policy does not let a card tell it."""
+    components: ComponentsCard | None = None
+    """None where the channels leave as they are."""
     fingerprint: Digest
-    """Another teacher, shape or basis has another one; a question about the tap names it in place of the teacher's."""
+    """Another teacher, shape or digest of components has another one; a question about the tap names it in place of the
+    teacher's."""
 
     @model_validator(mode="after")
     def _shaped(self) -> TapCard:
-        if len(self.shape) == 2 or self.shape[0] > self.channels or (self.basis is not None and not self.reduced):
-            raise ValueError("shape is not (C,) or (C, H, W), or has a basis where C is not less than channels")
+        if len(self.shape) == 2 or self.shape[0] > self.channels:
+            raise ValueError("shape is not (C,) or (C, H, W), or C is more than channels")
         if self.values > MOST_FEATURES:
             raise ValueError(f"a sample's features are more than {MOST_FEATURES:,} numbers")
-        if self.basis is not None:
-            unpack_basis(self.basis, self.shape[0], self.channels)
+        if (self.components is not None) != (self.shape[0] < self.channels):
+            raise ValueError("there are components, or none, where C is not less than channels, or is")
+        held = self.components
+        if held is not None and (held.number, held.bytes) != (self.shape[0], basis_bytes(self.shape[0], self.channels)):
+            raise ValueError("number or bytes of components are not those of shape and channels")
         return self
-
-    @property
-    def reduced(self) -> bool:
-        """Whether principal components leave in place of the layer's channels."""
-        return self.shape[0] < self.channels
 
     @property
     def values(self) -> int:
@@ -228,8 +247,8 @@ class FeaturesCard(BaseModel):
             raise ValueError("a tap stands twice")
         if len({tap.fingerprint[:FINGERPRINT_SHOWN] for tap in self.taps}) < len(self.taps):
             raise ValueError("two taps have one fingerprint, by which their answers are kept apart")
-        if sum(len(tap.basis or "") for tap in self.taps) > MOST_BASES:
-            raise ValueError(f"the taps' bases are more than {MOST_BASES:,} characters")
+        if sum(tap.components.bytes for tap in self.taps if tap.components is not None) > MOST_COMPONENTS:
+            raise ValueError(f"the taps' principal components are more than {MOST_COMPONENTS:,} bytes")
         return self
 
 
@@ -321,10 +340,18 @@ class Contract(Record):
     """Taps whose features of the first of the pools will be asked for too."""
     feature_encoding: FeatureEncoding = "f16"
     """In which they will be asked for."""
+    components: tuple[TapName, ...] = Field(default=(), max_length=256)
+    """Those of these taps whose principal components are to come with the agreement."""
     secure_sum: bool = False
     """Whether answers will be asked for in secure sums alone; these are about the first of the pools."""
     job_key: JobKey | None = None
-    """What answers are to be sealed for; None: they are not."""
+    """What answers, and what comes with the agreement, are to be sealed for; None: they are not."""
+
+    @model_validator(mode="after")
+    def _components_of_features(self) -> Contract:
+        if len(set(self.components)) < len(self.components) or set(self.components) - set(self.features):
+            raise ValueError("components are not of taps whose features are asked for, each once")
+        return self
 
 
 class Guarantee(BaseModel):
@@ -341,6 +368,16 @@ class Guarantee(BaseModel):
     delta: float = Field(gt=0, lt=1)
 
 
+class Enclosed(BaseModel):
+    """What comes with an agreement: the principal components of `taps` (common/components says how `data` is made)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    taps: tuple[TapName, ...] = Field(min_length=1, max_length=256)
+    data: Annotated[str, Field(max_length=MOST_ENCLOSED)]
+    """In base64; ciphertext where the contract names a job key."""
+
+
 class Agreement(Record):
     """The site holds every pool of the contract, verified, its teacher works, and it will answer."""
 
@@ -350,6 +387,8 @@ class Agreement(Record):
     seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     guarantee: Guarantee | None = None
     """None: no formal guarantee."""
+    enclosed: Enclosed | None = None
+    """None where the contract asks for no components."""
 
 
 class Question(Record):

@@ -47,6 +47,16 @@ def taps_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
     return tuple(tap for tap in told if tap.name in wanted)
 
 
+def components_asked(job: JobSettings, card: SiteCard) -> tuple[TapCard, ...]:
+    """Return those of `taps_asked` whose principal components a job needs, as layer-wise amalgamation does.
+
+    Raises as `taps_asked`.
+    """
+    if job.student.learning != "layer-wise":
+        return ()
+    return tuple(tap for tap in taps_asked(job, card) if tap.components is not None)
+
+
 def tap_in(space: CommonSpace, card: SiteCard) -> str:
     """Return the name of the site's tap that meets in a common space, by default its last; "" where it tells none."""
     return space.sites.get(card.name) or ("" if card.features is None else card.features.taps[-1].name)

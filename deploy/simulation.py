@@ -27,6 +27,7 @@ from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
 from consilience.common.identity import Request, load_key, make_key
+from consilience.common.labels import LabelSpace
 from consilience.common.nets import epoch_task
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
@@ -38,6 +39,7 @@ from consilience.deploy.partition_labels import partition_labels
 from consilience.server.admission import Register
 from consilience.server.app import app as server_app
 from consilience.server.authority import authority_pem, ensure_authority
+from consilience.server.chosen import Chosen
 from consilience.server.learning import check_student
 from consilience.server.settings import Home, ServerSettings
 
@@ -147,6 +149,8 @@ def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Repor
         return [home / "sites" / name / "site.yaml" for name in read_json(done)["sites"]]
     data, test = open_data(simulation.data), open_data(simulation.test)
     check_student(job.student, data.shape)
+    # Before teachers are trained: which of the data's classes sites have is known later.
+    Chosen.of(job, LabelSpace.build({"simulation.data": data.class_names}, job.labels.synonyms))
     if data.shape != test.shape or data.class_names != test.class_names:
         raise DataError(
             "simulation.data and simulation.test differ in image shape or class names", hint="Use one data set's splits"

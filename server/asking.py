@@ -128,7 +128,7 @@ class _Site:
             return self.first.popleft()
         if not self.spans:
             return self.last.popleft() if self.last else None
-        span = self.spans[0]
+        span = self._next()
         about, stop = span.store.about, self.size.end(span.low, span.high)
         question = Question(
             job=job,
@@ -143,8 +143,16 @@ class _Site:
         )
         span.low = stop
         if span.low == span.high:
-            self.spans.popleft()
+            self.spans.remove(span)
         return _Pending(question, span.store)
+
+    def _next(self) -> _Span:
+        """Return what to ask about next: of features the first samples of every tap, so that a site that knows which
+        taps a job asks for computes them in one pass."""
+        first = self.spans[0]
+        if first.store.about.kind != "features":
+            return first
+        return min((span for span in self.spans if span.store.about.kind == "features"), key=lambda span: span.low)
 
     @property
     def open(self) -> bool:

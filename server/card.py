@@ -15,6 +15,7 @@ from consilience.common.pages.numbers import MISSING, count, decimal, number_of,
 from consilience.common.settings import largest_sent
 from consilience.server.judge_labels import LabelJudgement
 from consilience.server.report_amalgamation import amalgamation_summary
+from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_coverage import coverage_summary
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_multi import multi_lines
@@ -74,9 +75,9 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
     space, student = findings.space, findings.student
     what = f"{number_of(len(space), 'label')} that do not exclude one another" if space.multi else ""
     about = findings.card.about.strip() or (
-        f"An image classifier for {what or number_of(len(space), 'class', 'classes')}. It was trained from the answers "
-        f"of {number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, without "
-        "their data or weights (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
+        f"An image classifier for {what or number_of(len(findings.taught), 'class', 'classes')}. It was trained from "
+        f"the answers of {number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, "
+        "without their data or weights (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
     )
     shape = " × ".join(map(str, findings.pool.shape))
     facts = [
@@ -85,6 +86,8 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
         f"* Input: one image, as the pool's: {shape} (height × width × channels), 8 bits a value",
         f"* Learning: {escape(student.learning)}",
     ]
+    if told := chosen_summary(findings):
+        facts.append(f"* Classes: {escape(told)}")
     if told := amalgamation_summary(findings):
         facts.append(f"* Features: {escape(told)}")
     if findings.card.licence.strip():
@@ -94,7 +97,7 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
 
 
 def _labels(findings: Findings) -> str:
-    space, synonyms = findings.space, findings.synonyms()
+    space, synonyms = findings.taught, findings.synonyms()
     rows = []
     for index, (name, owners) in enumerate(zip(space.names, space.owners, strict=True)):
         others = sorted(set(synonyms.get(name, {}).values()))
@@ -118,13 +121,15 @@ def _use(findings: Findings) -> str:
         "Classifying images like those of the pool into the classes above, where a wrong answer does no harm or a "
         "person looks at it. Measure it on labelled images of your own before you rely on it."
     )
-    choosing = (
-        "It says of each label by itself how likely it applies, and nothing of labels not above."
-        if findings.space.multi
+    odd = (
+        "What is none of the other classes it should call other, as far as the pool showed such images."
+        if findings.student.other
         else "It always chooses one of the classes above, also for an image of none of them."
     )
+    if findings.space.multi:
+        odd = "It says of each label by itself how likely it applies, and nothing of labels not above."
     limits = findings.card.limits.strip() or (
-        f"{choosing} It has learned what the "
+        f"{odd} It has learned what the "
         "sites' classifiers say, their mistakes included. On images unlike the pool nothing is known about it. Its "
         "probabilities are not to be taken as frequencies without looking at the calibration error below."
     )
@@ -194,9 +199,10 @@ def _scores(findings: Findings, report: Mapping[str, Any]) -> str:
     outside = f" {number_of(judged.outside, 'image')} of classes that no site knows count as wrong." * bool(
         judged.outside
     )
+    apart = f" {unwanted_words(findings)}".rstrip()
     return "\n\n".join(
         [
-            f"## Scores\n\nOn {number_of(judged.count, 'labelled test image')}, used for judging only.{outside}",
+            f"## Scores\n\nOn {number_of(judged.count, 'labelled test image')}, used for judging only.{outside}{apart}",
             scores,
             f"Expected calibration error: {decimal(judged.calibration_error)}.",
             classes,

@@ -84,17 +84,24 @@ def evaluate(
         if model.multi:
             return _evaluate_labels(held, model)
         truth = _truth(held, model)
+        # A student of chosen classes is judged by those: by what it was not to learn it cannot be right or wrong.
+        judged = np.arange(len(held)) if model.other is None else np.flatnonzero(truth >= 0)
+        if not len(judged):
+            raise DataError(f"{data} holds no images of the student's classes", hint="Name images of these")
         hits = np.zeros(len(held), bool)
-        for start in range(0, len(held), 512):
-            ids = np.arange(start, min(start + 512, len(held)))
+        for start in range(0, len(judged), 512):
+            ids = judged[start : start + 512]
             hits[ids] = model.log_probs(held.read(ids)).argmax(axis=1) == truth[ids]
         per_class = {name: float(hits[truth == i].mean()) for i, name in enumerate(model.labels) if np.any(truth == i)}
-        accuracy = float(hits.mean())
+        accuracy = float(hits[judged].mean())
         table = Table("class", "images", "accuracy")
         for name, value in per_class.items():
             table.add_row(name, f"{int(np.sum(truth == model.labels.index(name))):,}", f"{value:.1%}")
-        table.add_row("all", f"{len(held):,}", f"{accuracy:.1%}", style="bold")
-        return {"accuracy": accuracy, "images": len(held), "per_class": per_class}, table
+        table.add_row("all", f"{len(judged):,}", f"{accuracy:.1%}", style="bold")
+        unwanted = len(held) - len(judged)
+        if unwanted:
+            table.add_row("of no wanted class: left out", f"{unwanted:,}", "")
+        return {"accuracy": accuracy, "images": len(judged), "unwanted": unwanted, "per_class": per_class}, table
 
     emit(as_json, action)
 
@@ -171,9 +178,15 @@ def _no_common_name(data: ImageData, model: StudentModel) -> DataError:
 
 
 def _truth(data: ImageData, model: StudentModel) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return labels numbered by the student's classes, -1 for a class it does not know. Raises `DataError`."""
+    """Return labels numbered by the student's classes. Raises `DataError`.
+
+    A class that it does not know is its `other`, where it has such an output, else -1.
+    """
     labels = data.need_labels("The data")
     index = [model.labels.index(name) if name in model.labels else -1 for name in data.class_names]
     if max(index, default=-1) < 0:
         raise _no_common_name(data, model)
-    return np.asarray(index, np.int64)[labels]
+    place = np.asarray(index, np.int64)
+    if model.other:
+        place[place < 0] = len(model.labels) - 1
+    return place[labels]

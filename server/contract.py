@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsError
 from consilience.common.files import read_json, write_json
@@ -20,6 +20,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard
 from consilience.common.settings import CoverageEncoding, JobSettings, LabelKind, allowed_by, encoding_names
 from consilience.common.taps_asked import taps_asked
+from consilience.server.chosen import Chosen
 from consilience.server.multi_label import check_multi, kind_of
 
 
@@ -46,7 +47,7 @@ class RunContract(BaseModel):
         """Align the cards' classes.
 
         Raises `LabelError`, also where some sites are single-label and some multi-label; `SettingsError` for settings
-        of unknown sites, and for those that multi-label sites do not fit.
+        of unknown sites or classes, and for those that multi-label sites do not fit.
         """
         sites = sorted(cards, key=lambda card: card.name)
         multi = kind_of(sites) == "multi"
@@ -70,6 +71,7 @@ class RunContract(BaseModel):
                 )
         for card in sites:
             _check_policy(job, card)
+        Chosen.of(job, space)
         _check_features(job, sites, space)
         owners = {
             name: tuple(space.sites[i] for i in owned) for name, owned in zip(space.names, space.owners, strict=True)
@@ -95,10 +97,12 @@ class RunContract(BaseModel):
         """Whether an image has one label, or any number of them."""
         return kind_of(self.sites)
 
-    def for_site(self, name: str, job: JobSettings, job_key: JobKey | None = None) -> Contract:
+    def for_site(
+        self, name: str, job: JobSettings, job_key: JobKey | None = None, components: tuple[str, ...] = ()
+    ) -> Contract:
         """Return the part that site `name` is asked to agree to, and how `job` will ask.
 
-        `job_key`: what its answers are to be sealed for.
+        `job_key`: what its answers are to be sealed for; `components`: taps whose principal components are lacking.
         """
         at = [card.name for card in self.sites].index(name)
         return Contract(
@@ -111,6 +115,7 @@ class RunContract(BaseModel):
             coverage=coverage_encoding(job, self.sites[at]) is not None,
             features=tuple(tap.name for tap in taps_asked(job, self.sites[at])),
             feature_encoding=job.ask.features,
+            components=components,
             secure_sum=job.privacy.secure_sum,
             job_key=job_key,
         )
@@ -143,8 +148,17 @@ class RunContract(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> RunContract:
-        """Read contract.json. Raises `StorageError`."""
-        return cls.model_validate(read_json(path), strict=False)
+        """Read contract.json. Raises `StorageError`, and `RunError` where another version of Consilience wrote it."""
+        held = read_json(path)
+        try:
+            for card in held["sites"]:
+                card.pop("protocol", None)  # that of the messages then; the run goes on in that of now
+            return cls.model_validate(held, strict=False)
+        except (ValidationError, AttributeError, KeyError, TypeError):
+            raise RunError(
+                f"{path} is damaged, or of a run that another version of Consilience began",
+                hint=f"Go on with that version, or start {NEW_RUN}",
+            ) from None
 
 
 def objection(job: JobSettings, card: SiteCard) -> str:

@@ -1,7 +1,8 @@
 """Who takes part: waiting for sites, their cards, and their agreement to the contract.
 
 Lives here: who is waited for, who is left out and why, which sites a resumed run or one that folds in a new site
-needs. Does not live here: what a contract says (server/contract), questions about the pool (server/asking).
+needs. Does not live here: what a contract says (server/contract), what comes with agreements (server/components),
+questions about the pool (server/asking).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from consilience.common.protocol import (
     read_reply,
 )
 from consilience.common.settings import Ask, JobSettings
+from consilience.server.components import Taking, lacking_components
 from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
@@ -175,10 +177,13 @@ def _need_own_name(card: SiteCard, name: str | None) -> None:
         raise ProtocolError(f"its card names the site {card.name}; its key was admitted as {name}")
 
 
-def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> tuple[dict[int, Agreement], dict[int, str]]:
+def agree(
+    grid: Grid, contracts: Mapping[int, Contract], wait: float, take: Callable[[int, Agreement], None]
+) -> tuple[dict[int, Agreement], dict[int, str]]:
     """Send each node its contract; returns, by node, the agreements, and why the others do not agree in `wait` seconds.
 
-    A node that goes away meanwhile is asked again when it is back within `PATIENCE` seconds.
+    A node that goes away meanwhile is asked again when it is back within `PATIENCE` seconds. `take` is given each
+    agreement, and keeps what comes with it; it raises `ProtocolError` where that is not what the contract asks for.
     """
     wait, began, looked, backoff = max(wait, PATIENCE), time.monotonic(), float("-inf"), Backoff()
     unsent, waiting = set(contracts), dict[str, int]()
@@ -202,7 +207,9 @@ def agree(grid: Grid, contracts: Mapping[int, Contract], wait: float) -> tuple[d
                 unsent.add(spoke)
                 continue
             try:
-                agreements[spoke] = _agreement(message, contracts[spoke])
+                agreement = _agreement(message, contracts[spoke])
+                take(spoke, agreement)
+                agreements[spoke] = agreement
             except ProtocolError as error:
                 reasons[spoke] = error.message
         if waiting or unsent:
@@ -275,11 +282,12 @@ def enrol(
             taps.check_all(contract.sites)
         asked = {node: card for node, card in cards.items() if card.name not in done}
         job_key = None if unsealing is None else unsealing.key()  # now: sites may have been long in coming
-        agreements, refusals = agree(
-            grid,
-            {node: contract.for_site(card.name, settings, job_key) for node, card in asked.items()},
-            asking.wait,
-        )
+        contracts = {
+            node: contract.for_site(card.name, settings, job_key, lacking_components(path.parent, settings, card))
+            for node, card in asked.items()
+        }
+        taking = Taking(path.parent, contracts, asked, unsealing)
+        agreements, refusals = agree(grid, contracts, asking.wait, taking)
         if not refusals:
             break
         for node, reason in refusals.items():

@@ -27,8 +27,9 @@ from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, Student
-from consilience.common.taps_asked import tap_in
+from consilience.common.taps_asked import components_asked, tap_in
 from consilience.server.answers import AnswerStore
+from consilience.server.components import components_path, lacking_components
 from consilience.server.learning import FingerprintedLoss, Lesson, decoded
 from consilience.server.stores import feature_stores
 from consilience.server.student.common_feature import Weights
@@ -43,6 +44,7 @@ from consilience.server.student.learn_common import (
 from consilience.server.student.learn_layers import LayerLesson, LayerTaps, need_layers
 from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
 from consilience.server.student.site_taps import SiteTap, told_by_all
+from consilience.server.student.wanted import Wanted
 from consilience.server.student_taps import StudentTaps
 
 FILE = "amalgamation.json"
@@ -50,12 +52,20 @@ FILE = "amalgamation.json"
 
 
 def site_taps(run: Path, job: JobSettings, cards: Sequence[SiteCard], pool: Pool) -> dict[str, dict[str, SiteTap]]:
-    """Return site -> tap -> its features, of the sites that told any. Raises as `feature_stores`."""
+    """Return site -> tap -> its features, of the sites that told any, and what their components stand for where the job
+    needs that. Raises as `feature_stores`."""
     found: dict[str, dict[str, SiteTap]] = {}
     for card in cards:
         stores = feature_stores(run, job, card, pool)
         told = {} if card.features is None else {tap.name: tap for tap in card.features.taps}
-        held = {name: SiteTap(card.name, told[name], store) for name, store in stores.items() if len(store)}
+        lacking, needed = lacking_components(run, job, card), {tap.name for tap in components_asked(job, card)}
+        held = {
+            name: SiteTap(
+                card.name, told[name], store, components_path(run, card.name, told[name]) if name in needed else None
+            )
+            for name, store in stores.items()
+            if len(store) and name not in lacking
+        }
         if held:
             found[card.name] = held
     return found
@@ -68,12 +78,13 @@ def concatenated_loss(
     stores: Sequence[AnswerStore],
     fingerprint: str,
     samples: NDArray[np.int64] | None,
+    wanted: Wanted | None = None,
 ) -> FingerprintedLoss:
     """Return the loss of the papers: the sites' scores side by side, decoded once into files in `folder`.
 
-    Raises `StudentError` where several sites know one class.
+    `wanted`: the student's classes, where these are not all. Raises `StudentError` where several sites know one class.
     """
-    about = (decoded(folder, space, stores), space.class_sets, default_device(), fingerprint, samples)
+    about = (decoded(folder, space, stores), space.class_sets, default_device(), fingerprint, samples, wanted)
     if job.student.learning == "layer-wise":
         return ConcatenatedScores(*about)
     return ConcatenatedSoftmax(*about, temperature=job.unify.temperature)

@@ -30,6 +30,8 @@ from consilience.server.answered import CoverageStores, Usable, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
+from consilience.server.chosen import Chosen
+from consilience.server.components import lacking_components
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
@@ -52,7 +54,6 @@ from consilience.server.learning import (
 )
 from consilience.server.multi_label import check_test_kind
 from consilience.server.progress import Progress
-from consilience.server.publishing import Outcome, gather, publish
 from consilience.server.settings import Home
 from consilience.server.signatures import Signatures
 from consilience.server.stores import all_stores, lacked, stores_about
@@ -120,6 +121,7 @@ class Job:
             stores, coverage = stores_about(self.run, self.settings, cards, self.pool)
             summed = self._summed(contract)
             samples = self._usable(stores, space) if summed is None else Usable(len(self.pool), None, {})
+            chosen = Chosen.of(self.settings, space)
         if summed is None:
             self._forget_timing(space, stores, coverage)
         with self._stage("unify"):
@@ -133,11 +135,18 @@ class Job:
             self._tell_checks(diagnostics)
         with self._stage("learn"):
             used = believed(space, coverage, diagnostics.checks)
-            curves = {"student": self.learn(space, cards, stores, used, labels, diagnostics.key, samples.ids)}
+            share = 1.0
+            if not chosen.everything:
+                share = chosen.share(labels, load_other(self.run / "labels"), samples.ids)
+            about_student = (chosen, share, cards, stores, used, labels, diagnostics.key, samples.ids)
+            curves = {"student": self.learn(*about_student)}
         with self._stage("oracle"):
-            oracle = self.learn_oracle(space)
+            oracle = self.learn_oracle(chosen)
             if oracle is not None:
                 curves["oracle"] = oracle
+        # matplotlib comes with it: a process that waits for a run, or whose run ends early, does without
+        from consilience.server.publishing import Outcome, gather, publish
+
         with self._stage("judge"):
             tested = stores_about(self.run, self.settings, cards, self.test_pool) if self.test_pool else None
             outcome = Outcome(
@@ -157,6 +166,8 @@ class Job:
                 diagnostics=diagnostics,
                 curves=curves,
                 failures=reasons,
+                chosen=chosen,
+                other_share=1 - share,
                 summed=None if summed is None else summed.survivors,
             )
             answers = self._all_answers(contract)
@@ -184,6 +195,7 @@ class Job:
             enrolment = self.enrol(grid, fold_in)
             note_guarantees(self.run, enrolment.guarantees)
         check_test_kind(self.test, enrolment.contract.kind)
+        Chosen.of(self.settings, enrolment.contract.space).check_test(self.test, self.settings.labels.synonyms)
         record = AskingRecord.begin(path, submission)
         reasons = enrolment.away | self.ask(grid, enrolment, record.passed)
         record.end(path, reasons)
@@ -225,10 +237,12 @@ class Job:
         )
 
     def _complete(self, contract: RunContract) -> set[str]:
-        """Return the sites that answered everything."""
+        """Return the sites that answered everything, and whose principal components are here if the job needs them."""
         if (summed := self._summed(contract)) is not None:
             return set(summed.survivors)
-        return {name for name, stores in self._all_answers(contract).items() if all(s.complete for s in stores)}
+        lacking = {card.name for card in contract.sites if lacking_components(self.run, self.settings, card)}
+        held = self._all_answers(contract)
+        return {name for name, stores in held.items() if name not in lacking and all(s.complete for s in stores)}
 
     def _reported(self, contract: RunContract) -> bool:
         """Whether the report speaks of just these sites: a run that was folding in others may have been stopped."""
@@ -277,7 +291,7 @@ class Job:
         needed = self.settings.ask.min_sites or len(contract.sites)
         if len(complete) < needed:
             lacking = [
-                f"{name} lacks {lacked(stores)} ({reasons.get(name, 'unknown')})"
+                f"{name} lacks {lacked(stores) or 'its principal components'} ({reasons.get(name, 'unknown')})"
                 for name, stores in self._all_answers(contract).items()
                 if name not in complete
             ]
@@ -331,7 +345,8 @@ class Job:
 
     def learn(
         self,
-        space: LabelSpace,
+        chosen: Chosen,
+        share: float,
         cards: list[SiteCard],
         stores: list[AnswerStore],
         coverage: CoverageStores,
@@ -339,15 +354,18 @@ class Job:
         key: str,
         samples: NDArray[np.int64] | None = None,
     ) -> list[dict[str, Any]]:
-        """Train the student in RUN/student, on the whole pool or on `samples` of it."""
-        settings, unify = self.settings.student, self.settings.unify
-        folder = self.run / "student"
+        """Train the student in RUN/student, on the whole pool or on `samples` of it.
+
+        `share` of their mass is on the student's classes.
+        """
+        settings, unify, space = self.settings.student, self.settings.unify, chosen.space
+        folder, wanted = self.run / "student", chosen.wanted(share, settings.fit.batch_size)
         if space.multi:
             loss: FingerprintedLoss = soft_multi_loss(labels, unify.temperature, key, samples)
         elif settings.learns_labels:
-            loss = soft_label_loss(labels, unify.temperature, key, samples, load_other(self.run / "labels"))
+            loss = soft_label_loss(labels, unify.temperature, key, samples, load_other(self.run / "labels"), wanted)
         elif settings.target == "concatenated":
-            loss = concatenated_loss(self.run / "labels", self.settings, space, stores, key, samples)
+            loss = concatenated_loss(self.run / "labels", self.settings, space, stores, key, samples, wanted)
         else:
             weights = [unify.weights.get(site, 1.0) for site in space.sites]
             loss = direct_loss(
@@ -361,36 +379,42 @@ class Job:
                 samples,
                 coverage,
                 [unify.strength_of(site) for site in space.sites],
+                wanted,
             )
         images = PoolImages(self.pool, samples)
         lesson: Lesson = ByLoss(loss, settings, self.settings.seed)
         if self.settings.asks_features:
             lesson = feature_lesson(self.run, self.settings, cards, self.pool, loss, samples)
-        return learn(folder, images, space, lesson, settings, self.settings.seed, self.reporter, "student")
+        other = None if chosen.everything else chosen.other
+        about = (lesson, settings, self.settings.seed, self.reporter, "student", other)
+        return learn(folder, images, chosen.taught, *about)
 
-    def learn_oracle(self, space: LabelSpace) -> list[dict[str, Any]] | None:
-        """Train the same student with the pool's true labels in RUN/oracle; None where there are none."""
+    def learn_oracle(self, chosen: Chosen) -> list[dict[str, Any]] | None:
+        """Train the same student with the pool's true labels in RUN/oracle; None where none are of its classes."""
         judge = self.settings.judge
         if judge.pool_labels is None or self.test is None:
             return None
-        about = (judge.pool_labels, len(self.pool), self.test, space, self.settings.labels.synonyms)
-        if space.multi:
+        about = (judge.pool_labels, len(self.pool), self.test, chosen.space, self.settings.labels.synonyms)
+        if chosen.space.multi:
             many = pool_truth_labels(*about)
             known = np.flatnonzero((many >= 0).any(axis=1))
             loss = oracle_labels_loss(many[known])
         else:
-            truth = pool_truth(*about)
+            truth = chosen.truth(pool_truth(*about))
             known = np.flatnonzero(truth >= 0)
             loss = oracle_loss(truth[known])
+        if not chosen.everything and not len(known):
+            return None
         return learn(
             self.run / "oracle",
             PoolImages(self.pool, known),
-            space,
+            chosen.taught,
             ByLoss(loss, self.settings.student, self.settings.seed),
             self.settings.student,
             self.settings.seed,
             self.reporter,
             "oracle (true labels)",
+            None if chosen.everything else chosen.other,
         )
 
     def _pools(self) -> list[Pool]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_auc_score
 
 from consilience.common.labels import LabelSpace
 
@@ -89,6 +88,7 @@ class Judgement:
 
     `outside` of the `count` test images are of a class that no site knows: they count as wrong. `confusion[t][p]` is
     the number of images of class t that the student takes for p; `confusion_outside[p]` the same for those outside.
+    `unwanted` more are of classes that the student was not to learn: nobody is judged by them.
     """
 
     count: int
@@ -102,6 +102,7 @@ class Judgement:
     confusion: tuple[tuple[int, ...], ...]
     confusion_outside: tuple[int, ...]
     sites: tuple[SiteScore, ...]
+    unwanted: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, sequences and None, fit for JSON: no NaN."""
@@ -115,13 +116,15 @@ def judge(
     unified: ArrayLike | None,
     student: ArrayLike,
     oracle: ArrayLike | None,
+    mine: Sequence[NDArray[np.bool_]] | None = None,
 ) -> Judgement:
     """Judge the student and the baselines on one test set of m images and a label space of L classes.
 
     `truth` (m,) integer: indices into the label space, -1 where no site knows the class (always wrong).
     `answers[i]` (m, k_i) floating: site i's log-probabilities in the order of `space.class_sets[i]`; None where
     the site did not answer. `unified` (m, L): unified soft labels, as probabilities or log-probabilities.
-    `student`, `oracle` (m, L): log-probabilities.
+    `student`, `oracle` (m, L): log-probabilities. `mine[i]` (m,): which images are of site i's classes; by default
+    those of `space.class_sets[i]`, which does not say it where one class stands for several.
 
     Raises `ValueError`: an empty test set, a shape that does not fit, a label out of range, or NaN.
     """
@@ -152,6 +155,7 @@ def judge(
         "oracle": oracle_top,
     }
     counts = _confusion(labels, predicted, width)
+    own = mine if mine is not None else [np.isin(labels, classes) for classes in space.class_sets]
     error, reliability = calibration(softmax(scores), labels)
     return Judgement(
         count=m,
@@ -165,8 +169,8 @@ def judge(
         confusion=tuple(tuple(map(int, row)) for row in counts[:width]),
         confusion_outside=tuple(map(int, counts[width])),
         sites=tuple(
-            _site_score(site, np.asarray(classes), labels, p, scores)
-            for site, classes, p in zip(space.sites, space.class_sets, probs, strict=True)
+            _site_score(site, np.asarray(classes), labels, p, scores, known)
+            for site, classes, p, known in zip(space.sites, space.class_sets, probs, own, strict=True)
         ),
     )
 
@@ -255,8 +259,7 @@ def auroc(scores: ArrayLike, truth: ArrayLike, classes: ArrayLike) -> float | No
 
     None where there are no samples of `classes`, or no others.
     """
-    mine = np.isin(np.asarray(truth), np.asarray(classes))
-    return float(roc_auc_score(mine, np.asarray(scores))) if 0 < mine.sum() < len(mine) else None
+    return _auroc(scores, np.isin(np.asarray(truth), np.asarray(classes)))
 
 
 def uncertainty(probs: Floats) -> Floats:
@@ -348,8 +351,15 @@ def _share(part: Any, whole: Any) -> float | None:
     return float(part / whole) if whole else None
 
 
-def _site_score(name: str, classes: Ints, truth: Ints, probs: Floats | None, student: Floats) -> SiteScore:
-    mine = np.isin(truth, classes)
+def _auroc(scores: ArrayLike, mine: NDArray[np.bool_]) -> float | None:
+    from sklearn.metrics import roc_auc_score  # a second, which processes that judge nothing do without
+
+    return float(roc_auc_score(mine, np.asarray(scores))) if 0 < mine.sum() < len(mine) else None
+
+
+def _site_score(
+    name: str, classes: Ints, truth: Ints, probs: Floats | None, student: Floats, mine: NDArray[np.bool_]
+) -> SiteScore:
     own, count = truth[mine], int(mine.sum())
     restricted = classes[student[:, classes].argmax(1)]
     return SiteScore(
@@ -359,5 +369,5 @@ def _site_score(name: str, classes: Ints, truth: Ints, probs: Floats | None, stu
         student_accuracy=_share((student.argmax(1)[mine] == own).sum(), count),
         student_accuracy_restricted=_share((restricted[mine] == own).sum(), count),
         accuracy=None if probs is None else _share((classes[probs.argmax(1)] == truth).sum(), len(truth)),
-        confidence_auroc=None if probs is None else auroc(probs.max(1), truth, classes),
+        confidence_auroc=None if probs is None else _auroc(probs.max(1), mine),
     )

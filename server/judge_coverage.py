@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from consilience.server.judge import BINS, Bin, bin_of, reliability
 
@@ -88,6 +87,8 @@ def coverage_figures(
 
 def roc(scores: NDArray[np.floating], mine: NDArray[np.bool_]) -> Roc | None:
     """Return the ROC of scores (n,) for `mine` (n,), at about 100 points; None without both kinds of samples."""
+    from sklearn.metrics import roc_auc_score, roc_curve  # late, as in judge
+
     if not 0 < mine.sum() < len(mine):
         return None
     false, true, _ = roc_curve(mine, scores)

@@ -41,6 +41,7 @@ from consilience.server.student.direct import DirectCE, DirectMFLF
 from consilience.server.student.own_taps import own_taps
 from consilience.server.student.soft_labels import SoftLabels
 from consilience.server.student.soft_multi import SoftMultiLabels
+from consilience.server.student.wanted import Wanted
 
 
 class FingerprintedLoss(Protocol):
@@ -107,6 +108,8 @@ class StudentModel:
             if not (folder / name).exists():
                 raise StudentError(f"{folder} holds no student: {name} is missing", hint="Name a run's student folder")
         labels = read_json(folder / "labels.json")
+        self.other: bool | None = labels.get("other")
+        """Of a student of chosen classes: whether its last output is all that is none of them. None: it has all."""
         about = read_json(folder / "preprocessing.json")
         self.labels: tuple[str, ...] = tuple(labels["labels"])
         self.multi: bool = labels.get("kind") == "multi"
@@ -142,9 +145,11 @@ def learn(
     seed: int,
     reporter: Reporter,
     name: str,
+    other: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Train a student in `folder` from `images` (n, H, W, C) by `lesson`; resumes, and returns at once when done.
 
+    `space` are its outputs. `other`, of a student of chosen classes: whether the last is all that is none of them.
     Returns the learning curve, one dict an epoch. Raises `StudentError`, `StorageError`.
     """
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
@@ -160,7 +165,8 @@ def learn(
     records = lesson.teach(model, images, folder, reporter, name)
     epochs = [asdict(record) for record in records]
     save_model(folder / "model.safetensors", model)
-    write_json(folder / "labels.json", {"labels": space.names} | ({"kind": "multi"} if space.multi else {}))
+    kind = {"kind": "multi"} if space.multi else {}
+    write_json(folder / "labels.json", {"labels": space.names} | ({} if other is None else {"other": other}) | kind)
     write_json(
         folder / "preprocessing.json",
         {
@@ -209,12 +215,14 @@ def soft_label_loss(
     fingerprint: str,
     samples: NDArray[np.int64] | None = None,
     other: NDArray[np.float32] | None = None,
+    wanted: Wanted | None = None,
 ) -> FingerprintedLoss:
     """Return the loss of the -X route, for all of `labels` or the rows `samples`.
 
-    `other` (n,): how likely each sample is outside the label space, where that is known.
+    `other` (n,): how likely each sample is outside the label space, where that is known. `wanted`: the student's
+    classes, where these are not all.
     """
-    return SoftLabels(labels, default_device(), temperature, fingerprint, samples, other)
+    return SoftLabels(labels, default_device(), temperature, fingerprint, samples, other, wanted)
 
 
 def soft_multi_loss(
@@ -235,12 +243,13 @@ def direct_loss(
     samples: NDArray[np.int64] | None = None,
     coverage: CoverageStores | None = None,
     strength: Sequence[float] = (1.0,),
+    wanted: Wanted | None = None,
 ) -> FingerprintedLoss:
     """Return the loss of a -BP route, for all samples or `samples`.
 
     The answers are decoded once into memory-mapped files in `folder`. Sites that did not answer a sample have no
     part in its loss. `coverage`: one store a site, None for a site that was not asked; `direct-ce` makes use of it,
-    by `strength`: one number a site, or one for all.
+    by `strength`: one number a site, or one for all. `wanted`: the student's classes, where these are not all.
     """
     total = stores[0].about.size
     maps = _answer_files(folder, space, total)
@@ -257,7 +266,7 @@ def direct_loss(
     answered = None
     if not all(store.complete for store in stores):
         answered = np.stack([store.answered(0, total) for store in stores], axis=1)
-    about = (maps, space.class_sets, weights, default_device(), temperature, fingerprint, answered, samples)
+    about = (maps, space.class_sets, weights, default_device(), temperature, fingerprint, answered, samples, wanted)
     return DirectCE(*about, coverage=told, strength=strength) if kind == "direct-ce" else DirectMFLF(*about)
 
 

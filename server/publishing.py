@@ -28,6 +28,7 @@ from consilience.server.answered import CoverageStores, Usable, block_size, bloc
 from consilience.server.answers import AnswerStore
 from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
+from consilience.server.chosen import Chosen
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.feature_learning import FILE
@@ -76,6 +77,9 @@ class Outcome:
     curves: Mapping[str, Sequence[Mapping[str, Any]]]
     failures: Mapping[str, str]
     """Site -> why it left samples unanswered."""
+    chosen: Chosen
+    other_share: float
+    """How much of the unified labels' mass is on what the student does not tell apart."""
     summed: tuple[str, ...] | None = None
     """The sites whose answers are in a secure sum; None where sites answered openly."""
 
@@ -92,8 +96,9 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         warnings.append(
             f"Unification did not converge for {diagnostics.not_converged:,} of {diagnostics.samples:,} samples."
         )
-    learning = settings.student.learning
-    if max(space.components) > 0 and not settings.student.learns_labels and not (joined and learning == "direct-ce"):
+    learning, chosen = settings.student.learning, outcome.chosen
+    settled = joined and learning == "direct-ce" and (chosen.everything or chosen.other)
+    if max(chosen.taught.components) > 0 and not settings.student.learns_labels and not settled:
         warnings.append(
             f"The student learnt by {learning}, which says nothing about the odds between components; "
             "student.learning: soft-labels would follow the rule unify.across."
@@ -159,6 +164,9 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             settings.student.architecture,
             settings.student.learning,
             sum(parameter.numel() for parameter in student.model.parameters()),
+            taught=None if chosen.everything else chosen.taught,
+            other=chosen.other,
+            other_share=None if chosen.everything else outcome.other_share,
         ),
         warnings=[*warnings, *about_test],
         left_out=outcome.contract.left_out,
@@ -329,7 +337,7 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
     test = outcome.test
     if test is None:
         return None, []
-    space, settings = outcome.space, outcome.settings
+    space, settings, chosen = outcome.space, outcome.settings, outcome.chosen
     answers: list[NDArray[np.float32] | None] = [None] * len(space.sites)
     unified, warnings = None, []
     if outcome.test_stores is not None:
@@ -348,7 +356,8 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
             solve = unifier(space, settings.unify, outcome.cards, whole, covered=False)
             if settings.unify.other and anchored(solve, sets, coverage):
                 solve = unifier(space, settings.unify, outcome.cards, whole)
-            unified = solve(list(given.values()), coverage=coverage).probs
+            found = solve(list(given.values()), coverage=coverage)
+            unified = chosen.labels(found.probs, found.other)
             partly = [c.about.site for c in covers if c is not None and not c.complete]
             if partly:
                 warnings.append(
@@ -360,26 +369,30 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
                 "There is no unified ensemble: the sites that answered the whole test pool do not know every class."
             )
     oracle = StudentModel(outcome.run / "oracle") if "oracle" in outcome.curves else None
+    whole_truth = test_truth(test, space, settings.labels.synonyms)
+    truth = chosen.truth(whole_truth)
+    ids = np.arange(len(test)) if chosen.everything else np.flatnonzero(truth >= 0)
     judgement = judge(
-        test_truth(test, space, settings.labels.synonyms),
-        space,
-        answers,
-        unified,
-        _predictions(student, test),
-        None if oracle is None else _predictions(oracle, test),
+        truth[ids],
+        chosen.taught,
+        [None if (held := answers[i]) is None else chosen.answers(i, held[ids]) for i in chosen.sites],
+        None if unified is None else unified[ids],
+        _predictions(student, test, ids),
+        None if oracle is None else _predictions(oracle, test, ids),
+        chosen.mine(whole_truth[ids]),
     )
-    return judgement, warnings
+    return replace(judgement, unwanted=len(test) - len(ids)), warnings
 
 
-def _predictions(model: StudentModel, test: ImageData) -> NDArray[np.float32]:
-    """Return (m, L) log-probabilities of the test images, read and scored a block at a time."""
-    parts = [model.log_probs(test.read(ids)) for ids in _chunks(len(test), 1024)]
+def _predictions(model: StudentModel, test: ImageData, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return (m, L) log-probabilities of the test images `ids` (m,), read and scored a block at a time."""
+    parts = [model.log_probs(test.read(part)) for part in _chunks(ids, 1024)]
     return np.concatenate(parts) if parts else np.empty((0, len(model.labels)), np.float32)
 
 
-def _chunks(total: int, size: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, total, size):
-        yield np.arange(start, min(start + size, total))
+def _chunks(ids: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
 
 
 def _samples(
@@ -390,14 +403,15 @@ def _samples(
     total = outcome.samples.count
     ids = np.linspace(0, total - 1, min(SAMPLES_SHOWN, total)).astype(np.int64)
     ids = ids if usable is None else usable[ids]
-    images = outcome.pool.take(ids)
+    images, chosen = outcome.pool.take(ids), outcome.chosen
+    other = load_other(outcome.run / "labels")
     return Samples(
         ids=ids,
         images=images,
-        soft_labels=np.asarray(outcome.labels[ids]),
-        answers=[_rows(store, ids) for store in outcome.stores],
+        soft_labels=chosen.labels(np.asarray(outcome.labels[ids]), None if other is None else other[ids]),
+        answers=[chosen.answers(i, _rows(outcome.stores[i], ids)) for i in chosen.sites],
         student=student.log_probs(images),
-        truth=None if truth is None else truth[ids],
+        truth=None if truth is None else chosen.truth(truth[ids]),
         many=None if many is None else many[ids],
     )
 

@@ -19,6 +19,7 @@ from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server.judge import BASELINES, Judgement, Score, SiteScore
 from consilience.server.judge_labels import LabelSite
 from consilience.server.report_amalgamation import amalgamation_warnings
+from consilience.server.report_chosen import chosen_words
 from consilience.server.report_coverage import coverage_dict, coverage_summary, coverage_warnings
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_multi import multi_dict, multi_headline, multi_warnings
@@ -35,7 +36,8 @@ def report_dict(findings: Findings) -> dict[str, Any]:
 
     Of a multi-label run `multi_label` tells mean average precision in place of accuracy, which is null; of another it
     is null. `student.accuracy`, `student.calibration_error` and every `baselines.*.accuracy` are numbers or null; lists
-    are empty where there is nothing to list. What may differ between two runs of one seed is named at `comparable`.
+    are empty where there is nothing to list. `student.classes` are the student's outputs where it did not learn all of
+    `labels.names`, else null. What may differ between two runs of one seed is named at `comparable`.
     Absolute paths in the settings keep their last part only: a report is shown to others.
     """
     judged = findings.judgement
@@ -123,7 +125,7 @@ def headline(findings: Findings) -> str:
     space, judged = findings.space, findings.judgement
     if space.multi:
         return multi_headline(findings, findings.labelled)
-    made = f"One classifier for {number_of(len(space), 'class', 'classes')}"
+    made = f"One classifier for {chosen_words(findings)}"
     made += f", from {number_of(len(space.sites), 'site')}"
     if judged is None:
         return f"{made}. No labelled test set was given: nothing is known about its accuracy."
@@ -188,9 +190,11 @@ def derived_warnings(findings: Findings) -> list[str]:
 
 def _test(findings: Findings) -> dict[str, int] | None:
     if findings.labelled is not None:
-        return {"count": findings.labelled.count, "outside": 0}
+        return {"count": findings.labelled.count, "outside": 0, "unwanted": 0}
     judged = findings.judgement
-    return None if judged is None else {"count": judged.count, "outside": judged.outside}
+    if judged is None:
+        return None
+    return {"count": judged.count, "outside": judged.outside, "unwanted": judged.unwanted}
 
 
 def _student(findings: Findings) -> dict[str, Any]:
@@ -199,11 +203,14 @@ def _student(findings: Findings) -> dict[str, Any]:
         "architecture": student.architecture,
         "learning": student.learning,
         "parameters": student.parameters,
+        "classes": None if student.taught is None else student.taught.names,
+        "other": student.other,
+        "other_share": student.other_share,
     }
     if judged is None:
         empty = {"correct": None, "calibration_error": None, "confusion": None, "confusion_outside": None}
         return about | _score(None) | empty | {"per_class": [], "reliability": []}
-    small = len(findings.space) <= MOST_CONFUSION
+    small = len(findings.taught) <= MOST_CONFUSION
     return (
         about
         | _score(judged.student)

@@ -151,11 +151,19 @@ class UnifyFindings:
 
 @dataclass(frozen=True)
 class StudentFindings:
-    """The student in words."""
+    """The student in words.
+
+    `taught` are its outputs, where they are not the label space, with the sites that know a wanted class; `other`:
+    whether the last is all that is no wanted class; `other_share`: how much of the unified labels' mass over the pool
+    is on no wanted class. None where the student learnt every class.
+    """
 
     architecture: str
     learning: str
     parameters: int | None = None
+    taught: LabelSpace | None = None
+    other: bool = False
+    other_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,9 +182,10 @@ class Samples:
     `ids` (k,) their numbers in the pool; `images` (k, H, W, C) or (k, H, W) uint8; `soft_labels` (k, L) unified
     probabilities; `answers[i]` (k, k_i) log-probabilities of site i of the label space, None where it has none,
     NaN in the rows of samples it did not answer;
-    `student` (k, L) log-probabilities; `truth` (k,) indices into the label space, -1 unknown, or None. Of a multi-label
-    run soft labels are NaN where nobody told a label, answers are log-odds, the student's are of each label by itself,
-    and `many` (k, L) in place of `truth` says 1, 0 or, where that is not known, -1.
+    `student` (k, L) log-probabilities; `truth` (k,) indices into the label space, -1 unknown, or None. The label space
+    is here that of the student's outputs, `Findings.taught`. Of a multi-label run soft labels are NaN where nobody told
+    a label, answers are log-odds, the student's are of each label by itself, and `many` (k, L) in place of `truth` says
+    1, 0 or, where that is not known, -1.
     """
 
     ids: NDArray[np.integer[Any]]
@@ -231,6 +240,11 @@ class Findings:
     card: CardTexts = CardTexts()
     audits: Mapping[str, SiteAudit] = field(default_factory=dict)
     amalgamation: Mapping[str, Any] | None = None
+
+    @property
+    def taught(self) -> LabelSpace:
+        """The student's outputs."""
+        return self.student.taught or self.space
 
     def synonyms(self) -> dict[str, dict[str, str]]:
         """Return class -> site -> the site's own name of it, where that is another one."""

@@ -21,6 +21,7 @@ from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server import plots
 from consilience.server.judge import Judgement
 from consilience.server.report_amalgamation import amalgamation_views
+from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_coverage import coverage_views
 from consilience.server.report_findings import Findings
 from consilience.server.report_multi import multi_view
@@ -57,7 +58,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "overlap": overlap(findings),
         "partition": partition(findings),
         "classes": classes(report),
-        "confusion": confusion(findings.judgement, findings.space.names),
+        "confusion": confusion(findings.judgement, findings.taught.names),
         "reliability": plots.reliability(judged.reliability) if judged and judged.reliability else None,
         "agreement": agreement(findings),
         "learning": learning(findings),
@@ -70,6 +71,8 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "legend": legend(findings.space.sites),
         "coloured": len(findings.space.sites) <= len(SITE_COLOURS),
         "colours": {site: site_colour(i) for i, site in enumerate(findings.space.sites)},
+        "chosen": chosen_summary(findings),
+        "unwanted": unwanted_words(findings),
         "sealing": sealing_line(findings),
         "settings": yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True),
         "most_sites": MOST_SITES,

@@ -86,20 +86,20 @@ def _labels_view(findings: Findings, samples: Samples, k: int) -> dict[str, Any]
 
 
 def _view(findings: Findings, samples: Samples, k: int) -> dict[str, Any]:
-    space = findings.space
+    space, sites = findings.taught, findings.space.sites
     label = np.asarray(samples.soft_labels[k], np.float64)
     student = softmax(np.asarray(samples.student[k : k + 1], np.float64))[0]
     predicted = int(student.argmax())
     truth = None if samples.truth is None or samples.truth[k] < 0 else int(samples.truth[k])
     said: dict[int, list[dict[str, str]]] = {}
-    few = len(space.sites) <= len(SITE_COLOURS)
+    few = len(sites) <= len(SITE_COLOURS)
     for site, (answers, known) in enumerate(zip(samples.answers, space.class_sets, strict=True)):
         if answers is None or not np.isfinite(answers[k]).any():
             continue
         for value, c in zip(softmax(np.asarray(answers[k : k + 1], np.float64))[0], known, strict=True):
             dot = {
                 "at": f"{value * 100:.1f}",
-                "colour": site_colour(site) if few else BLUE,
+                "colour": site_colour(sites.index(space.sites[site])) if few else BLUE,
                 "title": f"{space.sites[site]}: {percent(float(value))}",
             }
             said.setdefault(c, []).append(dot)

@@ -15,7 +15,7 @@ from consilience.common.nets.taps import Tap, one_layout
 from consilience.common.pool import Pool
 from consilience.common.protocol import MOST_CHANNELS, SiteCard, TapCard
 from consilience.common.settings import CommonSpace, JobSettings
-from consilience.common.taps_asked import tap_in, taps_asked
+from consilience.common.taps_asked import components_asked, tap_in, taps_asked
 from consilience.server.learning import build_student
 from consilience.server.student.own_taps import own_taps
 
@@ -33,6 +33,7 @@ class StudentTaps:
         """Raise `SettingsError` where what a site tells cannot be joined with this student, or is too much."""
         told, most = taps_asked(self._job, card), self._job.ask.feature_bytes
         declared = self._samples * sum(feature_bytes(tap.values, self._job.ask.features) for tap in told)
+        declared += sum(tap.components.bytes for tap in components_asked(self._job, card) if tap.components is not None)
         if declared > most:
             raise SettingsError(
                 f"job.yaml: field 'ask.feature_bytes' is {most:,}; site {card.name} declares {declared:,} bytes of "
@@ -126,13 +127,6 @@ class StudentTaps:
                 f"job.yaml: field 'student.learning' is 'layer-wise': {error.message}", hint=error.hint
             ) from error
         for name, tap in held.items():
-            if tap.reduced and tap.basis is None:
-                raise SettingsError(
-                    f"job.yaml: field 'student.learning' is 'layer-wise': at {name} site {site} tells principal "
-                    "components, and its policy does not let its card tell what they stand for",
-                    hint=f"Ask that site to leave policy.features.taps.{name}.channels out, or approval and "
-                    "sealed_only, or set student.learning to common-feature",
-                )
             own = self.shapes[name]
             if tap.shape[1:] != own[1:]:
                 raise SettingsError(

@@ -15,7 +15,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from consilience.common.settings import Settings
@@ -45,6 +44,8 @@ def fit_platt(mine: NDArray[np.floating], pool: NDArray[np.floating], prior: flo
     Where higher scores are not more often private the slope is 0, and coverage is the prior for every score. Raises
     `ValueError` for scores that are missing or not finite.
     """
+    from scipy.optimize import minimize  # a third of a second, which an agent, which never fits, does without
+
     held, seen = mine.astype(np.float64), pool.astype(np.float64)
     if not len(held) or not len(seen) or not (np.isfinite(held).all() and np.isfinite(seen).all()):
         raise ValueError("scores are missing or not finite: nothing to calibrate on")

@@ -19,6 +19,7 @@ from consilience.client.coverage.risk import PositiveUnlabelled
 from consilience.client.coverage.samples import repeats
 from consilience.common.nets import default_device
 from consilience.common.nets.loop import one_cycle
+from consilience.common.nets.optimizers import plain
 from consilience.common.nets.seeding import derive, generator, seeded
 
 PARTS = 5
@@ -104,7 +105,7 @@ def _train(
     """Train one head on the rows `ids` of `inputs`."""
     batch = max(1, min(BATCH, len(ids)))
     steps = len(ids) // batch
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = plain(torch.optim.AdamW)(head.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     known = torch.from_numpy(ids)
     for epoch in range(epochs):
         order = known[torch.randperm(len(ids), generator=generator(seed, "order", epoch))].to(inputs.device)

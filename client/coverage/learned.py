@@ -202,4 +202,5 @@ def is_model(settings: SiteSettings, record: CoverageRecord) -> bool:
 def settings_digest(settings: SiteSettings) -> str:
     """Return the digest of what the settings decide of coverage: how it is learned, and of which classes."""
     teacher = None if settings.teacher.kind == "train" else settings.teacher.classes
-    return sha256(canonical_json([settings.coverage.model_dump(mode="json"), teacher, settings.seed]))
+    how = settings.coverage.model_dump(mode="json") | {"fit": settings.coverage_fit.model_dump(mode="json")}
+    return sha256(canonical_json([how, teacher, settings.seed]))

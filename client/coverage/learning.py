@@ -115,11 +115,11 @@ def _learn(
     ids, labels, classes = _enough(settings, data, pool)
     preprocessing = _as_used(settings, pool)
     samples = gather(settings, data, ids, labels, classes, pool)
-    prior = chosen.prior
+    prior, fit = chosen.prior, settings.coverage_fit
     if prior is None:
-        short = _train(settings, samples, preprocessing, _short(chosen.fit), FIRST_PRIOR, "first prior", on_epoch)
+        short = _train(settings, samples, preprocessing, _short(fit), FIRST_PRIOR, "first prior", on_epoch)
         prior = estimate_prior(*_scores(settings, short, samples, pool, preprocessing))
-    model = _train(settings, samples, preprocessing, chosen.fit, prior, "coverage", on_epoch)
+    model = _train(settings, samples, preprocessing, fit, prior, "coverage", on_epoch)
     held, of_pool = _scores(settings, model, samples, pool, preprocessing)
     prior = chosen.prior or estimate_prior(held, of_pool)
     return _record(settings, {**about, "classes": classes, "preprocessing": preprocessing}, model, held, of_pool, prior)

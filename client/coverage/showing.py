@@ -24,7 +24,8 @@ def learn_and_show(settings: SiteSettings, reporter: Reporter) -> CoverageRecord
             tasks.append(reporter.start(name, total))
         tasks[0].advance(count)
 
-    record = learn_coverage(settings, epoch_task(reporter, name, epochs_of(chosen.fit, chosen.prior)), on_images)
+    on_epoch = epoch_task(reporter, name, epochs_of(settings.coverage_fit, chosen.prior))
+    record = learn_coverage(settings, on_epoch, on_images)
     if record.abstains is not None:
         reporter.say(f"{settings.name} gives no coverage: {record.abstains}")
     for warning in record.warnings:

@@ -9,5 +9,6 @@ from __future__ import annotations
 
 from consilience.client.features.showing import learn_and_show_bases, taps, tell_shape, tell_taps
 from consilience.client.features.taps import OpenTap, learn_bases, open_taps
+from consilience.client.features.together import Together
 
-__all__ = ["OpenTap", "learn_and_show_bases", "learn_bases", "open_taps", "taps", "tell_shape", "tell_taps"]
+__all__ = ["OpenTap", "Together", "learn_and_show_bases", "learn_bases", "open_taps", "taps", "tell_shape", "tell_taps"]

@@ -53,8 +53,10 @@ def tell_taps(settings: SiteSettings, taps: tuple[OpenTap, ...]) -> str:
     told = []
     for tap in taps:
         card = tap.card
-        share = "" if card.basis is None else f" of {card.channels} channels, with {card.kept:.1%} of their variance"
-        share += "" if card.basis is None else f" (components: {len(card.basis):,} bytes)"
+        share = ""
+        if (held := card.components) is not None:
+            share = f" of {card.channels} channels, with {held.kept:.1%} of their variance"
+            share += f" (components: {held.bytes:,} bytes)"
         size = feature_bytes(card.values, encodings[0])
         told.append(f"{card.name}: {tell_shape(card.shape)}{share}, {size:,} bytes a sample")
     return f"{'; '.join(told)}; as {' or '.join(encodings)}"
@@ -89,8 +91,8 @@ def _rows(settings: SiteSettings, found: Found, pools: list[Pool]) -> list[dict[
             kept = 1.0 if allowed.wanted is None else shares.get(layer.name)
             sizes = {encoding: feature_bytes(values, encoding) for encoding in encodings}
             totals = {pool.digest: {encoding: size * len(pool) for encoding, size in sizes.items()} for pool in pools}
-            basis = 0 if allowed.wanted is None else basis_bytes(allowed.shape[0], allowed.wanted.channels)
-            row |= {"leaves": allowed.shape, "kept": kept, "bytes_a_sample": sizes, "bytes": totals, "basis": basis}
+            held = 0 if allowed.wanted is None else basis_bytes(allowed.shape[0], allowed.wanted.channels)
+            row |= {"leaves": allowed.shape, "kept": kept, "bytes_a_sample": sizes, "bytes": totals, "components": held}
         rows.append(row)
     return rows + [{"tap": name, "shape": None, "leaves": None} for name in found.unknown]
 
@@ -117,9 +119,9 @@ def _table(settings: SiteSettings, rows: list[dict[str, Any]], pools: list[Pool]
         table.add_row(*(Text(cell) for cell in cells))
     if finest:
         table.caption = f"A job may ask for at most {settings.policy.features.bytes:,} bytes of features."
-        if bases := sum(row.get("basis", 0) for row in rows):
+        if components := sum(row.get("components", 0) for row in rows):
             table.caption += (
-                f" Principal components themselves are {bases:,} bytes, which the site card tells any server, unless "
-                "policy.approval or policy.sealed_only is true."
+                f" Principal components themselves are {components:,} bytes, which count among these and leave with "
+                "the agreement to a job that needs them."
             )
     return table

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from consilience.client.features import bases
-from consilience.client.features.layers import Layer, Layers, layers_of
+from consilience.client.features.layers import Layer, Layers, Maps, layers_of
 from consilience.client.features.reducing import Basis, averaged, averaged_shape
 from consilience.client.teacher import MultiTeacher, Teacher
 from consilience.common.encoding.features import LARGEST, basis_bytes, pack_basis
@@ -23,7 +23,14 @@ from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
-from consilience.common.protocol import MOST_BASES, MOST_CHANNELS, MOST_FEATURES, FeaturesCard, TapCard
+from consilience.common.protocol import (
+    MOST_CHANNELS,
+    MOST_COMPONENTS,
+    MOST_FEATURES,
+    ComponentsCard,
+    FeaturesCard,
+    TapCard,
+)
 from consilience.common.settings import EVERY_LAYER, Reduction, SiteSettings
 
 _FIELD = "policy.features.taps"
@@ -38,6 +45,14 @@ class OpenTap:
     size: int | None
     """As `Reduction.size`."""
     basis: Basis | None
+    computed: int
+    """Numbers that the layer itself gives for a sample."""
+
+    @property
+    def components(self) -> bytes:
+        """The principal components as they leave; of a tap that has some (`card.components`)."""
+        assert self.basis is not None
+        return pack_basis(self.basis.directions, self.basis.mean)
 
     def values(self, images: Images) -> NDArray[np.float32]:
         """Return (n, `card.values`) finite float32 for (n, H, W, C) uint8, in the order channel, row, column.
@@ -45,6 +60,10 @@ class OpenTap:
         Raises `TeacherError` when the layer gives anything else, or a value that no encoding holds.
         """
         (features,) = self.layers.features(images, [self.card.name])
+        return self.rows(features)
+
+    def rows(self, features: Maps) -> NDArray[np.float32]:
+        """Return the same for the layer's features (n, C, ...), as they are computed. Raises as `values`."""
         with np.errstate(invalid="ignore", over="ignore"):
             features = averaged(features, self.size)
             if features.shape[1:] != (self.card.channels, *self.card.shape[1:]):
@@ -190,14 +209,17 @@ def kept_shares(settings: SiteSettings, found: Found) -> dict[str, float]:
 
 
 def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis | None) -> OpenTap:
-    layer, text = allowed.layer, None if basis is None else pack_basis(basis.directions, basis.mean)
+    layer, told = allowed.layer, None
+    if basis is not None:
+        packed = pack_basis(basis.directions, basis.mean)
+        told = ComponentsCard(number=allowed.shape[0], kept=basis.kept, bytes=len(packed), digest=sha256(packed))
     parts = {  # the shape decides how maps are averaged
         "kind": "features",
         "teacher": found.layers.fingerprint,
         "tap": layer.name,
         "channels": layer.shape[0],
         "shape": allowed.shape,
-        "basis": text,
+        "components": None if told is None else told.digest,
     }
     try:
         card = TapCard(
@@ -205,8 +227,7 @@ def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis |
             layout=layer.layout,
             shape=allowed.shape,
             channels=layer.shape[0],
-            kept=1.0 if basis is None else basis.kept,
-            basis=text,
+            components=told,
             fingerprint=sha256(canonical_json(parts)),
         )
     except ValidationError as error:
@@ -215,7 +236,7 @@ def _open(settings: SiteSettings, found: Found, allowed: Allowed, basis: Basis |
             f"{error.errors()[0]['msg']}",
             hint="Name another, or find out what the teacher computes there",
         ) from error
-    return OpenTap(card, found.layers, allowed.reduction.size, basis)
+    return OpenTap(card, found.layers, allowed.reduction.size, basis, math.prod(layer.shape))
 
 
 def _check_sizes(settings: SiteSettings, found: Found) -> None:
@@ -229,11 +250,11 @@ def _check_sizes(settings: SiteSettings, found: Found) -> None:
                 hint="Give the tap a smaller size or fewer channels, or name another",
             )
     sizes = {name: basis_bytes(one.shape[0], one.channels) for name, one in _wanted(found).items()}
-    if sum(sizes.values()) > MOST_BASES:
+    if sum(sizes.values()) > MOST_COMPONENTS:
         told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         raise SettingsError(
-            f"{settings.name}: field {_FIELD}: principal components are {sum(sizes.values()):,} bytes on the site card "
-            f"({told}); allowed are {MOST_BASES:,}",
+            f"{settings.name}: field {_FIELD}: principal components are {sum(sizes.values()):,} bytes ({told}); "
+            f"allowed are {MOST_COMPONENTS:,}, which one message holds",
             hint="Give these taps fewer channels, or name fewer",
         )
 

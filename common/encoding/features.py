@@ -1,13 +1,11 @@
 """Features of a network's layer as bytes and back: the values of one sample's features a row.
 
 Binary16 (`f16`), or the row's least value and the step as binary32 and a byte a value of which v means least + v * step
-(`u8`). Lives here too: the basis of a tap's principal components as text, which travels in the site's card.
+(`u8`). Lives here too: a tap's principal components as bytes, which leave with a site's agreement (common/components).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any
 
 import numpy as np
@@ -76,31 +74,31 @@ def feature_values(raw: NDArray[np.uint8], encoding: FeatureEncoding) -> NDArray
     return head[:, :1] + raw[:, _HEAD:].astype(np.float32) * head[:, 1:]
 
 
-def pack_basis(basis: NDArray[np.floating[Any]], mean: NDArray[np.floating[Any]]) -> str:
-    """Return (c, C) principal directions and (C,) means as text: base64 of float32, the means last."""
-    return base64.b64encode(np.concatenate([basis.ravel(), mean]).astype(_SINGLE).tobytes()).decode("ascii")
+def pack_basis(basis: NDArray[np.floating[Any]], mean: NDArray[np.floating[Any]]) -> bytes:
+    """Return (c, C) principal directions and (C,) means as bytes: float32, the means last."""
+    return np.concatenate([basis.ravel(), mean]).astype(_SINGLE).tobytes()
 
 
 def basis_bytes(kept: int, channels: int) -> int:
-    """Return the length of `pack_basis`'s text of `kept` directions."""
-    return 4 * -(-4 * (kept + 1) * channels // 3)
+    """Return the length of `pack_basis`'s bytes of `kept` directions."""
+    return 4 * (kept + 1) * channels
 
 
-def unpack_basis(text: str, kept: int, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def unpack_basis(data: bytes, kept: int, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return (kept, channels) directions and (channels,) means, float32.
 
     Features that left, times the directions, plus the means, are the layer's own again, but for what was left out.
-    Raises `ValueError` for anything else than so many numbers, for directions that no orthonormal rows hold, and for
+    Raises `ProtocolError` for anything else than so many numbers, for directions that no orthonormal rows hold, and for
     means that no feature has.
     """
-    try:
-        values = np.frombuffer(base64.b64decode(text, validate=True), _SINGLE)
-    except (binascii.Error, ValueError):
-        raise ValueError("the basis is not base64 of float32") from None
-    if len(values) != (kept + 1) * channels:
-        raise ValueError("the basis has not the numbers that its shape asks for")
+    if len(data) != basis_bytes(kept, channels):
+        raise ProtocolError(
+            f"Principal components have {len(data):,} bytes; allowed: {basis_bytes(kept, channels):,} for {kept} of "
+            f"{channels} channels"
+        )
+    values = np.frombuffer(data, _SINGLE)
     directions, mean = values[: kept * channels].reshape(kept, channels), values[kept * channels :]
     # NaN fails every comparison; what components stand for is made of these, by whoever takes them
     if not (np.abs(directions) <= 1 + _ROUNDING).all() or not (np.abs(mean) <= LARGEST).all():
-        raise ValueError("the basis has a direction above 1 or a mean that no feature has")
+        raise ProtocolError("Principal components have a direction above 1 or a mean that no feature has")
     return directions, mean

@@ -27,6 +27,7 @@ from consilience.common.nets import checkpoint
 from consilience.common.nets.batches import Pixels, Windows, default_device
 from consilience.common.nets.checkpoint import EpochRecord
 from consilience.common.nets.losses import Loss, Parted
+from consilience.common.nets.optimizers import plain
 from consilience.common.nets.precision import decide
 from consilience.common.nets.seeding import derive, generator, seeded
 from consilience.common.preprocessing import ImageRows
@@ -234,7 +235,7 @@ def sgd(model: nn.Module, fit: Fit) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": fit.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=fit.learning_rate, momentum=0.9, nesterov=True)
+    return plain(torch.optim.SGD)(groups, lr=fit.learning_rate, momentum=0.9, nesterov=True)
 
 
 def _digest(tensor: Tensor) -> str:

@@ -51,8 +51,8 @@ class Ask(Settings):
     features: FeatureEncoding = "f16"
     """How features come, where `student.learning` takes them; every site that tells some must allow it."""
     feature_bytes: int = Field(default=2**34, ge=1, le=2**53)
-    """Most bytes of features that one site may bring, over all taps and samples; a site whose card declares more does
-    not fit the job."""
+    """Most bytes of features that one site may bring, over all taps and samples, principal components among them; a
+    site whose card declares more does not fit the job."""
     question_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Pool samples a question speaks of; by default tuned for each site, to about two seconds of its teacher's work."""
     in_flight: int = Field(default=4, ge=1, le=64)
@@ -191,10 +191,35 @@ class Student(Settings):
     learning: Literal["soft-labels", "direct-ce", "direct-mf-lf", "layer-wise", "common-feature"] = "soft-labels"
     """`layer-wise` and `common-feature` take features too, of the sites that tell some (docs/amalgamation.md); the
     other sites take part by their labels."""
+    classes: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """The classes that the student tells apart, by any of their names; by default all that sites know. Every site is
+    asked all the same (docs/researcher.md)."""
+    other: bool = False
+    """Whether it has one more output, named `other`, for all that is none of `classes`. Without it, samples of other
+    classes count in training by how likely they are of one of `classes`."""
     layer_wise: LayerWise = LayerWise()
     common_feature: CommonFeature = CommonFeature()
     preprocessing: Preprocessing = Preprocessing()
     fit: Fit = Fit()
+
+    @model_validator(mode="after")
+    def _classes_can_be_learnt(self) -> Student:
+        if self.classes is not None and len(self.classes) == 1 and not self.other:
+            raise ValueError(
+                f"classes names {self.classes[0]!r} alone, so that there is nothing to tell apart; name another, or "
+                "set other to true"
+            )
+        if self.other and self.learning == "direct-mf-lf":
+            raise ValueError(
+                "other is true, and learning is 'direct-mf-lf', which learns differences of single classes' scores: "
+                "many classes in one have none; set learning to soft-labels or direct-ce, or other to false"
+            )
+        if self.other and self.learning == "layer-wise" and self.target == "concatenated":
+            raise ValueError(
+                "other is true, and layer_wise.target is 'concatenated', which learns each class's score of the one "
+                "site that knows it: many classes in one have none; set the target to unified, or other to false"
+            )
+        return self
 
     @property
     def target(self) -> Target | None:

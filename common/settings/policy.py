@@ -61,10 +61,10 @@ class Features(Settings):
     precision: FeatureEncoding = "f16"
     """The finest encoding: `f16`, or `u8`, which tells each value to 1/255 of its sample's range."""
     bytes: int = Field(default=2**30, ge=1, le=2**53)
-    """Most bytes of features that a job may ask for, over all taps and samples."""
+    """Most bytes of features that a job may ask for, over all taps and samples, principal components among them."""
     bytes_lifetime: int = Field(default=2**32, ge=1, le=2**53)
-    """Most bytes of features that may be newly released since the ledger began, over all jobs, taps and policies. What
-    left before leaves again, to any job, as the same bytes and at no cost."""
+    """Most bytes of features that may be newly released since the ledger began, over all jobs, taps and policies,
+    principal components among them. What left before leaves again, to any job, as the same bytes and at no cost."""
 
     @property
     def encodings(self) -> tuple[FeatureEncoding, ...]:

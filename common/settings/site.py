@@ -16,7 +16,7 @@ from consilience.common.settings.data import DataSource
 from consilience.common.settings.multi_label import refuse_for_labels
 from consilience.common.settings.policy import Policy
 from consilience.common.settings.privacy import NoPrivacy, Privacy, refuse_what_passes_by
-from consilience.common.settings.teacher import Coverage, TeacherSettings
+from consilience.common.settings.teacher import Coverage, Fit, TeacherSettings
 
 
 def _key_words(value: str) -> str:
@@ -67,6 +67,13 @@ class SiteSettings(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63)
     batch_size: int = Field(default=256, ge=1, le=65_536)
     """Pool samples the teacher scores at once."""
+
+    @property
+    def coverage_fit(self) -> Fit:
+        """How a coverage network is trained, with `mirror` decided."""
+        fit = self.coverage.fit
+        teachers = self.teacher.fit.mirror if self.teacher.kind == "train" else True
+        return Fit(**fit.model_dump(exclude={"mirror"}), mirror=teachers if fit.mirror is None else fit.mirror)
 
     @model_validator(mode="after")
     def _training_needs_data(self) -> SiteSettings:

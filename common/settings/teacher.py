@@ -14,28 +14,34 @@ from consilience.common.settings.base import CALLABLE_PATTERN, ClassName, Covera
 from consilience.common.settings.data import Preprocessing
 
 
-class Fit(Settings):
-    """How a network is trained: SGD with Nesterov momentum under a one-cycle learning rate."""
-
+class _Training(Settings):
     epochs: int = Field(default=20, ge=1, le=10_000)
     batch_size: int = Field(default=64, ge=1, le=65_536)
     learning_rate: float = Field(default=0.1, gt=0, le=10)
     weight_decay: float = Field(default=5e-4, ge=0, le=1)
     augment: bool = True
     """Whether images are moved by up to an eighth of their size, and mirrored, each time anew."""
-    mirror: bool = True
-    """Whether augmentation mirrors images left and right: not for digits, writing, or sides of a body."""
     compile: bool = False
     precision: Literal["auto", "f32"] = "auto"
     """auto: bf16 where a measurement at the start shows that it pays, else f32; f32: the same result every time."""
 
 
-class CoverageFit(Fit):
+class Fit(_Training):
+    """How a network is trained: SGD with Nesterov momentum under a one-cycle learning rate."""
+
+    mirror: bool = True
+    """Whether augmentation mirrors images left and right: not for digits, writing, or sides of a body."""
+
+
+class CoverageFit(_Training):
     """How a coverage network is trained: as `Fit`, with defaults of its own."""
 
     epochs: int = Field(default=15, ge=1, le=10_000)
     batch_size: int = Field(default=256, ge=1, le=65_536)
     learning_rate: float = Field(default=0.05, gt=0, le=10)
+    mirror: bool | None = None
+    """Whether augmentation mirrors images left and right; by default as for the teacher, where it is trained here, else
+    yes."""
 
 
 class _Labelled(Settings):

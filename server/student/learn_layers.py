@@ -276,7 +276,7 @@ class LayerLesson:
             {
                 "tap": each.layer.name,
                 "channels": {tap.site: tap.card.channels for tap in each.layer.taps},
-                "components": {tap.site: tap.card.kept for tap in each.layer.taps if tap.card.reduced},
+                "components": {tap.site: held.kept for tap in each.layer.taps if (held := tap.card.components)},
                 "width": len(each.encoder.bias),
                 "explained": each.explained,
                 "by_site": dict(each.by_site),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from consilience.common.errors import StudentError
+from consilience.server.student.wanted import Wanted
 
 
 class ConcatenatedScores:
@@ -24,7 +25,9 @@ class ConcatenatedScores:
     the student's outputs. Scores count as they are: log-probabilities, which are what sites send, are logits whose
     offset is such that a row's probabilities sum to 1. `samples` (m,): training's sample j has the scores
     `scores[i][samples[j]]`; None: all are learnt from. `fingerprint` names what the scores are, so that a training is
-    not resumed with others. Raises `StudentError` unless each class 0, ..., L - 1 is known to exactly one site.
+    not resumed with others. `wanted`: the classes that the student's outputs stand for, and nothing else, for which the
+    sum loses its other terms; None: all. Raises `StudentError` unless each class 0, ..., L - 1 is known to exactly one
+    site.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class ConcatenatedScores:
         device: torch.device,
         fingerprint: str = "",
         samples: NDArray[np.int64] | None = None,
+        wanted: Wanted | None = None,
     ) -> None:
         owners = np.bincount(np.concatenate([np.asarray(classes, np.int64) for classes in class_sets]))
         if (owners != 1).any():
@@ -44,8 +48,10 @@ class ConcatenatedScores:
                 hint="Learn from unified soft labels, which take classes that several sites know",
             )
         self.fingerprint = f"{type(self).__name__} {[list(classes) for classes in class_sets]} {fingerprint}"
+        if wanted is not None:
+            self.fingerprint += f" {wanted.fingerprint}"
         self._scores, self._class_sets, self._device, self._classes = scores, class_sets, device, len(owners)
-        self._samples = samples
+        self._samples, self._wanted = samples, wanted
 
     def target(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return (b, L) float32: the samples' scores, each class's in its place."""
@@ -59,6 +65,8 @@ class ConcatenatedScores:
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
         target = torch.from_numpy(self.target(ids.cpu().numpy())).to(self._device)
+        if self._wanted is not None:
+            target = target[:, list(self._wanted.classes)]
         return (logits - target).square().sum(dim=1).mean() / 2
 
 
@@ -66,7 +74,8 @@ class ConcatenatedSoftmax(ConcatenatedScores):
     """T^2 H(softmax([z_1(x); ...; z_N(x)] / T), softmax(s / T)), mean over the batch (Luo et al., IJCAI 2019).
 
     Log-probabilities in place of logits give each site, at T = 1, the same share of the whole: their offsets, which
-    would say how sure one site is beside another, are not sent.
+    would say how sure one site is beside another, are not sent. What is `wanted` of the softmax is cut out as of a
+    unified label, `other` included.
     """
 
     def __init__(
@@ -76,15 +85,21 @@ class ConcatenatedSoftmax(ConcatenatedScores):
         device: torch.device,
         fingerprint: str = "",
         samples: NDArray[np.int64] | None = None,
+        wanted: Wanted | None = None,
         temperature: float = 1.0,
     ) -> None:
-        super().__init__(scores, class_sets, device, fingerprint, samples)
+        super().__init__(scores, class_sets, device, fingerprint, samples, wanted)
         self.fingerprint += f" {temperature}"
         self._temperature = temperature
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
         target = torch.from_numpy(self.target(ids.cpu().numpy())).to(self._device)
-        probs = torch.softmax(target / self._temperature, dim=1)
+        probs, weights = torch.softmax(target / self._temperature, dim=1), None
+        if self._wanted is not None:
+            cut, weights = self._wanted.labels(probs[:, list(self._wanted.classes)])
+            probs = cut.float()
         terms = -(probs * torch.log_softmax(logits / self._temperature, dim=1)).sum(dim=1)
+        if weights is not None:
+            terms = terms * weights.float()
         return terms.mean() * self._temperature**2

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.common.encoding.features import unpack_basis
 from consilience.common.files import canonical_json, sha256
 from consilience.common.protocol import TapCard
 from consilience.server.answers import AnswerStore
+from consilience.server.components import read_components
 
 BLOCK_VALUES = 2**22
 """Numbers that a block of features holds at most, for each site."""
@@ -31,6 +32,8 @@ class SiteTap:
     site: str
     card: TapCard
     store: AnswerStore
+    components: Path | None = None
+    """Where its principal components lie; None where there are none, and where the job needs none."""
 
     @cached_property
     def known(self) -> NDArray[np.bool_]:
@@ -61,9 +64,12 @@ class SiteTap:
         return self.store.take(ids).reshape(len(ids), *self.card.shape)
 
     def channels(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the same in the layer's own channels, (b, card.channels, ...): of components, what they stand for."""
+        """Return the same in the layer's own channels, (b, card.channels, ...): of components, what they stand for.
+
+        Raises `StorageError` as `take`, and where the components themselves are lost or damaged.
+        """
         held = self.take(ids)
-        if not self.card.reduced:
+        if self.card.components is None:
             return held
         directions, mean = self._basis
         flat = directions.T @ held.reshape(len(ids), len(directions), -1) + mean[:, None]
@@ -71,8 +77,8 @@ class SiteTap:
 
     @cached_property
     def _basis(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        assert self.card.basis is not None
-        return unpack_basis(self.card.basis, self.card.shape[0], self.card.channels)
+        assert self.components is not None
+        return read_components(self.components, self.card)
 
 
 def told_by_all(taps: Sequence[SiteTap], samples: NDArray[np.int64]) -> NDArray[np.int64]:

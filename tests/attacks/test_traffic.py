@@ -198,7 +198,7 @@ def test_what_is_sent_is_a_card_an_agreement_and_answers(recording: Recording) -
             assert (card.holdout_accuracy, card.class_priors) == (None, None)
             assert list(content) == ["record"]
         elif kind == CONTRACT:
-            assert read_reply(content, Agreement)
+            assert read_reply(content, Agreement).enclosed is None
             assert list(content) == ["record"]
         else:
             question = Question.from_content(content)

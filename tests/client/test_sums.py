@@ -93,7 +93,7 @@ def test_terms_without_the_site_or_with_another_key_are_refused(sums: Sums, tmp_
         {"labels": names_of([0, 1, 1])},
         {"temperature": 0.0},
         {"kind": "coverage"},
-        {"protocol": 2},
+        {"protocol": 1},
         {"contract": "x"},
     ],
 )
@@ -507,7 +507,7 @@ def test_hostile_records_raise_our_errors_only(sums: Sums) -> None:
             for value in HOSTILE:
                 text = json.dumps({**fields, field: value})
                 content = RecordDict({"record": ConfigRecord({"json": text})})
-                fits = (field in ("shares", "synonyms") and value == []) or (field == "protocol" and value is True)
+                fits = field in ("shares", "synonyms") and value == []
                 if (name, field) in allowed or fits:
                     continue
                 with pytest.raises(ProtocolError):

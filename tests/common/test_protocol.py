@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilience.common.encoding.features import pack_basis
+from consilience.common.encoding.features import basis_bytes
 from consilience.common.errors import ProtocolError
 from consilience.common.protocol import (
     Agreement,
@@ -19,6 +19,7 @@ from consilience.common.protocol import (
     CardRequest,
     Contract,
     CoverageCard,
+    Enclosed,
     Question,
     Record,
     Refusal,
@@ -32,8 +33,7 @@ TAP: dict[str, Any] = {
     "layout": "conv3x3/1 norm",
     "shape": (2, 4, 4),
     "channels": 3,
-    "kept": 0.9,
-    "basis": pack_basis(np.eye(3)[:2], np.zeros(3)),
+    "components": {"number": 2, "kept": 0.9, "bytes": 36, "digest": DIGEST},
     "fingerprint": OTHER,
 }
 FEATURES: dict[str, Any] = {"taps": (TAP,), "encodings": ("f16", "u8")}
@@ -57,6 +57,7 @@ RECORDS: list[Record] = [
     SiteCard(**card(class_priors=(0.25, 0.75), holdout_accuracy=0.5, calibration=CALIBRATION)),
     Contract(job="job", labels=("cat", "dog"), class_set=(1, 0), pools=(DIGEST,), teacher=OTHER, encoding="f16"),
     Agreement(pools=(DIGEST, OTHER)),
+    Agreement(pools=(DIGEST,), enclosed=Enclosed(taps=("layer1",), data="AAAA")),
     question(),
     SiteCard(**card(coverage=CoverageCard(fingerprint=OTHER, encodings=("f16", "u8"), description="a forest"))),
     question(encoding="u8"),
@@ -68,31 +69,46 @@ RECORDS: list[Record] = [
     SiteCard(**card(features=FEATURES)),
     Contract(
         job="job", labels=("cat",), class_set=(0,), pools=(DIGEST,), teacher=OTHER, encoding="f16",
-        features=("layer1", "features.3"), feature_encoding="u8",
+        features=("layer1", "features.3"), feature_encoding="u8", components=("features.3",),
     ),
     question(kind="features", encoding="f16"),
     question(kind="features", encoding="u8"),
 ]  # fmt: skip
 
 
-def test_a_card_may_keep_what_components_are_to_itself_and_tells_no_more_than_a_message_holds() -> None:
-    held = SiteCard(**card(features={**FEATURES, "taps": ({**TAP, "basis": None},)}))
-    assert SiteCard.from_content(held.to_content()) == held
-    assert held.features is not None
-    assert held.features.taps[0].reduced
-    wide = {"shape": (126,), "channels": 2**12, "basis": pack_basis(np.eye(126, 2**12), np.zeros(2**12))}
-    taps = tuple({**TAP, **wide, "name": f"t{k}", "fingerprint": f"{k:064x}"[::-1]} for k in range(4))
-    SiteCard(**card(features={**FEATURES, "taps": taps[:3]}))
-    with pytest.raises(ValueError, match="bases are more than"):
+def reduced(number: int, channels: int) -> dict[str, Any]:
+    held = {"number": number, "kept": 1.0, "bytes": basis_bytes(number, channels), "digest": DIGEST}
+    return {**TAP, "shape": (number,), "channels": channels, "components": held}
+
+
+def test_the_components_of_all_taps_are_no_more_than_a_message_holds() -> None:
+    wide = reduced(127, 2**12)
+    taps = tuple({**wide, "name": f"t{k}", "fingerprint": f"{k:064x}"[::-1]} for k in range(5))
+    SiteCard(**card(features={**FEATURES, "taps": taps[:4]}))
+    with pytest.raises(ValueError, match="components are more than 8,388,608 bytes"):
         SiteCard(**card(features={**FEATURES, "taps": taps}))
 
 
 def test_the_largest_taps_are_taken() -> None:
-    shape, basis = (2, 2**10, 2**11), pack_basis(np.eye(2, 2**14), np.zeros(2**14))
-    held = SiteCard(
-        **card(features={**FEATURES, "taps": ({**TAP, "shape": shape, "channels": 2**14, "basis": basis},)})
-    )
+    tap = {**reduced(2, 2**14), "shape": (2, 2**10, 2**11)}
+    held = SiteCard(**card(features={**FEATURES, "taps": (tap,)}))
     assert SiteCard.from_content(held.to_content()) == held
+
+
+def test_a_record_of_another_protocol_is_refused_in_so_many_words() -> None:
+    """A card of protocol 1 told what components are; what it says is not looked at."""
+    text = json.dumps({**card(), "protocol": 1, "features": {"taps": [{**TAP, "basis": "AAAA"}]}})
+    with pytest.raises(ProtocolError, match=r"SiteCard is of another protocol than this version's, 2: site and server"):
+        SiteCard.from_content(RecordDict({"record": ConfigRecord({"json": text})}))
+
+
+@pytest.mark.parametrize("components", [("layer2",), ("layer1", "layer1")])
+def test_a_contract_asks_for_components_of_its_features_alone(components: tuple[str, ...]) -> None:
+    fields: dict[str, Any] = {"job": "job", "labels": ("cat",), "class_set": (0,), "pools": (DIGEST,)}
+    fields |= {"teacher": OTHER, "encoding": "f16", "features": ("layer1",)}
+    Contract(**fields, components=("layer1",))
+    with pytest.raises(ValueError, match="components are not of taps"):
+        Contract(**fields, components=components)
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
@@ -174,24 +190,34 @@ def test_a_record_comes_back_as_it_was(record: Record) -> None:
                 {"shape": [0, 4, 4]},
                 {"shape": [2, 4, 2**21]},
                 {"shape": [2, 2**10, 2**11 + 1]},
-                {"channels": 2**14 + 1, "basis": pack_basis(np.eye(2, 2**14 + 1), np.zeros(2**14 + 1))},
-                {"shape": [2**14 + 1, 4, 4], "channels": 2**14 + 1, "basis": None},
+                {**reduced(2, 2**14 + 1), "shape": [2, 4, 4]},
+                {"shape": [2**14 + 1, 4, 4], "channels": 2**14 + 1, "components": None},
                 {"shape": [2.5, 4, 4]},
-                {"shape": [3, 4, 4]},  # all of its channels, and a basis
-                {"shape": [4, 4, 4], "basis": None},  # more than its channels
-                {"basis": "AAAA"},
-                {"basis": "no base64!"},
-                {"basis": pack_basis(np.full((2, 3), np.nan), np.zeros(3))},
+                {"shape": [3, 4, 4]},  # all of its channels, and components
+                {"shape": [4, 4, 4], "components": None},  # more than its channels
+                {"components": None},
+                {"basis": "AAAA"},  # as cards once told what components are
+                *(
+                    {"components": {**TAP["components"], **other}}
+                    for other in (
+                        {"number": 1},
+                        {"bytes": 35},
+                        {"bytes": 2**40},
+                        {"kept": 1.5},
+                        {"kept": float("nan")},
+                        {"digest": "abc"},
+                        {"data": "AAAA"},
+                    )
+                ),
                 {"channels": 4},
                 {"channels": 0},
                 {"channels": 2**40},
-                {"kept": 1.5},
-                {"kept": float("nan")},
+                {"kept": 0.9},
                 {"fingerprint": "abc"},
                 {"surprise": 1},
             )
         ),
-        {"protocol": 2},
+        {"protocol": 1},
     ],
 )
 def test_a_card_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:

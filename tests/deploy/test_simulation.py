@@ -341,6 +341,18 @@ def test_a_site_that_lost_its_teacher_stops_the_job_by_name(
     assert "cannot answer now" in result.stderr
 
 
+def test_a_class_that_the_data_lacks_is_refused_before_teachers_are_trained(
+    tmp_path: Path, consilience: Command
+) -> None:
+    raw = job()
+    raw["student"]["classes"] = ["Bag", "Hat"]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    result = consilience("simulate", tmp_path / "job.yaml", "--out", tmp_path / "run")
+    assert result.exit_code == 3
+    assert "'Hat', which no site knows; known:" in result.output.replace("\n", " ")
+    assert not list((tmp_path / "run").rglob("site.yaml"))
+
+
 def image_of(run: Path, path: Path) -> int:
     with np.load(run / "simulation" / "test.npz") as file:
         Image.fromarray(file["x"][0].reshape(28, 28)).resize((56, 56)).save(path)
@@ -473,7 +485,7 @@ def test_simulated_sites_tell_features_by_the_simulation_s_policy(tmp_path: Path
     for path in paths:
         with closing(Site.load(path)) as site:
             assert site.card.features is not None
-            shapes = [(tap.name, tap.shape[0], tap.basis is None) for tap in site.card.features.taps]
+            shapes = [(tap.name, tap.shape[0], tap.components is None) for tap in site.card.features.taps]
             assert shapes == [
                 ("layer1", 4, False),
                 ("layer2", 4, False),

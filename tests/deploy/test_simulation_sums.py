@@ -94,6 +94,19 @@ def test_a_site_that_answers_in_sums_only_does_not_answer_openly(tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_a_student_of_some_classes_by_secure_sums(tmp_path: Path, unsynced: None) -> None:
+    raw = job(privacy={"secure_sum": True})
+    raw["student"] |= {"classes": ["Coat", "Shirt"], "other": True}
+    hidden = simulate(tmp_path, "hidden", raw)
+    names, report = read_json(hidden / "contract.json")["labels"], read_json(hidden / "report.json")
+    wanted = [names.index(name) for name in names if name in ("Coat", "Shirt")]
+    share = 1 - open_labels(hidden)[:, wanted].sum(axis=1).mean()
+    assert report["student"]["classes"] == [*(names[label] for label in wanted), "other"]
+    assert report["student"]["other_share"] == pytest.approx(share, abs=1e-4)
+    assert report["student"]["accuracy"] is not None
+
+
+@pytest.mark.slow
 def test_a_job_by_secure_sums(tmp_path: Path, unsynced: None) -> None:
     raw = job(privacy={"secure_sum": True})
     raw["simulation"]["policy"] = {"sums_only": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -15,17 +15,20 @@ from numpy.typing import NDArray
 from torch import nn
 
 from consilience.common.encoding import encode, encode_features
+from consilience.common.encoding.features import pack_basis
 from consilience.common.files import sha256
 from consilience.common.nets import build
 from consilience.common.nets.tapped import Tapped, tap_layouts, tap_shapes
 from consilience.common.preprocessing import preprocess
-from consilience.common.protocol import Answer, FeaturesCard, Question, TapCard
+from consilience.common.protocol import Answer, ComponentsCard, FeaturesCard, Question, TapCard
 from consilience.common.settings import FeatureEncoding, Preprocessing
 from consilience.server.answers import About, AnswerStore
 from consilience.server.student.site_taps import SiteTap
 from helpers.sites import Handler, honest
 
 PLAIN = Preprocessing()
+Basis = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Directions and means of principal components."""
 POOL, POLICY = "a" * 64, "c" * 16
 
 
@@ -114,10 +117,31 @@ def stored(
     return SiteTap(site, card, store)
 
 
-def telling(network: nn.Module, pixels: NDArray[np.uint8], cards: Sequence[TapCard]) -> Handler:
-    """A site that answers about the images by a network, and tells the features of `cards`."""
+def in_components(
+    network: nn.Module, pixels: NDArray[np.uint8], cards: Sequence[TapCard], number: int
+) -> tuple[tuple[TapCard, ...], dict[str, Basis]]:
+    """The same taps as `number` principal components of the images' features, and tap -> these components."""
+    changed, bases = [], {}
+    for card, values in zip(cards, features(network, pixels, [card.name for card in cards]).values(), strict=True):
+        rows = np.moveaxis(values, 1, -1).reshape(-1, card.channels)
+        mean = rows.mean(axis=0)
+        directions = np.linalg.svd(rows - mean, full_matrices=False)[2][:number]
+        bases[card.name] = directions, mean
+        data = pack_basis(directions, mean)
+        told = ComponentsCard(number=number, kept=0.9, bytes=len(data), digest=sha256(data))
+        changed.append(card.model_copy(update={"shape": (number, *card.shape[1:]), "components": told}))
+    return tuple(changed), bases
+
+
+def telling(
+    network: nn.Module, pixels: NDArray[np.uint8], cards: Sequence[TapCard], bases: Mapping[str, Basis] | None = None
+) -> Handler:
+    """A site that answers about the images by a network, and tells the features of `cards`; of `bases`, components."""
     answers = log_probs(network, pixels)
     told = features(network, pixels, [card.name for card in cards]) if cards else {}
+    for name, (directions, mean) in (bases or {}).items():
+        centred = np.moveaxis(told[name], 1, -1) - mean
+        told[name] = np.ascontiguousarray(np.moveaxis(centred @ directions.T, -1, 1), np.float32)
 
     def handler(question: Question, attempt: int) -> RecordDict:
         rows = slice(question.start, question.stop)

@@ -26,8 +26,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.x509.oid import NameOID
 from flwr.app import ConfigRecord, RecordDict
+from pydantic import ValidationError
 
 from consilience.client.bundle import APP, bundle_problem
+from consilience.common.components import components_info, opened
 from consilience.common.encoding import (
     check,
     check_features,
@@ -50,7 +52,9 @@ from consilience.common.protocol import (
     Agreement,
     Answer,
     CardRequest,
+    ComponentsCard,
     Contract,
+    Enclosed,
     FeaturesCard,
     Question,
     Record,
@@ -337,12 +341,20 @@ def _masked(text: bytes, data: bytes | None) -> object:
 _ROWS = encode(np.log(np.full((2, 3), 1 / 3, np.float32)), "f32")
 CARD = SiteCard(name="site-0", classes=("a", "b"), encodings=("f16", "u8"), teacher=DIGEST, description="cnn3",
                 policy=POLICY, class_priors=(0.25, 0.75), identity=DIGEST)  # fmt: skip
-TAP = TapCard(name="layer1", layout="conv3x3/1 norm", shape=(1, 2, 2), channels=2, kept=0.5, fingerprint=DIGEST,
-              basis=pack_basis(np.eye(2)[:1], np.ones(2)))  # fmt: skip
+BASIS = pack_basis(np.eye(2)[:1], np.ones(2))
+TAP = TapCard(name="layer1", layout="conv3x3/1 norm", shape=(1, 2, 2), channels=2, fingerprint=DIGEST,
+              components=ComponentsCard(number=1, kept=0.5, bytes=len(BASIS), digest=sha256(BASIS)))  # fmt: skip
 FEATURED = CARD.model_copy(update={"features": FeaturesCard(taps=(TAP,), encodings=("f16", "u8"))})
 CONTRACT = Contract(
     job="job", labels=("a", "b", "c"), class_set=(0, 1), pools=(DIGEST,), teacher=DIGEST, encoding="f16"
 )
+FOR_COMPONENTS = CONTRACT.model_copy(update={"features": ("layer1",), "components": ("layer1",)})
+SEALED_COMPONENTS = FOR_COMPONENTS.model_copy(update={"job_key": SEALED_QUESTION.job_key})
+_CLAIMS = [("layer1", DIGEST, sha256(BASIS))]
+_PACKED = (
+    len(_CLAIM := Signer(_key(0), "site-0", ()).vouch_components(FOR_COMPONENTS, _CLAIMS)).to_bytes(2) + _CLAIM + BASIS
+)
+ENCLOSED = Enclosed(taps=("layer1",), data=base64.b64encode(_PACKED).decode())
 
 FROM_SITES = _records(
     _plain(CARD),
@@ -350,8 +362,15 @@ FROM_SITES = _records(
     (_refusal, Refusal(code="internal", reason="why").model_dump_json().encode()),
     (_answer, QUESTION.model_dump_json().encode() + _TEXT_END + _ROWS),
     _plain(FEATURED),
+    _plain(Agreement(pools=(DIGEST,), enclosed=ENCLOSED)),
 )
-TO_SITES = _records(_plain(CardRequest(job="job")), _plain(CONTRACT), _plain(QUESTION))
+TO_SITES = _records(
+    _plain(CardRequest(job="job")),
+    _plain(CONTRACT),
+    _plain(QUESTION),
+    _plain(FOR_COMPONENTS),
+    _plain(SEALED_COMPONENTS),
+)
 SUMS_FROM_SITES = _records(
     _checked(ROSTER.adverts[0], lambda advert: advert.check(TERMS)),
     _checked(SealedShares(roster=ROSTER.digest, site="site-0", shares=_SEALED), lambda s: s.check(ROSTER, "site-0")),
@@ -390,6 +409,23 @@ def _sealed_answer(data: bytes) -> bool:
         _SIGNER.check(SEALED_QUESTION, salted(salt, sha256(answer.data)), signature)
     except ProtocolError:
         return False
+    return True
+
+
+def _components(data: bytes) -> bool:
+    """What comes with an agreement. By the first byte: 0 base64, 1 what base64 holds, 2 what its seal holds."""
+    which, body = (data[0] % 3 if data else 0), data[1:]
+    contract = SEALED_COMPONENTS if which == 2 else FOR_COMPONENTS
+    if which == 2:
+        body = seal_hpke(JOB_SECRET.public, components_info(contract, "site-0"), body)
+    text = body.decode("utf-8", "replace") if which == 0 else base64.b64encode(body).decode()
+    try:
+        enclosed = Enclosed(taps=("layer1",), data=text)
+        found = opened(enclosed, contract, "site-0", (TAP,), None if which == 1 else _SIGNER, JOB_SECRET)
+    except (ProtocolError, ValidationError):
+        return False
+    if found != {"layer1": BASIS}:
+        raise DecoderError("what was taken are not the components whose digest the card tells")
     return True
 
 
@@ -479,6 +515,7 @@ TARGETS: dict[str, Target] = {
     "sums-to-sites": SUMS_TO_SITES,
     "sealed-share": Target(_unseal, (public_hex(_SEALS[0]).encode() + _TEXT_END + _BOX.encode(),)),
     "sealed-answer": Target(_sealed_answer, _SEALED_ANSWERS),
+    "components": Target(_components, (b"\0" + base64.b64encode(_PACKED), b"\1" + bytes(2) + BASIS, b"\2" + _PACKED)),
     "bundle": Target(_bundle, (_good_bundle(zipfile.ZIP_DEFLATED), _good_bundle(zipfile.ZIP_STORED))),
     **_paper_targets(),
 }

@@ -22,6 +22,7 @@ from consilience.common.pool import Pool
 from consilience.common.settings import CallableTeacher, JobSettings, Preprocessing, SiteSettings
 from consilience.common.settings_file import dump_settings
 from consilience.deploy.processes import join, make_server, online
+from consilience.server.runs import Run
 from consilience.server.service import ServiceState, read_service
 from consilience.server.superlink import Control, Endpoint, Node
 from helpers.teachers import HOLD
@@ -38,9 +39,10 @@ def until(condition: Callable[[], Found], what: str) -> Found:
     """Wait until `condition()` holds and return what it gave."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
+        began = time.thread_time()
         if found := condition():
             return found
-        time.sleep(0.05)
+        time.sleep(max(0.05, 5 * (time.thread_time() - began)))  # a costly look takes time from what it waits for
     raise AssertionError(f"not within {PATIENCE} s: {what}")
 
 
@@ -194,8 +196,12 @@ class Deployment:
 
     def ended(self, run: str) -> str:
         """Wait until a run has ended; return how."""
-        until(lambda: self.state(run) not in ("queued", "running"), f"run {run} ends")
+        until(lambda: not self.at_work(run), f"run {run} ends")
         return self.state(run)
+
+    def at_work(self, run: str) -> bool:
+        """Say whether a run has not ended: by its file, for whoever asks often; `state` types a command."""
+        return Run(self.home.runs / run).state.state in ("queued", "running")
 
     def events(self, run: str, kind: str) -> list[dict[str, Any]]:
         """Return a run's events of one kind."""

@@ -18,6 +18,7 @@ from consilience.common.protocol import (
     Answer,
     Contract,
     CoverageCard,
+    Enclosed,
     FeaturesCard,
     Question,
     Refusal,
@@ -31,6 +32,8 @@ DIGEST, POLICY, CLASSES = "a" * 64, "c" * 16, 3
 COVERAGE = "e" * 64
 """Fingerprint of the coverage that sites of these tests have."""
 Handler = Callable[[Question, int], RecordDict]
+Enclosing = Callable[[Contract], Enclosed | None]
+"""What comes with a site's agreement."""
 
 
 def rows(question: Question) -> np.ndarray:
@@ -65,11 +68,13 @@ class Sites:
         coverage: dict[str, tuple[CoverageEncoding, ...]] | None = None,
         features: dict[str, FeaturesCard] | None = None,
         keys: dict[str, PrivateKey] | None = None,
+        enclosing: dict[str, Enclosing] | None = None,
         labels: dict[str, LabelKind] | None = None,
     ) -> None:
         self.handlers, self.cards, self.classes = handlers, cards or {}, classes or {}
         self.coverage, self.features, self.keys = coverage or {}, features or {}, keys or {}
-        self.labels = labels or {}
+        self.enclosing, self.labels = enclosing or {}, labels or {}
+        self.contracts: list[tuple[str, Contract]] = []
         self.attempts: dict[tuple[str, int], int] = {}
         self.asked_coverage: dict[tuple[str, int], int] = {}
         self.asked_features: dict[tuple[str, str, int], int] = {}
@@ -101,11 +106,14 @@ class Sites:
 
     def contract(self, message: Message, context: Context) -> Message:
         """Agree, unless stubborn."""
-        pools = Contract.from_content(message.content).pools
-        if context.node_config["name"] == "stubborn":
+        name, asked = str(context.node_config["name"]), Contract.from_content(message.content)
+        with self.lock:
+            self.contracts.append((name, asked))
+        if name == "stubborn":
             content = Refusal(code="unknown-pool", reason="the site has no copy of this pool").to_content()
         else:
-            content = Agreement(pools=pools).to_content()
+            enclosed = self.enclosing[name](asked) if name in self.enclosing else None
+            content = Agreement(pools=asked.pools, enclosed=enclosed).to_content()
         return Message(content, reply_to=message)
 
     def answer(self, message: Message, context: Context) -> Message:

@@ -17,7 +17,16 @@ from flwr.serverapp import Grid
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, StorageError
 from consilience.common.progress import Reporter
-from consilience.common.protocol import CONTRACT, FINAL_REFUSALS, Answer, Contract, Question, Refusal, SiteCard
+from consilience.common.protocol import (
+    CONTRACT,
+    FINAL_REFUSALS,
+    Agreement,
+    Answer,
+    Contract,
+    Question,
+    Refusal,
+    SiteCard,
+)
 from consilience.common.settings import Ask
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server import asking, enrolment, question_size
@@ -46,6 +55,10 @@ from helpers.sites import (
 SIZE = 100
 TERMS: dict[str, Any] = {"job": "job", "labels": ("a", "b", "c"), "class_set": (0, 1, 2), "pools": (DIGEST,)}
 TERMS |= {"teacher": DIGEST, "encoding": "f16"}
+
+
+def nothing_enclosed(node: int, agreement: Agreement) -> None:
+    assert agreement.enclosed is None
 
 
 def about(site: str) -> About:
@@ -255,7 +268,7 @@ def test_sites_that_cannot_take_part_are_named() -> None:
         cards_of(grid)
     with grid_of(Sites({"stubborn": honest})) as grid:
         contract = Contract(**TERMS)
-        _, reasons = agree(grid, dict.fromkeys(cards_of(grid), contract), wait=30)
+        _, reasons = agree(grid, dict.fromkeys(cards_of(grid), contract), wait=30, take=nothing_enclosed)
     assert list(reasons) == [100]
     assert "unknown-pool" in reasons[100]
 
@@ -497,14 +510,14 @@ def test_a_site_that_goes_away_before_it_agreed_may_return(monkeypatch: pytest.M
 
     with Short(Sites({"one": honest})) as grid:
         contracts = dict.fromkeys(cards_of(grid), contract)
-        agreements, reasons = agree(grid, contracts, wait=30)
+        agreements, reasons = agree(grid, contracts, wait=30, take=nothing_enclosed)
         assert (agreements.keys(), reasons) == (contracts.keys(), {})
         assert grid.contracts == 2
     with ScriptedGrid(Sites({"one": honest, "two": honest})) as grid:
         contracts = dict.fromkeys(cards_of(grid), contract)
         grid.leave(101)
         monkeypatch.setattr(enrolment, "PATIENCE", 0.2)
-        _, reasons = agree(grid, contracts, wait=30)
+        _, reasons = agree(grid, contracts, wait=30, take=nothing_enclosed)
     assert reasons == {101: "it went away before it agreed to the contract"}
 
 

@@ -125,6 +125,15 @@ def test_layers_are_amalgamated_and_everything_is_told(home: Path, reporter: Rep
     assert "east (features of layer1, layer2, layer3)" in card
 
 
+def test_all_taps_are_asked_about_together(home: Path, reporter: Reporter) -> None:
+    """What a site computes for one of them it has for the others, where it is asked about the same samples."""
+    sites = sites_of(CHAIN, LAYERS, LAYERED)
+    do(home, sites, reporter, "layer-wise", ask={"in_flight": 1})
+    fingerprints = [card.fingerprint for card in LAYERED["east"]]
+    asked = [(start, at) for site, at, start in sites.asked_features if site == "east"]
+    assert asked == [(start, at) for start in (0, 16, 32) for at in fingerprints]
+
+
 def test_a_site_that_tells_no_layer_takes_part_by_its_labels(home: Path, reporter: Reporter) -> None:
     cards = LAYERED | cards_of(LAYERS, ("north",), ["penultimate"])
     sites = sites_of(CHAIN, LAYERS, cards)
@@ -389,12 +398,6 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         "layer-wise",
         {},
         r"the sites have 16384 \+ 1 channels at layer1; allowed are 16,384 together",
-    ),
-    "components that nobody can read": (
-        changed(LAYERED, "west", channels=9),
-        "layer-wise",
-        {},
-        r"at layer1 site west tells principal components.*policy.features.taps.layer1.channels out",
     ),
     "a size of vectors": (
         cards_of(LAYERS, ("east", "west"), ["layer2", "penultimate"]),

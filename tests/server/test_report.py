@@ -241,7 +241,7 @@ class TestReportDict:
         assert report["seed"] == 7
         assert report["versions"] == {"consilience": "0.1.0", "python": "3.11"}
         assert report["labels"]["owners"]["boot"] == ["s00", "s01", "s02"]
-        assert report["test"] == {"count": 200, "outside": 0}
+        assert report["test"] == {"count": 200, "outside": 0, "unwanted": 0}
 
     def test_what_a_site_tells_of_its_calibration_is_there(self) -> None:
         findings = make()

@@ -291,7 +291,7 @@ def test_a_run_whose_process_dies_again_and_again_is_called_failed(place: Deploy
     place.hold.touch()
     run = place.submit(place.job("cursed"))
     seen: set[int] = set()
-    while place.state(run) in ("queued", "running"):
+    while place.at_work(run):
         for pid in set(processes_about(place.home.folder, "consilience.server.runner")) - seen:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

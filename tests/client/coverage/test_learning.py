@@ -322,6 +322,22 @@ def test_other_settings_learn_anew_and_do_not_load(site: SiteSettings) -> None:
     assert record_of(site) == before  # the same seed, the same bytes of the model
 
 
+def test_images_are_mirrored_as_the_teacher_s_are_unless_the_settings_say(tmp_path: Path) -> None:
+    moved = {**FIT, "augment": True}
+
+    def model(name: str, teacher: bool, coverage: bool | None) -> str:
+        settings = make(
+            tmp_path / name,
+            teacher={**TRAIN, "fit": {**moved, "epochs": 1, "mirror": teacher}},
+            coverage={"architecture": "cnn3", "fit": {**moved, "mirror": coverage}},
+        )
+        return learn_coverage(settings).model
+
+    plain = model("plain", False, None)
+    assert plain == model("said", True, False)
+    assert plain != model("mirrored", True, None)
+
+
 def test_other_data_and_another_pool_learn_anew(site: SiteSettings) -> None:
     make(site.state.parent, labels=1 - PRIVATE_LABELS)
     assert epochs(site) > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
 from consilience.common.encoding import check_features, feature_bytes, feature_values
-from consilience.common.encoding.features import basis_bytes
 from consilience.common.errors import SettingsError
 from consilience.common.nets.tapped import Tapped
 from consilience.common.pool import Pool
@@ -296,35 +294,6 @@ def test_an_approval_is_of_the_taps_that_were_asked_for(tmp_path: Path, pool: Po
     assert site.answer(about(site, pool)).data
     assert code(lambda: site.answer(about(site, pool, tap=1))) == "not-approved"
     assert code(lambda: site.answer(about(site, pool, encoding="u8"))) == "not-approved"
-
-
-def test_a_card_tells_no_components_where_the_policy_has_a_say_before(
-    pool: Pool, opening: Opening, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def told(site: Site) -> list[tuple[int, bool]]:
-        assert site.card.features is not None
-        return [(tap.shape[0], tap.basis is not None) for tap in site.card.features.taps]
-
-    taps: dict[str, Any] = {"layer2": {"channels": 8}}
-    assert told(opening(taps)) == [(8, True)]
-    for policy in ({"approval": True}, {"sealed_only": True}, {"ends": "2020-01-01"}):
-        site = opening(taps, policy=policy)
-        assert told(site) == [(8, False)]
-        assert site.demand("job", [pool], "f16", coverage=False, summed=False, taps=site.taps).bases == 0
-    site = opening(taps, policy={"ends": "2030-01-01"})
-    assert told(site) == [(8, True)]
-    monkeypatch.setattr("consilience.client.card.utc_now", lambda: datetime(2030, 1, 2, tzinfo=UTC))
-    assert told(site) == [(8, False)]  # the last day passes while the agent runs
-
-
-def test_components_count_for_the_bytes_of_a_job(pool: Pool, opening: Opening) -> None:
-    rows, basis = SIZE * feature_bytes(8 * 64, "f16"), basis_bytes(8, 64)
-    taps: dict[str, Any] = {"layer2": {"channels": 8}}
-    site = opening(taps, features={"bytes": rows + basis - 1})
-    assert code(lambda: site.agree(contract(site, pool))) == "too-many-bytes"
-    assert site.card.features is not None
-    assert len(site.card.features.taps[0].basis or "") == basis
-    assert opening(taps, features={"bytes": rows + basis}).agree(contract(site, pool))
 
 
 def test_a_question_for_more_than_one_answer_holds_is_refused(

@@ -6,11 +6,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from consilience.client.app import forget_sites
+from consilience.client.check import Preflight
 from consilience.client.site import Site
+from consilience.common.data import from_arrays
 from consilience.common.encoding import feature_bytes
 from consilience.common.encoding.features import basis_bytes
 from consilience.common.pool import Pool
@@ -56,13 +59,13 @@ def test_taps_lists_what_there_is_and_what_of_it_leaves(file: Path, pool: Pool) 
     row = call("taps", file)["taps"][1]
     assert 0 < row["kept"] < 1
     assert row["bytes_a_sample"] == {"f16": 256, "u8": 136}
-    assert row["basis"] == basis_bytes(8, 64)
+    assert row["components"] == basis_bytes(8, 64)
     assert row["bytes"] == {pool.digest: {"f16": 256 * SIZE, "u8": 136 * SIZE}}
     text = said("taps", file)
     assert f"{row['kept']:.1%}" in text
     assert f"{256 * SIZE:,}" in text
     assert f"at most {2**30:,} bytes" in text
-    assert f"Principal components themselves are {row['basis']:,} bytes" in " ".join(text.split())
+    assert f"Principal components themselves are {row['components']:,} bytes, which count" in " ".join(text.split())
 
 
 def test_taps_of_a_policy_that_lets_none_out(file: Path, pool: Pool) -> None:
@@ -90,13 +93,16 @@ def test_a_tap_that_does_not_exist_is_an_error_of_the_settings_and_listed_with_t
     assert "is no tap of the teacher; the policy names it" in said("taps", file)
 
 
-def test_train_learns_what_the_card_then_tells_without_its_basis(file: Path) -> None:
+def test_train_learns_components_of_which_the_card_tells_a_digest(file: Path) -> None:
     error = call("show", file, code=7)
     assert "principal components of layer1, layer2, layer3" in error["message"]
     assert error["hint"] == "Run `consilience site train`"
     card = call("train", file)
     assert [tap["name"] for tap in card["features"]["taps"]] == ["layer1", "layer2", "layer3", "penultimate"]
-    assert "basis" not in card["features"]["taps"][0]
+    held = card["features"]["taps"][0]["components"]
+    assert (held["number"], held["bytes"], len(held["digest"])) == (8, basis_bytes(8, 32), 64)
+    assert sum(map(len, held.keys())) + len(str(held)) < 300  # none of the components themselves
+    assert card["features"]["taps"][3]["components"] is None
     text = " ".join(said("show", file).replace("│", " ").split())  # of a table's cell
     assert "layer2: 8 x 4 x 4 of 64 channels, with " in text
     assert f"of their variance (components: {basis_bytes(8, 64):,} bytes), 256 bytes a sample" in text
@@ -112,10 +118,11 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
     assert [part["tap"] for part in parts] == ["layer1", "layer2", "layer3"]  # penultimate is none that is amalgamated
     assert [part["bytes_a_sample"] for part in parts] == [layer] * 3
     assert [(part["shape"], part["samples"], part["pool"]) for part in parts[:1]] == [([8, 4, 4], SIZE, pool.digest)]
-    new, bases = SIZE * 3 * layer, sum(basis_bytes(8, channels) for channels in (32, 64, 128))
+    components = sum(basis_bytes(8, channels) for channels in (32, 64, 128))
+    new = SIZE * 3 * layer + components
     assert everything["feature_bytes"] == {
-        "asked": new + bases,
-        "bases": bases,
+        "asked": new,
+        "components": components,
         "new": new,
         "most": 2**30,
         "left": {
@@ -124,9 +131,12 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
         },
     }
     assert everything["new"] == 4 * SIZE
-    assert f"with {bases:,} of principal components that the site card tells any server" in said(
-        "explain", job(file, architecture="cnn3", learning="layer-wise"), file
-    )
+    text = said("explain", job(file, architecture="cnn3", learning="layer-wise"), file)
+    assert f"with {components:,} of principal components that leave with the agreement" in text
+    assert (
+        "- with the agreement, the principal components of tap layer2 themselves: 8 of 64 channels, "
+        f"{basis_bytes(8, 64):,} bytes\n"
+    ) in text
     one = job(file, architecture="cnn3", learning="common-feature")
     assert [part["tap"] for part in call("explain", one, file)["parts"]] == ["", "penultimate"]
     text = said("explain", one, file)
@@ -144,10 +154,11 @@ def test_explain_tells_features_as_the_server_would_ask_for_them(file: Path, poo
 
 def test_the_ledger_s_bytes_of_features_are_shown(file: Path, pool: Pool) -> None:
     make_settings(file.parent, {"penultimate": {}}, features={"bytes": 9_000})
-    assert call("ledger", "show", file)["features"] == {"jobs": {}, "lifetime": 0}
+    assert call("ledger", "show", file)["features"] == {"jobs": {}, "lifetime": 0, "components": []}
     with closing(Site.load(file)) as site:
         site.answer(site.question("clothes", pool.digest, 30, "features", "f16", site.taps[0]))
-    assert call("ledger", "show", file)["features"] == {"jobs": {"clothes": 7_680}, "lifetime": 7_680}
+    told = {"jobs": {"clothes": 7_680}, "lifetime": 7_680, "components": []}
+    assert call("ledger", "show", file)["features"] == told
     text = " ".join(said("ledger", "show", file).replace("│", " ").split())
     assert "features of job clothes 7,680 bytes 9,000 bytes" in text
     assert f"features, lifetime 7,680 bytes {2**32:,} bytes" in text
@@ -208,3 +219,21 @@ def test_approve_is_of_the_features_that_are_shown(file: Path) -> None:
     assert "not approved" not in said("explain", job(file), file)
     make_settings(file.parent, {"penultimate": {}, "layer1": {}}, policy={"approval": True})
     assert "nobody at the site has approved" in said("explain", job(file), file)
+
+
+def test_check_tries_features_on_every_pool(file: Path) -> None:
+    """Where images of another size give maps of another size, a job over that pool could not have them."""
+    large = np.zeros((4, 32, 32, 1), np.uint8)
+    Pool.build(from_arrays(large, None, (), where="test"), file.parent / "large")
+    as_it_is = {"channels": 1, "mean": [0.5], "std": [0.25]}
+    teacher = {**make_settings(file.parent, {}).teacher.model_dump(mode="json"), "preprocessing": as_it_is}
+    found = {}
+    for size, pools in ((None, ["pool", "large"]), (4, ["pool", "large"]), (None, ["pool"])):
+        make_settings(file.parent, {"layer2": {"size": size}}, teacher=teacher, pools=pools)
+        preflight = Preflight(file)
+        preflight.run()
+        found[size, len(pools)] = next(row for row in preflight.rows if row.check == "features")
+    assert {key: row.result for key, row in found.items()} == {(None, 2): "problem", (4, 2): "ok", (None, 1): "ok"}
+    told = found[None, 2].found
+    assert told.startswith(str(file.parent / "large"))
+    assert "Tap 'layer2' gives (64, 16, 16) a sample; its card says (64, 8, 8)" in told

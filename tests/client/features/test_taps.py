@@ -22,6 +22,7 @@ from consilience.client.teacher.protocol import ScoringTeacher
 from consilience.client.teacher.torch_modules import NetworkScores
 from consilience.common.encoding.features import basis_bytes, unpack_basis
 from consilience.common.errors import SettingsError, StorageError, TeacherError
+from consilience.common.files import sha256
 from consilience.common.nets.tapped import Tapped
 from consilience.common.nets.taps import taps as layers_of
 from consilience.common.pool import Pool
@@ -66,8 +67,7 @@ def test_features_are_the_network_s_own(tmp_path: Path, pool: Pool) -> None:
     assert [tap.card.shape for tap in taps.values()] == [(64, 8, 8), (128,)]
     for name, tap in taps.items():
         np.testing.assert_allclose(told(tap, pool), whole(pool, name), rtol=1e-4, atol=1e-5)
-        assert tap.card.basis is None
-        assert tap.card.kept == 1
+        assert tap.card.components is None
     assert taps["layer2"].card.layout == layers_of(network())[1].unit
     assert taps["penultimate"].card.layout == ""
 
@@ -88,20 +88,22 @@ def test_components_are_those_of_all_features_at_once(tmp_path: Path, pool: Pool
     rows = np.moveaxis(maps.numpy().astype(np.float64), 1, -1).reshape(-1, maps.shape[1])
     mean = rows.mean(axis=0)
     _, spread, right = np.linalg.svd(rows - mean, full_matrices=False)
-    assert tap.card.basis is not None
-    directions, kept_mean = unpack_basis(tap.card.basis, 5, tap.card.channels)
+    card = tap.card.components
+    assert card is not None
+    assert (card.number, card.bytes, card.digest) == (5, len(tap.components), sha256(tap.components))
+    directions, kept_mean = unpack_basis(tap.components, 5, tap.card.channels)
     np.testing.assert_allclose(kept_mean, mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.abs(np.sum(directions * right[:5], axis=1)), 1, atol=1e-4)
     largest = np.abs(directions).argmax(axis=1)
     assert np.all(directions[np.arange(5), largest] > 0)
-    assert tap.card.kept == pytest.approx(np.sum(spread[:5] ** 2) / np.sum(spread**2), rel=1e-4)
+    assert card.kept == pytest.approx(np.sum(spread[:5] ** 2) / np.sum(spread**2), rel=1e-4)
     leaving = np.moveaxis(told(tap, pool), 1, -1).reshape(-1, 5)
     np.testing.assert_allclose(leaving, (rows - mean) @ directions.T, rtol=1e-3, atol=1e-4)
 
 
 def test_a_width_that_the_layer_has_needs_no_components(tmp_path: Path, pool: Pool) -> None:
     (tap,) = opened(make_settings(tmp_path, {"layer1": {"channels": 32}})).values()
-    assert (tap.card.basis, tap.card.shape[0]) == (None, 32)
+    assert (tap.card.components, tap.card.shape[0]) == (None, 32)
     assert not (tmp_path / "state" / "features").exists()
 
 
@@ -224,7 +226,9 @@ def test_a_callable_tells_its_features(tmp_path: Path, pool: Pool) -> None:
     assert [(name, tap.card.shape) for name, tap in taps.items()] == [("maps", (1, 4, 4)), ("means", (3,))]
     expected = fed(pool).numpy().mean(axis=(2, 3)) * [1, 2, -1]
     np.testing.assert_allclose(told(taps["means"], pool), expected, rtol=1e-5, atol=1e-5)
-    assert taps["maps"].card.kept == pytest.approx(1)  # the three channels are one
+    components = taps["maps"].card.components
+    assert components is not None
+    assert components.kept == pytest.approx(1)  # the three channels are one
 
 
 @pytest.mark.parametrize(
@@ -277,7 +281,7 @@ def test_taps_that_no_card_describes_are_refused_before_anything_is_learned(
     sizes = basis_bytes(8, 32), basis_bytes(8, 64)
     for name, most, words in (
         (
-            "MOST_BASES",
+            "MOST_COMPONENTS",
             sum(sizes) - 1,
             rf"{sum(sizes):,} bytes .*layer1 {sizes[0]:,}, layer2 {sizes[1]:,}.*allowed are",
         ),

@@ -12,7 +12,6 @@ import pytest
 from dp_accounting import pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opacus.accountants.analysis import rdp as opacus_rdp
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -89,6 +88,8 @@ def test_gaussians_are_as_dp_accounting_has_them(kind: type, sigma: float, count
 
 
 def by_opacus(noise: float, rate: float, steps: int, orders: Sequence[float]) -> float:
+    from opacus.accountants.analysis import rdp as opacus_rdp  # it takes seconds, of every worker that collects
+
     curve = opacus_rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=list(orders))
     found, _ = opacus_rdp.get_privacy_spent(orders=list(orders), rdp=curve, delta=DELTA)
     return float(found)

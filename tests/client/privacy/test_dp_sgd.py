@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from opacus.accountants import RDPAccountant
-from opacus.optimizers import DPOptimizer
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from safetensors.torch import load_file
 from torch import nn
 
@@ -35,6 +32,11 @@ class Watched:
     """What opacus was asked to do, and did."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # here: it takes seconds, of every worker that collects
+        from opacus.accountants import RDPAccountant
+        from opacus.optimizers import DPOptimizer
+        from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
         self.optimizers: list[Any] = []
         self.sums: list[float] = []
         self.sizes: list[int] = []

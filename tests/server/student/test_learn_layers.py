@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import nn
 
 from consilience.common.encoding.features import pack_basis
 from consilience.common.errors import StudentError
+from consilience.common.files import sha256
 from consilience.common.nets import build
 from consilience.common.preprocessing import preprocess
+from consilience.common.protocol import ComponentsCard
 from consilience.common.settings import LayerWise
 from consilience.server.student import learn_layers, site_taps
 from consilience.server.student.autoencoder import Affine
@@ -173,8 +176,11 @@ def test_principal_components_stand_for_the_channels_that_they_came_from(tmp_pat
     rotation, mean = np.linalg.qr(rng.normal(size=(6, 6)))[0].astype(np.float32), values.mean(axis=(0, 2, 3))
     directions = rotation[:4]
     components = np.einsum("kc,nchw->nkhw", directions, values - mean[:, None, None])
-    packed = card.model_copy(update={"shape": (4, *card.shape[1:]), "basis": pack_basis(directions, mean), "kept": 0.9})
-    tap = stored(tmp_path, "east", packed, np.ascontiguousarray(components))
+    data = pack_basis(directions, mean)
+    about = ComponentsCard(number=4, kept=0.9, bytes=len(data), digest=sha256(data))
+    packed = card.model_copy(update={"shape": (4, *card.shape[1:]), "components": about})
+    tap = replace(stored(tmp_path, "east", packed, np.ascontiguousarray(components)), components=tmp_path / "held.bin")
+    (tmp_path / "held.bin").write_bytes(data)
     np.testing.assert_allclose(tap.take(IDS), components, atol=2e-3)
     expected = np.einsum("kc,nkhw->nchw", directions, components) + mean[:, None, None]
     np.testing.assert_allclose(tap.channels(IDS), expected, atol=4e-3)
