@@ -16,6 +16,7 @@ from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score
 
 from consilience.client.card import card_of
+from consilience.client.coverage import learn_coverage, load_coverage
 from consilience.client.coverage.samples import mine
 from consilience.client.features import open_taps
 from consilience.client.privacy import train_private
@@ -24,11 +25,12 @@ from consilience.client.teacher import CalibratedMulti, calibrate_any, holdout_a
 from consilience.client.teacher.multi import checked_odds
 from consilience.client.teacher.multi_calibrated import fit_label
 from consilience.client.teacher.multi_trained import split_images
-from consilience.common.data import open_data
+from consilience.common.data import from_arrays, open_data
 from consilience.common.encoding.odds import MOST_ODDS
 from consilience.common.errors import DataError, SettingsError, TeacherError
 from consilience.common.nets import build
-from consilience.common.settings import Policy, SiteSettings
+from consilience.common.pool import Pool
+from consilience.common.settings import Coverage, Policy, SiteSettings
 from consilience.common.settings_file import parse_settings
 
 Site = Callable[..., SiteSettings]
@@ -41,9 +43,9 @@ NAMES = ("left", "nowhere", "right")
 def private(tmp_path: Path) -> dict[str, Any]:
     """Private images with a bar at the left, at the right, at both or none; a third label that none has."""
     random = np.random.default_rng(5)
-    images = random.integers(0, 60, (160, 16, 16, 1), np.uint8)
-    labels = np.zeros((160, 3), np.int8)
-    labels[:, [0, 2]] = random.integers(0, 2, (160, 2))
+    images = random.integers(0, 60, (320, 16, 16, 1), np.uint8)
+    labels = np.zeros((320, 3), np.int8)
+    labels[:, [0, 2]] = random.integers(0, 2, (320, 2))
     images[labels[:, 0] == 1, :, 1:5] += np.uint8(120)
     images[labels[:, 2] == 1, :, 11:15] += np.uint8(120)
     np.savez(tmp_path / "private.npz", x=images, y=labels, names=np.array(NAMES))
@@ -63,12 +65,12 @@ def test_a_trained_one_learns_each_label_and_measures_it_on_what_it_held_out(
     found = teacher.log_odds(data.read())
     assert data.many is not None
     _, held = split_images(data.many[:, [0, 2]], 0.25, 0)
-    assert len(held) == 40
+    assert len(held) == 80
     assert ((found > 0) == (data.many[:, [0, 2]] > 0)).mean() > 0.95
     precision = holdout_ap(settings)
     assert precision is not None
     assert precision > 0.9
-    assert record.samples in (0, 40)
+    assert record.samples in (0, 80)
     told = card_of(settings.model_copy(update={"policy": Policy(holdout_accuracy=True)}), teacher, None, (), None)
     assert (told.labels, told.holdout_ap, told.holdout_accuracy) == ("multi", precision, None)
     with pytest.raises(TeacherError, match=r"teacher.labels.* is 'multi'"):
@@ -83,7 +85,7 @@ def test_what_is_not_known_is_no_lesson(site: Site, private: dict[str, Any], tmp
     with np.load(tmp_path / "private.npz") as held:
         arrays = dict(held)
     labels = arrays["y"].astype(np.float32)
-    labels[80:, 0] = np.nan
+    labels[160:, 0] = np.nan
     np.savez(tmp_path / "private.npz", x=arrays["x"], y=labels, names=arrays["names"])
     settings = site(data=private, **(TRAIN | {"holdout": 0.0}))
     train_private(settings)
@@ -108,11 +110,11 @@ def test_data_of_the_other_kind_is_refused_with_what_to_do(
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        (np.full((160, 3), 2), "label 2 of sample 0, 'left'"),
-        (np.zeros((160, 2), np.int8), "one column for each of 3 names"),
-        (np.zeros((159, 3), np.int8), r"allowed: \(160, 3\) numbers"),
-        (np.full((160, 3), "yes"), "type <U3"),
-        (np.full((160, 3), 0.5), "label 0.5 of sample 0"),
+        (np.full((320, 3), 2), "label 2 of sample 0, 'left'"),
+        (np.zeros((320, 2), np.int8), "one column for each of 3 names"),
+        (np.zeros((319, 3), np.int8), r"allowed: \(320, 3\) numbers"),
+        (np.full((320, 3), "yes"), "type <U3"),
+        (np.full((320, 3), 0.5), "label 0.5 of sample 0"),
     ],
 )
 def test_labels_that_are_none_are_refused(
@@ -172,7 +174,7 @@ def test_a_hosted_one_gives_the_logits_of_its_network(site: Site, private: dict[
     assert teacher.fingerprint != load_teacher(site(**common)).fingerprint
     assert teacher.log_odds(images[:0]).shape == (0, 3)
     # An untrained network is never made surer on data that it may have seen.
-    assert calibrate_any(settings).samples == 160
+    assert calibrate_any(settings).samples == 320
     calibrated = load_any(settings)
     assert isinstance(calibrated, CalibratedMulti)
     assert calibrated.record is not None
@@ -244,6 +246,31 @@ def test_coverage_learns_from_images_that_have_any_of_its_labels(site: Site, pri
     ids, labels, classes = mine(settings, data)
     assert np.array_equal(ids, np.flatnonzero((data.many > 0).any(axis=1)))
     assert (set(labels.tolist()), classes) == ({0}, 1)
+
+
+def test_coverage_tells_images_with_any_of_its_labels_from_others(
+    site: Site, private: dict[str, Any], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(9)
+    images = random.integers(0, 60, (300, 16, 16, 1), np.uint8)
+    kinds = np.arange(150) % 3  # at the left, at the right, or both, as in the private data; the others have neither
+    images[np.flatnonzero(kinds != 1), :, 1:5] += np.uint8(120)
+    images[np.flatnonzero(kinds != 0), :, 11:15] += np.uint8(120)
+    pool = Pool.build(from_arrays(images, None, (), where="test"), tmp_path / "pool")
+    settings = site(data=private, **TRAIN).model_copy(
+        update={
+            "pools": (pool.folder,),
+            "policy": Policy(coverage="f16"),
+            "coverage": Coverage(family="outputs"),
+        }
+    )
+    train_private(settings)
+    record = learn_coverage(settings)
+    assert record.abstains is None, record.abstains
+    found = load_coverage(settings)
+    assert found is not None
+    told = found.scores(pool.read(0, 300))
+    assert told[:150].mean() > told[150:].mean() + 0.3
 
 
 @pytest.mark.parametrize(
