@@ -14,9 +14,9 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from consilience.common import settings
-from consilience.common.settings import data, job, policy, privacy, teacher
+from consilience.common.settings import concentration, data, job, policy, privacy, teacher
 
-PARTS = (data, teacher, policy, privacy, job)
+PARTS = (data, teacher, policy, privacy, concentration, job)
 """Modules of settings in the order of the page; each of their models has a section."""
 TARGET = Path(__file__).with_name("settings.md")
 HEAD = """# Settings

@@ -16,6 +16,7 @@ from consilience.common.settings import largest_sent
 from consilience.server.judge_labels import LabelJudgement
 from consilience.server.report_amalgamation import amalgamation_summary
 from consilience.server.report_chosen import chosen_summary, unwanted_words
+from consilience.server.report_concentration import concentration_summary
 from consilience.server.report_coverage import coverage_summary
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_multi import multi_lines
@@ -90,6 +91,8 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
         facts.append(f"* Classes: {escape(told)}")
     if told := amalgamation_summary(findings):
         facts.append(f"* Features: {escape(told)}")
+    if told := concentration_summary(findings):
+        facts.append(f"* Specialists: {escape(told)}")
     if findings.card.licence.strip():
         facts.append(f"* Licence: {escape(findings.card.licence)}")
     lines = [f"# {escape(findings.job)}", about, escape(str(report["headline"])), "\n".join(facts)]

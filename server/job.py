@@ -32,6 +32,7 @@ from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
 from consilience.server.chosen import Chosen
 from consilience.server.components import lacking_components
+from consilience.server.concentration import check_concentration, concentration_lesson, head_plan
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
@@ -193,6 +194,7 @@ class Job:
             enrolment = Enrolment(self._contract(), away=held.reasons)
         else:
             enrolment = self.enrol(grid, fold_in)
+            check_concentration(self.settings, enrolment.contract.space, enrolment.contract.sites)
             note_guarantees(self.run, enrolment.guarantees)
         check_test_kind(self.test, enrolment.contract.kind)
         Chosen.of(self.settings, enrolment.contract.space).check_test(self.test, self.settings.labels.synonyms)
@@ -360,10 +362,18 @@ class Job:
         """
         settings, unify, space = self.settings.student, self.settings.unify, chosen.space
         folder, wanted = self.run / "student", chosen.wanted(share, settings.fit.batch_size)
+        images, other = PoolImages(self.pool, samples), load_other(self.run / "labels")
+        if settings.learning == "concentration":
+            answers = (self.settings, space, stores, coverage, labels, key, samples, other)
+            taught = concentration_lesson(self.run / "labels", *answers)
+            plan = head_plan(self.settings, space)
+            return learn(
+                folder, images, space, taught, settings, self.settings.seed, self.reporter, "student", head=plan
+            )
         if space.multi:
             loss: FingerprintedLoss = soft_multi_loss(labels, unify.temperature, key, samples)
         elif settings.learns_labels:
-            loss = soft_label_loss(labels, unify.temperature, key, samples, load_other(self.run / "labels"), wanted)
+            loss = soft_label_loss(labels, unify.temperature, key, samples, other, wanted)
         elif settings.target == "concatenated":
             loss = concatenated_loss(self.run / "labels", self.settings, space, stores, key, samples, wanted)
         else:
@@ -381,12 +391,11 @@ class Job:
                 [unify.strength_of(site) for site in space.sites],
                 wanted,
             )
-        images = PoolImages(self.pool, samples)
         lesson: Lesson = ByLoss(loss, settings, self.settings.seed)
         if self.settings.asks_features:
             lesson = feature_lesson(self.run, self.settings, cards, self.pool, loss, samples)
-        other = None if chosen.everything else chosen.other
-        about = (lesson, settings, self.settings.seed, self.reporter, "student", other)
+        rest = None if chosen.everything else chosen.other
+        about = (lesson, settings, self.settings.seed, self.reporter, "student", rest)
         return learn(folder, images, chosen.taught, *about)
 
     def learn_oracle(self, chosen: Chosen) -> list[dict[str, Any]] | None:
@@ -415,6 +424,7 @@ class Job:
             self.reporter,
             "oracle (true labels)",
             None if chosen.everything else chosen.other,
+            head_plan(self.settings, chosen.space),
         )
 
     def _pools(self) -> list[Pool]:

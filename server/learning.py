@@ -37,6 +37,7 @@ from consilience.common.progress import Reporter
 from consilience.common.settings import Preprocessing, Student
 from consilience.server.answered import CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
+from consilience.server.student.concentrated_head import HeadPlan, place, verticals_in
 from consilience.server.student.direct import DirectCE, DirectMFLF
 from consilience.server.student.own_taps import own_taps
 from consilience.server.student.soft_labels import SoftLabels
@@ -117,7 +118,9 @@ class StudentModel:
         self.architecture: str = about["architecture"]
         self.shape: tuple[int, int, int] = tuple(about["shape"])
         self.preprocessing = Preprocessing.model_validate(about["preprocessing"])
-        self.model = build_student(self.architecture, len(self.labels), self.shape, self.preprocessing, seed=0)
+        self.head = None if about.get("head") is None else HeadPlan.model_validate(about["head"])
+        classes = len(self.labels)
+        self.model = build_student(self.architecture, classes, self.shape, self.preprocessing, seed=0, head=self.head)
         load_model(folder / "model.safetensors", self.model)
 
     def log_probs(self, images: Images) -> NDArray[np.float32]:
@@ -146,22 +149,25 @@ def learn(
     reporter: Reporter,
     name: str,
     other: bool | None = None,
+    head: HeadPlan | None = None,
 ) -> list[dict[str, Any]]:
     """Train a student in `folder` from `images` (n, H, W, C) by `lesson`; resumes, and returns at once when done.
 
     `space` are its outputs. `other`, of a student of chosen classes: whether the last is all that is none of them.
-    Returns the learning curve, one dict an epoch. Raises `StudentError`, `StorageError`.
+    `head`: what takes the place of its last layer, where something does. Returns the learning curve, one dict an epoch.
+    Raises `StudentError`, `StorageError`.
     """
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
     about = {"settings": settings.model_dump(mode="json"), "labels": space.names, "shape": shape, "seed": seed}
-    key = sha256(canonical_json({**about, "loss": lesson.fingerprint, "samples": len(images)}))
+    placed = {} if head is None else {"head": head.model_dump(mode="json")}
+    key = sha256(canonical_json({**about, **placed, "loss": lesson.fingerprint, "samples": len(images)}))
     done = folder / "learning_curve.json"
     if done.exists():
         held = read_json(done)
         if held["key"] == key and (folder / "model.safetensors").exists():
             epochs: list[dict[str, Any]] = held["epochs"]
             return epochs
-    model = build_student(settings.architecture, len(space), shape, settings.preprocessing, seed)
+    model = build_student(settings.architecture, len(space), shape, settings.preprocessing, seed, head)
     records = lesson.teach(model, images, folder, reporter, name)
     epochs = [asdict(record) for record in records]
     save_model(folder / "model.safetensors", model)
@@ -173,6 +179,7 @@ def learn(
             "architecture": settings.architecture,
             "shape": shape,
             "preprocessing": settings.preprocessing.model_dump(mode="json"),
+            **placed,
         },
     )
     write_json(done, {"key": key, "epochs": epochs})
@@ -180,15 +187,24 @@ def learn(
 
 
 def build_student(
-    architecture: str, classes: int, shape: tuple[int, int, int], preprocessing: Preprocessing, seed: int
+    architecture: str,
+    classes: int,
+    shape: tuple[int, int, int],
+    preprocessing: Preprocessing,
+    seed: int,
+    head: HeadPlan | None = None,
 ) -> nn.Module:
     """Return an untrained student for images of `shape` (H, W, C); a user's own network is tried on two.
 
+    `head`: a head of verticals over the same classes, which takes the place of the architecture's last layer.
     Raises `SettingsError`, `MissingExtraError`.
     """
     channels = preprocessing.channels or shape[2]
     network = build(architecture, classes=classes, channels=channels, seed=seed)
-    check_own(architecture, network, (channels, *(preprocessing.size or shape[:2])), classes)
+    fed = (channels, *(preprocessing.size or shape[:2]))
+    check_own(architecture, network, fed, classes)
+    if head is not None:
+        place(network, head, fed, seed, architecture)
     return network
 
 
@@ -204,7 +220,10 @@ def check_student(settings: Student, shape: tuple[int, int, int]) -> None:
             f"have {channels} channels",
             hint="Give one value for all channels or one each, or set preprocessing.channels",
         )
-    network = build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0)
+    head = None
+    if settings.learning == "concentration":
+        head = HeadPlan(head=settings.concentration.head, verticals=verticals_in([1, 1]))
+    network = build_student(settings.architecture, 2, shape, settings.preprocessing, seed=0, head=head)
     if settings.learns_features:
         own_taps(network, settings, shape)
 

@@ -29,12 +29,14 @@ from consilience.server.answers import AnswerStore
 from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
 from consilience.server.chosen import Chosen
+from consilience.server.concentration import FILE as CONCENTRATION
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.feature_learning import FILE
 from consilience.server.guarantees import read_guarantees
 from consilience.server.judge import Judgement, agreement, auroc, judge
 from consilience.server.judge_labels import LabelJudgement, label_agreement
+from consilience.server.judge_verticals import judge_verticals
 from consilience.server.labelling import Diagnostics, anchored, load_other, unifier, usable_coverage
 from consilience.server.learning import StudentModel
 from consilience.server.publishing_coverage import coverage_findings
@@ -98,7 +100,8 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         )
     learning, chosen = settings.student.learning, outcome.chosen
     settled = joined and learning == "direct-ce" and (chosen.everything or chosen.other)
-    if max(chosen.taught.components) > 0 and not settings.student.learns_labels and not settled:
+    silent = learning != "concentration" and not settings.student.learns_labels
+    if max(chosen.taught.components) > 0 and silent and not settled:
         warnings.append(
             f"The student learnt by {learning}, which says nothing about the odds between components; "
             "student.learning: soft-labels would follow the rule unify.across."
@@ -181,6 +184,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         versions=versions(),
         audits=read_audits(outcome.run),
         amalgamation=_amalgamation(outcome),
+        concentration=_concentration(outcome, student),
     )
 
 
@@ -292,6 +296,21 @@ def _amalgamation(outcome: Outcome) -> dict[str, Any] | None:
     path = outcome.run / "student" / FILE
     told: dict[str, Any] | None = read_json(path) if outcome.settings.asks_features else None
     return told
+
+
+def _concentration(outcome: Outcome, student: StudentModel) -> dict[str, Any] | None:
+    """Return what is told of verticals, judged where there is a test set; None for a student without."""
+    if student.head is None:
+        return None
+    told: dict[str, Any] = read_json(outcome.run / "student" / CONCENTRATION)
+    if outcome.test is None:
+        return told
+    truth = test_truth(outcome.test, outcome.space, outcome.settings.labels.synonyms)
+    every = np.arange(len(outcome.test))
+    judged = judge_verticals(truth, _predictions(student, outcome.test, every), list(student.head.verticals.values()))
+    for held, within, against in zip(told["verticals"], judged.within, judged.against_all, strict=True):
+        held["average_precision"] = {"within": within, "against_all": against}
+    return {**told, "mpvap": {"within": judged.mean_within, "against_all": judged.mean_against_all}}
 
 
 def _pool_truth(outcome: Outcome) -> NDArray[np.int64] | None:

@@ -206,6 +206,7 @@ def _student(findings: Findings) -> dict[str, Any]:
         "classes": None if student.taught is None else student.taught.names,
         "other": student.other,
         "other_share": student.other_share,
+        "concentration": findings.concentration,
     }
     if judged is None:
         empty = {"correct": None, "calibration_error": None, "confusion": None, "confusion_outside": None}

@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "coverage",
         "feature_memory",
         "fuzz_decoders",
+        "hundred_thousand",
         "ledger",
         "privacy",
         "secure_sums",

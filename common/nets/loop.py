@@ -39,6 +39,8 @@ WARM_UP = 0.2
 """Share of all steps in which the learning rate rises."""
 SECONDS_BETWEEN_CHECKPOINTS = 1.0
 """What a crash may cost, at most, beside the epoch it falls into."""
+LARGE = 2**18
+"""Numbers from which a matrix is updated in one pass over the memory: several would cost more than the products."""
 FINGERPRINT_IMAGES = 256
 """Images, spread evenly, whose bytes tell one training's data from another's."""
 
@@ -231,10 +233,14 @@ def _draws(module: nn.Module) -> bool:
 def sgd(model: nn.Module, fit: Fit) -> torch.optim.Optimizer:
     """Return SGD with Nesterov momentum; weight decay for weights alone, not for biases and normalisation."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": fit.weight_decay},
+    large = [p for p in parameters if p.ndim == 2 and p.numel() >= LARGE]
+    known = {id(p) for p in large}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2 and id(p) not in known], "weight_decay": fit.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if large:
+        groups.append({"params": large, "weight_decay": fit.weight_decay, "fused": True})
     return plain(torch.optim.SGD)(groups, lr=fit.learning_rate, momentum=0.9, nesterov=True)
 
 

@@ -22,6 +22,7 @@ from consilience.common.settings.base import (
     encoding_names,
     largest_sent,
 )
+from consilience.common.settings.concentration import Concentration, Head
 from consilience.common.settings.data import (
     DataSource,
     EmbeddedData,
@@ -90,6 +91,7 @@ __all__ = [
     "ClassName",
     "CommonFeature",
     "CommonSpace",
+    "Concentration",
     "Coverage",
     "CoverageEncoding",
     "CoverageFamily",
@@ -105,6 +107,7 @@ __all__ = [
     "Features",
     "Fit",
     "FolderData",
+    "Head",
     "JobPrivacy",
     "JobSettings",
     "Judge",

@@ -18,7 +18,9 @@ from consilience.common.settings.base import (
     TapName,
     allowed_by,
     encoding_names,
+    largest_sent,
 )
+from consilience.common.settings.concentration import Concentration
 from consilience.common.settings.data import DataSource, Preprocessing
 from consilience.common.settings.multi_label import refuse_for_labels
 from consilience.common.settings.policy import Policy
@@ -188,9 +190,12 @@ class Student(Settings):
 
     architecture: str = "resnet8"
     """Named as a trained teacher's."""
-    learning: Literal["soft-labels", "direct-ce", "direct-mf-lf", "layer-wise", "common-feature"] = "soft-labels"
+    learning: Literal["soft-labels", "direct-ce", "direct-mf-lf", "layer-wise", "common-feature", "concentration"] = (
+        "soft-labels"
+    )
     """`layer-wise` and `common-feature` take features too, of the sites that tell some (docs/amalgamation.md); the
-    other sites take part by their labels."""
+    other sites take part by their labels. `concentration` takes each sample's labels from one site
+    (docs/concentration.md)."""
     classes: tuple[str, ...] | None = Field(default=None, min_length=1)
     """The classes that the student tells apart, by any of their names; by default all that sites know. Every site is
     asked all the same (docs/researcher.md)."""
@@ -199,6 +204,7 @@ class Student(Settings):
     classes count in training by how likely they are of one of `classes`."""
     layer_wise: LayerWise = LayerWise()
     common_feature: CommonFeature = CommonFeature()
+    concentration: Concentration = Concentration()
     preprocessing: Preprocessing = Preprocessing()
     fit: Fit = Fit()
 
@@ -208,6 +214,11 @@ class Student(Settings):
             raise ValueError(
                 f"classes names {self.classes[0]!r} alone, so that there is nothing to tell apart; name another, or "
                 "set other to true"
+            )
+        if self.learning == "concentration" and (self.classes is not None or self.other):
+            raise ValueError(
+                "classes or other is given, and learning is 'concentration', which learns every class of its "
+                "verticals; leave both out, or set learning to soft-labels"
             )
         if self.other and self.learning == "direct-mf-lf":
             raise ValueError(
@@ -236,6 +247,8 @@ class Student(Settings):
     @property
     def learns_labels(self) -> bool:
         """Whether the scores learn unified soft labels."""
+        if self.learning == "concentration":
+            return self.concentration.target == "unified"
         return self.learning == "soft-labels" or self.target == "unified"
 
 
@@ -368,6 +381,8 @@ class JobSettings(Settings):
                 f"unify.other is {self.unify.other:g}, which student.learning {learning!r} cannot follow; "
                 "set it to 0, or student.learning to soft-labels"
             )
+        if learning == "concentration":
+            self._concentration_fits()
         if self.privacy.secure_sum:
             weights = [1.0, *self.unify.weights.values()]
             if max(weights) > 2 * min(weights):
@@ -400,3 +415,16 @@ class JobSettings(Settings):
             if self.simulation.data == self.simulation.test:
                 raise ValueError("simulation.data and simulation.test are the same images; name another split")
         return self
+
+    def _concentration_fits(self) -> None:
+        chosen, sent = self.student.concentration, largest_sent(self.ask.encoding)
+        if chosen.routing == "coverage" and not self.asks_coverage:
+            raise ValueError(
+                "student.concentration.routing is 'coverage', for which no site is asked; set ask.coverage to true and "
+                f"unify.method to one of {', '.join(COVERAGE_METHODS)}, or routing to unified"
+            )
+        if chosen.target == "specialist" and sent is not None and (chosen.keep or 0) > sent:
+            raise ValueError(
+                f"student.concentration.keep is {chosen.keep}; ask.encoding {self.ask.encoding!r} brings {sent} of a "
+                "sample's classes; lower keep, or leave it out"
+            )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
 from consilience.common.nets import EpochRecord, Parted, Supervised, build, scores, train
-from consilience.common.nets.loop import one_cycle
+from consilience.common.nets.loop import one_cycle, sgd
 from consilience.common.settings import Fit, Preprocessing
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -404,3 +405,21 @@ def test_a_tuple_without_scores_is_refused(stripes: Labelled) -> None:
     images, labels = stripes
     with pytest.raises(StudentError, match="one row of scores"):
         train(Empty(), images, Supervised(labels, CPU), FIT, PLAIN, seed=0, folder=None, device=CPU)
+
+
+def test_a_large_matrix_is_updated_in_one_pass_to_the_same_weights() -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(512, 512)
+    other = copy.deepcopy(network)
+    ours = sgd(network, Fit(learning_rate=0.1, weight_decay=0.01))
+    decays = [{"params": [other.weight], "weight_decay": 0.01}, {"params": [other.bias], "weight_decay": 0.0}]
+    plain = torch.optim.SGD(decays, lr=0.1, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        for name, parameter in network.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            other.get_parameter(name).grad = parameter.grad.clone()
+        ours.step()
+        plain.step()
+    assert [group["fused"] for group in ours.param_groups if group["params"]] == [None, True]
+    torch.testing.assert_close(network.weight, other.weight)
+    assert torch.equal(network.bias, other.bias)

@@ -1,0 +1,193 @@
+"""The learn stage of knowledge concentration: answers to sparse targets, and the lesson of a student with verticals.
+
+Lives here: streaming answers into targets on disk, what is asked of a job and its contract beforehand, and what is
+written about it in RUN/student/concentration.json. Does not live here: verticals, routing, head and losses
+(server/student).
+Nothing of size samples x classes is held in memory or written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from consilience.common.errors import SettingsError
+from consilience.common.files import canonical_json, create_array, sha256, write_json
+from consilience.common.labels import LabelSpace
+from consilience.common.nets import EpochRecord, default_device, epoch_task, train
+from consilience.common.preprocessing import ImageRows
+from consilience.common.progress import Reporter
+from consilience.common.protocol import SiteCard
+from consilience.common.settings import JobSettings, Student, largest_sent
+from consilience.server.answered import Block, CoverageStores, block_size, blocks
+from consilience.server.answers import AnswerStore
+from consilience.server.learning import FingerprintedLoss
+from consilience.server.student.concentrated_head import HeadPlan, head_of
+from consilience.server.student.routing import (
+    highest,
+    route_by_coverage,
+    route_by_labels,
+    specialist_targets,
+    specialists_for,
+)
+from consilience.server.student.sparse_loss import SparseSigmoid, SparseSoftmax, SparseTargets
+from consilience.server.student.verticals import Verticals, kept, verticals_of
+
+FILE = "concentration.json"
+"""In the student's folder: what the report tells of verticals."""
+_BY = ("coverage", "unified labels")
+
+
+def check_concentration(job: JobSettings, space: LabelSpace, cards: Sequence[SiteCard]) -> None:
+    """Find out before anything is asked whether the sites' classes and coverage are what a job wants.
+
+    Raises `SettingsError`. Of a job that learns otherwise nothing is asked.
+    """
+    settings = job.student.concentration
+    if job.student.learning != "concentration":
+        return
+    verticals_of(space, settings, job.labels.synonyms)
+    silent = [card.name for card in cards if card.coverage is None]
+    if settings.routing == "coverage" and settings.target == "specialist" and silent:
+        raise SettingsError(
+            "job.yaml: field 'student.concentration.routing' is 'coverage'; these sites do not tell theirs: "
+            f"{', '.join(silent[:10])}",
+            hint="Ask those sites for policy.coverage, or set routing to unified or leave it out",
+        )
+
+
+def head_plan(job: JobSettings, space: LabelSpace) -> HeadPlan | None:
+    """Return the plan of the student's head; None where it has none of verticals. Raises `SettingsError`."""
+    if job.student.learning != "concentration":
+        return None
+    settings = job.student.concentration
+    verticals = verticals_of(space, settings, job.labels.synonyms)
+    return HeadPlan(head=settings.head, verticals=verticals.table)
+
+
+def concentration_lesson(
+    folder: Path,
+    job: JobSettings,
+    space: LabelSpace,
+    stores: Sequence[AnswerStore],
+    coverage: CoverageStores,
+    labels: NDArray[np.float32],
+    fingerprint: str,
+    samples: NDArray[np.int64] | None = None,
+    other: NDArray[np.float32] | None = None,
+) -> Concentrating:
+    """Return the lesson of a job; the targets are written to `folder`, a few numbers a sample.
+
+    `labels` (n, L) unified soft labels, memory-mapped. `other` (n,): how likely each sample is outside the label space.
+    Raises `SettingsError`, `StorageError`.
+    """
+    settings, device = job.student.concentration, default_device()
+    verticals = verticals_of(space, settings, job.labels.synonyms)
+    keep = kept(verticals, settings)
+    sent = largest_sent(job.ask.encoding)
+    if sent is not None and settings.target == "specialist":
+        keep = min(keep, sent)
+    total = stores[0].about.size
+    targets = SparseTargets(
+        create_array(folder / "target-classes.npy", np.int32, (total, keep)),
+        create_array(folder / "target-values.npy", np.float32, (total, keep)),
+    )
+    count = total if samples is None else len(samples)
+    told: dict[str, Any] = {
+        "target": settings.target,
+        "keep": keep,
+        "head": settings.head.model_dump(mode="json"),
+        "verticals": [
+            {
+                "name": name,
+                "classes": [space.names[label] for label in classes],
+                "specialists": [space.sites[i] for i in sites],
+                "kept": min(keep, len(classes)),
+            }
+            for name, classes, sites in zip(verticals.names, verticals.classes, verticals.specialists, strict=True)
+        ],
+        "samples": count,
+    }
+    key = sha256(canonical_json([fingerprint, settings.model_dump(mode="json"), verticals.table, keep]))
+    if settings.target == "unified":
+        for block in blocks(stores, block_size(space)):
+            targets.labels[block.ids], targets.values[block.ids] = highest(labels[block.ids], keep)
+        softmax = SparseSoftmax(targets, device, job.unify.temperature, key, samples, other)
+        return Concentrating(softmax, job.student, job.seed, told)
+    wanted = np.ones(total, np.bool_) if samples is None else np.isin(np.arange(total), samples)
+    routed = np.zeros((len(_BY), len(verticals)), np.int64)
+    for block in blocks(stores, block_size(space), coverage):
+        use = wanted[block.ids]
+        if not use.any():
+            continue
+        by, vertical, sites = _route(block, labels, space, verticals, settings.routing)
+        routed[by] += np.bincount(vertical[use], minlength=len(verticals))
+        targets.labels[block.ids], targets.values[block.ids] = specialist_targets(
+            block.answers, space.class_sets, verticals, vertical, sites, keep, job.unify.temperature
+        )
+    for held, counts in zip(told["verticals"], routed.T, strict=True):
+        held["samples"] = int(counts.sum())
+    told["routed_by"] = {by: int(counts.sum()) for by, counts in zip(_BY, routed, strict=True)}
+    key = sha256(canonical_json([key, job.unify.temperature, [c is not None for c in coverage]]))
+    loss = SparseSigmoid(targets, verticals.classes, device, key, samples, settings.drawn, job.seed)
+    return Concentrating(loss, job.student, job.seed, told)
+
+
+def _route(
+    block: Block, labels: NDArray[np.float32], space: LabelSpace, verticals: Verticals, routing: str | None
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    """Return by what a block is routed, as a place in `_BY`, and its verticals and sites."""
+    answered = [rows is not None for rows in block.answers]
+    given = [block.coverage[i] is not None for i in block.sites]
+    if routing != "unified" and given and all(given):
+        return 0, *route_by_coverage(block.coverage, block.answers, space.class_sets, verticals)
+    able = [any(answered[i] for i in sites) for sites in verticals.specialists]
+    vertical = route_by_labels(labels[block.ids], verticals, able)
+    return 1, vertical, specialists_for(vertical, verticals, answered, block.coverage)
+
+
+@dataclass(frozen=True)
+class Concentrating:
+    """The lesson of sparse targets: a student with a head of verticals."""
+
+    loss: FingerprintedLoss
+    settings: Student
+    seed: int
+    told: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """The loss's."""
+        return self.loss.fingerprint
+
+    def teach(
+        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> list[EpochRecord]:
+        """Train `model`, which has such a head. Raises `StudentError`, `StorageError`."""
+        head = head_of(model)
+        assert head is not None
+        head.in_parts = isinstance(self.loss, SparseSigmoid)
+        try:
+            records = train(
+                model,
+                images,
+                self.loss,
+                self.settings.fit,
+                self.settings.preprocessing,
+                seed=self.seed,
+                folder=folder / "training",
+                on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
+            )
+        finally:
+            head.in_parts = False
+        about = {"weights": head.weights, "gammas": [held.detach().tolist() for held in head.gammas]}
+        if self.settings.concentration.head.scaling == "class":
+            about.pop("gammas")  # one a class: as many as the classes are
+        write_json(folder / FILE, {**self.told, **about})
+        return records
