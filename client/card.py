@@ -12,7 +12,14 @@ import numpy as np
 from consilience.client.coverage import Coverage
 from consilience.client.features import OpenTap
 from consilience.client.summing import noise_card
-from consilience.client.teacher import CalibratedTeacher, Teacher, describe_teacher
+from consilience.client.teacher import (
+    CalibratedMulti,
+    CalibratedTeacher,
+    MultiTeacher,
+    Teacher,
+    describe_teacher,
+    holdout_ap,
+)
 from consilience.common.data import open_data
 from consilience.common.errors import DataError
 from consilience.common.identity import key_fingerprint, key_line
@@ -22,7 +29,11 @@ from consilience.common.vouching import Signer
 
 
 def card_of(
-    settings: SiteSettings, teacher: Teacher, coverage: Coverage | None, taps: Sequence[OpenTap], signer: Signer | None
+    settings: SiteSettings,
+    teacher: Teacher | MultiTeacher,
+    coverage: Coverage | None,
+    taps: Sequence[OpenTap],
+    signer: Signer | None,
 ) -> SiteCard:
     """Return the card of a site with this teacher, coverage, taps and key.
 
@@ -32,6 +43,7 @@ def card_of(
     description, accuracy = describe_teacher(settings)
     policy = settings.policy
     return SiteCard(
+        labels=settings.teacher.labels,
         name=settings.name,
         classes=teacher.classes,
         encodings=policy.encodings,
@@ -39,6 +51,7 @@ def card_of(
         description=description,
         policy=policy.version,
         holdout_accuracy=accuracy if policy.holdout_accuracy else None,
+        holdout_ap=holdout_ap(settings) if policy.holdout_accuracy else None,
         calibration=_calibration(teacher) if policy.holdout_accuracy else None,
         class_priors=_class_priors(settings, teacher) if policy.class_priors else None,
         coverage=_coverage(policy, coverage),
@@ -64,8 +77,8 @@ def _features(policy: Policy, taps: Sequence[OpenTap]) -> FeaturesCard | None:
     return FeaturesCard(taps=tuple(tap.card for tap in taps), encodings=policy.features.encodings)
 
 
-def _calibration(teacher: Teacher) -> CalibrationCard | None:
-    record = teacher.record if isinstance(teacher, CalibratedTeacher) else None
+def _calibration(teacher: Teacher | MultiTeacher) -> CalibrationCard | None:
+    record = teacher.record if isinstance(teacher, CalibratedTeacher | CalibratedMulti) else None
     if record is None or record.before is None or record.after is None:
         return None
     return CalibrationCard(
@@ -78,7 +91,7 @@ def _calibration(teacher: Teacher) -> CalibrationCard | None:
     )
 
 
-def _class_priors(settings: SiteSettings, teacher: Teacher) -> tuple[float, ...] | None:
+def _class_priors(settings: SiteSettings, teacher: Teacher | MultiTeacher) -> tuple[float, ...] | None:
     if settings.data is None:
         return None
     data = open_data(settings.data)

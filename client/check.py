@@ -30,7 +30,7 @@ from consilience.client.ledger_head import comes_back_with_state
 from consilience.client.policy import limits
 from consilience.client.privacy import describe_privacy
 from consilience.client.reach import certificate_end, connect, resolve
-from consilience.client.teacher import CalibratedTeacher, load_teacher
+from consilience.client.teacher import AnyTeacher, CalibratedMulti, load_any
 from consilience.common.data import open_data
 from consilience.common.encoding import feature_bytes
 from consilience.common.errors import (
@@ -85,7 +85,7 @@ class Preflight:
         self._path = path
         self.rows: list[Row] = []
         self._settings: SiteSettings
-        self._teacher: CalibratedTeacher
+        self._teacher: AnyTeacher
         self._pools: list[Pool] = []
         self._key: PrivateKey
         self._kit: Kit
@@ -143,7 +143,8 @@ class Preflight:
         policy = self._settings.policy
         told = ["name, classes, kind and fingerprint of the teacher"]
         behind = describe_privacy(self._settings)
-        told += [f"log-probabilities as {' or '.join(encoding_names(policy.encodings))}"]
+        what = "log-odds" if self._settings.teacher.labels == "multi" else "log-probabilities"
+        told += [f"{what} as {' or '.join(encoding_names(policy.encodings))}"]
         told[-1] += f" behind {behind}" if behind else ""
         if policy.coverage_encodings:
             told += [f"coverage, if the site has learned it, as {' or '.join(policy.coverage_encodings)}"]
@@ -159,11 +160,12 @@ class Preflight:
             raise SkippedError("the settings name none")
         data = open_data(self._settings.data)
         if self._settings.teacher.kind == "train":
-            data.need_labels("Training the teacher")
+            need = data.need_many if self._settings.teacher.labels == "multi" else data.need_labels
+            need("Training the teacher")
         return f"{len(data):,} images of {len(data.class_names)} classes"
 
     def _load_teacher(self) -> str:
-        self._teacher = load_teacher(self._settings)
+        self._teacher = load_any(self._settings)
         teacher = self._teacher
         return f"{len(teacher.classes)} classes, fingerprint {teacher.fingerprint[:12]}, calibration: {teacher.told}"
 
@@ -207,7 +209,10 @@ class Preflight:
     def _answer(self) -> str:
         for pool in self._pools:
             shown = pool.read(0, min(1, len(pool))) if len(pool) else np.zeros((1, *pool.shape), np.uint8)
-            self._teacher.log_probs(shown)  # checks shape, values and sums itself
+            if isinstance(self._teacher, CalibratedMulti):  # both check shape and values themselves
+                self._teacher.log_odds(shown)
+            else:
+                self._teacher.log_probs(shown)
         return "one finite row over its classes for a sample of every pool"
 
     def _look_at_state(self) -> str:

@@ -56,6 +56,12 @@ class Part:
         elif self.kind == "features":
             total = f"{self.bytes_a_sample:,} bytes a sample, {self.bytes_a_sample * self.samples:,} in all"
             what = f"features of tap {self.tap}, {tell_shape(self.shape)}, {total}"
+        elif self.kind == "log-odds":
+            what = "log-odds of every label"
+            if self.encoding == "votes":
+                what = "which labels are likelier than not"
+            elif most is not None:
+                what = f"log-odds of the {most:,} likeliest labels, and how likely all others are on average"
         elif self.encoding == "votes":
             what = "the likeliest class"
         elif most is not None:

@@ -1,7 +1,8 @@
 """What the policy takes away from log-probabilities before they are encoded: softening, rounding, cap and floor.
 
 Lives here: the numbers. Does not live here: the fields (common/settings.Policy). What leaves depends on a sample's own
-row alone, and is a distribution again.
+row alone, and is a distribution again; of a multi-label teacher each label is one by itself, over "applies" and "does
+not".
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax, logsumexp
+from scipy.special import expit, log_softmax, logsumexp
 
+from consilience.common.encoding.odds import log_odds_of
 from consilience.common.errors import SettingsError
 from consilience.common.settings import Policy
 
@@ -42,6 +44,26 @@ def shape(log_probs: NDArray[np.float32], policy: Policy) -> NDArray[np.float32]
     if policy.floor > 0:
         left = np.log1p(-policy.floor * rows.shape[1])
         rows = np.logaddexp(np.log(policy.floor), left + rows.astype(np.float64))
+    return np.asarray(rows, np.float32)
+
+
+def shape_odds(log_odds: NDArray[np.float32], policy: Policy) -> NDArray[np.float32]:
+    """Return (n, k) log-odds as the policy lets them leave; the same array where it takes nothing away.
+
+    As `shape`, for each label by itself: neither its probability nor that of its absence is above `cap` or below
+    `floor`, and where a rounded one is 0 it becomes half a unit of the last decimal.
+    """
+    rows: NDArray[np.floating[Any]] = log_odds
+    if policy.temperature != 1:
+        rows = rows.astype(np.float64) / policy.temperature
+    if policy.decimals is not None:
+        least = 10.0**-policy.decimals / 2
+        rows = log_odds_of(np.clip(np.round(expit(rows.astype(np.float64)), policy.decimals), least, 1 - least))
+    if policy.cap < 1:
+        most = np.log(policy.cap) - np.log1p(-policy.cap)
+        rows = np.clip(rows.astype(np.float64), -most, most)
+    if policy.floor > 0:
+        rows = log_odds_of(policy.floor + (1 - 2 * policy.floor) * expit(rows.astype(np.float64)))
     return np.asarray(rows, np.float32)
 
 

@@ -39,9 +39,9 @@ from consilience.client.policy import (
 from consilience.client.privacy import Event, answering_costs, describe_privacy
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
 from consilience.client.released import Released
-from consilience.client.shaping import check_floor, shape
+from consilience.client.shaping import check_floor, shape, shape_odds
 from consilience.client.summing import Summing
-from consilience.client.teacher import CalibratedTeacher, Teacher, load_teacher
+from consilience.client.teacher import CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher, load_any
 from consilience.common.encoding import (
     coverage_bytes,
     coverage_problem,
@@ -56,6 +56,7 @@ from consilience.common.identity import load_key
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
+    LABEL_KINDS,
     MOST_ANSWER_BYTES,
     Agreement,
     Answer,
@@ -83,13 +84,16 @@ class Site:
     def __init__(
         self,
         settings: SiteSettings,
-        teacher: Teacher,
+        teacher: Teacher | MultiTeacher,
         coverage: Coverage | None = None,
         taps: tuple[OpenTap, ...] = (),
     ) -> None:
+        """`teacher` is what `settings.teacher.labels` says: a `MultiTeacher` where that is multi."""
         check_floor(settings.policy, len(teacher.classes))
         self.settings = settings
         self.teacher = teacher
+        self.kind: Kind = LABEL_KINDS[settings.teacher.labels]
+        """What the teacher's answers are."""
         self.coverage = coverage
         self.taps = taps
         self._together = Together()
@@ -108,7 +112,7 @@ class Site:
         it is needed.
         """
         settings = load_settings(path, SiteSettings)
-        teacher = load_teacher(settings)
+        teacher = load_any(settings)
         return cls(settings, teacher, load_coverage(settings, teacher), open_taps(settings, teacher))
 
     def close(self) -> None:
@@ -122,7 +126,7 @@ class Site:
     @property
     def calibration(self) -> str:
         """How the teacher is calibrated, in one line for the site's own eyes."""
-        return self.teacher.told if isinstance(self.teacher, CalibratedTeacher) else "none"
+        return self.teacher.told if isinstance(self.teacher, CalibratedTeacher | CalibratedMulti) else "none"
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -164,6 +168,8 @@ class Site:
         within = all(label < len(contract.labels) for label in contract.class_set)
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
+        if contract.secure_sum:
+            self.check_kind("log-probs")
         taps, reduced = self.taps_named(contract.features), self.taps_named(contract.components)
         if plain := [tap.card.name for tap in reduced if tap.card.components is None]:
             raise RefusedError(
@@ -246,7 +252,7 @@ class Site:
         secure sums, to which answers are added as precise as the policy allows, whatever `encoding` is.
         """
         policy = self.settings.policy
-        kinds: list[tuple[Kind, Encoding]] = [("log-probs", policy.encodings[0] if summed else encoding)]
+        kinds: list[tuple[Kind, Encoding]] = [(self.kind, policy.encodings[0] if summed else encoding)]
         if coverage and self.card.coverage is not None:
             kinds.append(("coverage", self.card.coverage.encodings[0]))
         questions = [self.question(job, pool.digest, len(pool), *kind) for kind in kinds for pool in pools if len(pool)]
@@ -281,7 +287,7 @@ class Site:
         if tap is not None:
             fingerprint = tap.card.fingerprint
         else:
-            answering = self.teacher if kind == "log-probs" else self.coverage
+            answering = self.coverage if kind == "coverage" else self.teacher
             assert answering is not None
             fingerprint = answering.fingerprint
         return Question(
@@ -304,6 +310,7 @@ class Site:
         `StorageError`: nothing leaves then.
         """
         policy = self.settings.policy
+        self.check_kind(question.kind)
         if question.teacher not in self._fingerprints(question.kind) or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
         check_open(policy)
@@ -321,11 +328,21 @@ class Site:
         answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
         return answer if question.job_key is None else seal_answer(answer, self.settings.name)
 
+    def check_kind(self, kind: Kind) -> None:
+        """Refuse to answer as the other kind of teacher would. Raises `RefusedError`."""
+        if kind in LABEL_KINDS.values() and kind != self.kind:
+            reasons: dict[Kind, str] = {
+                "log-probs": "the site's teacher is multi-label: it tells log-odds of its labels",
+                "log-odds": "the site's teacher has one label an image: it tells log-probabilities of its classes",
+            }
+            detail = f"asked for {kind}; teacher.labels is {self.settings.teacher.labels}"
+            raise RefusedError("bad-question", reasons[kind], detail)
+
     def _fingerprints(self, kind: Kind) -> tuple[str, ...]:
         """Return the fingerprints of what answers questions of a kind."""
         if kind == "features":
             return tuple(tap.card.fingerprint for tap in self.taps)
-        answering = self.teacher if kind == "log-probs" else self.coverage
+        answering = self.coverage if kind == "coverage" else self.teacher
         return () if answering is None else (answering.fingerprint,)
 
     def _tap(self, question: Question) -> OpenTap:
@@ -351,7 +368,7 @@ class Site:
             return coverage_bytes(cast(CoverageEncoding, question.encoding))
         if question.kind == "features":
             return feature_bytes(self._tap(question).card.values, cast(FeatureEncoding, question.encoding))
-        return row_bytes(len(self.teacher.classes), question.encoding)
+        return row_bytes(len(self.teacher.classes), question.encoding, odds=question.kind == "log-odds")
 
     def costs(self, samples: int) -> tuple[Event, ...]:
         """Return the events of answering about so many samples, at least 1."""
@@ -378,7 +395,8 @@ class Site:
             told = self._score(pool, question.start, new, partial(self._together.values, tap), f"tap {tap.card.name}")
             return b"".join(encode_features(rows, cast(FeatureEncoding, question.encoding)) for rows in told)
         scored = self._score(pool, question.start, new, self._told, "teacher")
-        return b"".join(encode(rows, question.encoding) for rows in scored)
+        odds = question.kind == "log-odds"
+        return b"".join(encode(rows, question.encoding, odds=odds) for rows in scored)
 
     @cached_property
     def summing(self) -> Summing:
@@ -420,8 +438,13 @@ class Site:
             yield np.asarray(rows[low - first : high - first], np.float32)[new[low - start : high - start]]
 
     def _told(self, images: Images) -> NDArray[np.float32]:
-        """Return the teacher's (n, classes) log-probabilities as the policy lets them leave. Raises `TeacherError`."""
-        return shape(self.teacher.log_probs(images), self.settings.policy)
+        """Return the teacher's (n, classes) log-probabilities, or log-odds, as the policy lets them leave.
+
+        Raises `TeacherError`.
+        """
+        if self.kind == "log-odds":
+            return shape_odds(cast(MultiTeacher, self.teacher).log_odds(images), self.settings.policy)
+        return shape(cast(Teacher, self.teacher).log_probs(images), self.settings.policy)
 
     def pool(self, digest: str) -> Pool:
         """Return the site's copy of a pool, verified once per process. Raises `RefusedError`."""

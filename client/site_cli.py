@@ -16,7 +16,7 @@ from consilience.client.features import learn_and_show_bases, tell_taps
 from consilience.client.policy import limits
 from consilience.client.privacy import train_private, training_epochs
 from consilience.client.site import Site
-from consilience.client.teacher import calibrate_teacher
+from consilience.client.teacher import calibrate_any
 from consilience.common.cli import AsJson, Result, emit, emit_findings
 from consilience.common.errors import SettingsError
 from consilience.common.nets import epoch_task
@@ -50,7 +50,7 @@ def train(site: SiteFile, as_json: AsJson = False) -> None:
                 hint="Such a teacher answers as it is: `consilience site show` shows it",
             )
         if calibrates:
-            calibrate_teacher(settings)
+            calibrate_any(settings)
         if covers:
             with Reporter() as reporter:
                 learn_and_show(settings, reporter)

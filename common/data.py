@@ -29,10 +29,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".p
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images of one shape, with integer labels where there are any.
+    """Images of one shape, with one label each, any number of labels each, or none at all.
 
-    `shape` is (H, W, C); `labels` (n,) int64 or None; `class_names` name the labels (empty without labels);
-    `read(ids)` returns (len(ids), H, W, C) uint8 for any integer ids.
+    `shape` is (H, W, C); `labels` (n,) int64 or None; `many` (n, L) int8 or None: 1 where a label applies, 0 where it
+    does not, -1 where that is not known; `class_names` name the labels (empty without labels); `read(ids)` returns
+    (len(ids), H, W, C) uint8 for any integer ids.
     """
 
     shape: tuple[int, int, int]
@@ -40,6 +41,7 @@ class ImageData:
     class_names: tuple[str, ...]
     length: int
     reader: Callable[[NDArray[np.int64]], Images]
+    many: NDArray[np.int8] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -50,15 +52,31 @@ class ImageData:
         return self.reader(wanted)
 
     def need_labels(self, what: str) -> NDArray[np.int64]:
-        """Return the labels; raises `DataError` saying that `what` needs them when there are none."""
+        """Return the labels; raises `DataError` saying that `what` needs them when there are none, or several."""
+        if self.many is not None:
+            raise DataError(
+                f"{what} has any number of labels an image, (n, {self.many.shape[1]}); one label an image is needed",
+                hint="Give one whole number an image, or take a multi-label teacher (teacher.labels: multi)",
+            )
         if self.labels is None:
             raise DataError(f"{what} has images but no labels", hint="Name the array or the folders of classes")
         return self.labels
 
+    def need_many(self, what: str) -> NDArray[np.int8]:
+        """Return (n, L) int8 labels as in `many`; raises `DataError` saying that `what` needs them."""
+        if self.many is None:
+            held = "no labels" if self.labels is None else "one label an image"
+            raise DataError(
+                f"{what} has {held}; labels of shape (n, number of labels) are needed, 1 where one applies, else 0",
+                hint="Give such labels, or take a single-label teacher (teacher.labels: single)",
+            )
+        return self.many
+
     def subset(self, ids: NDArray[np.int64]) -> ImageData:
         """Return the images with these ids, read only when asked for."""
         labels = None if self.labels is None else self.labels[ids]
-        return ImageData(self.shape, labels, self.class_names, len(ids), lambda wanted: self.reader(ids[wanted]))
+        many = None if self.many is None else self.many[ids]
+        return ImageData(self.shape, labels, self.class_names, len(ids), lambda wanted: self.reader(ids[wanted]), many)
 
 
 def open_data(source: DataSource) -> ImageData:
@@ -84,10 +102,38 @@ def from_arrays(
             "allowed: (n, H, W), (n, H, W, 1) or (n, H, W, 3) uint8",
             hint="Convert the images",
         )
-    checked = None if labels is None else _check_labels(labels, len(images), class_names, where)
-    names = tuple(class_names) if checked is not None else ()
+    checked = many = None
+    if labels is not None and labels.ndim == 2:
+        many = check_many(labels, len(images), class_names, where)
+    elif labels is not None:
+        checked = _check_labels(labels, len(images), class_names, where)
+    names = () if labels is None else tuple(class_names)
     height, width, channels = images.shape[1:]
-    return ImageData((height, width, channels), checked, names, len(images), lambda ids: images[ids])
+    return ImageData((height, width, channels), checked, names, len(images), lambda ids: images[ids], many)
+
+
+def check_many(labels: NDArray[Any], n: int, names: Sequence[str], where: str) -> NDArray[np.int8]:
+    """Return (n, L) int8 labels of `n` images, one column for each of `names`: 1 applies, 0 does not, -1 not known.
+
+    Whole numbers, truth values, or numbers of which NaN is not known. Raises `DataError`.
+    """
+    if labels.shape != (n, len(names)) or labels.dtype.kind not in "biuf":
+        raise DataError(
+            f"{where}: labels have shape {labels.shape} and type {labels.dtype}; allowed: ({n}, {len(names)}) numbers, "
+            f"one column for each of {len(names)} names",
+            hint="Give a 0 or a 1 for each image and label, or one whole number an image",
+        )
+    known = np.where(np.isnan(labels), -1, labels) if labels.dtype.kind == "f" else labels
+    wrong = np.argwhere(~np.isin(known, (-1, 0, 1)))
+    if len(wrong):
+        row, column = wrong[0]
+        raise DataError(
+            f"{where}: label {known[row, column]} of sample {row}, {names[column]!r}; allowed: 1 where it applies, 0 "
+            "where it does not, -1 or NaN where that is not known",
+            hint="Correct the labels",
+        )
+    _need_once(names, where)
+    return known.astype(np.int8)
 
 
 def _check_labels(labels: NDArray[Any], n: int, names: Sequence[str], where: str) -> NDArray[np.int64]:
@@ -104,10 +150,14 @@ def _check_labels(labels: NDArray[Any], n: int, names: Sequence[str], where: str
             f"allowed: 0 to {len(names) - 1} for {len(names)} class names",
             hint="Correct the labels or the names",
         )
+    _need_once(names, where)
+    return checked
+
+
+def _need_once(names: Sequence[str], where: str) -> None:
     if len(set(names)) != len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
         raise DataError(f"{where}: class {twice!r} is named twice", hint="Give every class its own name")
-    return checked
 
 
 def _open_npz(source: NpzData) -> ImageData:
@@ -139,6 +189,8 @@ def _open_npz(source: NpzData) -> ImageData:
 
 def _numbered(labels: NDArray[Any], where: str) -> list[str]:
     """Return names for classes that have only numbers. Raises `DataError` for labels that cannot be class numbers."""
+    if labels.ndim == 2:
+        return [str(i) for i in range(labels.shape[1])]
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}: labels have type {labels.dtype}; allowed: integers", hint="Number the classes")
     most = int(labels.max(initial=-1))

@@ -18,12 +18,14 @@ class LabelSpace:
     """The union of the sites' classes, by name.
 
     `names` are the L canonical class names. `sites` are the sites' names and `class_sets[i]` the indices into
-    `names` of site i's classes, in the order its teacher declares them.
+    `names` of site i's classes, in the order its teacher declares them. `multi`: the classes are labels that do not
+    exclude one another; else an image is of one class.
     """
 
     names: tuple[str, ...]
     sites: tuple[str, ...]
     class_sets: tuple[tuple[int, ...], ...]
+    multi: bool = False
 
     @classmethod
     def build(
@@ -31,6 +33,8 @@ class LabelSpace:
         site_classes: Mapping[str, Sequence[str]],
         synonyms: Mapping[str, Sequence[str]] | None = None,
         order: Sequence[str] | None = None,
+        *,
+        multi: bool = False,
     ) -> LabelSpace:
         """Align the sites' class names.
 
@@ -51,7 +55,7 @@ class LabelSpace:
         names = _ordered(found, order)
         index = {name: i for i, name in enumerate(names)}
         sets = tuple(tuple(index[name] for name in known[site]) for site in known)
-        return cls(tuple(names), tuple(known), sets)
+        return cls(tuple(names), tuple(known), sets, multi)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,7 +100,12 @@ class LabelSpace:
 
     @cached_property
     def components(self) -> tuple[int, ...]:
-        """For each class the number of its component of the class-overlap graph, from 0 in order of classes."""
+        """For each class the number of its component of the class-overlap graph, from 0 in order of classes.
+
+        One component where `multi`: of labels that do not exclude one another no odds are open.
+        """
+        if self.multi:
+            return (0,) * len(self.names)
         parent = list(range(len(self.names)))
 
         def root(label: int) -> int:

@@ -27,6 +27,7 @@ from consilience.common.settings import (
     CoverageEncoding,
     Encoding,
     FeatureEncoding,
+    LabelKind,
     TapName,
 )
 
@@ -49,9 +50,11 @@ MOST_VOUCH_BYTES = 200
 MOST_ENCLOSED = 4 * -(-(MOST_COMPONENTS + 1000) // 3)
 """Characters of what comes with an agreement: the components, signature and seal, in base64."""
 
-Kind = Literal["log-probs", "coverage", "features"]
-"""What an answer tells of a pool sample: the teacher's log-probabilities, how likely it is of the site's classes, or
-the features of one of the teacher's taps."""
+Kind = Literal["log-probs", "log-odds", "coverage", "features"]
+"""What an answer tells of a pool sample: the teacher's log-probabilities of classes, or the log-odds of labels that do
+not exclude one another; how likely it is of the site's classes; or the features of one of the teacher's taps."""
+LABEL_KINDS: dict[LabelKind, Kind] = {"single": "log-probs", "multi": "log-odds"}
+"""What a teacher's answers are, by how many labels an image has."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -152,7 +155,8 @@ class CalibrationCard(BaseModel):
     method: Literal["identity", "temperature", "dirichlet"]
     samples: int = Field(ge=1, le=2**53)
     ece_before: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-    """Expected calibration error over 15 bins of equal width."""
+    """Expected calibration error over 15 bins of equal width; of a multi-label teacher, as the likelihood, the mean
+    over its labels."""
     ece_after: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     nll_before: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
     """Mean negative log-likelihood in nats."""
@@ -253,6 +257,9 @@ class SumNoiseCard(BaseModel):
 class SiteCard(Record):
     """Who a site is and what its policy allows. `classes` are in the order of its answers."""
 
+    labels: LabelKind = "single"
+    """`multi`: the classes are labels that do not exclude one another, and answers are log-odds."""
+
     name: SiteName
     classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
     encodings: tuple[Encoding, ...] = Field(min_length=1, max_length=len(ENCODINGS))
@@ -264,6 +271,8 @@ class SiteCard(Record):
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
     holdout_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Accuracy on private images kept out of training, where the site measured it."""
+    holdout_ap: float | None = Field(default=None, ge=0, le=1)
+    """Of a multi-label teacher, in its place: the mean over its labels of the average precision on these images."""
     calibration: CalibrationCard | None = None
     """How well the teacher is calibrated there, where the site measured it; both only if the policy tells them."""
     class_priors: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None

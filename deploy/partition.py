@@ -50,7 +50,7 @@ class Partition:
     counts: Ids
 
 
-class _Purpose(IntEnum):
+class Purpose(IntEnum):
     """One random stream each, so that a change in one choice leaves the others as they were."""
 
     POOL = 0
@@ -71,23 +71,23 @@ def partition(
     no image; `MissingExtraError` when flwr-datasets is needed but not installed.
     """
     truth = labels.astype(np.int64)
-    streams = _Streams(seed)
+    streams = Streams(seed)
     pool, private = _draw_pool(truth, len(class_names), simulation.pool_share, streams)
     scheme = simulation.partition
-    sites, images = _number_of_sites(scheme), sum(map(len, private))
+    sites, images = number_of_sites(scheme), sum(map(len, private))
     if sites > images:
         raise SettingsError(
             f"simulation.partition makes {sites} sites; there are {images} private images, so a site would get none",
             hint="Lower the number of sites or simulation.pool_share, or name more data",
         )
-    weights = _weights(sites, simulation.quantity_skew, streams)
+    weights = site_weights(sites, simulation.quantity_skew, streams)
     if isinstance(scheme, DirichletPartition):
         owners = _dirichlet(truth, private, class_names, scheme, weights, streams)
     else:
         if isinstance(scheme, RandomClasses):
-            lists = _random_lists(np.flatnonzero([len(ids) for ids in private]), scheme, streams)
+            lists = random_lists(np.flatnonzero([len(ids) for ids in private]), scheme, streams)
         else:
-            lists = _named_lists(scheme, class_names)
+            lists = named_lists(scheme, class_names)
         owners = _share_classes(private, lists, weights, class_names)
     held = tuple(np.sort(np.concatenate(parts)) for parts in zip(*owners, strict=True))
     counts = np.array([np.bincount(truth[ids], minlength=len(class_names)) for ids in held], np.int64)
@@ -95,28 +95,30 @@ def partition(
     return Partition(pool, held, classes, counts)
 
 
-def _number_of_sites(scheme: PartitionSettings) -> int:
+def number_of_sites(scheme: PartitionSettings) -> int:
+    """Return how many sites a partition makes."""
     return len(scheme.classes) if isinstance(scheme, ClassLists) else scheme.sites
 
 
-class _Streams:
+class Streams:
     """Independent random generators from one seed, one for each purpose."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def generator(self, purpose: _Purpose) -> np.random.Generator:
+    def generator(self, purpose: Purpose) -> np.random.Generator:
+        """Return the generator of one purpose, from its beginning."""
         return np.random.default_rng(self._sequence(purpose))
 
-    def number(self, purpose: _Purpose) -> int:
+    def number(self, purpose: Purpose) -> int:
         """A seed for a library that takes a number."""
         return int(self._sequence(purpose).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def _sequence(self, purpose: _Purpose) -> np.random.SeedSequence:
+    def _sequence(self, purpose: Purpose) -> np.random.SeedSequence:
         return np.random.SeedSequence(self._seed, spawn_key=(int(purpose),))
 
 
-def _draw_pool(labels: Ids, n_classes: int, share: float, streams: _Streams) -> tuple[Ids, list[Ids]]:
+def _draw_pool(labels: Ids, n_classes: int, share: float, streams: Streams) -> tuple[Ids, list[Ids]]:
     """Return the pool's ids in random order, and each class's other ids in random order."""
     members = [np.flatnonzero(labels == k) for k in range(n_classes)]
     total = round(share * len(labels))
@@ -126,15 +128,15 @@ def _draw_pool(labels: Ids, n_classes: int, share: float, streams: _Streams) -> 
             "allowed: at least one image in the pool and one outside it",
             hint="Change simulation.pool_share, or name more data",
         )
-    taken = _apportion(total, np.array([len(ids) for ids in members], np.float64))
-    chooser, dealer = streams.generator(_Purpose.POOL), streams.generator(_Purpose.IMAGES)
+    taken = apportion(total, np.array([len(ids) for ids in members], np.float64))
+    chooser, dealer = streams.generator(Purpose.POOL), streams.generator(Purpose.IMAGES)
     mixed = [chooser.permutation(ids) for ids in members]
     pool = np.concatenate([ids[:n] for ids, n in zip(mixed, taken, strict=True)])
     private = [dealer.permutation(np.sort(ids[n:])) for ids, n in zip(mixed, taken, strict=True)]
-    return streams.generator(_Purpose.POOL_ORDER).permutation(pool), private
+    return streams.generator(Purpose.POOL_ORDER).permutation(pool), private
 
 
-def _apportion(total: int, weights: NDArray[np.float64]) -> Ids:
+def apportion(total: int, weights: NDArray[np.float64]) -> Ids:
     """Split `total` into whole numbers in proportion to `weights`, each within one of its share (largest remainder)."""
     exact = total * (weights / weights.sum())
     whole: Ids = np.floor(exact).astype(np.int64)
@@ -144,13 +146,13 @@ def _apportion(total: int, weights: NDArray[np.float64]) -> Ids:
     return whole
 
 
-def _weights(sites: int, sigma: float, streams: _Streams) -> NDArray[np.float64]:
+def site_weights(sites: int, sigma: float, streams: Streams) -> NDArray[np.float64]:
     """Return each site's share of what it shares with others, (sites,), summing to 1."""
-    weights = np.exp(sigma * streams.generator(_Purpose.SIZES).standard_normal(sites))
+    weights = np.exp(sigma * streams.generator(Purpose.SIZES).standard_normal(sites))
     return np.asarray(weights / weights.sum(), np.float64)
 
 
-def _named_lists(scheme: ClassLists, class_names: Sequence[str]) -> list[Ids]:
+def named_lists(scheme: ClassLists, class_names: Sequence[str]) -> list[Ids]:
     """Return each site's classes as indices, in the order of the label numbers."""
     number = {name: k for k, name in enumerate(class_names)}
     lists = []
@@ -173,7 +175,7 @@ def _named_lists(scheme: ClassLists, class_names: Sequence[str]) -> list[Ids]:
     return lists
 
 
-def _random_lists(present: Ids, scheme: RandomClasses, streams: _Streams) -> list[Ids]:
+def random_lists(present: Ids, scheme: RandomClasses, streams: Streams) -> list[Ids]:
     """Return random lists of as many classes each, every class in at least one of them.
 
     The number of classes a site is what brings the mean number of owners nearest to `overlap`, among those that let
@@ -188,7 +190,7 @@ def _random_lists(present: Ids, scheme: RandomClasses, streams: _Streams) -> lis
     n = len(present)
     least = -(-n // scheme.sites)
     each = min(max(int(np.floor(scheme.overlap * n / scheme.sites + 0.5)), least), n)
-    generator = streams.generator(_Purpose.CLASSES)
+    generator = streams.generator(Purpose.CLASSES)
     # Deal all classes like cards, so that none is left without an owner; then fill every hand.
     mixed = generator.permutation(present)
     lists = []
@@ -216,7 +218,7 @@ def _share_classes(
                     f"for {owns.sum()} sites that know it, so a site would get none",
                     hint="Lower simulation.pool_share, let fewer sites know the class, or name more data",
                 )
-            sizes[owns] = 1 + _apportion(spare, weights[owns])
+            sizes[owns] = 1 + apportion(spare, weights[owns])
         shared.append(np.split(ids, np.cumsum(sizes))[: len(lists)])
     return shared
 
@@ -227,7 +229,7 @@ def _dirichlet(
     class_names: Sequence[str],
     scheme: DirichletPartition,
     weights: NDArray[np.float64],
-    streams: _Streams,
+    streams: Streams,
 ) -> list[list[Ids]]:
     """Return owners[class][site], drawn by Flower Datasets' DirichletPartitioner.
 
@@ -261,7 +263,7 @@ def _dirichlet(
         # Its own way to a minimum is to draw again, with a warning, ten times; ours is above.
         min_partition_size=0,
         shuffle=False,
-        seed=streams.number(_Purpose.DIRICHLET),
+        seed=streams.number(Purpose.DIRICHLET),
     )
     partitioner.dataset = Dataset.from_dict({"id": mixed, "label": labels[mixed]})
     drawn = [np.array(partitioner.load_partition(site)["id"], np.int64) for site in range(scheme.sites)]

@@ -11,16 +11,18 @@ import time
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Context, RecordDict
+from numpy.typing import NDArray
 
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.client.coverage import learn_and_show
 from consilience.client.features import learn_and_show_bases
 from consilience.client.privacy import train_private, training_epochs
-from consilience.client.teacher import calibrate_teacher
+from consilience.client.teacher import calibrate_any
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
@@ -33,6 +35,7 @@ from consilience.common.settings import JobSettings, Judge, NpzData, Simulation,
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.partition import Partition, partition
+from consilience.deploy.partition_labels import partition_labels
 from consilience.server.admission import Register
 from consilience.server.app import app as server_app
 from consilience.server.authority import authority_pem, ensure_authority
@@ -152,10 +155,9 @@ def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Repor
         raise DataError(
             "simulation.data and simulation.test differ in image shape or class names", hint="Use one data set's splits"
         )
-    labels = data.need_labels("simulation.data")
-    parts = partition(labels, data.class_names, simulation, job.seed)
+    labels, parts = _shared_out(data, simulation, job.seed)
     reporter.say(f"Making {len(parts.sites)} sites and a pool of {len(parts.pool)} images in {home}")
-    Pool.build(replace(data.subset(parts.pool), labels=None), home / "pool")
+    Pool.build(replace(data.subset(parts.pool), labels=None, many=None), home / "pool")
     with atomic(home / "pool-labels.npy") as file:
         np.save(file, labels[parts.pool])
     Pool.build(test, home / "test-pool")
@@ -172,12 +174,32 @@ def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Repor
     return paths
 
 
+def _shared_out(data: ImageData, simulation: Simulation, seed: int) -> tuple[NDArray[np.integer[Any]], Partition]:
+    """Return the labels, (n,) or (n, L), and who gets which image. Raises `DataError`, `SettingsError`."""
+    if any(teacher.labels == "multi" for teacher in simulation.teachers):
+        many = data.need_many("simulation.data, for teachers with labels: multi,")
+        single = [at for at, teacher in enumerate(simulation.teachers) if teacher.labels == "single"]
+        if single:
+            raise SettingsError(
+                f"simulation.teachers.{single[0]}.labels is 'single', and others are 'multi': one data set is of one "
+                "kind",
+                hint="Set labels alike for all teachers",
+            )
+        return many, partition_labels(many, data.class_names, simulation, seed)
+    labels = data.need_labels("simulation.data")
+    return labels, partition(labels, data.class_names, simulation, seed)
+
+
 def _make_site(
     home: Path, simulation: Simulation, job: JobSettings, data: ImageData, parts: Partition, index: int
 ) -> Path:
     name = f"site-{index + 1:0{len(str(len(parts.sites)))}d}"
     folder = home / "sites" / name
-    _write_npz(folder / "private.npz", data.subset(parts.sites[index]))
+    own = data.subset(parts.sites[index])
+    if own.many is not None:
+        known = list(parts.classes[index])
+        own = replace(own, many=own.many[:, known], class_names=tuple(data.class_names[k] for k in known))
+    _write_npz(folder / "private.npz", own)
     settings = SiteSettings(
         name=name,
         data=NpzData(kind="npz", path=Path("private.npz")),
@@ -207,10 +229,9 @@ def admit(home: Home, site: SiteSettings, server: ServerSettings) -> None:
 
 
 def _write_npz(path: Path, data: ImageData) -> None:
+    labels = data.need_labels("The data set") if data.many is None else data.many
     with atomic(path) as file:
-        np.savez_compressed(
-            file, x=data.read(), y=data.need_labels("The data set"), names=np.array(data.class_names, np.str_)
-        )
+        np.savez_compressed(file, x=data.read(), y=labels, names=np.array(data.class_names, np.str_))
 
 
 def train_site(path: Path, reporter: Reporter) -> None:
@@ -220,7 +241,7 @@ def train_site(path: Path, reporter: Reporter) -> None:
         name = f"training {settings.name} ({settings.teacher.architecture})"
         train_private(settings, epoch_task(reporter, name, training_epochs(settings)))
         if settings.calibration != "off":
-            calibrate_teacher(settings)
+            calibrate_any(settings)
     if settings.policy.coverage != "off":
         learn_and_show(settings, reporter)
     learn_and_show_bases(settings, reporter)

@@ -45,7 +45,8 @@ class Usable:
     """The pool samples that labels are made for and the student learns from.
 
     A sample can be used when every class of the label space is known to a site that answered the sample: else its
-    label would deny a class that nobody was asked about. `mask` (n,) bool, None when all can. `unknown`: class ->
+    label would deny a class that nobody was asked about. Of labels that do not exclude one another those that somebody
+    told are enough. `mask` (n,) bool, None when all can. `unknown`: class ->
     samples that are left out because no site that answered them knows the class.
     """
 
@@ -124,8 +125,9 @@ def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
     for start, stop in _cuts(stores, block_size(space)):
         for pattern, rows in _patterns(stores, np.arange(start, stop)):
             unknown = everything.difference(*(space.class_sets[i] for i in np.flatnonzero(pattern)))
-            mask[start + rows] = not unknown
-            lacking.update(dict.fromkeys(unknown, len(rows)))
+            mask[start + rows] = bool(pattern.any()) if space.multi else not unknown
+            if not mask[start + rows[0]]:
+                lacking.update(dict.fromkeys(unknown, len(rows)))
     return Usable(total, None if mask.all() else mask, {space.names[i]: lacking[i] for i in sorted(lacking)})
 
 

@@ -1,7 +1,7 @@
 """The durable answer store: what one site answered about one pool.
 
 A folder with three files. `about.json`: what the answers are about (pool, teacher, policy, kind, encoding, classes).
-Each kind of answer, log-probabilities or coverage, has a store of its own.
+Each kind of answer (`protocol.Kind`) has a store of its own.
 `answers.bin`: encoded rows, one record after another, append-only. `index.jsonl`: one line a record, append-only:
 range of samples, offset, length, SHA-256, the teacher's seconds, and where the site signed it salt and signature
 (common/vouching). A record is stored when its index line is complete;
@@ -65,7 +65,7 @@ class About(BaseModel):
             return coverage_bytes(cast(CoverageEncoding, self.encoding))
         if self.kind == "features":
             return feature_bytes(self.classes, cast(FeatureEncoding, self.encoding))
-        return row_bytes(self.classes, self.encoding)
+        return row_bytes(self.classes, self.encoding, odds=self.kind == "log-odds")
 
 
 class _Entry(BaseModel):
@@ -187,7 +187,7 @@ class AnswerStore:
         elif self.about.kind == "features":
             check_features(data, rows, self.about.classes, cast(FeatureEncoding, self.about.encoding))
         else:
-            check(data, rows, self.about.classes, self.about.encoding)
+            check(data, rows, self.about.classes, self.about.encoding, odds=self.about.kind == "log-odds")
 
     def _signed(self, answer: Answer, digest: str) -> dict[str, str]:
         """Return salt and signature of an answer. Raises `ProtocolError` when they are not the signer's."""
@@ -266,7 +266,7 @@ class AnswerStore:
                 raw.reshape(len(out), self.about.row_bytes), cast(FeatureEncoding, self.about.encoding)
             )
         else:
-            unpack(raw, self.about.encoding, out)
+            unpack(raw, self.about.encoding, out, odds=self.about.kind == "log-odds")
 
     def take(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the answers for the samples `ids` (b,), in any order, (b, classes) float32. Raises as `read` does."""

@@ -13,11 +13,13 @@ from typing import Any
 from consilience.common.identity import words
 from consilience.common.pages.numbers import MISSING, count, decimal, number_of, percent, size
 from consilience.common.settings import largest_sent
+from consilience.server.judge_labels import LabelJudgement
 from consilience.server.report_amalgamation import amalgamation_summary
 from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_concentration import concentration_summary
 from consilience.server.report_coverage import coverage_summary
 from consilience.server.report_findings import Findings, SiteFindings
+from consilience.server.report_multi import multi_lines
 from consilience.server.report_page import CONTENDERS
 from consilience.server.report_privacy import privacy_summary, sealing_line
 
@@ -72,9 +74,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) ->
 
 def _about(findings: Findings, report: Mapping[str, Any]) -> str:
     space, student = findings.space, findings.student
+    what = f"{number_of(len(space), 'label')} that do not exclude one another" if space.multi else ""
     about = findings.card.about.strip() or (
-        f"An image classifier for {number_of(len(findings.taught), 'class', 'classes')}. It was trained from the "
-        f"answers of {number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, "
+        f"An image classifier for {what or number_of(len(findings.taught), 'class', 'classes')}. It was trained from "
+        f"the answers of {number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, "
         "without their data or weights (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
     )
     shape = " × ".join(map(str, findings.pool.shape))
@@ -126,6 +129,8 @@ def _use(findings: Findings) -> str:
         if findings.student.other
         else "It always chooses one of the classes above, also for an image of none of them."
     )
+    if findings.space.multi:
+        odd = "It says of each label by itself how likely it applies, and nothing of labels not above."
     limits = findings.card.limits.strip() or (
         f"{odd} It has learned what the "
         "sites' classifiers say, their mistakes included. On images unlike the pool nothing is known about it. Its "
@@ -140,8 +145,7 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
             escape(site["name"]) + ("" if site["took_part"] else " (left out)"),
             escape(site["teacher"]),
             count(len(site["classes"])),
-            percent(site["teacher_accuracy"]),
-            percent(site["student_accuracy"]),
+            *_on_its_classes(site, multi=findings.space.multi),
             _calibration(site["calibration"]),
         ]
         for site in report["sites"]
@@ -150,7 +154,9 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
     pool, unify = findings.pool, findings.unify
     facts = [
         f"* Pool: {number_of(pool.size, 'unlabelled image')}, digest {code(pool.digest)}",
-        f"* Unification: {escape(unify.method)}, {number_of(unify.components, 'component')}, across components: "
+        "* Unification: each label by itself, the mean of the log-odds of the sites that know it"
+        if findings.space.multi
+        else f"* Unification: {escape(unify.method)}, {number_of(unify.components, 'component')}, across components: "
         f"{escape(unify.across)}",
         f"* Seed: {findings.seed}",
     ]
@@ -161,6 +167,13 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
     return "\n\n".join(["## What it was made of", table(head, rows, right=4), "\n".join(facts), *known])
 
 
+def _on_its_classes(site: Mapping[str, Any], *, multi: bool) -> tuple[str, str]:
+    """Teacher and student on the site's own classes: accuracy, or mean average precision of labels."""
+    if multi:
+        return decimal(site["teacher_ap"]), decimal(site["student_ap"])
+    return percent(site["teacher_accuracy"]), percent(site["student_accuracy"])
+
+
 def _calibration(told: Mapping[str, Any] | None) -> str:
     """The calibration error of a site's teacher, as it is told: before and after the site's own map."""
     return MISSING if told is None else f"{decimal(told['ece_before'])} → {decimal(told['ece_after'])}"
@@ -168,6 +181,8 @@ def _calibration(told: Mapping[str, Any] | None) -> str:
 
 def _scores(findings: Findings, report: Mapping[str, Any]) -> str:
     judged = findings.judgement
+    if findings.labelled is not None:
+        return _label_scores(findings.labelled, report)
     if judged is None:
         return "## Scores\n\nThere was no labelled test set: nothing is known about the accuracy of this student."
     rows = []
@@ -194,6 +209,26 @@ def _scores(findings: Findings, report: Mapping[str, Any]) -> str:
             scores,
             f"Expected calibration error: {decimal(judged.calibration_error)}.",
             classes,
+        ]
+    )
+
+
+def _label_scores(judged: LabelJudgement, report: Mapping[str, Any]) -> str:
+    scores = table(
+        ("", "Mean average precision"), [[escape(name), value] for name, value in multi_lines(report)], right=1
+    )
+    labels = table(
+        ("Label", "Test images that have it", "Average precision"),
+        [[escape(score.name), count(score.support), decimal(score.student)] for score in judged.labels],
+        right=2,
+    )
+    error = "" if judged.calibration_error is None else decimal(judged.calibration_error)
+    return "\n\n".join(
+        [
+            f"## Scores\n\nOn {number_of(judged.count, 'labelled test image')}, used for judging only.",
+            scores,
+            f"Expected calibration error over all labels: {error or MISSING}.",
+            labels,
         ]
     )
 
@@ -266,6 +301,15 @@ def _vouched(site: SiteFindings) -> int:
 def _answer(findings: Findings) -> str:
     """Say what an answer is; every site is asked for the same."""
     encoding = findings.sites[0].precision if findings.sites else "f32"
+    if findings.space.multi:
+        most = largest_sent(encoding)
+        if encoding == "votes":
+            return "An answer is which of the site's labels are likelier than not"
+        if most is not None:
+            return (
+                f"An answer is the log-odds of the site's likeliest labels, at most {most:,}, and of the others' mean"
+            )
+        return "An answer is the log-odds of each label of the site"
     if encoding == "votes":
         return "An answer is which of the site's classes is the likeliest"
     most = largest_sent(encoding)

@@ -13,6 +13,7 @@ from consilience.common.cli import AsJson, Result, emit, emit_checked
 from consilience.common.data import ImageData, load_image, open_data
 from consilience.common.errors import ConsilienceError, DataError, StudentError
 from consilience.common.identity import words
+from consilience.common.label_scores import average_precision, mean_ap
 from consilience.common.settings import DataSource, FolderData, NpzData
 from consilience.server.export import export_student
 from consilience.server.learning import StudentModel
@@ -40,7 +41,10 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes shown an image.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Classify image files; each is brought to the size the student was trained on."""
+    """Classify image files; each is brought to the size the student was trained on.
+
+    A multi-label student gives each label's own probability.
+    """
 
     def action() -> Result:
         model = StudentModel(student or newest_student())
@@ -63,7 +67,7 @@ def evaluate(
     student: StudentFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the student's accuracy on labelled images."""
+    """Measure the student's accuracy on labelled images, or, of a multi-label student, its average precision."""
 
     def action() -> Result:
         model = StudentModel(student or newest_student())
@@ -77,6 +81,8 @@ def evaluate(
         held = open_data(source)
         if not len(held):
             raise DataError(f"{data} holds no images", hint="Name labelled images")
+        if model.multi:
+            return _evaluate_labels(held, model)
         truth = _truth(held, model)
         # A student of chosen classes is judged by those: by what it was not to learn it cannot be right or wrong.
         judged = np.arange(len(held)) if model.other is None else np.flatnonzero(truth >= 0)
@@ -106,7 +112,10 @@ def export(
     student: StudentFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the student as a torch.export program: uint8 images (n, H, W, C) in, log-probabilities (n, classes) out."""
+    """Write the student as a torch.export program: uint8 images (n, H, W, C) in, log-probabilities (n, classes) out.
+
+    Those of a multi-label student are of each label by itself.
+    """
 
     def action() -> Result:
         model = StudentModel(student or newest_student())
@@ -139,6 +148,35 @@ def verify(student: StudentFolder = None, as_json: AsJson = False) -> None:
     emit_checked(as_json, check)
 
 
+def _evaluate_labels(data: ImageData, model: StudentModel) -> Result:
+    """Return the average precision of a multi-label student, label by label and on average. Raises `DataError`."""
+    many = data.need_many("The data")
+    columns = [k for k, name in enumerate(data.class_names) if name in model.labels]
+    if not columns:
+        raise _no_common_name(data, model)
+    ids = np.arange(len(data))
+    scores = np.concatenate([model.log_probs(data.read(ids[at : at + 512])) for at in range(0, len(data), 512)])
+    found = {
+        name: average_precision(many[:, k], scores[:, model.labels.index(name)])
+        for k, name in ((k, data.class_names[k]) for k in columns)
+    }
+    table = Table("label", "images", "average precision")
+    for name, value in found.items():
+        images = int(np.sum(many[:, data.class_names.index(name)] > 0))
+        table.add_row(name, f"{images:,}", "-" if value is None else f"{value:.3f}")
+    mean = mean_ap(list(found.values()))
+    table.add_row("mean", f"{len(data):,}", "-" if mean is None else f"{mean:.3f}", style="bold")
+    return {"mean_ap": mean, "images": len(data), "per_label": found}, table
+
+
+def _no_common_name(data: ImageData, model: StudentModel) -> DataError:
+    return DataError(
+        f"None of the data's classes ({', '.join(data.class_names[:5])}) is one of the student's "
+        f"({', '.join(model.labels[:5])})",
+        hint="Name the classes alike",
+    )
+
+
 def _truth(data: ImageData, model: StudentModel) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Return labels numbered by the student's classes. Raises `DataError`.
 
@@ -147,11 +185,7 @@ def _truth(data: ImageData, model: StudentModel) -> np.ndarray[tuple[int], np.dt
     labels = data.need_labels("The data")
     index = [model.labels.index(name) if name in model.labels else -1 for name in data.class_names]
     if max(index, default=-1) < 0:
-        raise DataError(
-            f"None of the data's classes ({', '.join(data.class_names[:5])}) is one of the student's "
-            f"({', '.join(model.labels[:5])})",
-            hint="Name the classes alike",
-        )
+        raise _no_common_name(data, model)
     place = np.asarray(index, np.int64)
     if model.other:
         place[place < 0] = len(model.labels) - 1

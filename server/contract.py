@@ -18,9 +18,10 @@ from consilience.common.files import read_json, write_json
 from consilience.common.job_key import JobKey
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard
-from consilience.common.settings import CoverageEncoding, JobSettings, allowed_by, encoding_names
+from consilience.common.settings import CoverageEncoding, JobSettings, LabelKind, allowed_by, encoding_names
 from consilience.common.taps_asked import taps_asked
 from consilience.server.chosen import Chosen
+from consilience.server.multi_label import check_multi, kind_of
 
 
 class RunContract(BaseModel):
@@ -43,9 +44,17 @@ class RunContract(BaseModel):
 
     @classmethod
     def build(cls, job: JobSettings, cards: Iterable[SiteCard], pools: tuple[str, ...]) -> RunContract:
-        """Align the cards' classes. Raises `LabelError`; `SettingsError` for settings of unknown sites or classes."""
+        """Align the cards' classes.
+
+        Raises `LabelError`, also where some sites are single-label and some multi-label; `SettingsError` for settings
+        of unknown sites or classes, and for those that multi-label sites do not fit.
+        """
         sites = sorted(cards, key=lambda card: card.name)
-        space = LabelSpace.build({card.name: card.classes for card in sites}, job.labels.synonyms, job.labels.classes)
+        multi = kind_of(sites) == "multi"
+        classes = {card.name: card.classes for card in sites}
+        space = LabelSpace.build(classes, job.labels.synonyms, job.labels.classes, multi=multi)
+        if multi:
+            check_multi(job)
         fields: list[tuple[str, Mapping[str, object]]] = [
             ("unify.weights", job.unify.weights),
             ("unify.strengths", job.unify.strengths),
@@ -81,7 +90,12 @@ class RunContract(BaseModel):
     @property
     def space(self) -> LabelSpace:
         """The label space."""
-        return LabelSpace(self.labels, tuple(card.name for card in self.sites), self.class_sets)
+        return LabelSpace(self.labels, tuple(card.name for card in self.sites), self.class_sets, self.kind == "multi")
+
+    @property
+    def kind(self) -> LabelKind:
+        """Whether an image has one label, or any number of them."""
+        return kind_of(self.sites)
 
     def for_site(
         self, name: str, job: JobSettings, job_key: JobKey | None = None, components: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.common.files import atomic
-from consilience.server.learning import StudentModel
+from consilience.server.learning import StudentModel, log_probs_of
 
 
 class _Program(nn.Module):
@@ -19,7 +19,7 @@ class _Program(nn.Module):
 
     def __init__(self, student: StudentModel) -> None:
         super().__init__()
-        self.network = student.model
+        self.network, self.multi = student.model, student.multi
         self.channels = student.preprocessing.channels or student.shape[2]
         self.register_buffer("mean", torch.tensor(student.preprocessing.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(student.preprocessing.std).view(1, -1, 1, 1))
@@ -27,7 +27,7 @@ class _Program(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         pixels = images.permute(0, 3, 1, 2).float()
         logits = self.network((pixels / 255 - self.mean) / self.std)
-        return torch.log_softmax(logits, dim=1)
+        return log_probs_of(logits, multi=self.multi)
 
 
 def export_student(student: StudentModel, path: Path) -> None:

@@ -40,15 +40,20 @@ from consilience.server.events import Events
 from consilience.server.feature_learning import concatenated_loss, feature_lesson
 from consilience.server.guarantees import note_guarantees
 from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
+from consilience.server.labelling_multi import unify_pool_labels
 from consilience.server.learning import (
     ByLoss,
+    FingerprintedLoss,
     Lesson,
     check_student,
     direct_loss,
     learn,
+    oracle_labels_loss,
     oracle_loss,
     soft_label_loss,
+    soft_multi_loss,
 )
+from consilience.server.multi_label import check_test_kind
 from consilience.server.progress import Progress
 from consilience.server.settings import Home
 from consilience.server.signatures import Signatures
@@ -56,7 +61,7 @@ from consilience.server.stores import all_stores, lacked, stores_about
 from consilience.server.student_taps import StudentTaps
 from consilience.server.summed_pool import SummedPool
 from consilience.server.trust import Unsealing
-from consilience.server.truth import check_test, pool_truth
+from consilience.server.truth import check_test, pool_truth, pool_truth_labels
 
 
 class Job:
@@ -121,10 +126,13 @@ class Job:
         if summed is None:
             self._forget_timing(space, stores, coverage)
         with self._stage("unify"):
-            about = (space, stores, cards, self.settings.unify, self.reporter, samples, coverage, self.settings.seed)
-            labels, diagnostics = (
-                unify_pool(self.run / "labels", *about) if summed is None else summed.unify(self.run / "labels", space)
-            )
+            unify, rest = self.settings.unify, (self.reporter, samples, coverage, self.settings.seed)
+            if summed is not None:
+                labels, diagnostics = summed.unify(self.run / "labels", space)
+            elif space.multi:
+                labels, diagnostics = unify_pool_labels(self.run / "labels", space, stores, unify, *rest)
+            else:
+                labels, diagnostics = unify_pool(self.run / "labels", space, stores, cards, unify, *rest)
             self._tell_checks(diagnostics)
         with self._stage("learn"):
             used = believed(space, coverage, diagnostics.checks)
@@ -188,6 +196,7 @@ class Job:
             enrolment = self.enrol(grid, fold_in)
             check_concentration(self.settings, enrolment.contract.space, enrolment.contract.sites)
             note_guarantees(self.run, enrolment.guarantees)
+        check_test_kind(self.test, enrolment.contract.kind)
         Chosen.of(self.settings, enrolment.contract.space).check_test(self.test, self.settings.labels.synonyms)
         record = AskingRecord.begin(path, submission)
         reasons = enrolment.away | self.ask(grid, enrolment, record.passed)
@@ -299,10 +308,11 @@ class Job:
         if len(cards) == len(contract.sites):
             return contract.space, cards
         labels, classes = self.settings.labels, {card.name: card.classes for card in cards}
-        space = LabelSpace.build(classes, labels.synonyms)
+        multi = contract.kind == "multi"
+        space = LabelSpace.build(classes, labels.synonyms, multi=multi)
         if labels.classes is not None:
             order = [name for name in contract.labels if name in space.names]
-            space = LabelSpace.build(classes, labels.synonyms, order)
+            space = LabelSpace.build(classes, labels.synonyms, order, multi=multi)
         return space, cards
 
     def _usable(self, stores: list[AnswerStore], space: LabelSpace) -> Usable:
@@ -360,7 +370,9 @@ class Job:
             return learn(
                 folder, images, space, taught, settings, self.settings.seed, self.reporter, "student", head=plan
             )
-        if settings.learns_labels:
+        if space.multi:
+            loss: FingerprintedLoss = soft_multi_loss(labels, unify.temperature, key, samples)
+        elif settings.learns_labels:
             loss = soft_label_loss(labels, unify.temperature, key, samples, other, wanted)
         elif settings.target == "concatenated":
             loss = concatenated_loss(self.run / "labels", self.settings, space, stores, key, samples, wanted)
@@ -391,16 +403,22 @@ class Job:
         judge = self.settings.judge
         if judge.pool_labels is None or self.test is None:
             return None
-        synonyms = self.settings.labels.synonyms
-        truth = chosen.truth(pool_truth(judge.pool_labels, len(self.pool), self.test, chosen.space, synonyms))
-        known = np.flatnonzero(truth >= 0)
+        about = (judge.pool_labels, len(self.pool), self.test, chosen.space, self.settings.labels.synonyms)
+        if chosen.space.multi:
+            many = pool_truth_labels(*about)
+            known = np.flatnonzero((many >= 0).any(axis=1))
+            loss = oracle_labels_loss(many[known])
+        else:
+            truth = chosen.truth(pool_truth(*about))
+            known = np.flatnonzero(truth >= 0)
+            loss = oracle_loss(truth[known])
         if not chosen.everything and not len(known):
             return None
         return learn(
             self.run / "oracle",
             PoolImages(self.pool, known),
             chosen.taught,
-            ByLoss(oracle_loss(truth[known]), self.settings.student, self.settings.seed),
+            ByLoss(loss, self.settings.student, self.settings.seed),
             self.settings.student,
             self.settings.seed,
             self.reporter,

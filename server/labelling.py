@@ -42,6 +42,11 @@ class Diagnostics(BaseModel):
     `unify.across` decides more about them than about the others."""
     coverage: dict[str, int] = {}
     """Site -> samples in whose labels its coverage has a part."""
+    spread: float | None = None
+    """Of multi-label sites: the mean standard deviation of the log-odds that several sites give to one label; None
+    where no label has several."""
+    lacking: int = 0
+    """Of multi-label sites: labels of samples that no site which answered the sample knows."""
     checks: dict[str, Verdict] = {}
     """Site -> what the others say of its coverage, where they can; method `ce` only."""
 

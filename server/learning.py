@@ -30,6 +30,7 @@ from consilience.common.nets import (
     scores,
     train,
 )
+from consilience.common.nets.losses import SupervisedLabels
 from consilience.common.nets.own_networks import check_own
 from consilience.common.preprocessing import ImageRows, Images
 from consilience.common.progress import Reporter
@@ -40,6 +41,7 @@ from consilience.server.student.concentrated_head import HeadPlan, place, vertic
 from consilience.server.student.direct import DirectCE, DirectMFLF
 from consilience.server.student.own_taps import own_taps
 from consilience.server.student.soft_labels import SoftLabels
+from consilience.server.student.soft_multi import SoftMultiLabels
 from consilience.server.student.wanted import Wanted
 
 
@@ -111,6 +113,8 @@ class StudentModel:
         """Of a student of chosen classes: whether its last output is all that is none of them. None: it has all."""
         about = read_json(folder / "preprocessing.json")
         self.labels: tuple[str, ...] = tuple(labels["labels"])
+        self.multi: bool = labels.get("kind") == "multi"
+        """Whether the labels do not exclude one another."""
         self.architecture: str = about["architecture"]
         self.shape: tuple[int, int, int] = tuple(about["shape"])
         self.preprocessing = Preprocessing.model_validate(about["preprocessing"])
@@ -120,14 +124,19 @@ class StudentModel:
         load_model(folder / "model.safetensors", self.model)
 
     def log_probs(self, images: Images) -> NDArray[np.float32]:
-        """Return (n, L) float32 log-probabilities of (n, H, W, C) uint8 images."""
+        """Return (n, L) float32 log-probabilities of (n, H, W, C) uint8 images; of each label by itself if `multi`."""
         if images.shape[1:] != self.shape:
             raise StudentError(
                 f"Images have shape {images.shape[1:]}; the student was trained on {self.shape}",
                 hint="Bring the images to that shape",
             )
         logits = torch.from_numpy(scores(self.model, images, self.preprocessing))
-        return torch.log_softmax(logits, dim=1).numpy()
+        return log_probs_of(logits, multi=self.multi).numpy()
+
+
+def log_probs_of(logits: Tensor, *, multi: bool) -> Tensor:
+    """Return the log-probabilities of a student's logits (n, L): of classes, or of each label by itself."""
+    return nn.functional.logsigmoid(logits) if multi else torch.log_softmax(logits, dim=1)
 
 
 def learn(
@@ -162,7 +171,8 @@ def learn(
     records = lesson.teach(model, images, folder, reporter, name)
     epochs = [asdict(record) for record in records]
     save_model(folder / "model.safetensors", model)
-    write_json(folder / "labels.json", {"labels": space.names} | ({} if other is None else {"other": other}))
+    kind = {"kind": "multi"} if space.multi else {}
+    write_json(folder / "labels.json", {"labels": space.names} | ({} if other is None else {"other": other}) | kind)
     write_json(
         folder / "preprocessing.json",
         {
@@ -234,6 +244,13 @@ def soft_label_loss(
     return SoftLabels(labels, default_device(), temperature, fingerprint, samples, other, wanted)
 
 
+def soft_multi_loss(
+    labels: NDArray[np.float32], temperature: float, fingerprint: str, samples: NDArray[np.int64] | None = None
+) -> FingerprintedLoss:
+    """Return the loss of unified labels that do not exclude one another, for all of `labels` or the rows `samples`."""
+    return SoftMultiLabels(labels, default_device(), temperature, fingerprint, samples)
+
+
 def direct_loss(
     folder: Path,
     kind: str,
@@ -292,3 +309,8 @@ def _answer_files(folder: Path, space: LabelSpace, total: int) -> list[NDArray[n
 def oracle_loss(labels: NDArray[np.int64]) -> FingerprintedLoss:
     """Return the supervised loss of the oracle, (n,) labels in the label space."""
     return Supervised(labels, default_device())
+
+
+def oracle_labels_loss(labels: NDArray[np.int8]) -> FingerprintedLoss:
+    """Return the supervised loss of the oracle, (n, L) labels in the label space: 1, 0, or -1 for not known."""
+    return SupervisedLabels(labels, default_device())

@@ -21,7 +21,7 @@ from consilience.common.data import ImageData
 from consilience.common.files import read_json, write_bytes, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
-from consilience.common.protocol import Guarantee, SiteCard
+from consilience.common.protocol import LABEL_KINDS, Guarantee, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks
@@ -35,10 +35,12 @@ from consilience.server.coverage_check import believed
 from consilience.server.feature_learning import FILE
 from consilience.server.guarantees import read_guarantees
 from consilience.server.judge import Judgement, agreement, auroc, judge
+from consilience.server.judge_labels import LabelJudgement, label_agreement
 from consilience.server.judge_verticals import judge_verticals
 from consilience.server.labelling import Diagnostics, anchored, load_other, unifier, usable_coverage
 from consilience.server.learning import StudentModel
 from consilience.server.publishing_coverage import coverage_findings
+from consilience.server.publishing_multi import any_applies, judgement_of_labels, pool_labels
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
     CoverageFindings,
@@ -51,7 +53,7 @@ from consilience.server.report_findings import (
     StudentFindings,
     UnifyFindings,
 )
-from consilience.server.truth import pool_truth, test_truth
+from consilience.server.truth import pool_truth, test_truth, test_truth_labels
 
 SAMPLES_SHOWN = 24
 
@@ -89,7 +91,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
     settings, space, diagnostics = outcome.settings, outcome.space, outcome.diagnostics
     student = StudentModel(outcome.run / "student")
     guarantees = read_guarantees(outcome.run)
-    converged = 1 - diagnostics.not_converged / max(diagnostics.samples, 1)
+    converged = None if space.multi else 1 - diagnostics.not_converged / max(diagnostics.samples, 1)
     joined = _joined(outcome)
     warnings = [] if joined else list(space.warnings())
     if diagnostics.not_converged:
@@ -104,17 +106,28 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             f"The student learnt by {learning}, which says nothing about the odds between components; "
             "student.learning: soft-labels would follow the rule unify.across."
         )
+    if diagnostics.lacking:
+        warnings.append(
+            f"{diagnostics.lacking:,} labels of samples are left out of learning: no site that knows them answered "
+            "about those samples."
+        )
     if diagnostics.apart:
         warnings.append(
             f"For {diagnostics.apart:,} samples the sites that answered fall apart into more components than all sites "
             "do: about the odds between those the rule unify.across decides."
         )
-    judgement, about_test = _judgement(outcome, student)
+    judgement: Judgement | None = None
+    labelled: LabelJudgement | None = None
+    if space.multi:
+        labelled, about_test = judgement_of_labels(outcome, student)
+    else:
+        judgement, about_test = _judgement(outcome, student)
     if outcome.summed is not None:
         about_test = ["The server knows sums of answers only: what needs single answers, as baselines do, is left out."]
-    truth = _pool_truth(outcome)
+    many = pool_labels(outcome) if space.multi else None
+    truth = None if space.multi else _pool_truth(outcome)
     told = coverage_findings(outcome.pool, space, outcome.stores, outcome.coverage, diagnostics.checks, truth)
-    aurocs = _coverage_aurocs(outcome, truth)
+    aurocs = _coverage_aurocs(outcome, truth, many)
     return Findings(
         job=settings.name,
         seed=settings.seed,
@@ -144,7 +157,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             max(space.components) + 1,
             diagnostics.seconds,
             converged,
-            diagnostics.largest_residual,
+            None if space.multi else diagnostics.largest_residual,
             joined,
             settings.unify.strength if settings.unify.method == "ce" else None,
             settings.unify.strengths,
@@ -161,10 +174,13 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         warnings=[*warnings, *about_test],
         left_out=outcome.contract.left_out,
         judgement=judgement,
+        labelled=labelled,
         learning=outcome.curves,
-        agreement=agreement((block.answers for block in blocks(outcome.stores, block_size(space))), space),
+        agreement=(label_agreement if space.multi else agreement)(
+            (block.answers for block in blocks(outcome.stores, block_size(space))), space
+        ),
         partition=_partition(outcome.run),
-        samples=_samples(outcome, student, truth),
+        samples=_samples(outcome, student, truth, many),
         versions=versions(),
         audits=read_audits(outcome.run),
         amalgamation=_amalgamation(outcome),
@@ -222,7 +238,7 @@ def _site(
     coverage_auroc: float | None,
     guarantee: Guarantee | None,
 ) -> SiteFindings:
-    stores = [store for store in held if store.about.kind == "log-probs"]
+    stores = [store for store in held if store.about.kind in LABEL_KINDS.values()]
     covers = [store for store in held if store.about.kind == "coverage"]
     asked = sum(store.about.size for store in stores)
     answered = sum(len(store) for store in stores)
@@ -244,6 +260,7 @@ def _site(
         reason=outcome.failures.get(card.name),
         precision=outcome.settings.ask.encoding if outcome.summed is None else "masked",
         holdout_accuracy=card.holdout_accuracy,
+        holdout_ap=card.holdout_ap,
         calibration=None if card.calibration is None else card.calibration.model_dump(),
         coverage=replace(
             coverage,
@@ -304,10 +321,21 @@ def _pool_truth(outcome: Outcome) -> NDArray[np.int64] | None:
     return pool_truth(path, len(outcome.pool), outcome.test, outcome.space, synonyms)
 
 
-def _coverage_aurocs(outcome: Outcome, pooled: NDArray[np.int64] | None) -> dict[str, float | None]:
-    """Return site -> AUROC of its coverage: on the pool where its true labels are known, else on the test pool."""
+def _coverage_aurocs(
+    outcome: Outcome, pooled: NDArray[np.int64] | None, many: NDArray[np.int8] | None
+) -> dict[str, float | None]:
+    """Return site -> AUROC of its coverage: on the pool where its true labels are known, else on the test pool.
+
+    `pooled` (n,) true classes of the pool, or `many` (n, L) its true labels where an image may have several.
+    """
     test, space = outcome.test, outcome.space
-    if pooled is not None:
+    truth: NDArray[np.int64] | None
+    if many is not None or (space.multi and test is not None):
+        stores = outcome.test_coverage if many is None else outcome.coverage
+        if many is None and test is not None:
+            many = test_truth_labels(test, space, outcome.settings.labels.synonyms)
+        truth = None
+    elif pooled is not None:
         truth, stores = pooled, outcome.coverage
     elif test is not None:
         truth, stores = test_truth(test, space, outcome.settings.labels.synonyms), outcome.test_coverage
@@ -316,8 +344,10 @@ def _coverage_aurocs(outcome: Outcome, pooled: NDArray[np.int64] | None) -> dict
     found: dict[str, float | None] = {}
     for site, classes, store in zip(space.sites, space.class_sets, stores, strict=True):
         if store is not None:
-            told = store.answered(0, len(truth))
-            found[site] = auroc(store.read_answered(0, len(truth))[told, 0], truth[told], classes)
+            own = truth if many is None else any_applies(many, classes)
+            assert own is not None
+            told = store.answered(0, len(own))
+            found[site] = auroc(store.read_answered(0, len(own))[told, 0], own[told], classes)
     return found
 
 
@@ -384,7 +414,9 @@ def _chunks(ids: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
         yield ids[start : start + size]
 
 
-def _samples(outcome: Outcome, student: StudentModel, truth: NDArray[np.int64] | None) -> Samples:
+def _samples(
+    outcome: Outcome, student: StudentModel, truth: NDArray[np.int64] | None, many: NDArray[np.int8] | None
+) -> Samples:
     """Return a few samples spread evenly over those learnt from: no choice, so nothing is picked to look good."""
     usable = outcome.samples.ids
     total = outcome.samples.count
@@ -399,6 +431,7 @@ def _samples(outcome: Outcome, student: StudentModel, truth: NDArray[np.int64] |
         answers=[chosen.answers(i, _rows(outcome.stores[i], ids)) for i in chosen.sites],
         student=student.log_probs(images),
         truth=None if truth is None else chosen.truth(truth[ids]),
+        many=None if many is None else many[ids],
     )
 
 

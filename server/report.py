@@ -17,10 +17,12 @@ import numpy as np
 from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server.judge import BASELINES, Judgement, Score, SiteScore
+from consilience.server.judge_labels import LabelSite
 from consilience.server.report_amalgamation import amalgamation_warnings
 from consilience.server.report_chosen import chosen_words
 from consilience.server.report_coverage import coverage_dict, coverage_summary, coverage_warnings
 from consilience.server.report_findings import Findings, SiteFindings
+from consilience.server.report_multi import multi_dict, multi_headline, multi_warnings
 from consilience.server.report_page import render_page
 from consilience.server.report_privacy import privacy_summary
 
@@ -32,14 +34,17 @@ _ABSOLUTE = re.compile(r"(?:/|[A-Za-z]:[\\/]).*?([^\\/]+)[\\/]*", re.DOTALL)
 def report_dict(findings: Findings) -> dict[str, Any]:
     """Return report.json: strict JSON values, null for what is not known, never NaN.
 
-    `student.accuracy`, `student.calibration_error` and every `baselines.*.accuracy` are numbers or null; lists are
-    empty where there is nothing to list. `student.classes` are the student's outputs where it did not learn all of
+    Of a multi-label run `multi_label` tells mean average precision in place of accuracy, which is null; of another it
+    is null. `student.accuracy`, `student.calibration_error` and every `baselines.*.accuracy` are numbers or null; lists
+    are empty where there is nothing to list. `student.classes` are the student's outputs where it did not learn all of
     `labels.names`, else null. What may differ between two runs of one seed is named at `comparable`.
     Absolute paths in the settings keep their last part only: a report is shown to others.
     """
     judged = findings.judgement
     space = findings.space
+    labelled = findings.labelled
     scores = {site.name: site for site in judged.sites} if judged else {}
+    by_label = {site.name: site for site in labelled.sites} if labelled else {}
     report = {
         "job": findings.job,
         "seed": findings.seed,
@@ -48,6 +53,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
         "pool": vars(findings.pool),
         "labels": {
             "names": space.names,
+            "kind": "multi" if space.multi else "single",
             "owners": {
                 name: [space.sites[i] for i in owners] for name, owners in zip(space.names, space.owners, strict=True)
             },
@@ -56,11 +62,10 @@ def report_dict(findings: Findings) -> dict[str, Any]:
         },
         "warnings": [*findings.warnings, *derived_warnings(findings)],
         "student": _student(findings),
-        "test": None
-        if judged is None
-        else {"count": judged.count, "outside": judged.outside, "unwanted": judged.unwanted},
+        "test": _test(findings),
+        "multi_label": None if labelled is None else multi_dict(labelled),
         "baselines": _baselines(judged),
-        "sites": [_site(site, scores.get(site.name), space) for site in findings.sites],
+        "sites": [_site(site, scores.get(site.name), by_label.get(site.name), space) for site in findings.sites],
         "left_out": findings.left_out,
         "unify": {
             "method": findings.unify.method,
@@ -118,6 +123,8 @@ def render_html(findings: Findings, report: Mapping[str, Any]) -> str:
 def headline(findings: Findings) -> str:
     """Return the result in one sentence."""
     space, judged = findings.space, findings.judgement
+    if space.multi:
+        return multi_headline(findings, findings.labelled)
     made = f"One classifier for {chosen_words(findings)}"
     made += f", from {number_of(len(space.sites), 'site')}"
     if judged is None:
@@ -156,6 +163,8 @@ def derived_warnings(findings: Findings) -> list[str]:
             f"answered them knows {listing(worst)}."
         )
     judged = findings.judgement
+    if findings.space.multi:
+        return [*found, *multi_warnings(findings, findings.labelled)]
     if judged is None:
         return [*found, "There was no labelled test set: nothing is known about the student’s accuracy."]
     if judged.outside:
@@ -177,6 +186,15 @@ def derived_warnings(findings: Findings) -> list[str]:
                 f"({percent(judged.student.accuracy)})."
             )
     return found
+
+
+def _test(findings: Findings) -> dict[str, int] | None:
+    if findings.labelled is not None:
+        return {"count": findings.labelled.count, "outside": 0, "unwanted": 0}
+    judged = findings.judgement
+    if judged is None:
+        return None
+    return {"count": judged.count, "outside": judged.outside, "unwanted": judged.unwanted}
 
 
 def _student(findings: Findings) -> dict[str, Any]:
@@ -220,7 +238,7 @@ def _score(score: Score | None) -> dict[str, Any]:
     return {"accuracy": score.accuracy, "interval": (score.low, score.high)}
 
 
-def _site(site: SiteFindings, score: SiteScore | None, space: LabelSpace) -> dict[str, Any]:
+def _site(site: SiteFindings, score: SiteScore | None, by_label: LabelSite | None, space: LabelSpace) -> dict[str, Any]:
     names = ("accuracy", "teacher_accuracy", "student_accuracy", "student_accuracy_restricted", "confidence_auroc")
     return {
         **vars(site),
@@ -229,6 +247,8 @@ def _site(site: SiteFindings, score: SiteScore | None, space: LabelSpace) -> dic
         "took_part": site.name in space.sites,
         "test_images": score.count if score else None,
         **{name: getattr(score, name) if score else None for name in names},
+        "teacher_ap": by_label.teacher if by_label else None,
+        "student_ap": by_label.student if by_label else None,
     }
 
 

@@ -17,6 +17,7 @@ from consilience.common.labels import LabelSpace
 from consilience.server.audits import SiteAudit
 from consilience.server.judge import Judgement
 from consilience.server.judge_coverage import CoverageFigures
+from consilience.server.judge_labels import LabelJudgement
 
 Curve = Sequence[Mapping[str, Any]]
 """One mapping an epoch, with `epoch`, `loss`, `learning_rate`, `seconds`, and `terms` by name."""
@@ -93,8 +94,9 @@ class SiteFindings:
 
     `classes` are its own names in the order of its answers. `asked`, `answers` and `missed` count samples of pool and
     test pool together; `bytes` is the size of the answers. `reason` says why samples were missed. `precision` is the
-    encoding of its answers. `holdout_accuracy` and `calibration` (the fields of `CalibrationCard`) are the site's own
-    claims about its teacher, where it makes them. All these are about log-probabilities; `coverage` is about coverage.
+    encoding of its answers. `holdout_accuracy`, `holdout_ap` and `calibration` (the fields of `CalibrationCard`) are
+    the site's own claims about its teacher, where it makes them. All these are about its teacher's answers; `coverage`
+    is about coverage.
     `features`: what it told of features, None where it was not asked for any.
     `coverage_auroc`: AUROC of its coverage as a score for "this image is of one of my classes", None where that is not
     known. `guarantee` (the fields of `Guarantee`): what its answers come to, by its own word, where it has a mechanism.
@@ -114,6 +116,7 @@ class SiteFindings:
     reason: str | None = None
     precision: str = "f32"
     holdout_accuracy: float | None = None
+    holdout_ap: float | None = None
     calibration: Mapping[str, Any] | None = None
     coverage: CoverageFindings = CoverageFindings()
     coverage_auroc: float | None = None
@@ -180,7 +183,9 @@ class Samples:
     probabilities; `answers[i]` (k, k_i) log-probabilities of site i of the label space, None where it has none,
     NaN in the rows of samples it did not answer;
     `student` (k, L) log-probabilities; `truth` (k,) indices into the label space, -1 unknown, or None. The label space
-    is here that of the student's outputs, `Findings.taught`.
+    is here that of the student's outputs, `Findings.taught`. Of a multi-label run soft labels are NaN where nobody told
+    a label, answers are log-odds, the student's are of each label by itself, and `many` (k, L) in place of `truth` says
+    1, 0 or, where that is not known, -1.
     """
 
     ids: NDArray[np.integer[Any]]
@@ -189,6 +194,7 @@ class Samples:
     answers: Sequence[NDArray[np.floating[Any]] | None]
     student: NDArray[np.floating[Any]]
     truth: NDArray[np.integer[Any]] | None = None
+    many: NDArray[np.integer[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,8 @@ class Findings:
     `space` holds the sites that took part to the end, in the order of every array here; `sites` may list more.
     `learning` has the curves `student` and, where there is one, `oracle`. `agreement` is what `judge.agreement`
     gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
-    the job as a plain mapping. `amalgamation` is the student's amalgamation.json, None where no features were learnt
+    the job as a plain mapping. `judgement` is of a run of one label an image, `labelled` of a multi-label one; without
+    a test set there is neither. `amalgamation` is the student's amalgamation.json, None where no features were learnt
     from; `concentration` its concentration.json with what the test set tells of verticals, None where it has none.
     `audits` is what the sites of a simulation found out about their own answers.
     """
@@ -224,6 +231,7 @@ class Findings:
     warnings: Sequence[str] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     judgement: Judgement | None = None
+    labelled: LabelJudgement | None = None
     learning: Mapping[str, Curve] = field(default_factory=dict)
     agreement: NDArray[np.float64] | None = None
     partition: Partition | None = None

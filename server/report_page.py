@@ -25,6 +25,7 @@ from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_concentration import concentration_views
 from consilience.server.report_coverage import coverage_views
 from consilience.server.report_findings import Findings
+from consilience.server.report_multi import multi_view
 from consilience.server.report_privacy import sealing_line
 from consilience.server.report_samples import sample_views
 
@@ -51,13 +52,15 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
     """Return the page. Names come from sites and are untrusted: the templates escape all but our own figures."""
     environment = page_templates("consilience.server")
     environment.filters["backticks"] = backticks
+    judged = findings.judgement or findings.labelled
     views = {
         "contenders": contenders(report),
+        "multi": multi_view(report),
         "overlap": overlap(findings),
         "partition": partition(findings),
         "classes": classes(report),
         "confusion": confusion(findings.judgement, findings.taught.names),
-        "reliability": plots.reliability(findings.judgement.reliability) if findings.judgement else None,
+        "reliability": plots.reliability(judged.reliability) if judged and judged.reliability else None,
         "agreement": agreement(findings),
         "learning": learning(findings),
         "samples": sample_views(findings),
@@ -142,7 +145,9 @@ def partition(findings: Findings) -> dict[str, Any]:
     space, part = findings.space, findings.partition
     if part is not None:
         counts = np.asarray(part.counts, np.int64)
-        sites, names, total = part.sites, part.classes, int(counts.sum())
+        # An image of several labels is counted for each.
+        total = None if findings.space.multi else int(counts.sum())
+        sites, names = part.sites, part.classes
         # The square root keeps small counts visible beside large ones.
         values = np.sqrt(counts / max(1, counts.max(initial=0)))
         title = "Private images by site and class"

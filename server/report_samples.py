@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.special import expit
 
 from consilience.common.pages.figures import BLUE, SITE_COLOURS, site_colour
-from consilience.common.pages.numbers import percent
+from consilience.common.pages.numbers import listing, percent
 from consilience.server.judge import softmax
 from consilience.server.report_findings import Findings, Samples
 
@@ -29,7 +30,10 @@ LARGEST_SIDE = 160
 def sample_views(findings: Findings) -> list[dict[str, Any]]:
     """Return what the page shows of each sample, in the order of the findings."""
     samples = findings.samples
-    return [] if samples is None else [_view(findings, samples, k) for k in range(min(len(samples.ids), MOST_SAMPLES))]
+    if samples is None:
+        return []
+    view = _labels_view if findings.space.multi else _view
+    return [view(findings, samples, k) for k in range(min(len(samples.ids), MOST_SAMPLES))]
 
 
 def png_data_uri(image: NDArray[np.uint8], side: int = LARGEST_SIDE) -> str:
@@ -40,6 +44,45 @@ def png_data_uri(image: NDArray[np.uint8], side: int = LARGEST_SIDE) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _labels_view(findings: Findings, samples: Samples, k: int) -> dict[str, Any]:
+    """Return what the page shows of a sample that may have any number of labels."""
+    space = findings.space
+    label = np.nan_to_num(np.asarray(samples.soft_labels[k], np.float64))
+    student = np.exp(np.asarray(samples.student[k], np.float64))
+    said, few = dict[int, list[dict[str, str]]](), len(space.sites) <= len(SITE_COLOURS)
+    for site, (answers, known) in enumerate(zip(samples.answers, space.class_sets, strict=True)):
+        if answers is None or not np.isfinite(answers[k]).any():
+            continue
+        for value, c in zip(expit(np.asarray(answers[k], np.float64)), known, strict=True):
+            told = f"{space.sites[site]}: {percent(float(value))}"
+            colour = site_colour(site) if few else BLUE
+            said.setdefault(c, []).append({"at": f"{value * 100:.1f}", "colour": colour, "title": told})
+    found = set(np.flatnonzero(student > 0.5).tolist())
+    true = None if samples.many is None else set(np.flatnonzero(samples.many[k] > 0).tolist())
+    shown = set(np.argsort(-np.maximum(label, student), kind="stable")[:MOST_BARS].tolist())
+    bars = [
+        {
+            "name": space.names[c],
+            "value": percent(float(label[c])),
+            "width": f"{label[c] * 100:.1f}",
+            "dots": said.get(c, []),
+            "predicted": c in found,
+            "true": true is not None and c in true,
+        }
+        for c in np.argsort(-label, kind="stable").tolist()
+        if c in shown
+    ]
+    return {
+        "id": int(samples.ids[k]),
+        "image": png_data_uri(samples.images[k]),
+        "predicted": listing([space.names[c] for c in sorted(found)], MOST_BARS) if found else "no label",
+        "sure": "",
+        "truth": None if true is None else listing([space.names[c] for c in sorted(true)], MOST_BARS) or "no label",
+        "right": None if true is None else true == found,
+        "bars": bars,
+    }
 
 
 def _view(findings: Findings, samples: Samples, k: int) -> dict[str, Any]:

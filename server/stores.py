@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consilience.common.pool import Pool
-from consilience.common.protocol import FINGERPRINT_SHOWN, Kind, SiteCard
+from consilience.common.protocol import FINGERPRINT_SHOWN, LABEL_KINDS, Kind, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.taps_asked import taps_asked
 from consilience.server.answers import About, AnswerStore
@@ -20,11 +20,11 @@ from consilience.server.trust import signer_of
 def stores_about(
     run: Path, job: JobSettings, cards: Sequence[SiteCard], pool: Pool
 ) -> tuple[list[AnswerStore], list[AnswerStore | None]]:
-    """Return each site's stores about a pool: of log-probabilities, and of coverage (None where it is not asked).
+    """Return each site's stores about a pool: of its teacher's answers, and of coverage (None where it is not asked).
 
     Raises `RunError` when a folder holds answers about something else, `StorageError`.
     """
-    return [_log_probs(run, job, card, pool) for card in cards], [_coverage(run, job, card, pool) for card in cards]
+    return [_answers(run, job, card, pool) for card in cards], [_coverage(run, job, card, pool) for card in cards]
 
 
 def all_stores(
@@ -39,7 +39,7 @@ def all_stores(
     held: dict[str, list[AnswerStore]] = {}
     for card in cards:
         covers = [_coverage(run, job, card, pool) for pool in pools]
-        held[card.name] = [_log_probs(run, job, card, pool) for pool in pools]
+        held[card.name] = [_answers(run, job, card, pool) for pool in pools]
         held[card.name] += [store for store in covers if store is not None]
         held[card.name] += feature_stores(run, job, card, pools[0]).values()
     return held
@@ -66,16 +66,16 @@ def feature_stores(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> d
 def store_folder(answers: Path, site: str, pool: str, kind: Kind, teacher: str) -> Path:
     """Return where, in the folder RUN/answers, a site's answers of one kind about a pool lie.
 
-    `teacher` is the fingerprint of what answered: a site has one for log-probabilities, one for coverage, and as many
+    `teacher` is the fingerprint of what answered: a site has one teacher, one estimate of coverage, and as many
     as it has taps for features.
     """
-    parts = [pool[:12]] if kind == "log-probs" else [pool[:12], kind]
+    parts = [pool[:12]] if kind in LABEL_KINDS.values() else [pool[:12], kind]
     return answers / site / "-".join([*parts, teacher[:FINGERPRINT_SHOWN]] if kind == "features" else parts)
 
 
 def lacked(stores: Sequence[AnswerStore]) -> str:
     """Say how much is missing from a site's stores."""
-    words: dict[Kind, str] = {"log-probs": "", "coverage": "coverage of ", "features": "features of "}
+    words: dict[Kind, str] = {"log-probs": "", "log-odds": "", "coverage": "coverage of ", "features": "features of "}
     parts = []
     for kind, what in words.items():
         missing = sum(store.about.size - len(store) for store in stores if store.about.kind == kind)
@@ -83,13 +83,14 @@ def lacked(stores: Sequence[AnswerStore]) -> str:
     return " and ".join(parts)
 
 
-def _log_probs(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> AnswerStore:
+def _answers(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> AnswerStore:
     about = About(
         site=card.name,
         pool=pool.digest,
         size=len(pool),
         teacher=card.teacher,
         policy=card.policy,
+        kind=LABEL_KINDS[card.labels],
         encoding=job.ask.encoding,
         classes=len(card.classes),
     )

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from consilience.server.report_multi import multi_lines
+
 CONTENDERS = {
     "naive": "naive ensemble",
     "best_site": "best site",
@@ -20,12 +22,25 @@ CONTENDERS = {
 
 def summary(run: Path, report: dict[str, Any]) -> Group:
     """Return the table of a run's report.json and where the rest is."""
-    table = Table("", "accuracy", title=f"{report['job']}: one classifier from {len(report['sites'])} sites")
+    if report["labels"]["kind"] == "multi":
+        table = Table("", "mean average precision", title=_title(report))
+        for name, value in multi_lines(report):
+            table.add_row(name.lower(), value, style="bold" if name == "Student" else None)
+        return Group(table, *_where(run))
+    table = Table("", "accuracy", title=_title(report))
     for key, name in CONTENDERS.items():
         table.add_row(name, _percent(report["baselines"][key]))
     table.add_row("student", _percent(report["student"]), style="bold")
     table.add_row("oracle (pool's true labels)", _percent(report["baselines"]["oracle"]))
-    return Group(table, f"Report: {(run / 'report.html').resolve()}", f"Student: {(run / 'student').resolve()}")
+    return Group(table, *_where(run))
+
+
+def _title(report: dict[str, Any]) -> str:
+    return f"{report['job']}: one classifier from {len(report['sites'])} sites"
+
+
+def _where(run: Path) -> tuple[str, str]:
+    return f"Report: {(run / 'report.html').resolve()}", f"Student: {(run / 'student').resolve()}"
 
 
 def _percent(entry: dict[str, Any] | None) -> str:

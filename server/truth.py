@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.common.data import ImageData
+from consilience.common.data import ImageData, check_many
 from consilience.common.errors import DataError, PoolError
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
@@ -23,7 +24,8 @@ def check_test(test: ImageData | None, test_pool: Pool | None, pool: Pool) -> No
     """Check before anything is asked that the test images can be judged with. Raises `DataError`, `PoolError`."""
     if test is None:
         return
-    test.need_labels("judge.test")
+    if test.many is None:
+        test.need_labels("judge.test")
     if not len(test):
         raise DataError("judge.test holds no images", hint="Name labelled images, or leave judge.test out")
     if test.shape != pool.shape:
@@ -56,10 +58,7 @@ def pool_truth(path: Path, size: int, test: ImageData, space: LabelSpace, synony
 
     Raises `DataError` for another length or type, or a label out of range.
     """
-    try:
-        raw = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as a NumPy array", hint="Correct judge.pool_labels") from error
+    raw = _read(path)
     if raw.shape != (size,) or not np.issubdtype(raw.dtype, np.integer):
         raise DataError(
             f"{path}: has shape {raw.shape} and type {raw.dtype}; allowed: ({size},) integers",
@@ -73,6 +72,38 @@ def pool_truth(path: Path, size: int, test: ImageData, space: LabelSpace, synony
             hint="Number the labels by the test data's class names",
         )
     return _to_space(raw, test, space, synonyms)
+
+
+def test_truth_labels(test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int8]:
+    """Return the test labels (m, L) int8 in the label space: 1, 0, or -1 where it is not known whether one applies."""
+    return _columns(test.need_many("judge.test"), test, space, synonyms)
+
+
+def pool_truth_labels(
+    path: Path, size: int, test: ImageData, space: LabelSpace, synonyms: Synonyms
+) -> NDArray[np.int8]:
+    """Read the pool's true labels (size, labels of the test data) into the label space, (size, L) int8.
+
+    Raises `DataError` for another shape or type, or a value that is no label.
+    """
+    many = check_many(_read(path), size, test.class_names, str(path))
+    return _columns(many, test, space, synonyms)
+
+
+def _read(path: Path) -> NDArray[Any]:
+    try:
+        held: NDArray[Any] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a NumPy array", hint="Correct judge.pool_labels") from error
+    return held
+
+
+def _columns(many: NDArray[np.int8], test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int8]:
+    out = np.full((len(many), len(space)), -1, np.int8)
+    for column, label in enumerate(space.align(test.class_names, synonyms)):
+        if label >= 0:
+            out[:, label] = many[:, column]
+    return out
 
 
 def _to_space(labels: NDArray[np.int64], test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int64]:

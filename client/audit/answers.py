@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from consilience.client.site import Site
 from consilience.client.teacher import CalibratedTeacher, Teacher
 from consilience.common.data import ImageData
 from consilience.common.encoding import decode, encode
+from consilience.common.errors import SettingsError
 from consilience.common.preprocessing import Images
 from consilience.common.settings import Encoding, Policy, SiteSettings
 
@@ -39,7 +41,19 @@ def answers_as_released(site: Site, images: Images, encoding: Encoding | None = 
 
 def audited_teacher(site: Site) -> Teacher:
     """Return the site's teacher with all that its answers go through, its noise drawn under the audit's secret."""
-    return under(site.teacher, audit_secret(site.settings)) if _draws(site.teacher) else site.teacher
+    teacher = single_teacher(site)
+    return under(teacher, audit_secret(site.settings)) if _draws(teacher) else teacher
+
+
+def single_teacher(site: Site) -> Teacher:
+    """Return the site's teacher. Raises `SettingsError` for a multi-label one, which no attack here is made for."""
+    if site.kind != "log-probs":
+        raise SettingsError(
+            f"{site.settings.name}: field 'teacher.labels' is 'multi', and the audit's attacks are on answers of one "
+            "label an image",
+            hint="Audit a site with a single-label teacher",
+        )
+    return cast(Teacher, site.teacher)
 
 
 def audit_secret(settings: SiteSettings, purpose: str = "answers") -> Secret:

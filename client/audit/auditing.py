@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import consilience
-from consilience.client.audit.answers import audited_teacher, in_batches, told
+from consilience.client.audit.answers import audited_teacher, in_batches, single_teacher, told
 from consilience.client.audit.averaging import average_site
 from consilience.client.audit.lira import LEAST_SHADOWS, likelihood_ratio
 from consilience.client.audit.losses import confidence, likelihood
@@ -81,10 +81,11 @@ def audit_site(
 def check_audit(site: Site, shadows: int) -> None:
     """See, before anything is trained, that the site can be audited with so many shadow teachers.
 
-    Raises `SettingsError` for fewer than `LEAST_SHADOWS`; `TeacherError` where the teacher was trained from other
-    settings or data, or hardly anything was held out; what loading private data raises.
+    Raises `SettingsError` for fewer than `LEAST_SHADOWS` and for a multi-label teacher; `TeacherError` where the
+    teacher was trained from other settings or data, or hardly anything was held out; what loading private data raises.
     """
     check_shadows(shadows)
+    single_teacher(site)
     _known(site.settings, {})
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.audit.answers import audited_teacher, told
+from consilience.client.audit.answers import audited_teacher, single_teacher, told
 from consilience.client.privacy import NoisyTeacher, PateTeacher
 from consilience.client.site import Site
 from consilience.client.teacher import CalibratedTeacher, Teacher
@@ -94,7 +94,7 @@ def average_site(site: Site, pool: Pool, repetitions: int = REPETITIONS) -> Aver
     """
     samples = min(SAMPLES, len(pool))
     first = min(SAMPLES, len(pool) - samples)
-    bare = told(_without_noise(site.teacher), pool.read(first, first + samples), site.settings.policy)
+    bare = told(_without_noise(single_teacher(site)), pool.read(first, first + samples), site.settings.policy)
     with asked_in_vain(site) as start:
         copies = list[Site]()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.audit.answers import audit_secret, in_batches, under
+from consilience.client.audit.answers import audit_secret, in_batches, single_teacher, under
 from consilience.client.audit.lira import halves
 from consilience.client.audit.losses import confidence
 from consilience.client.audit.members import Known
@@ -56,8 +56,9 @@ def train_shadows(
         settings = _settings(site.settings, number, folder)
         train_private(settings, on_epoch, known.data.subset(np.sort(ids[inside[number]])))
         core = load_private(settings)
-        whole = core if core.classes == site.teacher.classes else _Widened(core, site.teacher.classes)
-        shadow = _in_place(site.teacher, whole, _secret(site.settings, number))
+        teacher = single_teacher(site)
+        whole = core if core.classes == teacher.classes else _Widened(core, teacher.classes)
+        shadow = _in_place(teacher, whole, _secret(site.settings, number))
         for part, rows in in_batches(shadow, known.data, ids, site.settings):
             scores[number, part] = confidence(rows, known.labels[ids[part]])
     return Shadows(scores, inside)

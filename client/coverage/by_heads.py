@@ -24,6 +24,7 @@ from consilience.client.coverage.head import EPOCHS, Heads, parts_of, train_head
 from consilience.client.coverage.prior import FIRST_PRIOR, estimate_prior
 from consilience.client.coverage.samples import MOST_POOL, digests, refuse_copies, shape_of, some
 from consilience.client.coverage.vectors import Vectors
+from consilience.client.teacher.multi_trained import held_out_multi
 from consilience.client.teacher.trained import held_out
 from consilience.common.data import ImageData
 from consilience.common.errors import CoverageError
@@ -68,7 +69,8 @@ def learn_heads(
     ids, labels = private[0][chosen], private[1][chosen]
     new = np.ones(len(ids), np.bool_)
     if settings.teacher.kind == "train":
-        new = np.isin(ids, held_out(settings, data, digest)[0])
+        unseen = held_out_multi if settings.teacher.labels == "multi" else held_out
+        new = np.isin(ids, unseen(settings, data, digest)[0])
     if new.sum() < LEAST_NEW:
         raise AbstainError(
             f"{new.sum()} private images that the teacher was not trained on are too few: {LEAST_NEW} are needed, so "

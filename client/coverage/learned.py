@@ -23,7 +23,7 @@ from consilience.client.coverage.calibrate import Platt
 from consilience.client.coverage.head import Heads
 from consilience.client.coverage.vectors import vectors_of
 from consilience.client.kept import read_kept
-from consilience.client.teacher import CalibratedTeacher, load_teacher
+from consilience.client.teacher import AnyTeacher, load_any
 from consilience.client.teacher.protocol import fingerprint_of
 from consilience.common.errors import CoverageError, StudentError, TeacherError
 from consilience.common.files import canonical_json, sha256, sha256_file
@@ -128,12 +128,12 @@ def score_of(model: nn.Module, images: Images, preprocessing: Preprocessing) -> 
     return mine - logits[:, -1]
 
 
-def load_coverage(settings: SiteSettings, teacher: CalibratedTeacher | None = None) -> LearnedCoverage | None:
+def load_coverage(settings: SiteSettings, teacher: AnyTeacher | None = None) -> LearnedCoverage | None:
     """Return the coverage that the site has learned; None where it has none, abstains, or its policy says off.
 
     `teacher` is the site's; where it is not given, and heads need it, it is loaded. Raises `CoverageError` when it was
     learned from other settings or, of heads, for another teacher, or its files are damaged, and what `read_record`
-    and, for heads, `load_teacher` raise.
+    and, for heads, `load_any` raise.
     """
     if settings.policy.coverage == "off":
         return None
@@ -164,7 +164,7 @@ def load_coverage(settings: SiteSettings, teacher: CalibratedTeacher | None = No
         score = partial(score_of, model, preprocessing=record.preprocessing)
         decides = {"architecture", "preprocessing", "calibration"}
     else:
-        vectors = vectors_of(settings, teacher or load_teacher(settings))
+        vectors = vectors_of(settings, teacher or load_any(settings))
         if vectors.teacher != record.teacher:
             raise CoverageError(f"{folder}: the coverage there was learned for another teacher", hint=_AGAIN)
         model = heads = Heads(vectors.size, record.classes)

@@ -38,7 +38,7 @@ from consilience.client.coverage.prior import FIRST_PRIOR, auroc, estimate_prior
 from consilience.client.coverage.risk import PositiveUnlabelled
 from consilience.client.coverage.samples import Samples, gather, mine
 from consilience.client.coverage.vectors import Vectors, vectors_of
-from consilience.client.teacher import load_teacher
+from consilience.client.teacher import load_any
 from consilience.client.teacher.trained import digest_of
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import CoverageError, StudentError
@@ -85,7 +85,7 @@ def learn_coverage(
     with lock(folder):
         done = read_record(settings)
         family = settings.coverage.family
-        vectors = None if family == "network" else vectors_of(settings, load_teacher(settings))
+        vectors = None if family == "network" else vectors_of(settings, load_any(settings))
         about: dict[str, Any] = {"settings": settings_digest(settings), "data": digest, "pool": pool.digest}
         about |= {"family": family, "architecture": settings.coverage.architecture if vectors is None else ""}
         about |= {"teacher": "" if vectors is None else vectors.teacher}

@@ -48,9 +48,12 @@ class Samples:
 def mine(settings: SiteSettings, data: ImageData) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     """Return the ids (n,) of private images of the teacher's classes, their labels (n,) in [0, K), and K.
 
-    Data without labels is one class: all of it is the site's. Raises `CoverageError` when no image is of a class that
-    the teacher knows.
+    Data without labels is one class: all of it is the site's. Of data with any number of labels an image it is the
+    images to which at least one of the teacher's applies, as one class. Raises `CoverageError` when no image is of a
+    class that the teacher knows.
     """
+    if data.many is not None:
+        return _labelled(settings, data, data.many)
     if data.labels is None:
         return np.arange(len(data)), np.zeros(len(data), np.int64), 1
     known = set(data.class_names if settings.teacher.kind == "train" else settings.teacher.classes)
@@ -63,6 +66,21 @@ def mine(settings: SiteSettings, data: ImageData) -> tuple[NDArray[np.int64], ND
             hint="Name the teacher's classes as the data do, or set policy.coverage: off",
         )
     return ids, np.searchsorted(wanted, data.labels[ids]), len(wanted)
+
+
+def _labelled(
+    settings: SiteSettings, data: ImageData, many: NDArray[np.int8]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    known = set(data.class_names if settings.teacher.kind == "train" else settings.teacher.classes)
+    columns = [k for k, name in enumerate(data.class_names) if name in known]
+    ids = np.flatnonzero((many[:, columns] > 0).any(axis=1))
+    if not len(ids):
+        raise CoverageError(
+            f"{settings.name}: none of the teacher's labels applies to any private image; the data have: "
+            f"{', '.join(data.class_names[:20])}",
+            hint="Name the labels as the data do, or set policy.coverage: off",
+        )
+    return ids, np.zeros(len(ids), np.int64), 1
 
 
 def gather(

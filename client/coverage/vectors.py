@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.teacher import CalibratedTeacher
-from consilience.client.teacher.protocol import ScoringTeacher
+from consilience.client.teacher import AnyTeacher, CalibratedMulti
+from consilience.client.teacher.protocol import Scoring
 from consilience.client.teacher.torch_modules import NetworkScores
 from consilience.common.errors import CoverageError, TeacherError
 from consilience.common.preprocessing import Images
@@ -50,7 +50,7 @@ class Vectors:
         return found
 
 
-def vectors_of(settings: SiteSettings, teacher: CalibratedTeacher) -> Vectors:
+def vectors_of(settings: SiteSettings, teacher: AnyTeacher) -> Vectors:
     """Return the vectors that `settings.coverage.family` names, `features` or `outputs`, of the site's `teacher`.
 
     Features do not go through the calibration map, outputs do: another map is another teacher for these alone. Raises
@@ -59,7 +59,7 @@ def vectors_of(settings: SiteSettings, teacher: CalibratedTeacher) -> Vectors:
     if settings.coverage.family == "outputs":
         return Vectors(teacher.fingerprint, len(teacher.classes), lambda images: _outputs(teacher, images))
     behind = teacher.teacher
-    scores = behind.scores if isinstance(behind, ScoringTeacher) else None
+    scores = behind.scores if isinstance(behind, Scoring) else None
     size = scores.feature_size if isinstance(scores, NetworkScores) else None
     if not isinstance(scores, NetworkScores) or size is None:
         raise CoverageError(
@@ -69,6 +69,8 @@ def vectors_of(settings: SiteSettings, teacher: CalibratedTeacher) -> Vectors:
     return Vectors(behind.fingerprint, size, scores.features)
 
 
-def _outputs(teacher: CalibratedTeacher, images: Images) -> NDArray[np.float32]:
+def _outputs(teacher: AnyTeacher, images: Images) -> NDArray[np.float32]:
+    if isinstance(teacher, CalibratedMulti):
+        return np.clip(teacher.log_odds(images), np.float32(LEAST_LOG_PROB), np.float32(-LEAST_LOG_PROB))
     found: NDArray[np.float32] = np.maximum(teacher.log_probs(images), np.float32(LEAST_LOG_PROB))
     return found

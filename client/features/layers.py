@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.teacher import CalibratedTeacher, Teacher
-from consilience.client.teacher.protocol import ScoringTeacher, brief
+from consilience.client.teacher import CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher
+from consilience.client.teacher.protocol import Scoring, brief
 from consilience.client.teacher.python_callable import CallableScores
 from consilience.common.errors import TeacherError
 from consilience.common.preprocessing import Images
@@ -52,10 +52,10 @@ class Layers(Protocol):
         ...
 
 
-def layers_of(teacher: Teacher) -> Layers | None:
+def layers_of(teacher: Teacher | MultiTeacher) -> Layers | None:
     """Return the layers of a site's teacher; None where it has none that could be looked into."""
-    behind = teacher.teacher if isinstance(teacher, CalibratedTeacher) else teacher
-    if not isinstance(behind, ScoringTeacher):
+    behind = teacher.teacher if isinstance(teacher, CalibratedTeacher | CalibratedMulti) else teacher
+    if not isinstance(behind, Scoring):
         return None
     if isinstance(behind.scores, CallableScores):
         return _CallableLayers(behind.fingerprint, behind.scores) if behind.scores.tells_features else None

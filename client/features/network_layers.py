@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from consilience.client.features.layers import Layer, Maps
-from consilience.client.teacher.protocol import ScoringTeacher, brief
+from consilience.client.teacher.protocol import Scoring, brief
 from consilience.client.teacher.torch_modules import NetworkScores
 from consilience.common.errors import StudentError, TeacherError
 from consilience.common.nets.tapped import Tapped, tap_layouts, tap_shapes
 from consilience.common.preprocessing import Images
 
 
-def layers_of(teacher: ScoringTeacher) -> NetworkLayers | None:
+def layers_of(teacher: Scoring) -> NetworkLayers | None:
     """Return the layers of a teacher; None where its network is not in hand."""
     return NetworkLayers(teacher.fingerprint, teacher.scores) if isinstance(teacher.scores, NetworkScores) else None
 

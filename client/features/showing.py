@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from consilience.client.features.taps import Found, OpenTap, find, kept_shares, learn_bases
-from consilience.client.teacher import Teacher, load_teacher
+from consilience.client.teacher import MultiTeacher, Teacher, load_any
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.encoding import feature_bytes
 from consilience.common.encoding.features import basis_bytes
@@ -24,7 +24,9 @@ from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import load_settings
 
 
-def learn_and_show_bases(settings: SiteSettings, reporter: Reporter, teacher: Teacher | None = None) -> None:
+def learn_and_show_bases(
+    settings: SiteSettings, reporter: Reporter, teacher: Teacher | MultiTeacher | None = None
+) -> None:
     """Learn the principal components that the policy lets out; errors as `learn_bases`'."""
     if not any(reduction.channels is not None for reduction in settings.policy.features.taps.values()):
         return
@@ -35,7 +37,7 @@ def learn_and_show_bases(settings: SiteSettings, reporter: Reporter, teacher: Te
             tasks.append(reporter.start(f"learning the principal components of {settings.name}", total))
         tasks[0].advance(count)
 
-    learn_bases(settings, load_teacher(settings) if teacher is None else teacher, on_images)
+    learn_bases(settings, load_any(settings) if teacher is None else teacher, on_images)
 
 
 def tell_shape(shape: tuple[int, ...]) -> str:
@@ -68,7 +70,7 @@ def taps(
 
     def action() -> Result:
         settings = load_settings(site, SiteSettings)
-        found = find(settings, load_teacher(settings), lenient=True)
+        found = find(settings, load_any(settings), lenient=True)
         if found is None:
             told = f"A teacher of kind {settings.teacher.kind} has no taps here: it takes part by its labels."
             return {"taps": [], "limit": None}, told

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from consilience.client.features import bases
 from consilience.client.features.layers import Layer, Layers, Maps, layers_of
 from consilience.client.features.reducing import Basis, averaged, averaged_shape
-from consilience.client.teacher import Teacher
+from consilience.client.teacher import MultiTeacher, Teacher
 from consilience.common.encoding.features import LARGEST, basis_bytes, pack_basis
 from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.files import canonical_json, sha256
@@ -116,7 +116,7 @@ class Found:
     """What the policy names and the teacher has not; any name there is refused where taps are opened."""
 
 
-def find(settings: SiteSettings, teacher: Teacher, *, lenient: bool = False) -> Found | None:
+def find(settings: SiteSettings, teacher: Teacher | MultiTeacher, *, lenient: bool = False) -> Found | None:
     """Look at the teacher's layers and at what the policy allows of them; None for a teacher that has none.
 
     Raises `SettingsError` for a tap that the teacher has not unless `lenient`, and where the settings do not say what
@@ -158,7 +158,7 @@ def find(settings: SiteSettings, teacher: Teacher, *, lenient: bool = False) -> 
 
 
 def learn_bases(
-    settings: SiteSettings, teacher: Teacher, on_images: Callable[[int, int], None] | None = None
+    settings: SiteSettings, teacher: Teacher | MultiTeacher, on_images: Callable[[int, int], None] | None = None
 ) -> tuple[str, ...]:
     """Learn the principal components that the policy lets out; returns the taps that have some, none where none do.
 
@@ -172,7 +172,7 @@ def learn_bases(
     return tuple(wanted)
 
 
-def open_taps(settings: SiteSettings, teacher: Teacher) -> tuple[OpenTap, ...]:
+def open_taps(settings: SiteSettings, teacher: Teacher | MultiTeacher) -> tuple[OpenTap, ...]:
     """Return the taps that the policy lets out, from the input to the output; none where it lets out none.
 
     Raises what `find` raises, `SettingsError` for a tap that no card can describe, and `TeacherError` when its

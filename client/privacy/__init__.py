@@ -17,6 +17,7 @@ from consilience.client.privacy.noise import load_secret
 from consilience.client.privacy.outputs import NoisyTeacher
 from consilience.client.privacy.pate import PateTeacher, learned_places, load_pate, train_parts
 from consilience.client.privacy.sum_noise import HiddenTeacher
+from consilience.client.teacher.multi_trained import train_multi
 from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import digest_of, held_out, load_trained, train_teacher
 from consilience.common.data import ImageData
@@ -59,6 +60,8 @@ def train_private(
         from consilience.client.privacy import dp_sgd  # opacus is imported in there, when it trains
 
         dp_sgd.train_dp(settings, settings.privacy, on_epoch, data)
+    elif settings.teacher.labels == "multi":
+        train_multi(settings, on_epoch, data)
     else:
         train_teacher(settings, on_epoch, data)
 

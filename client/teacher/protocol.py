@@ -59,8 +59,8 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class ScoringTeacher:
-    """A teacher made of a function that preprocesses and scores. `where` names file or callable in errors."""
+class Scoring:
+    """A function that preprocesses and scores, of any kind of teacher. `where` names file or callable in errors."""
 
     classes: tuple[str, ...]
     fingerprint: str
@@ -68,21 +68,32 @@ class ScoringTeacher:
     where: str
     scores: Scores
 
-    def log_probs(self, images: Images) -> NDArray[np.float32]:
-        """See `Teacher.log_probs`."""
+    def scored(self, images: Images) -> Any:
+        """Return what the function gives for (n, H, W, C) uint8, unchecked; None if n is 0. Raises `TeacherError`."""
         if images.ndim != 4 or images.dtype != np.uint8:
             raise TeacherError(
                 f"{self.where}: asked about {images.dtype} images of shape {images.shape}; expected (n, H, W, C) uint8"
             )
         if len(images) == 0:
-            return np.empty((0, len(self.classes)), np.float32)
+            return None
         try:
-            scores = self.scores(images)
+            return self.scores(images)
         except Exception as error:  # a stranger's model may raise anything
             raise TeacherError(
                 f"{self.where}: failed on {len(images)} images of shape {images.shape[1:]}: {brief(error)}",
                 hint="Compare preprocessing.size and preprocessing.channels with what the model expects",
             ) from error
+
+
+@dataclass(frozen=True)
+class ScoringTeacher(Scoring):
+    """A teacher made of a function that preprocesses and scores."""
+
+    def log_probs(self, images: Images) -> NDArray[np.float32]:
+        """See `Teacher.log_probs`."""
+        scores = self.scored(images)
+        if scores is None:
+            return np.empty((0, len(self.classes)), np.float32)
         return checked(scores, rows=len(images), classes=self.classes, outputs=self.outputs, where=self.where)
 
 
@@ -92,27 +103,17 @@ def checked(scores: Any, *, rows: int, classes: Sequence[str], outputs: Outputs,
     Logits may be any finite floats. Probabilities must not be negative and must sum to 1 within `SUM_TOLERANCE`; they
     are normalised, and one of exactly 0 becomes `SMALLEST_LOG_PROB`, so that nothing here is ever -inf.
     """
-    values = np.asarray(scores)
-    expected = (rows, len(classes))
-    if values.shape != expected:
-        raise TeacherError(
-            f"{where}: gave scores of shape {values.shape} for {rows} images; "
-            f"expected {expected}, one column for each of: {_some(classes)}",
-            hint="Let teacher.classes name every output of the model, in its order",
-        )
-    if values.dtype.kind != "f":
-        raise TeacherError(f"{where}: gave scores of type {values.dtype}; expected floating point")
-    wide = values.astype(np.float64)
-    _refuse(~np.isfinite(wide), wide, where, "finite scores")
+    wide = finite(scores, rows=rows, classes=classes, where=where)
     if outputs == "probabilities":
-        _refuse(wide < 0, wide, where, "probabilities of at least 0")
+        refuse_values(wide < 0, wide, where, "probabilities of at least 0")
         sums = wide.sum(axis=1, keepdims=True)
         wrong = np.flatnonzero(np.abs(sums - 1) > SUM_TOLERANCE)
         if len(wrong):
             raise TeacherError(
                 f"{where}: probabilities in row {wrong[0]} of the batch sum to {sums[wrong[0], 0]:.6g}; "
                 f"expected 1 within {SUM_TOLERANCE:g}",
-                hint="Set teacher.outputs to logits if the model gives logits",
+                hint="Set teacher.outputs to logits if the model gives logits, or teacher.labels to multi if its "
+                "labels do not exclude one another",
             )
         log_probs = np.log(np.maximum(wide / sums, np.finfo(np.float32).tiny))
     else:
@@ -124,7 +125,24 @@ def checked(scores: Any, *, rows: int, classes: Sequence[str], outputs: Outputs,
     return narrow
 
 
-def _refuse(wrong: NDArray[np.bool_], values: NDArray[np.float64], where: str, expected: str) -> None:
+def finite(scores: Any, *, rows: int, classes: Sequence[str], where: str) -> NDArray[np.float64]:
+    """Return scores as (rows, len(classes)) finite float64, or raise `TeacherError` saying what is wrong, and where."""
+    values = np.asarray(scores)
+    expected = (rows, len(classes))
+    if values.shape != expected:
+        raise TeacherError(
+            f"{where}: gave scores of shape {values.shape} for {rows} images; "
+            f"expected {expected}, one column for each of: {_some(classes)}",
+            hint="Let teacher.classes name every output of the model, in its order",
+        )
+    if values.dtype.kind != "f":
+        raise TeacherError(f"{where}: gave scores of type {values.dtype}; expected floating point")
+    wide = values.astype(np.float64)
+    refuse_values(~np.isfinite(wide), wide, where, "finite scores")
+    return wide
+
+
+def refuse_values(wrong: NDArray[np.bool_], values: NDArray[np.float64], where: str, expected: str) -> None:
     """Raise `TeacherError` for the first value that is marked wrong."""
     if wrong.any():
         row, column = np.argwhere(wrong)[0]

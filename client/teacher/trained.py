@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from consilience.common.data import ImageData, open_data
 from consilience.common.errors import StudentError, TeacherError
 from consilience.common.files import canonical_json, lock, sha256, sha256_file, write_json
 from consilience.common.nets import EpochRecord, Supervised, build, default_device, save_model, scores, train
+from consilience.common.nets.losses import Loss
 from consilience.common.nets.own_networks import check_own, code_of
 from consilience.common.nets.seeding import derive
 from consilience.common.settings import Preprocessing, Settings, SiteSettings, TrainTeacher
@@ -44,7 +45,9 @@ class TrainedTeacher(Settings):
     preprocessing: Preprocessing
     """As used: with the size and the channels that the network was trained at."""
     holdout_accuracy: float | None
-    """Accuracy on the samples held out; None where there are none."""
+    """Accuracy on the samples held out; None where there are none, and of a multi-label teacher."""
+    holdout_ap: float | None = None
+    """Of a multi-label teacher: the mean over its labels of the average precision on the samples held out."""
     holdout_count: int
     train_count: int
     learning_curve: tuple[EpochRecord, ...]
@@ -88,12 +91,45 @@ def train_in(
 
     Not every class needs a sample. Resumes, and raises, as `train_teacher`; `name` names the teacher in errors.
     """
+    learned, held_out = split(labels, teacher.holdout, derive(seed, HOLDOUT))
+    return train_network(
+        folder,
+        name,
+        data,
+        classes,
+        teacher,
+        seed,
+        on_epoch,
+        places=(learned, held_out),
+        loss=lambda: Supervised(labels[learned], default_device()),
+        judged=lambda model, used: {"holdout_accuracy": accuracy(model, data, labels, held_out, used)},
+    )
+
+
+def train_network(
+    folder: Path,
+    name: str,
+    data: ImageData,
+    classes: tuple[str, ...],
+    teacher: TrainTeacher,
+    seed: int,
+    on_epoch: Callable[[EpochRecord], None] | None,
+    *,
+    places: tuple[NDArray[np.int64], NDArray[np.int64]],
+    loss: Callable[[], Loss],
+    judged: Callable[[nn.Module, Preprocessing], dict[str, Any]],
+) -> TrainedTeacher:
+    """Train a teacher of `classes` in `folder` under `loss`; resumes, and raises, as `train_teacher`.
+
+    `places`: ids of `data` to learn from, which `loss` counts from 0, and held out. `judged` gives the fields of the
+    record that say how good it is.
+    """
     data_digest = digest_of(data)
+    learned, held_out = places
     with lock(folder):
         if (done := done_in(folder, TrainedTeacher, settings_digest(teacher, seed), data_digest)) is not None:
             return done
         used = as_used(teacher.preprocessing, data.shape)
-        learned, held_out = split(labels, teacher.holdout, derive(seed, HOLDOUT))
         model = build(
             teacher.architecture,
             classes=len(classes),
@@ -105,7 +141,7 @@ def train_in(
             curve = train(
                 model,
                 data.read(learned),
-                Supervised(labels[learned], default_device()),
+                loss(),
                 teacher.fit,
                 used,
                 seed=derive(seed, "teacher training"),
@@ -119,7 +155,7 @@ def train_in(
             classes=classes,
             architecture=teacher.architecture,
             preprocessing=used,
-            holdout_accuracy=accuracy(model, data, labels, held_out, used),
+            **{"holdout_accuracy": None, **judged(model, used)},
             holdout_count=len(held_out),
             train_count=len(learned),
             learning_curve=tuple(curve),
@@ -150,21 +186,26 @@ def teacher_of(folder: Path, record: TrainedTeacher, module: nn.Module, kind: st
 
     Raises `TeacherError` when the weights are others than the record's.
     """
+    return ScoringTeacher(**parts_of(folder, record, module, kind))
+
+
+def parts_of(folder: Path, record: TrainedTeacher, module: nn.Module, kind: str) -> dict[str, Any]:
+    """Return the fields of the `Scoring` whose weights lie in `folder`. Raises as `teacher_of`."""
     path = folder / MODEL
     data = read_model(path)
     if sha256(data) != record.model_digest:
         raise TeacherError(f"{path}: is not the model that teacher.json speaks of", hint=RETRAIN)
     parts = record.model_dump(mode="json", include={"classes", "architecture", "preprocessing"})
     parts |= {"kind": kind} | code_of(record.architecture)
-    return ScoringTeacher(
-        classes=record.classes,
-        fingerprint=fingerprint_of(parts, record.model_digest),
-        outputs="logits",
-        where=str(path),
-        scores=network_scores(
+    return {
+        "classes": record.classes,
+        "fingerprint": fingerprint_of(parts, record.model_digest),
+        "outputs": "logits",
+        "where": str(path),
+        "scores": network_scores(
             path, record.architecture, module, read_weights(path, data), record.preprocessing, len(record.classes)
         ),
-    )
+    }
 
 
 def accuracy(
@@ -225,7 +266,8 @@ def split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[n
 
 def digest_of(data: ImageData) -> str:
     """Return what tells data from others: labels (without any, how many images) and some images. Raises `DataError`."""
-    told = len(data) if data.labels is None else sha256(data.labels.tobytes())
+    labels = data.many if data.labels is None else data.labels
+    told = len(data) if labels is None else sha256(labels.tobytes())
     some = np.unique(np.linspace(0, len(data) - 1, _SAMPLED if len(data) else 0).astype(np.int64))
     images = sha256(np.ascontiguousarray(data.read(some)).tobytes())
     return sha256(canonical_json([data.shape, data.class_names, told, images]))
@@ -261,7 +303,7 @@ def as_used(preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Prepro
 
 def settings_digest(teacher: TrainTeacher, seed: int) -> str:
     """Return what tells one training's settings from another's."""
-    return sha256(canonical_json({"teacher": teacher.model_dump(mode="json"), "seed": seed}))
+    return sha256(canonical_json({"teacher": teacher.identity(), "seed": seed}))
 
 
 def done_in(folder: Path, kind: type[Trained], settings: str, data: str) -> Trained | None:

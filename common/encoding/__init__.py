@@ -1,8 +1,9 @@
 """Answers as bytes and back, with every value checked on the way in. docs/encodings.md specifies the bytes.
 
 An encoded block is n rows of one width, row by row, everything little-endian. Lives here: log-probabilities in any
-encoding, block by block, so that memory does not grow with rows times classes. Does not live here: what a row is, by
-kind of encoding (floats, squares, largest); coverage (coverage), features (features).
+encoding, and the log-odds of labels that do not exclude one another, block by block, so that memory does not grow with
+rows times classes. Does not live here: what a row is, by kind of encoding (floats, squares, largest, odds); coverage
+(coverage), features (features).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from consilience.common.encoding.coverage import (
 from consilience.common.encoding.features import check_features, encode_features, feature_bytes, feature_values
 from consilience.common.encoding.floats import SUM_TOLERANCE, Floats, RowProblem
 from consilience.common.encoding.largest import Largest, Votes
+from consilience.common.encoding.odds import OddsFloats, OddsLargest, OddsSquares, OddsVotes
 from consilience.common.encoding.squares import Squares
 from consilience.common.errors import ProtocolError
 from consilience.common.settings import Encoding, largest_sent
@@ -65,33 +67,41 @@ _CODECS: dict[str, _Codec] = {
     "u8": Squares(),
     "votes": Votes(),
 }
+_ODDS_CODECS: dict[str, _Codec] = {
+    "f32": OddsFloats(np.dtype("<f4")),
+    "f16": OddsFloats(np.dtype("<f2")),
+    "u8": OddsSquares(),
+    "votes": OddsVotes(),
+}
 
 
 @cache
-def _codec(encoding: Encoding) -> _Codec:
+def _codec(encoding: Encoding, odds: bool = False) -> _Codec:
     most = largest_sent(encoding)
+    if odds:
+        return _ODDS_CODECS[encoding] if most is None else OddsLargest(most)
     return _CODECS[encoding] if most is None else Largest(most)
 
 
-def row_bytes(classes: int, encoding: Encoding) -> int:
-    """Return the bytes of one row over `classes` classes."""
-    return _codec(encoding).row_bytes(classes)
+def row_bytes(classes: int, encoding: Encoding, *, odds: bool = False) -> int:
+    """Return the bytes of one row over `classes` classes. `odds`, here and below: of log-odds of so many labels."""
+    return _codec(encoding, odds).row_bytes(classes)
 
 
-def encode(log_probs: NDArray[np.float32], encoding: Encoding) -> bytes:
-    """Encode (n, k) log-probabilities. A row's bytes depend on this row alone."""
-    codec = _codec(encoding)
-    return b"".join(codec.pack(log_probs[low:high]) for low, high in _blocks(*log_probs.shape))
+def encode(rows: NDArray[np.float32], encoding: Encoding, *, odds: bool = False) -> bytes:
+    """Encode (n, k) log-probabilities, or log-odds. A row's bytes depend on this row alone."""
+    codec = _codec(encoding, odds)
+    return b"".join(codec.pack(rows[low:high]) for low, high in _blocks(*rows.shape))
 
 
-def check(data: bytes | memoryview, rows: int, classes: int, encoding: Encoding) -> None:
+def check(data: bytes | memoryview, rows: int, classes: int, encoding: Encoding, *, odds: bool = False) -> None:
     """Check `rows` encoded rows over `classes` classes; takes little memory, however many classes there are.
 
     Raises `ProtocolError` when the length is wrong, or a row is not the log of a distribution, naming the first: NaN
     or infinite values, probabilities that do not sum to 1 within `SUM_TOLERANCE`, classes that do not exist, stand
-    twice or out of order.
+    twice or out of order. Log-odds are refused when they are not finite or out of their bounds.
     """
-    codec, width = _codec(encoding), row_bytes(classes, encoding)
+    codec, width = _codec(encoding, odds), row_bytes(classes, encoding, odds=odds)
     if len(data) != rows * width:
         raise ProtocolError(
             f"An answer has {len(data):,} bytes; allowed: {rows * width:,} for {rows} rows of {classes} classes as "
@@ -100,23 +110,26 @@ def check(data: bytes | memoryview, rows: int, classes: int, encoding: Encoding)
     raw = np.frombuffer(data, np.uint8).reshape(rows, width)
     for low, high in _blocks(rows, width):
         if problem := codec.problem(raw[low:high], classes):
-            raise ProtocolError(f"An answer holds no log-probabilities: row {low + problem[0]} {problem[1]}")
+            what = "log-odds" if odds else "log-probabilities"
+            raise ProtocolError(f"An answer holds no {what}: row {low + problem[0]} {problem[1]}")
 
 
-def unpack(raw: NDArray[np.uint8], encoding: Encoding, out: NDArray[np.float32]) -> None:
+def unpack(raw: NDArray[np.uint8], encoding: Encoding, out: NDArray[np.float32], *, odds: bool = False) -> None:
     """Decode the bytes of `check`ed rows, (n * row_bytes,) contiguous, into `out` (n, k)."""
-    codec = _codec(encoding)
+    codec = _codec(encoding, odds)
     rows, classes = out.shape
-    whole = raw.reshape(rows, row_bytes(classes, encoding))
+    whole = raw.reshape(rows, codec.row_bytes(classes))
     for low, high in _blocks(rows, classes):
         out[low:high] = codec.unpack(whole[low:high], classes)
 
 
-def decode(data: bytes | memoryview, rows: int, classes: int, encoding: Encoding) -> NDArray[np.float32]:
+def decode(
+    data: bytes | memoryview, rows: int, classes: int, encoding: Encoding, *, odds: bool = False
+) -> NDArray[np.float32]:
     """Decode `rows` rows over `classes` classes to (rows, classes) float32. Raises `ProtocolError` as `check` does."""
-    check(data, rows, classes, encoding)
+    check(data, rows, classes, encoding, odds=odds)
     out = np.empty((rows, classes), np.float32)
-    unpack(np.frombuffer(data, np.uint8), encoding, out)
+    unpack(np.frombuffer(data, np.uint8), encoding, out, odds=odds)
     return out
 
 

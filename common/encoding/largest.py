@@ -50,7 +50,7 @@ class Largest:
         count, classes = rows.shape
         record = self._record(classes)
         sent = record["ids"].shape[0]
-        ids = _largest(rows, sent)
+        ids = largest(rows, sent)
         values = np.maximum(np.take_along_axis(rows, ids, axis=1), LOWEST_F16).astype("<f2")
         order = np.argsort(-values, axis=1, kind="stable")
         out = np.empty(count, record)
@@ -137,7 +137,7 @@ class Votes:
         return out
 
 
-def _largest(rows: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def largest(rows: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Return the positions (n, count) of the largest values of each row, ascending; of equal ones the first."""
     least = np.partition(rows, rows.shape[1] - count, axis=1)[:, rows.shape[1] - count, None]
     chosen, equal = rows > least, rows == least

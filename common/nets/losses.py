@@ -50,3 +50,28 @@ class Supervised:
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, K) logits for the samples `ids` (b,)."""
         return F.cross_entropy(logits, self._labels[ids], label_smoothing=self._smoothing)
+
+
+class SupervisedLabels:
+    """Binary cross-entropy to true labels (n, L): 1 applies, 0 does not, -1 not known; held on `device`.
+
+    Summed over the labels that are known and averaged over the batch: each label by itself learns as in `Supervised`.
+    """
+
+    def __init__(self, labels: NDArray[np.int8], device: torch.device) -> None:
+        held = np.ascontiguousarray(labels, np.int8)
+        self.fingerprint = f"labels {held.shape} {sha256(held.data)}"
+        self._labels = torch.from_numpy(held.copy()).to(device)
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
+        return label_loss(logits, self._labels[ids].float(), self._labels[ids] >= 0)
+
+
+def label_loss(logits: Tensor, probs: Tensor, known: Tensor) -> Tensor:
+    """Return the mean over the batch of the binary cross-entropy of (b, L) logits to `probs` (b, L), summed over L.
+
+    Entries that are not `known` (b, L) do not count, whatever they hold.
+    """
+    each = F.binary_cross_entropy_with_logits(logits, torch.where(known, probs, 0.5), reduction="none")
+    return (each * known).sum(dim=1).mean()

@@ -49,6 +49,8 @@ TapName = Annotated[str, Field(pattern=TAP_PATTERN)]
 CALLABLE_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 """`package.module:function`: Python code that was installed beside Consilience."""
 CoverageFamily = Literal["network", "features", "outputs"]
+LabelKind = Literal["single", "multi"]
+"""Whether an image has one label, or any number of them."""
 
 
 def allowed_by(encodings: Iterable[Encoding], asked: Encoding) -> bool:

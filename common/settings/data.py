@@ -17,7 +17,11 @@ Size = tuple[Annotated[int, Field(ge=1, le=65_536)], Annotated[int, Field(ge=1, 
 
 
 class NpzData(Settings):
-    """Arrays in one NumPy file, loaded without pickle: images (n, H, W[, C]) uint8, labels (n,) integer."""
+    """Arrays in one NumPy file, loaded without pickle: images (n, H, W[, C]) uint8, labels (n,) integer.
+
+    Labels of images that have any number of them are (n, number of labels): 1 where one applies, 0 where it does not,
+    -1 or NaN where that is not known.
+    """
 
     kind: Literal["npz"]
     path: Path

@@ -22,6 +22,7 @@ from consilience.common.settings.base import (
 )
 from consilience.common.settings.concentration import Concentration
 from consilience.common.settings.data import DataSource, Preprocessing
+from consilience.common.settings.multi_label import refuse_for_labels
 from consilience.common.settings.policy import Policy
 from consilience.common.settings.privacy import NoPrivacy, Privacy, refuse_what_passes_by
 from consilience.common.settings.teacher import Coverage, Fit, TrainTeacher
@@ -312,6 +313,7 @@ class Simulation(Settings):
     @model_validator(mode="after")
     def _nothing_passes_by_the_mechanism(self) -> Simulation:
         refuse_what_passes_by(self.privacy, self.policy, self.calibration, self.teachers)
+        refuse_for_labels(self.privacy, self.policy, self.calibration, self.teachers)
         return self
 
 

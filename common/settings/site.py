@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from consilience.common.settings.base import Name, Settings
 from consilience.common.settings.data import DataSource
+from consilience.common.settings.multi_label import refuse_for_labels
 from consilience.common.settings.policy import Policy
 from consilience.common.settings.privacy import NoPrivacy, Privacy, refuse_what_passes_by
 from consilience.common.settings.teacher import Coverage, Fit, TeacherSettings
@@ -43,9 +44,9 @@ class SiteSettings(Settings):
     coverage: Coverage = Coverage()
     calibration: Literal["temperature", "dirichlet", "off"] = "temperature"
     """How the teacher's probabilities are made as good as they claim to be, by `consilience site train`: by one number
-    for all classes, by a matrix over them (which needs 20 held-out samples of every class), or not at all. What is
-    fitted on: the part that `teacher.holdout` keeps out of training; for a hosted teacher `data`, which should be
-    images that it was not trained on."""
+    for all classes (of a multi-label teacher, one for each label), by a matrix over them (which needs 20 held-out
+    samples of every class), or not at all. What is fitted on: the part that `teacher.holdout` keeps out of training;
+    for a hosted teacher `data`, which should be images that it was not trained on."""
     pools: tuple[Path, ...] = ()
     """Folders of public pools the site holds a copy of; a question names one by its digest."""
     state: Path = Path("state")
@@ -92,4 +93,9 @@ class SiteSettings(Settings):
     @model_validator(mode="after")
     def _nothing_passes_by_the_mechanism(self) -> SiteSettings:
         refuse_what_passes_by(self.privacy, self.policy, self.calibration, (self.teacher,))
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_takes_one_label_an_image(self) -> SiteSettings:
+        refuse_for_labels(self.privacy, self.policy, self.calibration, (self.teacher,))
         return self

@@ -6,11 +6,11 @@ Does not live here: doing it (client/teacher, client/coverage).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from consilience.common.settings.base import CALLABLE_PATTERN, ClassName, CoverageFamily, Settings
+from consilience.common.settings.base import CALLABLE_PATTERN, ClassName, CoverageFamily, LabelKind, Settings
 from consilience.common.settings.data import Preprocessing
 
 
@@ -44,7 +44,18 @@ class CoverageFit(_Training):
     yes."""
 
 
-class TrainTeacher(Settings):
+class _Labelled(Settings):
+    labels: LabelKind = "single"
+    """`multi`: an image has any number of the teacher's labels, and each output says of one label, by itself, how
+    likely it applies (docs/multi_label.md); probabilities are then those of a sigmoid, logits are log-odds."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells the teacher from others, as JSON values, without its path."""
+        held = self.model_dump(mode="json", exclude={"path"})
+        return {name: value for name, value in held.items() if (name, value) != ("labels", "single")}
+
+
+class TrainTeacher(_Labelled):
     """Train one of our architectures, or any of torchvision's by name, on the site's private data."""
 
     kind: Literal["train"]
@@ -58,7 +69,7 @@ class TrainTeacher(Settings):
     """Share of the private data kept out of training, to measure the teacher's accuracy and to calibrate it."""
 
 
-class _Hosted(Settings):
+class _Hosted(_Labelled):
     classes: tuple[ClassName, ...] = Field(min_length=1)
     preprocessing: Preprocessing
 

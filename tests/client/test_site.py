@@ -429,7 +429,7 @@ def test_a_loaded_site_has_the_coverage_that_it_learned(
     site: Site, familiar: Familiar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consilience.client.site.load_settings", lambda path, kind: site.settings)
-    monkeypatch.setattr("consilience.client.site.load_teacher", lambda settings: site.teacher)
+    monkeypatch.setattr("consilience.client.site.load_any", lambda settings: site.teacher)
     assert Site.load(tmp_path / "site.yaml").coverage is None
     monkeypatch.setattr("consilience.client.site.load_coverage", lambda settings, teacher: familiar)
     assert Site.load(tmp_path / "site.yaml").coverage is familiar

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.app import forget_sites
+from consilience.client.audit.answers import single_teacher
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.errors import SettingsError
@@ -57,7 +58,7 @@ def open_labels(run: Path) -> np.ndarray:
     pool = Pool.open(run / "simulation" / "pool")
     images = pool.read(0, len(pool))
     sets = read_json(run / "contract.json")["class_sets"]
-    return unify([site.teacher.log_probs(images) for site in sites_of(run)], sets).probs
+    return unify([single_teacher(site).log_probs(images) for site in sites_of(run)], sets).probs
 
 
 def sites_of(run: Path) -> list[Site]:

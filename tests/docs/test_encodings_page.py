@@ -24,6 +24,7 @@ def table(head: str) -> list[list[str]]:
 SIZES = table("| encoding | 10 classes | 100 | 1,000 | 100,000 |")
 ROWS = table("| encoding | probabilities | bytes |")
 FEATURES = table("| encoding | features | bytes |")
+ODDS = table("| encoding | log-odds | bytes |")
 
 
 def test_the_table_of_sizes_is_right() -> None:
@@ -55,6 +56,14 @@ def test_the_bytes_of_features_on_the_page_are_those_that_are_sent(
     data = bytes.fromhex(expected)
     assert encode_features(row, encoding) == data
     check_features(data, 1, row.shape[1], encoding)
+
+
+@pytest.mark.parametrize(("encoding", "written", "expected"), ODDS, ids=[f"{row[0]}-{row[2]}" for row in ODDS])
+def test_the_bytes_of_log_odds_on_the_page_are_those_that_are_sent(encoding: str, written: str, expected: str) -> None:
+    row = np.array([[float(value) for value in written.split()]], np.float32)
+    data = bytes.fromhex(expected)
+    assert encode(row, encoding, odds=True) == data
+    check(data, 1, row.shape[1], encoding, odds=True)
 
 
 def test_every_encoding_has_bytes_on_the_page() -> None:

@@ -50,6 +50,7 @@ from consilience.common.encoding import (
 )
 from consilience.common.encoding.coverage import decode_coverage, encode_coverage
 from consilience.common.encoding.features import LARGEST, pack_basis
+from consilience.common.encoding.odds import MOST_ODDS
 from consilience.common.errors import ConsilienceError, ProtocolError
 from consilience.common.files import sha256
 from consilience.common.identity import Kit, PrivateKey, Request, key_fingerprint, key_line
@@ -176,6 +177,31 @@ def _rows(encoding: Any) -> Target:
             logits = random.normal(0, 3, (2, classes))
             rows = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
             yield bytes([place]) + encode(rows, encoding)
+
+    return Target(run, tuple(seeds()))
+
+
+def _odds(encoding: Any) -> Target:
+    """Encoded log-odds: the first byte says of how many labels."""
+
+    def run(data: bytes) -> bool:
+        labels = CLASSES[data[0] % len(CLASSES)] if data else 1
+        body, width = data[1:], row_bytes(labels, encoding, odds=True)
+        rows = len(body) // width
+        try:
+            check(body, rows, labels, encoding, odds=True)
+        except ProtocolError:
+            return False
+        few = min(rows, MOST_DECODED // labels)
+        found = decode(body[: few * width], few, labels, encoding, odds=True)
+        if found.shape != (few, labels) or not np.all(np.abs(found) <= MOST_ODDS):
+            raise DecoderError("what was taken is no log-odds")
+        return True
+
+    def seeds() -> Iterator[bytes]:
+        random = np.random.default_rng(0)
+        for place, labels in enumerate(CLASSES[:-1]):
+            yield bytes([place]) + encode(random.normal(0, 4, (2, labels)).astype(np.float32), encoding, odds=True)
 
     return Target(run, tuple(seeds()))
 
@@ -576,6 +602,7 @@ def _stranger() -> Target:
 
 TARGETS: dict[str, Target] = {
     **{f"rows-{encoding}": _rows(encoding) for encoding in ("f32", "f16", "u8", "top-1", "top-3", "top-40", "votes")},
+    **{f"odds-{encoding}": _odds(encoding) for encoding in ("f32", "f16", "u8", "top-1", "top-3", "top-40", "votes")},
     **{f"coverage-{encoding}": _coverage(encoding) for encoding in ("f16", "u8")},
     **{f"features-{encoding}": _features(encoding) for encoding in ("f16", "u8")},
     "records-from-sites": FROM_SITES,

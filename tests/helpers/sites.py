@@ -24,7 +24,7 @@ from consilience.common.protocol import (
     Refusal,
     SiteCard,
 )
-from consilience.common.settings import ENCODINGS, CoverageEncoding
+from consilience.common.settings import ENCODINGS, CoverageEncoding, LabelKind
 from consilience.common.vouching import Signer
 from consilience.deploy.local_grid import LocalGrid
 
@@ -53,7 +53,7 @@ def honest(question: Question, attempt: int) -> RecordDict:
     if question.kind == "coverage":
         data = encode_coverage(covered(question), cast(CoverageEncoding, question.encoding))
     else:
-        data = encode(rows(question), question.encoding)
+        data = encode(rows(question), question.encoding, odds=question.kind == "log-odds")
     return Answer(question, data, 0.1).to_content()
 
 
@@ -69,10 +69,11 @@ class Sites:
         features: dict[str, FeaturesCard] | None = None,
         keys: dict[str, PrivateKey] | None = None,
         enclosing: dict[str, Enclosing] | None = None,
+        labels: dict[str, LabelKind] | None = None,
     ) -> None:
         self.handlers, self.cards, self.classes = handlers, cards or {}, classes or {}
         self.coverage, self.features, self.keys = coverage or {}, features or {}, keys or {}
-        self.enclosing = enclosing or {}
+        self.enclosing, self.labels = enclosing or {}, labels or {}
         self.contracts: list[tuple[str, Contract]] = []
         self.attempts: dict[tuple[str, int], int] = {}
         self.asked_coverage: dict[tuple[str, int], int] = {}
@@ -87,6 +88,7 @@ class Sites:
         """Present the site."""
         name = str(context.node_config["name"])
         card = SiteCard(
+            labels=self.labels.get(name, "single"),
             name=self.cards.get(name, name),
             classes=self.classes.get(name, ("a", "b", "c")),
             encodings=ENCODINGS,

@@ -14,6 +14,7 @@ from flwr.app import Message
 from scipy.special import log_softmax
 
 from consilience.client import app as app_module
+from consilience.client.audit.answers import single_teacher
 from consilience.client.privacy import account, event_from
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
@@ -74,7 +75,7 @@ class World:
 
     def answers(self) -> dict[str, np.ndarray]:
         images = self.pool.read(0, SIZE)
-        return {name: site.teacher.log_probs(images) for name, site in self.sites.items()}
+        return {name: single_teacher(site).log_probs(images) for name, site in self.sites.items()}
 
     def sum(self, patience: float = 60.0, **changes: Any) -> Any:
         assert self.grid is not None

@@ -1,0 +1,191 @@
+"""Log-odds of labels that do not exclude one another: one number a label, from -`MOST_ODDS` to `MOST_ODDS`.
+
+A row over k labels is, as `f32` and `f16`, k numbers. As `u8` it is k signed bytes, square steps around 0: byte v from
+-127 to 127 means sign(v) 24 (v / 127)^2, so that steps are finest where a label is uncertain, and
+
+    |error of the log-odds d| <= 0.0386 sqrt(|d|) + 0.0004      where |d| <= 24
+    |error of the probability| <= 0.0072
+
+`top-K` has the m = min(K, k) likeliest labels (ids, then log-odds f16) and, where labels are left, the log-odds of
+their mean probability (f16): they are decoded as all having that. `votes` has one bit a label, lowest bit first, 1
+where the label is likelier than not; it is decoded as a probability of 1 - OTHERS or OTHERS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from consilience.common.encoding.floats import RowProblem, first
+from consilience.common.encoding.largest import OTHERS, id_type, largest
+
+MOST_ODDS = 100.0
+"""No log-odds are told above it: beyond, no single answer can outweigh others without end."""
+REACH = 24.0
+"""How far from 0 the steps of `u8` reach: a probability of 4e-11."""
+_STEPS = 127
+_LEVELS = np.sign(np.arange(-128, 128)) * REACH * (np.arange(-128, 128) / _STEPS) ** 2
+_LEVELS_F32 = _LEVELS.astype(np.float32)
+_VOTE = float(np.log((1 - OTHERS) / OTHERS))
+_BEYOND = f"holds a number that is not finite or beyond {MOST_ODDS:g}"
+
+
+def bounded(log_odds: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Return log-odds within `MOST_ODDS`."""
+    return np.asarray(np.clip(log_odds, -MOST_ODDS, MOST_ODDS))
+
+
+def log_odds_of(probs: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return the log-odds of probabilities in [0, 1], within `MOST_ODDS`."""
+    wide = np.asarray(probs, np.float64)
+    with np.errstate(divide="ignore"):
+        return np.asarray(bounded(np.log(wide) - np.log1p(-wide)), np.float64)
+
+
+@dataclass(frozen=True)
+class OddsFloats:
+    """One number a label."""
+
+    dtype: np.dtype[Any]
+
+    def row_bytes(self, classes: int) -> int:
+        """Return the bytes of one row."""
+        return classes * self.dtype.itemsize
+
+    def pack(self, rows: NDArray[np.float32]) -> bytes:
+        """Encode (n, k) log-odds."""
+        return bounded(rows).astype(self.dtype).tobytes()
+
+    def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
+        """Say which of (n, row_bytes) encoded rows are no log-odds; None when all are."""
+        row = first(~(np.abs(raw.view(self.dtype)) <= MOST_ODDS).all(axis=1))  # NaN fails
+        return None if row is None else (row, _BEYOND)
+
+    def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
+        """Return the (n, k) log-odds of (n, row_bytes) encoded rows that have no problem."""
+        return raw.view(self.dtype).astype(np.float32)
+
+
+class OddsSquares:
+    """One byte a label."""
+
+    def row_bytes(self, classes: int) -> int:
+        """Return the bytes of one row."""
+        return classes
+
+    def pack(self, rows: NDArray[np.float32]) -> bytes:
+        """Encode (n, k) log-odds."""
+        size = np.sqrt(np.minimum(np.abs(rows), np.float32(REACH)) / np.float32(REACH))
+        return bytes(np.copysign(np.rint(size * np.float32(_STEPS)), rows).astype(np.int8).tobytes())
+
+    def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
+        """Say which of (n, k) encoded rows has a byte that stands for nothing, the first; None when none has."""
+        row = first((raw.view(np.int8) == -128).any(axis=1))
+        return None if row is None else (row, "has byte 128, which stands for no number")
+
+    def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
+        """Return the (n, k) log-odds of (n, k) encoded rows that have no problem."""
+        levels: NDArray[np.float32] = _LEVELS_F32[raw.view(np.int8).astype(np.int64) + 128]
+        return levels
+
+
+@dataclass(frozen=True)
+class OddsLargest:
+    """The `most` likeliest labels, and how likely the others are on average."""
+
+    most: int
+
+    def _record(self, classes: int) -> np.dtype[Any]:
+        """Return the layout of a row."""
+        sent = min(self.most, classes)
+        parts: list[Any] = [("ids", id_type(classes), (sent,)), ("values", "<f2", (sent,))]
+        return np.dtype(parts + [("rest", "<f2")] * (sent < classes))
+
+    def row_bytes(self, classes: int) -> int:
+        """Return the bytes of one row."""
+        return self._record(classes).itemsize
+
+    def pack(self, rows: NDArray[np.float32]) -> bytes:
+        """Encode (n, k) log-odds."""
+        count, classes = rows.shape
+        record = self._record(classes)
+        sent = record["ids"].shape[0]
+        ids = largest(rows, sent)
+        values = bounded(np.take_along_axis(rows, ids, axis=1)).astype("<f2")
+        order = np.argsort(-values, axis=1, kind="stable")
+        out = np.empty(count, record)
+        out["ids"] = np.take_along_axis(ids, order, axis=1)
+        out["values"] = np.take_along_axis(values, order, axis=1)
+        if sent < classes:
+            left = expit(rows.astype(np.float64))
+            np.put_along_axis(left, ids, 0.0, axis=1)
+            mean = log_odds_of(np.minimum(left.sum(axis=1) / (classes - sent), 1.0))
+            # Rounding may not lift it above the least that is sent.
+            out["rest"] = np.minimum(mean.astype("<f2"), out["values"][:, -1])
+        return out.tobytes()
+
+    def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
+        """Say which of (n, row_bytes) encoded rows is not as it must be; None when all are."""
+        ids, values, rest = self._parts(raw, classes)
+        row = first(np.any(ids >= classes, axis=1))
+        if row is not None:
+            return row, f"names label {int(ids[row].max())} of {classes}, which are counted from 0"
+        known = values if rest is None else np.concatenate([values, rest], axis=1)
+        row = first(~np.all(np.abs(known) <= MOST_ODDS, axis=1))
+        if row is not None:
+            return row, _BEYOND
+        falls = (values[:, :-1] > values[:, 1:]) | ((values[:, :-1] == values[:, 1:]) & (ids[:, :-1] < ids[:, 1:]))
+        row = first(~falls.all(axis=1))
+        if row is not None:
+            return row, "is not in order: the likeliest first, equal ones by label"
+        row = first((np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1))
+        if row is not None:
+            return row, "names a label twice"
+        if rest is None:
+            return None
+        row = first(np.any(rest > values[:, -1:], axis=1))
+        return None if row is None else (row, "takes a label not sent for likelier than one that is")
+
+    def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
+        """Return the (n, k) log-odds of (n, row_bytes) encoded rows that have no problem."""
+        ids, values, rest = self._parts(raw, classes)
+        out = np.empty((len(raw), classes), np.float32)
+        if rest is not None:
+            out[:] = rest
+        np.put_along_axis(out, ids, values, axis=1)
+        return out
+
+    def _parts(
+        self, raw: NDArray[np.uint8], classes: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
+        """Return ids (n, m), values (n, m) and rest (n, 1), None where every label is sent."""
+        rows = raw.view(self._record(classes))[:, 0]
+        rest = rows["rest"].astype(np.float32)[:, None] if "rest" in (rows.dtype.names or ()) else None
+        return rows["ids"].astype(np.int64), rows["values"].astype(np.float32), rest
+
+
+class OddsVotes:
+    """Which labels are likelier than not, alone."""
+
+    def row_bytes(self, classes: int) -> int:
+        """Return the bytes of one row."""
+        return -(-classes // 8)
+
+    def pack(self, rows: NDArray[np.float32]) -> bytes:
+        """Encode (n, k) log-odds."""
+        return np.packbits(rows > 0, axis=1, bitorder="little").tobytes()
+
+    def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
+        """Say which of (n, row_bytes) encoded rows has a bit behind its last label; None when none has."""
+        spare = 8 * raw.shape[1] - classes
+        row = first(np.any(raw[:, -1:] >= 1 << (8 - spare), axis=1)) if spare else None
+        return None if row is None else (row, f"has a bit behind its last of {classes} labels")
+
+    def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
+        """Return the (n, k) log-odds of (n, row_bytes) encoded rows that have no problem."""
+        bits = np.unpackbits(raw, axis=1, count=classes, bitorder="little")
+        return np.where(bits == 1, np.float32(_VOTE), np.float32(-_VOTE))

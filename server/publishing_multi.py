@@ -1,0 +1,79 @@
+"""Judging a multi-label run: from what it left on disk to the arrays that are judged.
+
+Does not live here: any metric (server/judge_labels), what single-label runs need (server/publishing).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consilience.common.data import ImageData
+from consilience.server.judge_labels import LabelJudgement, judge_labels
+from consilience.server.labelling_multi import unify_block
+from consilience.server.learning import StudentModel
+from consilience.server.truth import pool_truth_labels, test_truth_labels
+
+if TYPE_CHECKING:
+    from consilience.server.publishing import Outcome
+
+_BLOCK = 1024
+"""Test images read and scored at a time."""
+
+
+def judgement_of_labels(outcome: Outcome, student: StudentModel) -> tuple[LabelJudgement | None, list[str]]:
+    """Judge; returns with it what is to say about sites that did not answer the whole test pool."""
+    test, space = outcome.test, outcome.space
+    if test is None:
+        return None, []
+    warnings: list[str] = []
+    answers: list[NDArray[np.float32] | None] = [None] * len(space.sites)
+    unified = None
+    if outcome.test_stores is not None:
+        whole = [i for i, store in enumerate(outcome.test_stores) if store.complete]
+        given = {i: outcome.test_stores[i].read(0, len(test)) for i in whole}
+        answers = [given.get(i) for i in range(len(space.sites))]
+        if len(whole) < len(answers):
+            absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
+            warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
+        if whole:
+            covers = [outcome.test_coverage[i] for i in whole]
+            told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
+            unified = unify_block(space, outcome.settings.unify, whole, list(given.values()), told).probs
+    oracle = StudentModel(outcome.run / "oracle") if "oracle" in outcome.curves else None
+    truth = test_truth_labels(test, space, outcome.settings.labels.synonyms)
+    judgement = judge_labels(
+        truth,
+        space,
+        answers,
+        unified,
+        _predictions(student, test),
+        None if oracle is None else _predictions(oracle, test),
+    )
+    return judgement, warnings
+
+
+def pool_labels(outcome: Outcome) -> NDArray[np.int8] | None:
+    """Return the pool's true labels (n, L) in the label space, for judging; None where there are none."""
+    path = outcome.settings.judge.pool_labels
+    if path is None or outcome.test is None:
+        return None
+    return pool_truth_labels(path, len(outcome.pool), outcome.test, outcome.space, outcome.settings.labels.synonyms)
+
+
+def any_applies(truth: NDArray[np.int8], classes: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return (n,) the first of `classes` where any label of a site applies, else -1, for truth (n, L).
+
+    That is what coverage is about, as the class of an image that has one.
+    """
+    return np.where((truth[:, list(classes)] > 0).any(axis=1), classes[0], -1)
+
+
+def _predictions(model: StudentModel, test: ImageData) -> NDArray[np.float32]:
+    """Return (m, L) log-probabilities of the test images."""
+    parts = [
+        model.log_probs(test.read(np.arange(at, min(at + _BLOCK, len(test))))) for at in range(0, len(test), _BLOCK)
+    ]
+    return np.concatenate(parts)
