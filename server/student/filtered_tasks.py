@@ -122,7 +122,7 @@ class Matter:
     def _between(self, task: Task, own: Tensor, ids: NDArray[np.int64]) -> Tensor:
         teacher = self.teachers[task.teacher]
         rows = np.asarray(teacher.answers[self.samples[ids]], np.float32)
-        told = torch.from_numpy(rows).to(own.device)
+        told = torch.from_numpy(rows).to(own)
         if not teacher.multi:
             return divergence(pooled(told, task.outputs), own)
         wanted = told[:, list(task.outputs)]

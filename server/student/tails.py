@@ -218,9 +218,10 @@ class RemoteTail:
     def _checked(self, answer: Any, shape: tuple[int, ...], what: str, sent: int) -> Floats:
         """Return a site's answer, which may be anything, and count it."""
         given = answer if isinstance(answer, np.ndarray) else None
-        if given is None or given.shape != shape or given.dtype != np.float32 or not np.isfinite(given).all():
+        fits = given is not None and given.shape == shape and given.dtype == np.float32
+        if given is None or not fits or not np.isfinite(given).all():
             found = type(answer).__name__ if given is None else f"{given.shape} {given.dtype}"
-            problem = " with a value that is not finite" if given is not None and given.shape == shape else ""
+            problem = " with a value that is not finite" if fits else ""
             raise ProtocolError(
                 f"The tail of site {self.site} answered {what} {found}{problem}; expected {shape} float32, finite",
                 hint="Have the site update and check its teacher, or set student.learning to soft-labels",
