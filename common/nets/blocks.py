@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from consilience.common.errors import ConsilienceError, ProtocolError, StudentError
 from consilience.common.nets.architectures import ARCHITECTURES, build
-from consilience.common.nets.taps import Tap, units
+from consilience.common.nets.taps import units
 
 MOST_BYTES = 2**28
 """Largest tail that is taken by default."""
@@ -122,8 +122,8 @@ def skeleton(architecture: str, classes: int, first: int = 0, channels: int = 1)
         architecture.partition("@")[0] not in ARCHITECTURES
     ):
         raise StudentError(
-            f"Architecture {architecture[:80]!r} is none of ours ({', '.join(ARCHITECTURES)}), so it cannot be cut into "
-            "blocks",
+            f"Architecture {architecture[:80]!r} is none of ours ({', '.join(ARCHITECTURES)}), so it cannot be cut "
+            "into blocks",
             hint=_NEXT,
         )
     with torch.device("meta"):
@@ -179,7 +179,9 @@ def rebuild_tail(lent: LentTail, *, most: int = MOST_BYTES) -> Blocks:
     if size > most:
         raise _refused(f"{size:,} bytes of tensors; allowed are {most:,}")
     if not size <= len(lent.tensors) <= size + _HEADER + 256 * len(wanted):
-        raise _refused(f"{len(lent.tensors):,} bytes; the blocks after {lent.block} of {lent.architecture} have {size:,}")
+        raise _refused(
+            f"{len(lent.tensors):,} bytes; the blocks after {lent.block} of {lent.architecture} have {size:,}"
+        )
     try:
         held = safetensors.torch.load(lent.tensors)
     except (SafetensorError, ValueError, KeyError, json.JSONDecodeError) as error:

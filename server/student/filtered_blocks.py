@@ -172,7 +172,7 @@ class BlockLoss:
         at = self._drawn(numbers)
         total = 0 * output[0].sum()  # a gradient, if only of zeros, where nobody answered
         terms = {self._site(stream): torch.zeros_like(total) for streams in self._streams for stream in streams}
-        for stream, task, each in losses(self._matter, self._blocks[at], self._streams[at], output[1][at], numbers):
+        for stream, _, each in losses(self._matter, self._blocks[at], self._streams[at], output[1][at], numbers):
             if len(each):
                 total = total + each.mean()
                 terms[self._site(stream)] = terms[self._site(stream)] + each.mean().detach()

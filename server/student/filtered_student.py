@@ -126,7 +126,7 @@ class FilteredStudent(nn.Module):
                 if about.block == block:
                     outputs[at] = branch(features)
         found = tuple(outputs[at] for at in range(len(self.branches)))
-        scores = found[0].new_zeros(len(images), self.about.classes)
+        scores = found[0].new_zeros(images.shape[0], self.about.classes)  # len() would fix the number for export
         for about, each in zip(self.about.branches, found, strict=True):
             classes = torch.tensor(about.classes, device=each.device)
             scores = scores.index_add(1, classes, each[:, : len(about.classes)].to(scores.dtype))

@@ -183,4 +183,4 @@ def pooled(scores: Tensor, wanted: Sequence[int]) -> Tensor:
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p || q) (b,) of log-probabilities (b, w); an outcome of probability 0 in p counts nothing."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1)
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1)

@@ -184,7 +184,9 @@ class RemoteTail:
             found = np.empty_like(taken)
             for part in self._parts(len(taken)):
                 answer = self._ask_vjp(block, taken[part], given[part])
-                found[part] = self._checked(answer, taken[part].shape, "gradients", taken[part].nbytes + given[part].nbytes)
+                found[part] = self._checked(
+                    answer, taken[part].shape, "gradients", taken[part].nbytes + given[part].nbytes
+                )
             return torch.from_numpy(found).to(gradient.device)
 
         return self._outputs(block, taken).to(features.device), pull

@@ -104,7 +104,12 @@ def everything(teachers: Sequence[Teacher]) -> Matter:
     tasks, classes = [], 0
     for at, each in enumerate(teachers):
         tasks.append(
-            Task(f"all of {each.tail.site}", at, tuple(range(each.outputs)), tuple(range(classes, classes + each.outputs)))
+            Task(
+                f"all of {each.tail.site}",
+                at,
+                tuple(range(each.outputs)),
+                tuple(range(classes, classes + each.outputs)),
+            )
         )
         classes += each.outputs
     return Matter(teachers, tasks, classes, np.arange(len(teachers[0].answers)))

@@ -114,7 +114,7 @@ def test_features_of_other_channels(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["cnn3@0.3", "resnet8"])
 def test_the_wrong_architecture_is_not_lent(name: str) -> None:
-    with pytest.raises(StudentError, match="The network is not .*Name the architecture"):
+    with pytest.raises(StudentError, match=r"The network is not .*Name the architecture"):
         export_tail(network("cnn3@0.2"), name, 2)
 
 
@@ -127,7 +127,8 @@ def test_weights_that_are_not_finite_are_not_lent() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["python:os:system", "torchvision:resnet18", "resnet18", "cnn3@99", "cnn3@x", "", "cnn3\n", "../cnn3", "a" * 999]
+    "name",
+    ["python:os:system", "torchvision:resnet18", "resnet18", "cnn3@99", "cnn3@x", "", "cnn3\n", "../cnn3", "a" * 999],
 )
 def test_architectures_that_are_not_taken(name: str) -> None:
     with pytest.raises(ProtocolError, match=r"A lent tail has .*Architecture .*(none of ours|asks for)"):

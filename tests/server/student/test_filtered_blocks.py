@@ -254,7 +254,9 @@ def test_agreement_is_the_mean_over_samples_held_out() -> None:
     stage = Stage(trunk, [2])
     with torch.no_grad():
         features = stage(INPUTS[samples.copy()])[1][0]
-        expected = {task: float(each.mean()) for _, task, each in losses(some, 2, trunk.at(2).streams, features, np.arange(21))}
+        expected = {
+            task: float(each.mean()) for _, task, each in losses(some, 2, trunk.at(2).streams, features, np.arange(21))
+        }
     assert found[0][1].tolist() == pytest.approx([expected[0], expected[1]], rel=1e-4)
 
 
@@ -319,7 +321,13 @@ def test_networks_and_layouts_that_do_not_do() -> None:
         FilteredTrunk(nn.Linear(256, 2), "mine", matter, "teacher", 0)
     with pytest.raises(StudentError, match=r"the student \(vgg6@0.2\) and site east differ in layout at layer2"):
         trunk_of(matter, "vgg6@0.2")
-    other = everything([Teacher(local("north", "resnet8@0.3", teacher("resnet8@0.3", 1)), log_probs(teacher("resnet8@0.3", 1), PIXELS))])
+    other = everything(
+        [
+            Teacher(
+                local("north", "resnet8@0.3", teacher("resnet8@0.3", 1)), log_probs(teacher("resnet8@0.3", 1), PIXELS)
+            )
+        ]
+    )
     with pytest.raises(StudentError, match="site north differ in layout"):
         trunk_of(other)
 

@@ -1,4 +1,4 @@
-"""Filters and the loss of filtered amalgamation against closed forms and finite differences, and tasks that are none."""
+"""Filters and losses of filtered amalgamation against closed forms and finite differences; tasks that are none."""
 
 from __future__ import annotations
 
@@ -66,8 +66,10 @@ def test_classes_that_nobody_wants_are_one_outcome(wanted: tuple[int, ...]) -> N
     found = matter(task, ONE).of_tail(task, given.float(), IDS).numpy()
     p, q = log_softmax(ONE.answers[IDS].astype(np.float64), axis=1), log_softmax(given.numpy(), axis=1)
     rest = [each for each in range(5) if each not in wanted]
-    both = [np.concatenate([x[:, list(wanted)], logsumexp(x[:, rest], axis=1, keepdims=True)], 1) if rest else x[:, wanted]
-            for x in (p, q)]
+    both = [
+        np.concatenate([x[:, list(wanted)], logsumexp(x[:, rest], axis=1, keepdims=True)], 1) if rest else x[:, wanted]
+        for x in (p, q)
+    ]
     assert np.allclose(found, rel_entr(np.exp(both[0]), np.exp(both[1])).sum(axis=1), atol=1e-5)
     assert matter(task, ONE).others(task) == bool(rest)
 
@@ -173,7 +175,10 @@ def test_tasks_that_are_none(tasks: list[Task], classes: int, message: str) -> N
 
 def test_labels_may_be_several_tasks_and_one_class_of_many_sites() -> None:
     made = Matter(
-        [ONE, MANY], [Task("a", 1, (0,), (0,)), Task("b", 1, (3, 1), (1, 2)), Task("c", 0, (2,), (2,))], 3, np.arange(12)
+        [ONE, MANY],
+        [Task("a", 1, (0,), (0,)), Task("b", 1, (3, 1), (1, 2)), Task("c", 0, (2,), (2,))],
+        3,
+        np.arange(12),
     )
     assert made.tasks_of(1) == (0, 1)
     assert made.tasks_of(0) == (2,)
