@@ -45,7 +45,7 @@ from helpers.filtered import everything, local, logits, teaching
 pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 
 CPU = torch.device("cpu")
-KINDS: tuple[Literal["teacher"], Literal["random"]] = ("teacher", "random")
+KINDS: tuple[Literal["teacher", "random"], ...] = ("teacher", "random")
 NAME = "cnn3@0.2"
 WIDTHS = (6, 13, 26)
 PIXELS = images(48)
