@@ -28,7 +28,14 @@ from consilience.common.settings import Fit, Preprocessing
 from consilience.common.settings.filtered import Filtered
 from consilience.server.student.filtered_blocks import FilteredTrunk, agreement, train_blocks
 from consilience.server.student.filtered_branches import BranchLoss, ScoresLoss, assemble, choose, train_together
-from consilience.server.student.filtered_student import FilteredStudent, parameters, read_about, rebuild
+from consilience.server.student.filtered_student import (
+    FilteredStudent,
+    finished,
+    parameters,
+    read_about,
+    rebuild,
+    trimmed,
+)
 from consilience.server.student.filtered_tasks import Matter
 from consilience.server.student.kept import keep, kept
 from consilience.server.student.tails import RemoteTail
@@ -109,8 +116,8 @@ class FilteredLesson:
         The student is left on `device` in evaluation mode. Raises `StudentError`, `StorageError`, and `ProtocolError`
         where a remote tail answers what it must not.
         """
-        finished = folder / "filtered.safetensors"
-        if (found := kept(finished, self.fingerprint)) is not None:
+        path = folder / "filtered.safetensors"
+        if (found := kept(path, self.fingerprint)) is not None:
             student = rebuild(read_about(found[1]["about"]))
             student.load_state_dict(found[0])
             return student.to(device).eval(), [EpochRecord(**each) for each in found[1]["epochs"]], found[1]["told"]
@@ -128,10 +135,10 @@ class FilteredLesson:
                 on_epoch=on_epoch,
                 device=device,
             )
-        student.to(device).eval()
+        student = finished(student).to(device)
         about = student.about.model_dump(mode="json")
         epochs = [asdict(record) for record in records]
-        keep(finished, self.fingerprint, student.state_dict(), {"about": about, "epochs": epochs, "told": told})
+        keep(path, self.fingerprint, student.state_dict(), {"about": about, "epochs": epochs, "told": told})
         return student, records, told
 
     def _loss(self) -> BranchLoss | ScoresLoss:
@@ -164,7 +171,7 @@ class FilteredLesson:
         found = self._agreement(trunk, images, folder, device)
         blocks = choose(found, trunk.stages, matter)
         student = assemble(trunk, matter, blocks, channels, branches=settings.branches, seed=self._seed)
-        parts = parameters(student.about)
+        parts = parameters(trimmed(student.about))
         told = {
             "blocks": {name: [record.loss for record in each] for name, each in records.items()},
             "held_out": len(self.held),

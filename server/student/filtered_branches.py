@@ -4,9 +4,8 @@ Lives here: at which block each task's branch leaves the trunk, what branches be
 Does not live here: how far each block is from the teachers (filtered_blocks), and the network (filtered_student).
 
 A branch leaves where the samples held out agree best with the teacher; labels are never looked at. It begins with its
-filters and the teacher's own remaining blocks, and the rows of its head that are wanted. All outputs that are not are
-one more row, their mean plus the log of their number: where they are equal that is the log of their sum. What a branch
-then computes is what the filtered features gave in the teacher's tail.
+filters, the teacher's own remaining blocks, and its head: the wanted rows, then the others, which are dropped at the
+end. What a branch then computes is exactly what the filtered features gave in the teacher's tail.
 
 Where a tail stays at its site there are no weights to begin with. Such a branch has the blocks of the student's own
 architecture, and a filter, all fresh, and learns from the teacher's answers alone when all is trained together; its
@@ -15,7 +14,6 @@ trunk was trained for it all the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -64,7 +62,8 @@ def assemble(
 ) -> FilteredStudent:
     """Return the student whose task j leaves `trunk` after `blocks[j]`, for images of `channels`, on the CPU.
 
-    With `random`, a branch keeps its filters and has fresh blocks of the teacher's widths and a fresh head.
+    Branches have their teachers' other classes, to be dropped by `finished` once they have learnt. With `random`, a
+    branch keeps its filters and has fresh blocks of the teacher's widths and a fresh head.
     """
     about = StudentAbout(
         architecture=trunk.architecture,
@@ -83,7 +82,7 @@ def assemble(
         if lent is not None:
             branch.filters.load_state_dict(nn.Sequential(*trunk.at(block).chain(task.teacher, at)).state_dict())
             if branches == "teacher":
-                _begin(branch.blocks, lent[0], task, other=matter.others(task))
+                _begin(branch.blocks, lent[0], task)
     return student.eval()
 
 
@@ -165,23 +164,18 @@ def _about(trunk: FilteredTrunk, matter: Matter, task: Task, number: int, block:
         block=block,
         architecture=trunk.architecture if lent is None else lent[1],
         classes=task.classes,
-        other=matter.others(task),
+        others=matter.others(task),
         filters=1 if lent is None else len(trunk.at(block).chain(task.teacher, number)),
     )
 
 
 @torch.no_grad()
-def _begin(blocks: Blocks, teacher: Blocks, task: Task, *, other: bool) -> None:
-    """Copy the teacher's weights into a branch's blocks, and the wanted rows of its head."""
+def _begin(blocks: Blocks, teacher: Blocks, task: Task) -> None:
+    """Copy the teacher's weights into a branch's blocks, and the rows of its head, those that are wanted first."""
     before = blocks.first - teacher.first
     for unit, lent in zip(list(blocks.units)[:-1], list(teacher.units)[before:-1], strict=True):
         unit.load_state_dict(lent.state_dict())
-    wanted, count = list(task.outputs), teacher.head.out_features - len(task.outputs)
-    rest = [row for row in range(teacher.head.out_features) if row not in set(wanted)]
-    for own, held, more in (
-        (blocks.head.weight, teacher.head.weight, 0.0),
-        (blocks.head.bias, teacher.head.bias, math.log(max(count, 1))),
-    ):
-        own[: len(wanted)] = held[wanted].to(own.device)
-        if other:
-            own[len(wanted)] = held[rest].mean(dim=0).to(own.device) + more
+    rest = [row for row in range(teacher.head.out_features) if row not in set(task.outputs)]
+    rows = [*task.outputs, *rest][: blocks.head.out_features]
+    blocks.head.weight.copy_(teacher.head.weight[rows])
+    blocks.head.bias.copy_(teacher.head.bias[rows])

@@ -5,7 +5,8 @@ each part has. Does not live here: where its weights come from (filtered_branche
 
 The trunk ends with the deepest block that a branch leaves from; what nobody wants is not there. A branch is its
 filters, the blocks after the one it leaves from, in the widths of its own architecture, and a head of one output a
-wanted class, with one more where the teacher has classes that nobody wants: all of these together.
+wanted class. While it learns, a branch has its teacher's other classes too, of which the loss takes the sum; no score
+is made of them, and the finished student is without.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class BranchAbout(Settings):
     block: int = Field(ge=1, le=1000)
     architecture: str = Field(max_length=80)
     classes: tuple[int, ...] = Field(min_length=1)
-    other: bool
-    """Whether its last output is all that the teacher knows beside `classes`."""
+    others: int = Field(default=0, ge=0, le=1_000_000)
+    """Outputs after those of `classes`, for as long as it learns: what the teacher knows beside."""
     filters: int = Field(ge=0, le=2)
     """Filters in turn: of the teacher, and of the task. Without any, the trunk's channels are its own."""
 
@@ -82,7 +83,7 @@ class Branch(nn.Module):
     def __init__(self, about: BranchAbout, channels: int, seed: int) -> None:
         """Leave from a trunk of `channels`, freshly initialised."""
         super().__init__()
-        outputs = len(about.classes) + about.other
+        outputs = len(about.classes) + about.others
         self.blocks = Blocks(build(about.architecture, classes=outputs, channels=1, seed=seed), about.block)
         width = self.blocks.taps[about.block - 1].channels
         with seeded(derive(seed, "filters")):
@@ -90,7 +91,7 @@ class Branch(nn.Module):
         self.filters = nn.Sequential(*made)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map the trunk's features (n, C, H, W) to outputs (n, classes), or (n, classes + 1)."""
+        """Map the trunk's features (n, C, H, W) to outputs (n, classes + others)."""
         outputs: Tensor = self.blocks(self.filters(features))
         return outputs
 
@@ -136,6 +137,24 @@ class FilteredStudent(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the scores (n, classes) of normalised images (n, C, H, W)."""
         return self.branched(images)[0]
+
+
+def trimmed(about: StudentAbout) -> StudentAbout:
+    """Return the description of the finished student: without outputs that no score is made of."""
+    return about.model_copy(
+        update={"branches": tuple(branch.model_copy(update={"others": 0}) for branch in about.branches)}
+    )
+
+
+def finished(student: FilteredStudent) -> FilteredStudent:
+    """Return the student without outputs that no score is made of, a copy with the same scores, in evaluation mode."""
+    made = FilteredStudent(trimmed(student.about), 0)
+    wanted = {name: held.shape for name, held in made.state_dict().items()}
+    # only heads are smaller, and their wanted rows come first
+    made.load_state_dict(
+        {name: held[: wanted[name][0]] if held.ndim else held for name, held in student.state_dict().items()}
+    )
+    return made.eval()
 
 
 def read_about(told: Any) -> StudentAbout:
@@ -192,16 +211,16 @@ def parameters(about: StudentAbout) -> Parts:
 
 
 def separate_heads(
-    architecture: str, channels: int, classes: int, tasks: Sequence[tuple[str, tuple[int, ...], bool]]
+    architecture: str, channels: int, classes: int, tasks: Sequence[tuple[str, tuple[int, ...], int]]
 ) -> StudentAbout:
     """Return the description of the baseline: a whole network, and a head for each task on its last features.
 
-    `tasks` are names, the student's classes, and whether there is an outcome for all others.
+    `tasks` are names, the student's classes, and how many others each teacher knows.
     """
     last = skeleton(architecture, 1).count
     branches = tuple(
-        BranchAbout(task=name, block=last, architecture=architecture, classes=some, other=other, filters=0)
-        for name, some, other in tasks
+        BranchAbout(task=name, block=last, architecture=architecture, classes=some, others=others, filters=0)
+        for name, some, others in tasks
     )
     return StudentAbout(architecture=architecture, channels=channels, classes=classes, branches=branches)
 

@@ -99,10 +99,10 @@ class Matter:
         """Return the numbers of the tasks of a teacher."""
         return tuple(at for at, task in enumerate(self.tasks) if task.teacher == teacher)
 
-    def others(self, task: Task) -> bool:
-        """Whether there is an outcome beside the wanted ones: classes that are pooled."""
+    def others(self, task: Task) -> int:
+        """Return how many classes of the task's teacher are pooled: those beside the wanted; 0 for labels."""
         teacher = self.teachers[task.teacher]
-        return not teacher.multi and len(task.outputs) < teacher.outputs
+        return 0 if teacher.multi else teacher.outputs - len(task.outputs)
 
     def known(self, teacher: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return which of training's samples `ids` (b,) the teacher answered: places in `ids`."""
@@ -116,8 +116,9 @@ class Matter:
         return self._between(task, own, ids)
 
     def of_branch(self, task: Task, outputs: Tensor, ids: NDArray[np.int64]) -> Tensor:
-        """Return l (b,) of outputs (b, w) of a branch: one a wanted class, then one for all others if there are any."""
-        return self._between(task, outputs if self.teachers[task.teacher].multi else outputs.log_softmax(dim=1), ids)
+        """Return l (b,) of outputs (b, w + others) of a branch: those that are wanted first, in the task's order."""
+        multi = self.teachers[task.teacher].multi
+        return self._between(task, outputs if multi else pooled(outputs, range(len(task.outputs))), ids)
 
     def _between(self, task: Task, own: Tensor, ids: NDArray[np.int64]) -> Tensor:
         teacher = self.teachers[task.teacher]

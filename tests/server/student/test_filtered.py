@@ -17,7 +17,7 @@ from consilience.common.nets import scores as scores_of
 from consilience.common.settings import Fit
 from consilience.common.settings.filtered import Filtered
 from consilience.server.student.filtered import FilteredLesson, Rows, held_out, samples_asked
-from consilience.server.student.filtered_student import parameters
+from consilience.server.student.filtered_student import Branch, parameters
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher
 from consilience.server.student.tails import RemoteTail
 from helpers.feature_answers import PLAIN, images
@@ -92,8 +92,9 @@ def test_without_the_last_step_branches_are_as_they_began(tmp_path: Path) -> Non
     assert records == []
     lent = matter().teachers[1].tail.lent
     assert lent is not None
-    head = student.branches[1].blocks.head.weight  # type: ignore[union-attr]
-    assert torch.equal(head[:2], lent[0].head.weight[[3, 0]])  # type: ignore[index]
+    branch = student.branches[1]
+    assert isinstance(branch, Branch)
+    assert torch.equal(branch.blocks.head.weight, lent[0].head.weight[[3, 0]])
 
 
 def test_all_samples_are_learnt_from_together_and_those_held_out_not_before(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +32,12 @@ from consilience.server.student.filtered_student import (
     BranchAbout,
     FilteredStudent,
     StudentAbout,
+    finished,
     parameters,
     read_about,
     rebuild,
     separate_heads,
+    trimmed,
 )
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher, pooled
 from helpers.feature_answers import PLAIN, images, log_probs, teacher
@@ -128,7 +129,7 @@ def test_a_branch_begins_as_what_the_tail_made_of_the_trunk() -> None:
 
 @pytest.mark.parametrize("level", ["teacher", "task"])
 @torch.no_grad()
-def test_wanted_rows_of_the_head_are_copied_and_the_others_are_one(level: str) -> None:
+def test_rows_of_the_head_are_copied_the_wanted_first(level: str) -> None:
     one = teaching("one", PIXELS, classes=5)
     many = teaching("many", PIXELS, classes=5, multi=True, seed=2, first=2)
     tasks = [Task("a", 0, (3, 1), (0, 1)), Task("b", 1, (2,), (2,)), Task("c", 1, (4, 0), (3, 1))]
@@ -137,7 +138,7 @@ def test_wanted_rows_of_the_head_are_copied_and_the_others_are_one(level: str) -
     student = assemble(trunk, matter, (1, 3, 2), 1, seed=0)
     shared = Blocks(build(NAME, classes=1, channels=1, seed=5)).eval()
     scores, outputs = student.branched(INPUTS)
-    assert [each.shape[1] for each in outputs] == [3, 1, 2]
+    assert [each.shape[1] for each in outputs] == [5, 1, 2]
     for at, (task, block) in enumerate(zip(tasks, (1, 3, 2), strict=True)):
         features = shared.run(INPUTS, 0, block)
         for each in trunk.at(block).chain(task.teacher, at):
@@ -147,9 +148,7 @@ def test_wanted_rows_of_the_head_are_copied_and_the_others_are_one(level: str) -
         whole = tail[0].run(features, block, 4)
         assert torch.allclose(outputs[at][:, : len(task.outputs)], whole[:, list(task.outputs)], atol=1e-4)
         if at == 0:
-            rest = whole[:, [0, 2, 4]]
-            assert torch.allclose(outputs[0][:, 2], rest.mean(dim=1) + math.log(3), atol=1e-4)
-            assert (outputs[0][:, 2] <= rest.logsumexp(dim=1) + 1e-5).all()
+            assert torch.allclose(outputs[0][:, 2:], whole[:, [0, 2, 4]], atol=1e-4)
     # class 1 is known to two branches
     assert torch.allclose(scores[:, 1], (outputs[0][:, 1] + outputs[2][:, 1]) / 2, atol=1e-6)
     assert torch.allclose(scores[:, [0, 2, 3]], torch.stack([outputs[0][:, 0], outputs[1][:, 0], outputs[2][:, 0]], 1))
@@ -188,18 +187,33 @@ def test_blocks_beyond_the_deepest_branch_and_unwanted_classes_cost_nothing() ->
     squeeze = [2 * width * max(4, width // 4) + width + max(4, width // 4) for width in WIDTHS]
     head = WIDTHS[2] * 3 + 3
     for blocks in ((1, 1), (1, 2), (3, 3)):
-        student = assemble(trunk, matter, blocks, 1, seed=0)
+        student = finished(assemble(trunk, matter, blocks, 1, seed=0))
         parts = parameters(student.about)
         assert parts.trunk == sum(convolution[: max(blocks)])
         assert parts.filters == sum(squeeze[block - 1] for block in blocks)
         assert parts.branches == tuple(sum(convolution[block:]) + head for block in blocks)
         assert parts.total == sum(parameter.numel() for parameter in student.parameters())
     fewer = Matter(matter.teachers, [Task("t", 0, (0, 2), (0, 1))], 2, matter.samples)
-    small, full = (
-        parameters(assemble(trunk, some, blocks, 1, seed=0).about) for some, blocks in ((fewer, (2,)), (matter, (2, 2)))
-    )
-    assert small.branches == (sum(convolution[2:]) + head,)  # two wanted, and one for the other
-    assert small.total == full.total - squeeze[1] - sum(convolution[2:]) - head
+    learning = [assemble(trunk, some, blocks, 1, seed=0) for some, blocks in ((fewer, (2,)), (matter, (2, 2)))]
+    small, full = (parameters(trimmed(each.about)) for each in learning)
+    rest = sum(convolution[2:]) + WIDTHS[2] * 2 + 2  # two are wanted
+    assert small.branches == (rest,)
+    assert parameters(learning[0].about).branches == (rest + WIDTHS[2] + 1,)
+    assert small.total == full.total - squeeze[1] - sum(convolution[2:]) - head - WIDTHS[2] - 1
+
+
+@torch.no_grad()
+def test_a_finished_student_has_the_same_scores_and_nothing_else() -> None:
+    one = teaching("one", PIXELS, classes=5)
+    many = teaching("many", PIXELS, classes=5, multi=True, seed=2)
+    matter = Matter([one, many], [Task("a", 0, (3, 1), (0, 1)), Task("b", 1, (2, 4), (2, 1))], 3, np.arange(48))
+    student = assemble(trunk_of(matter), matter, (1, 2), 1, seed=0)
+    student.train()(INPUTS)  # batch normalisation sees something
+    made = finished(student)
+    assert torch.allclose(made(INPUTS), student.eval()(INPUTS), atol=1e-6)
+    assert [each.shape[1] for each in made.branched(INPUTS)[1]] == [2, 2]
+    assert made.about == trimmed(student.about) != student.about
+    assert not made.training
 
 
 def test_a_student_is_kept_and_built_again_by_its_words(tmp_path: Path) -> None:
@@ -207,7 +221,7 @@ def test_a_student_is_kept_and_built_again_by_its_words(tmp_path: Path) -> None:
     near = teaching("near", PIXELS, seed=2, architecture="cnn3@0.5", classes=4)
     tasks = [Task("a", 0, (0, 1, 2), (0, 3, 1)), Task("b", 1, (3, 0), (2, 1))]
     matter = Matter([far, near], tasks, 4, np.arange(48))
-    student = assemble(trunk_of(matter, level="task"), matter, (3, 1), 1, seed=0)
+    student = finished(assemble(trunk_of(matter, level="task"), matter, (3, 1), 1, seed=0))
     with torch.no_grad():
         student.train()(INPUTS)  # batch normalisation sees something
     save_model(tmp_path / "model.safetensors", student.eval())
@@ -223,7 +237,7 @@ def test_a_student_is_kept_and_built_again_by_its_words(tmp_path: Path) -> None:
     )
 
 
-BRANCH = {"task": "a", "block": 2, "architecture": NAME, "classes": [0, 1], "other": False, "filters": 1}
+BRANCH = {"task": "a", "block": 2, "architecture": NAME, "classes": [0, 1], "filters": 1}
 ABOUT = {"form": 1, "architecture": NAME, "channels": 1, "classes": 2, "branches": [BRANCH]}
 
 
@@ -274,10 +288,10 @@ def test_the_loss_of_branches_is_that_of_a_direct_computation() -> None:
     matter = Matter([one, many], tasks, 3, np.arange(48)[::-1].copy())
     ids = torch.tensor([4, 47, 20, 3])
     at = 47 - ids.numpy()
-    outputs = (torch.randn(4, 3), torch.randn(4, 2))
+    outputs = (torch.randn(4, 5), torch.randn(4, 2))
     told = BranchLoss(matter, "f")((torch.zeros(4, 3), outputs), ids)
     target = pooled(torch.from_numpy(one.answers[at]), (3, 1))
-    first = nn.functional.kl_div(outputs[0].log_softmax(1), target, reduction="batchmean", log_target=True)
+    first = nn.functional.kl_div(pooled(outputs[0], (0, 1)), target, reduction="batchmean", log_target=True)
     rows = torch.from_numpy(many.answers[at][:, [2, 0]]).sigmoid()
     known = torch.from_numpy(answered[at])
     assert 0 < int(known.sum()) < 4
@@ -319,11 +333,11 @@ def test_scores_may_learn_another_loss() -> None:
 
 @torch.no_grad()
 def test_the_baseline_is_a_network_with_a_head_a_task() -> None:
-    about = separate_heads(NAME, 1, 5, [("a", (0, 3), True), ("b", (1, 2, 4), False)])
+    about = separate_heads(NAME, 1, 5, [("a", (0, 3), 4), ("b", (1, 2, 4), 0)])
     student = FilteredStudent(about, 3).eval()
     parts = parameters(about)
     assert parts.filters == 0
-    assert parts.branches == (26 * 3 + 3, 26 * 3 + 3)
+    assert parts.branches == (26 * 6 + 6, 26 * 3 + 3)
     network = build(NAME, classes=1, channels=1, seed=3).eval()
     features = Blocks(network).run(INPUTS, 0, 3).relu().mean(dim=(2, 3))
     scores, outputs = student.branched(INPUTS)
@@ -341,7 +355,7 @@ def test_a_student_is_exported(tmp_path: Path) -> None:
         architecture=NAME,
         channels=1,
         classes=2,
-        branches=(BranchAbout(task="a", block=2, architecture=NAME, classes=(1, 0), other=True, filters=2),),
+        branches=(BranchAbout(task="a", block=2, architecture=NAME, classes=(1, 0), others=1, filters=2),),
     )
     student = FilteredStudent(about, 0).eval()
     program = torch.export.export(student, (INPUTS[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
