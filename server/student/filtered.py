@@ -38,7 +38,7 @@ from consilience.server.student.filtered_student import (
 )
 from consilience.server.student.filtered_tasks import Matter
 from consilience.server.student.kept import keep, kept
-from consilience.server.student.tails import RemoteTail
+from consilience.server.student.remote_tail import RemoteTail
 
 OnEpoch = Callable[[EpochRecord], None]
 

@@ -14,7 +14,8 @@ from torch import nn
 from consilience.common.nets.blocks import Blocks
 from consilience.common.preprocessing import preprocess
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher
-from consilience.server.student.tails import LocalTail, RemoteTail
+from consilience.server.student.remote_tail import RemoteTail
+from consilience.server.student.tails import LocalTail
 from helpers.feature_answers import PLAIN, log_probs, teacher
 
 Floats = NDArray[np.float32]

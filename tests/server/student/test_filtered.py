@@ -19,7 +19,7 @@ from consilience.common.settings.filtered import Filtered
 from consilience.server.student.filtered import FilteredLesson, Rows, held_out, samples_asked
 from consilience.server.student.filtered_student import Branch, parameters
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher
-from consilience.server.student.tails import RemoteTail
+from consilience.server.student.remote_tail import RemoteTail
 from helpers.feature_answers import PLAIN, images
 from helpers.filtered import everything, teaching
 

@@ -26,7 +26,7 @@ from consilience.server.student.filtered_blocks import (
     train_blocks,
 )
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher
-from consilience.server.student.tails import RemoteTail
+from consilience.server.student.remote_tail import RemoteTail
 from helpers.feature_answers import PLAIN, images, log_probs, teacher
 from helpers.filtered import StandIn, everything, local, teaching
 
@@ -305,6 +305,18 @@ def test_what_a_remote_tail_is_asked(tmp_path: Path) -> None:
     assert (tail.spent.rounds, tail.spent.samples) == (54, 54 * 16)
     trained(matter, tmp_path)
     assert tail.spent.rounds == 54  # done before
+
+
+def test_a_site_is_asked_once_for_all_of_its_tasks() -> None:
+    east = teaching("east", PIXELS, multi=True, remote=True, classes=4)
+    tasks = [Task("a", 0, (0, 1), (0, 1)), Task("b", 0, (3,), (2,)), Task("c", 0, (2,), (3,))]
+    matter = Matter([east], tasks, 4, np.arange(48))
+    stage = Stage(trunk_of(matter, level="task"), [2])
+    ids = torch.arange(16)
+    torch.autograd.backward(BlockLoss(stage, matter, "f", 0)(stage(INPUTS[ids]), ids).total)
+    assert isinstance(east.tail, RemoteTail)
+    assert (east.tail.spent.rounds, east.tail.spent.samples) == (2, 6 * 16)
+    assert all(parameter.grad is not None for parameter in stage.filters.parameters())
 
 
 def test_a_tail_that_answers_another_shape_ends_the_training() -> None:

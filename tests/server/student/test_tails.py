@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from consilience.common.errors import ProtocolError, StudentError
 from consilience.common.nets.blocks import Blocks, export_tail, frozen, rebuild_tail
-from consilience.server.student.tails import LocalTail, RemoteTail, TeacherTail, need_one_layout, through
+from consilience.server.student.remote_tail import RemoteTail
+from consilience.server.student.tails import LocalTail, TeacherTail, need_one_layout, through
 from helpers.feature_answers import teacher
 from helpers.filtered import Floats, StandIn, local
 
@@ -147,6 +148,26 @@ def test_outputs_that_no_loss_uses_are_not_pulled_back() -> None:
     torch.autograd.backward(outputs[1].sum())
     assert [kind for kind, *_ in site.asked] == ["outputs"]
     assert [kind for kind, *_ in other.asked] == ["outputs", "vjp"]
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_tail_given_twice_is_asked_once(learning: bool) -> None:
+    network = teacher("cnn3@0.2", 1)
+    site, other = StandIn(network), StandIn(teacher("cnn3@0.2", 2))
+    tails = [site.remote("a"), other.remote("b")]
+    given = [features(network, 1, count).requires_grad_() for count in (2, 3, 1)]
+    order = [tails[0], tails[1], tails[0]]
+    with torch.set_grad_enabled(learning):
+        outputs = through(order, 1, given)
+    assert site.asked == [("outputs", 1, 3)]
+    for tail, each, told in zip(order, given, outputs, strict=True):
+        assert torch.allclose(told, tail.outputs(1, each), atol=1e-5)
+    if learning:
+        torch.autograd.backward(sum((loss(each) for each in outputs), start=torch.zeros(())))
+        assert [kind for kind, *_ in site.asked].count("vjp") == 1
+        for tail, each in zip(order, given, strict=True):
+            assert each.grad is not None
+            assert torch.allclose(each.grad, gradient(tail, 1, each.detach())[1], atol=1e-5)
 
 
 def test_sites_are_asked_at_the_same_time() -> None:
