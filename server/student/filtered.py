@@ -195,7 +195,9 @@ class FilteredLesson:
                 "filters": parts.filters,
                 "branches": sum(parts.branches),
                 "total": parts.total,
+                "learning": parameters(student.about).total,
             },
+            # of this process alone: what an interrupted one asked, its transport knows
             "asked": {
                 tail.site: asdict(tail.spent)
                 for tail in (teacher.tail for teacher in matter.teachers)

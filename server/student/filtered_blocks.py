@@ -94,11 +94,11 @@ class FilteredTrunk(nn.Module):
         """Raises `StudentError` for a network that cannot be cut, and for teachers of another layout."""
         super().__init__()
         blocks = Blocks(network)
-        need_one_layout(blocks.taps, architecture, [teacher.tail for teacher in matter.teachers])
+        asked = [teacher.tail for at, teacher in enumerate(matter.teachers) if matter.tasks_of(at)]
+        need_one_layout(blocks.taps, architecture, asked)
         self.architecture, self.taps = architecture, blocks.taps
         self.units = nn.ModuleList(list(blocks.units)[:-1])
-        used = [teacher.tail.first for at, teacher in enumerate(matter.teachers) if matter.tasks_of(at)]
-        self.stages = tuple(range(min(used), len(self.units) + 1))
+        self.stages = tuple(range(min(tail.first for tail in asked), len(self.units) + 1))
         with seeded(derive(seed, "filters")):
             made = [Filters(self.taps[block - 1].channels, block, matter, level) for block in self.stages]
         self.filters = nn.ModuleList(made)

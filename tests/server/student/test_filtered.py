@@ -62,6 +62,9 @@ def test_what_the_report_tells(tmp_path: Path) -> None:
         assert all(each > 0 for each in branch["agreement"].values())
     parts = parameters(student.about)
     assert told["parameters"]["total"] == parts.total == sum(each.numel() for each in student.parameters())
+    # one output for the class of the first teacher that nobody wants, two of the second's
+    widths = [each.blocks.head.in_features + 1 for each in student.branches if isinstance(each, Branch)]
+    assert told["parameters"]["learning"] - parts.total == widths[0] + 2 * widths[1]
     assert [branch["parameters"] for branch in told["branches"]] == list(parts.branches)
     spent = told["asked"]["far"]
     assert set(told["asked"]) == {"far"}

@@ -92,7 +92,8 @@ def test_filters_of_tasks_come_after_the_teachers() -> None:
 
 
 def test_a_teacher_of_whom_nothing_is_wanted_has_no_filter() -> None:
-    teachers = [teaching("east", PIXELS), teaching("west", PIXELS, seed=2, first=2)]
+    other = teaching("north", PIXELS, architecture="resnet8@0.3")  # of another layout, which does not matter
+    teachers = [teaching("east", PIXELS), teaching("west", PIXELS, seed=2, first=2), other]
     matter = Matter(teachers, [Task("t", 1, (0, 1), (0, 1))], 2, np.arange(48))
     trunk = trunk_of(matter)
     assert trunk.stages == (2, 3)
