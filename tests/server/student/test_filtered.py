@@ -163,6 +163,21 @@ def test_an_interrupted_lesson_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: 
     assert all(torch.equal(held, student.state_dict()[name]) for name, held in expected.state_dict().items())
 
 
+def test_what_was_measured_once_is_not_asked_again(tmp_path: Path) -> None:
+    seen = []
+
+    def stop(record: Any) -> None:
+        seen.append(record)
+        if len(seen) == 7:  # all blocks are done, and the branches chosen
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        lesson(matter=matter(remote=True)).teach(PIXELS, tmp_path, CPU, on_epoch=stop)
+    again = matter(remote=True)
+    _, _, told = lesson(matter=again).teach(PIXELS, tmp_path, CPU)
+    assert told["asked"]["far"] == {"rounds": 0, "samples": 0, "sent": 0, "received": 0}
+
+
 def test_lessons_are_told_apart() -> None:
     found = [
         lesson().fingerprint,
