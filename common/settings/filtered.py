@@ -1,0 +1,38 @@
+"""job.yaml: how a student of chosen tasks is made by filtered amalgamation.
+
+Does not live here: what of it needs a site's blocks (policy), the training of the whole student (`student.fit`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from consilience.common.settings.base import Settings
+
+
+class Filtered(Settings):
+    """Filtered amalgamation (Ye et al., IJCAI 2019): a shared trunk, filters, and branches made of teachers' blocks."""
+
+    epochs: int = Field(default=10, ge=1, le=10_000)
+    """Of each block's own training."""
+    learning_rate: float = Field(default=0.05, gt=0, le=10)
+    """Of each block's own training."""
+    order: Literal["in-turn", "sampled"] = "in-turn"
+    """Blocks one after another, each on top of those before it, or all at once: each step trains a block that is
+    drawn, for as many epochs in all."""
+    filters: Literal["teacher", "task"] = "teacher"
+    """One filter for each teacher, or a second one for each of its tasks."""
+    branches: Literal["teacher", "random"] = "teacher"
+    """What branches begin with: the weights of the teachers' blocks, where these are lent, or random ones."""
+    held_out: float = Field(default=0.1, gt=0, le=0.5)
+    """Share of the pool, drawn by the seed, that chooses where branches leave the trunk. It is learnt from afterwards,
+    when the whole student is trained."""
+    hard: bool = False
+    """Whether labels that do not exclude one another are learnt as yes or no, as in the authors' code, and not as
+    likely as the teachers hold them."""
+    joint: bool = True
+    """Whether trunk, filters and branches are trained together at the end, by `student.fit`."""
+    target: Literal["teachers", "unified"] = "teachers"
+    """What they learn then: each branch its teacher's answers, or the scores together the unified labels."""
