@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from composed import ATTRIBUTES, compose
 from hypothesis import given
 from hypothesis import strategies as st
+
+from helpers.composing import ATTRIBUTES, compose
 
 SIDE = 5
 

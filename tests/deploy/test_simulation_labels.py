@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import Result
-from composed import compose
 from PIL import Image
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.app import forget_sites
 from consilience.common.files import read_json
+from helpers.composing import compose
 
 NAMES = ("bar", "dot", "row", "spot")
 
