@@ -32,7 +32,7 @@ from consilience.common.errors import StudentError
 from consilience.common.moments import Features
 from consilience.common.nets.taps import Unit, units
 from consilience.server.student.autoencoder import MOMENTUM, Affine, check_again
-from consilience.server.student.folding import fold
+from consilience.server.student.folding import count, fold
 from consilience.server.student.kept import keep, kept
 
 Blocks = Iterable[tuple[Features, Features | NDArray[np.int64]]]
@@ -103,7 +103,7 @@ def train_layer(
 ) -> list[float]:
     """Train `layer` on `blocks`, read once an epoch; return each epoch's mean loss, in the blocks' order.
 
-    Each block is one step on 1/2 |estimate - target|^2, summed over channels, mean over samples and positions. The
+    They are read once more for the statistics of batch normalisation, which in training are moving averages. Each block is one step on 1/2 |estimate - target|^2, summed over channels, mean over samples and positions. The
     layer is left on `device` (the CPU when None) in evaluation mode. Raises `StudentError` for blocks that can be read
     only once or hold no sample, for a target that the layer does not fit, and when the loss or a weight is no longer
     finite; each names the layer. Raises `CancelledError` at the next epoch once `stop` is set.
@@ -125,7 +125,7 @@ def train_layer(
             optimizer.step()
             total, steps = total + loss.detach(), steps + 1
         losses.append(_epoch_loss(layer, total, steps, f"epoch {epoch + 1} of {schedule.epochs}", schedule))
-    layer.eval()
+    count(layer, (given for given, _ in blocks))
     return losses
 
 
