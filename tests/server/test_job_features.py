@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import RecordDict
 
 from consilience.common.data import from_arrays
-from consilience.common.errors import ConsilienceError, SettingsError, StudentError
+from consilience.common.errors import AskingError, ConsilienceError, SettingsError, StudentError
 from consilience.common.files import read_json
 from consilience.common.identity import make_key
 from consilience.common.nets import EpochRecord, loop, precision
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import TapCard
+from consilience.common.protocol import Answer, Question, TapCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.job import Job
@@ -246,6 +247,54 @@ def test_the_target_is_unified_or_the_sites_scores_side_by_side(home: Path, repo
             said = any("says nothing about the odds between components" in line for line in report["warnings"])
             assert said == (target == "concatenated")
         assert weights(home, f"{field}-unified") != weights(home, f"{field}-concatenated")
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda data: b"\x00\x7e" * (len(data) // 2), "row 0 has a value that is not finite or too large"),
+        (lambda data: data[: len(data) // 2], "bytes; allowed: "),
+    ],
+    ids=["NaN", "half of each row"],
+)
+def test_features_that_are_none_leave_the_site_by_its_labels_or_stop_the_job_with_its_name(
+    home: Path, reporter: Reporter, spoil: Any, reason: str, learning: str
+) -> None:
+    """As from a site that changes a tap's shape, or whose classifier fails, in the middle of a job."""
+    sites = sites_of(CHAIN, LAYERS, LAYERED)
+    whole = sites.handlers["west"]
+
+    def spoilt(question: Question, attempt: int) -> RecordDict:
+        told = whole(question, attempt)
+        if question.kind != "features" or question.start < 16:
+            return told
+        answer = Answer.from_content(told, question)
+        return Answer(question, spoil(answer.data), answer.seconds).to_content()
+
+    sites.handlers["west"] = spoilt
+    spaces: dict[str, Any] = {"common_feature": {"spaces": [{"width": 4}]}}
+    with pytest.raises(AskingError, match=rf"west lacks .*{reason}.* Mend those sites"):
+        do(home, sites, reporter, learning, run="all", **spaces)
+    report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
+    assert any("Site west: features of" in line for line in report["warnings"])
+    told = report["amalgamation"]
+    assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+
+
+def test_three_sites_are_amalgamated_one_after_another_and_by_descent(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(LAYERS, tuple(CHAIN))
+    kept = {}
+    for run, ways in {"best": {}, "order": {"order": "incremental"}, "descent": {"autoencoder": "descent"}}.items():
+        chosen = {"layer_wise": {**ways, "joint": False, "epochs": 20}}
+        report = do(home, sites_of(CHAIN, LAYERS, cards), reporter, "layer-wise", run=run, **chosen)
+        layers = report["amalgamation"]["layers"][:-1]
+        assert [len(layer["channels"]) for layer in layers] == [3, 3, 3]
+        kept[run] = [layer["explained"] for layer in layers]
+    for run, least in (("order", 0.99), ("descent", 0.9)):
+        pairs = list(zip(kept[run], kept["best"], strict=True))
+        assert all(least * best < found <= best + 1e-9 for found, best in pairs)
+        assert any(found < best - 1e-6 for found, best in pairs)
 
 
 def test_without_the_joint_phase_the_layers_are_the_student(home: Path, reporter: Reporter) -> None:

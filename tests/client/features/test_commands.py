@@ -172,7 +172,7 @@ def test_explain_says_why_features_would_be_refused(file: Path) -> None:
     make_settings(file.parent, {"penultimate": {}}, features={"bytes": 256 * SIZE - 1})
     wanted = job(file, learning="common-feature")
     assert (
-        "more bytes of features than the site's policy allows (job clothes: 12,800"
+        "policy.features.bytes and bytes_lifetime (job clothes: 12,800"
         in (call("explain", wanted, file)["refusal"])
     )
     make_settings(file.parent, {"penultimate": {}})

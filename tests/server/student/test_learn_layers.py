@@ -123,6 +123,15 @@ def test_a_student_of_equal_teachers_learns_their_scores(tmp_path: Path) -> None
     assert all(each["losses"][-1] < 0.5 * each["losses"][0] for each in shown)
 
 
+LEAST = {
+    ("principal", "direct"): 1 - 1e-9,
+    ("principal", "incremental"): 0.97,
+    ("descent", "direct"): 0.95,
+    ("descent", "incremental"): 0.9,
+}
+"""Of the best share of variance, what each way keeps at least."""
+
+
 @pytest.mark.parametrize("autoencoder", ["principal", "descent"])
 @pytest.mark.parametrize("order", ["direct", "incremental"])
 def test_every_way_of_amalgamating_keeps_variance_and_none_more_than_direct_principal(
@@ -131,7 +140,8 @@ def test_every_way_of_amalgamating_keeps_variance_and_none_more_than_direct_prin
     taps = told(tmp_path, three())[1]
     best = how(taps, 5)
     found = how(taps, 5, autoencoder=autoencoder, order=order, epochs=30)
-    assert 0.3 < found.explained <= best.explained + 1e-9
+    least = LEAST[autoencoder, order]
+    assert least * best.explained < found.explained <= best.explained + 1e-9
     assert found.encoder.weight.shape == (5, 18)
     values = taps.features(IDS)
     mapped = found(IDS).transpose(0, 2, 3, 1).reshape(-1, 5).astype(np.float64)
