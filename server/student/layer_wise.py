@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
 from consilience.common.moments import Features
+from consilience.common.nets.optimizers import plain
 from consilience.common.nets.taps import Unit, units
 from consilience.server.student.autoencoder import MOMENTUM, Affine, check_again
 from consilience.server.student.folding import count, fold
@@ -103,14 +104,15 @@ def train_layer(
 ) -> list[float]:
     """Train `layer` on `blocks`, read once an epoch; return each epoch's mean loss, in the blocks' order.
 
-    They are read once more for the statistics of batch normalisation, which in training are moving averages. Each block is one step on 1/2 |estimate - target|^2, summed over channels, mean over samples and positions. The
-    layer is left on `device` (the CPU when None) in evaluation mode. Raises `StudentError` for blocks that can be read
-    only once or hold no sample, for a target that the layer does not fit, and when the loss or a weight is no longer
-    finite; each names the layer. Raises `CancelledError` at the next epoch once `stop` is set.
+    They are read once more for the statistics of batch normalisation, which in training are moving averages. Each
+    block is one step on 1/2 |estimate - target|^2, summed over channels, mean over samples and positions. The layer is
+    left on `device` (the CPU when None) in evaluation mode. Raises `StudentError` for blocks that can be read only once
+    or hold no sample, for a target that the layer does not fit, and when the loss or a weight is no longer finite; each
+    names the layer. Raises `CancelledError` at the next epoch once `stop` is set.
     """
     check_again(blocks)
     layer.to(device or torch.device("cpu")).train()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=schedule.learning_rate, momentum=MOMENTUM)
+    optimizer = plain(torch.optim.SGD)(layer.parameters(), lr=schedule.learning_rate, momentum=MOMENTUM)
     losses = []
     for epoch in range(schedule.epochs):
         if stop is not None and stop.is_set():

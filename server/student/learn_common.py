@@ -72,6 +72,11 @@ class Space:
         return min(shape[1] for shape in self._shapes), min(shape[2] for shape in self._shapes)
 
     @property
+    def averaged(self) -> bool:
+        """Whether maps larger than another's are averaged down though no size was asked for."""
+        return self.size is None and not self.vectors and len({shape[1:] for shape in self._shapes}) > 1
+
+    @property
     def _shapes(self) -> list[tuple[int, ...]]:
         return [self.student_shape, *(tap.card.shape for tap in self.taps)]
 
@@ -216,6 +221,7 @@ def told_of(
                 "sites": {tap.site: tap.card.name for tap in space.taps},
                 "width": common.width,
                 "size": space.meeting,
+                "averaged": space.averaged,
                 "missed": missed if len(places) else {},
                 "samples": len(places),
                 "picture": picture(joined),

@@ -16,6 +16,7 @@ from consilience.common.errors import AskingError, ConsilienceError, SettingsErr
 from consilience.common.files import read_json
 from consilience.common.identity import make_key
 from consilience.common.nets import EpochRecord, loop, precision
+from consilience.common.pages.numbers import size
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question, TapCard
@@ -249,6 +250,22 @@ def test_the_target_is_unified_or_the_sites_scores_side_by_side(home: Path, repo
         assert weights(home, f"{field}-unified") != weights(home, f"{field}-concatenated")
 
 
+def test_what_a_job_will_bring_is_said_before_it_is_asked_for(home: Path) -> None:
+    sites, said = sites_of(CHAIN, LAYERS, LAYERED), list[tuple[str, int]]()
+
+    class Heard(Reporter):
+        def say(self, line: str) -> None:
+            said.append((line, len(sites.asked_features)))
+
+    with Heard(quiet=True) as reporter:
+        do(home, sites, reporter, "layer-wise", layer_wise={"joint": False})
+    ((line, asked),) = [each for each in said if each[0].startswith("Features of")]
+    west = sum(card.values for card in LAYERED["west"])
+    each = [f"{size(2 * SAMPLES * values)} from site {name}" for name, values in (("east", EAST), ("west", west))]
+    assert line == f"Features of 48 samples: {', '.join(each)}; {size(2 * SAMPLES * (EAST + west))} in all"
+    assert not asked
+
+
 @pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
 @pytest.mark.parametrize(
     ("spoil", "reason"),
@@ -441,12 +458,10 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         r"ask.feature_bytes' is .*; site east declares",
     ),
     "too many channels together": (
-        changed(
-            changed(LAYERED, "east", channels=16_384, shape=(16_384, 16, 16)), "west", channels=1, shape=(1, 16, 16)
-        ),
+        changed(changed(LAYERED, "east", channels=4_096, shape=(4_096, 16, 16)), "west", channels=1, shape=(1, 16, 16)),
         "layer-wise",
         {},
-        r"the sites have 16384 \+ 1 channels at layer1; allowed are 16,384 together",
+        r"the sites have 4096 \+ 1 channels at layer1; allowed are 4,096 together",
     ),
     "a size of vectors": (
         cards_of(LAYERS, ("east", "west"), ["layer2", "penultimate"]),

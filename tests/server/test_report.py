@@ -818,6 +818,7 @@ class TestAmalgamation:
             "sites": {"s00": "layer2", "s02": "penultimate"},
             "width": 16,
             "size": [4, 4],
+            "averaged": True,
             "missed": {"s00": 0.125, "s02": 0.25},
             "samples": 9,
             "picture": {"points": {"student": [[0, 1]], f"site {EVIL}": [[1, 1]]}, "shown": [1, 0]},
@@ -830,5 +831,9 @@ class TestAmalgamation:
         for part in ("In common at the student’s layer3: maps of 4×4 with 16 channels", "12.5 %", "side by side"):
             assert part in text, part
         assert "distance in common: 0.500 at the end" in text
+        warned = "averaged down to 4×4, the smallest; student.common_feature.spaces.0.size asks for another."
+        assert warned in text
+        asked = {**told, "spaces": [{**space, "averaged": False}]}
+        assert warned not in words(replace(findings, amalgamation=asked))
         page(findings)
         assert EVIL not in render_html(findings, report_dict(findings))
