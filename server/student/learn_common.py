@@ -6,8 +6,8 @@ soft-target term (soft_labels, scores).
 
 Features of a site count in units of their own root mean square, so that a term weighs the same however large a
 teacher's features are. A sample that a site told nothing of has no part in that site's terms; it has one in the
-others'. The networks of a space are normalised by batch: the paper trains them without, by Adam; under the loop's
-gradient descent they then diverge, or the common space collapses to a point.
+others'. The networks of a space are normalised by batch, as in the authors' later code: the paper trains them without,
+by Adam, and the loop trains by gradient descent.
 """
 
 from __future__ import annotations
