@@ -4,8 +4,8 @@ Met where vectors meet, missed where maps do; the exit status is that of vectors
 
 Labels: soft labels as in benchmarks/student.py. Common features: the same, and a common space with two sites' features,
 read row by row from their stores: of `penultimate`, vectors of 128 values at the sites, and of the last maps, 64
-channels of 8 x 8, whose networks convolve. The same images, order and loop, in f32; an epoch of each
-in turn, the order changing. A step's seconds are those of the epoch's record, over its steps.
+channels of 8 x 8, whose networks convolve. The same images, order and loop, in f32; an epoch of each in turn, the order
+changing. A step's seconds are those of the epoch's record, over its steps.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from consilience.common.nets import build
 from consilience.common.preprocessing import preprocess
 from consilience.common.protocol import ComponentsCard
 from consilience.common.settings import LayerWise
-from consilience.server.student import learn_layers, site_taps
+from consilience.server.student import layer_wise, learn_layers, site_taps
 from consilience.server.student.autoencoder import Affine
 from consilience.server.student.folding import fold
 from consilience.server.student.layer_wise import join, layers
@@ -195,6 +195,36 @@ def test_principal_components_stand_for_the_channels_that_they_came_from(tmp_pat
     expected = np.einsum("kc,nkhw->nchw", directions, components) + mean[:, None, None]
     np.testing.assert_allclose(tap.channels(IDS), expected, atol=4e-3)
     assert LayerTaps("layer2", (tap,)).channels == [6]
+
+
+def test_a_training_killed_within_a_layer_goes_on_from_its_last_epoch_to_the_same_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_wise, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    networks = two()
+    taps = told(tmp_path, networks)
+    whole, done = student(), list[str]()
+    shown = lesson(taps, networks, epochs=4).teach(whole, PIXELS, tmp_path / "whole", CPU)
+    real, left = layer_wise._epoch_loss, 6
+
+    def counted(layer: Any, total: Any, steps: int, when: str, schedule: Any) -> float:
+        done.append(when)
+        if len(done) > left:
+            raise KeyboardInterrupt
+        return real(layer, total, steps, when, schedule)
+
+    monkeypatch.setattr(layer_wise, "_epoch_loss", counted)
+    with pytest.raises(KeyboardInterrupt):
+        lesson(taps, networks, epochs=4).teach(student(), PIXELS, tmp_path / "cut", CPU)
+    assert done[left] == "epoch 3 of 4"
+    left = 100
+    done.clear()
+    made = student()
+    again = lesson(taps, networks, epochs=4).teach(made, PIXELS, tmp_path / "cut", CPU)
+    assert len(done) == 4 * 4 - 6, "of the second layer two epochs are not done again"
+    assert again == shown
+    assert all(torch.equal(held, made.state_dict()[name]) for name, held in whole.state_dict().items())
+    assert not list((tmp_path / "cut").glob("*under-way*"))
 
 
 def test_a_killed_training_goes_on_after_the_last_layer_to_the_same_student(
