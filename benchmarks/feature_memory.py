@@ -2,7 +2,7 @@
 
 One tap of 256 values a site, f16, random; images of 32x32x3. Measured is the largest resident size of a process of its
 own that does a job's stages from unification on (unify, learn by common features, publish) with the answers of the
-sites on disk, as after asking; what makes them is not measured. Numpy, torch and all that the server imports count.
+sites on disk, as after asking: receiving them is not measured. Numpy, torch and all that the server imports count.
 """
 
 from __future__ import annotations

@@ -246,4 +246,7 @@ def check_bytes(policy: Policy, ledger: Ledger, job: str, features: int) -> None
             raise RefusedError("too-many-bytes", _TOO_MANY_BYTES, f"{detail}; policy.features says how many may leave")
 
 
-_TOO_MANY_BYTES = "the job asks for more bytes of features than the site's policy allows"
+_TOO_MANY_BYTES = (
+    "the job asks for more bytes of features than the site's policy allows: set ask.features to u8, take fewer taps, "
+    "or a smaller pool; or have that site let them leave smaller, or raise policy.features.bytes and bytes_lifetime"
+)

@@ -280,6 +280,8 @@ def enrol(
         contract = RunContract.build(settings, sites, pools)
         if taps is not None:
             taps.check_all(contract.sites)
+            if announced := taps.announced(contract.sites):
+                reporter.say(announced)
         asked = {node: card for node, card in cards.items() if card.name not in done}
         job_key = None if unsealing is None else unsealing.key()  # now: sites may have been long in coming
         contracts = {

@@ -72,6 +72,13 @@ def amalgamation_warnings(findings: Findings) -> list[str]:
                 f"At {layer['tap']} the amalgamated features keep {percent(layer['explained'])} of the variance of the "
                 "sites': a wider student would keep more."
             )
+    for at, space in enumerate((findings.amalgamation or {}).get("spaces", ())):
+        if space["averaged"]:
+            found.append(
+                f"In common at the student's {space['student']}: maps of unequal size were averaged down to "
+                f"{'×'.join(map(str, space['size']))}, the smallest; "
+                f"student.common_feature.spaces.{at}.size asks for another."
+            )
     return found
 
 

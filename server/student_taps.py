@@ -12,12 +12,16 @@ from consilience.common.encoding import feature_bytes
 from consilience.common.errors import SettingsError, StudentError
 from consilience.common.nets.tapped import PENULTIMATE
 from consilience.common.nets.taps import Tap, one_layout
+from consilience.common.pages.numbers import listing, size
 from consilience.common.pool import Pool
-from consilience.common.protocol import MOST_CHANNELS, SiteCard, TapCard
+from consilience.common.protocol import SiteCard, TapCard
 from consilience.common.settings import CommonSpace, JobSettings
 from consilience.common.taps_asked import components_asked, tap_in, taps_asked
 from consilience.server.learning import build_student
 from consilience.server.student.own_taps import own_taps
+
+MOST_JOINED = 4_096
+"""Channels of a layer that are amalgamated together: a matrix of them squared is 134 MB, and several are held."""
 
 
 class StudentTaps:
@@ -31,9 +35,7 @@ class StudentTaps:
 
     def check(self, card: SiteCard) -> None:
         """Raise `SettingsError` where what a site tells cannot be joined with this student, or is too much."""
-        told, most = taps_asked(self._job, card), self._job.ask.feature_bytes
-        declared = self._samples * sum(feature_bytes(tap.values, self._job.ask.features) for tap in told)
-        declared += sum(tap.components.bytes for tap in components_asked(self._job, card) if tap.components is not None)
+        declared, most = self._declared(card), self._job.ask.feature_bytes
         if declared > most:
             raise SettingsError(
                 f"job.yaml: field 'ask.feature_bytes' is {most:,}; site {card.name} declares {declared:,} bytes of "
@@ -42,7 +44,13 @@ class StudentTaps:
                 "the disk has room",
             )
         if self._job.student.learning == "layer-wise" and card.features is not None:
-            self._check_layers(card.name, told)
+            self._check_layers(card.name, taps_asked(self._job, card))
+
+    def announced(self, cards: Sequence[SiteCard]) -> str:
+        """Say how many bytes of features each site is about to be asked for; empty where none is."""
+        declared = {card.name: held for card in cards if (held := self._declared(card))}
+        told = listing([f"{size(held)} from site {name}" for name, held in declared.items()])
+        return f"Features of {self._samples:,} samples: {told}; {size(sum(declared.values()))} in all" if told else ""
 
     def objection(self, card: SiteCard) -> str:
         """Say why a site's features do not fit; empty where they do."""
@@ -62,10 +70,10 @@ class StudentTaps:
         told = [{tap.name: tap.channels for tap in taps_asked(self._job, card)} for card in cards]
         for name, own in self.layouts.items():
             channels = [taps[name] for taps in told if name in taps]
-            if sum(channels) > MOST_CHANNELS:
+            if sum(channels) > MOST_JOINED:
                 raise SettingsError(
                     "job.yaml: field 'student.learning' is 'layer-wise'; the sites have "
-                    f"{' + '.join(map(str, channels))} channels at {name}; allowed are {MOST_CHANNELS:,} together",
+                    f"{' + '.join(map(str, channels))} channels at {name}; allowed are {MOST_JOINED:,} together",
                     hint="Take fewer sites, or set student.learning to common-feature",
                 )
             if channels and own.channels > sum(channels):
@@ -84,6 +92,12 @@ class StudentTaps:
             return PENULTIMATE
         maps = [name for name, shape in self.shapes.items() if len(shape) == 3 and shape[1] * shape[2] > 1]
         return maps[-1] if maps else list(self.shapes)[-1]
+
+    def _declared(self, card: SiteCard) -> int:
+        """Return the bytes of features and principal components that the job would take of a site."""
+        told, sent = taps_asked(self._job, card), components_asked(self._job, card)
+        bytes_of_all = self._samples * sum(feature_bytes(tap.values, self._job.ask.features) for tap in told)
+        return bytes_of_all + sum(tap.components.bytes for tap in sent if tap.components is not None)
 
     def _check_sizes(self, cards: Sequence[SiteCard]) -> None:
         """Raise `SettingsError` for a space of vectors with a size of maps."""

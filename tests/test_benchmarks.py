@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     "name",
     [
+        "amalgamation",
         "answer_encodings",
         "answering",
         "canaries",
@@ -60,3 +61,25 @@ def test_secure_sums_that_miss_a_bar_are_told(monkeypatch: pytest.MonkeyPatch) -
     for worse in ({"median_seconds": 4.1}, {"bytes": 3.1}, {"largest_difference": float("nan")}, {"same_arg_max": 0.9}):
         (told,) = missed({**paths, "secure, 3 lost": {**good, **worse}})
         assert told.startswith("secure, 3 lost: ")
+
+
+def test_the_rate_of_a_method_is_one_that_its_student_learns_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a method does not use nothing changes with the rate, nor does anything but rates."""
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("amalgamation")
+    for scenario in made.SCENARIOS.values():
+        told = {}
+        for method in scenario.methods:
+            slow, fast = (made.student(scenario, method, rate) for rate in made.RATES)
+            settings, layers = slow.model_dump(mode="json"), slow.learning == "layer-wise" and slow.layer_wise.layers
+            if slow.learning != "layer-wise" or slow.layer_wise.joint:
+                assert (slow.fit.learning_rate, fast.fit.learning_rate) == made.RATES
+            if layers:
+                assert slow.layer_wise.learning_rate / fast.layer_wise.learning_rate == pytest.approx(
+                    made.RATES[0] / made.RATES[1]
+                )
+            assert fast.model_copy(update={"fit": slow.fit, "layer_wise": slow.layer_wise}) == slow
+            epochs = slow.fit.epochs if slow.learning != "layer-wise" or slow.layer_wise.joint else 0
+            assert epochs + (slow.layer_wise.epochs if layers else 0) == scenario.epochs
+            told[method] = settings
+        assert len({json.dumps(each, sort_keys=True) for each in told.values()}) == len(scenario.methods)

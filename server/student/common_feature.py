@@ -65,8 +65,7 @@ class CommonFeature(nn.Module):
     are larger (adaptive pooling), interpolated where they are smaller (bilinear), each direction by itself; None for
     maps that have one size already. With `vectors` features are (n, C) and convolutions are linear layers. With
     `normalise` batch normalisation comes before every activation, as in the authors' later code: the paper's networks
-    have none, and gradient descent at the rates of a student makes them diverge. Weights depend on the arguments alone
-    (`seed`); He et al. (ICCV 2015), no biases.
+    have none. Weights depend on the arguments alone (`seed`); He et al. (ICCV 2015), no biases.
     """
 
     def __init__(

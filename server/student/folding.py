@@ -1,8 +1,8 @@
 """Putting an affine map of channels into the layers before it, exactly (Shen et al., AAAI 2019; methods.md 1.3).
 
 Lives here: folding A x + a into a convolution, a linear layer or a residual block, with batch normalisation or
-without, and giving batch normalisation new statistics without another function. Does not live here: where the map
-comes from (layer_wise).
+without, and giving batch normalisation exact statistics, with or without another function. Does not live here: where
+the map comes from (layer_wise).
 
     W' = A W,   b' = A b + a        A mixes output channels, so stride, padding and dilation do not matter
 
@@ -15,7 +15,8 @@ statistics and undo that: `settle` gives it those of data first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -60,6 +61,26 @@ def fold(adapter: Affine, layers: nn.Sequential | Unit) -> None:
 
 
 @torch.no_grad()
+def count(network: nn.Module, inputs: Iterable[Features]) -> None:
+    """Give each `BatchNorm2d` of `network` the mean and variance of what it was given over `inputs`, read once.
+
+    Training leaves moving averages over steps in which weights moved; of few steps these are far from any of them. The
+    network computes in training mode, each block normalised by its own statistics, as it was trained, and is left in
+    evaluation mode. `inputs` are blocks (b, C, H, W) floating, as the network takes them; none is read where nothing is
+    normalised. Where there are no samples, statistics stay.
+    """
+    with _counted(network) as found:
+        if found:
+            network.train()
+            _through(network, inputs)
+    network.eval()
+    for norm, each in found:
+        samples, mean, variance = each.found()
+        if samples:
+            _write(norm, mean, variance)
+
+
+@torch.no_grad()
 def settle(network: nn.Module, images: Iterable[Features]) -> None:
     """Give each `BatchNorm2d` of `network` the statistics of its inputs over `images`; in evaluation nothing changes.
 
@@ -68,29 +89,39 @@ def settle(network: nn.Module, images: Iterable[Features]) -> None:
     floating, normalised, read once. The network is left in evaluation mode. Raises `StudentError` when there are no
     images, and for batch normalisation without gamma and beta.
     """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    sums = [_Sums(norm.num_features) for norm in norms]
-    hooks = [norm.register_forward_pre_hook(each.hook) for norm, each in zip(norms, sums, strict=True)]
-    parameter = next(network.parameters())
     network.eval()
-    try:
-        for block in images:
-            if len(block):
-                network(torch.tensor(block).to(parameter))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for norm, each in zip(norms, sums, strict=True):
-        count, mean, variance = each.found()
-        if not count or not norm.affine:
+    with _counted(network) as found:
+        _through(network, images)
+    for norm, each in found:
+        samples, mean, variance = each.found()
+        if not samples or not norm.affine:
             raise StudentError(
                 "Batch normalisation cannot be given other statistics: "
-                + ("it has no weight and bias" if count else "there are no images"),
-                hint="Use one of our architectures" if count else "Give at least one image",
+                + ("it has no weight and bias" if samples else "there are no images"),
+                hint="Use one of our architectures" if samples else "Give at least one image",
             )
         scale, shift = _as_map(norm)
         gamma = scale * np.sqrt(variance + norm.eps)
         _write(norm, mean, variance, gamma, shift + scale * mean)
+
+
+@contextmanager
+def _counted(network: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, _Sums]]]:
+    """Yield each `BatchNorm2d` of `network` with the sums of all that it is given meanwhile."""
+    found = [(norm, _Sums(norm.num_features)) for norm in network.modules() if isinstance(norm, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(each.hook) for norm, each in found]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _through(network: nn.Module, inputs: Iterable[Features]) -> None:
+    parameter = next(network.parameters())
+    for block in inputs:
+        if len(block):
+            network(torch.tensor(block).to(parameter))
 
 
 class _Sums:
@@ -175,8 +206,8 @@ def _as_map(norm: _Norm) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 @torch.no_grad()
 def _write(norm: _Norm, *parts: NDArray[np.float64]) -> None:
-    """Put mean, variance, gamma and beta (C,) into `norm`; the last two where it has them."""
-    for tensor, part in zip((norm.running_mean, norm.running_var, norm.weight, norm.bias), parts, strict=True):
+    """Put mean and variance (C,) into `norm`, and where they are given and it has them, gamma and beta."""
+    for tensor, part in zip((norm.running_mean, norm.running_var, norm.weight, norm.bias), parts, strict=False):
         if tensor is not None:
             tensor.copy_(torch.from_numpy(part))
 

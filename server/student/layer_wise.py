@@ -1,8 +1,9 @@
 """Layer-wise parameter learning (Shen et al., AAAI 2019; methods.md 1.3): the student's layers, each by itself.
 
 Lives here: one layer's problem, its training, and making one network of the layers. Does not live here: amalgamated
-features (amalgamate), folding (folding) and the joint phase after it, which is the training loop under a loss of
-soft_labels or scores.
+features (amalgamate), folding (folding) and the joint phase after it, which is the training loop (common/nets/loop)
+under a loss of soft_labels or scores. That loop does not train a layer: it takes images of one size in bytes and a
+network that gives scores, a layer takes stored features, amalgamated a block at a time. Checkpoints are the loop's.
 
     Fhat_a^l = layer_l(pool(activation(FAM^{l-1}(F_a^{l-1}))))      L = 1/2 |Fhat_a^l - F_a^l|^2
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -30,15 +32,22 @@ from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
 from consilience.common.moments import Features
+from consilience.common.nets import checkpoint
+from consilience.common.nets.checkpoint import EpochRecord
+from consilience.common.nets.optimizers import plain
 from consilience.common.nets.taps import Unit, units
 from consilience.server.student.autoencoder import MOMENTUM, Affine, check_again
-from consilience.server.student.folding import fold
+from consilience.server.student.folding import count, fold
 from consilience.server.student.kept import keep, kept
+
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+"""What a crash may cost a layer, at most, beside the epoch it falls into."""
 
 Blocks = Iterable[tuple[Features, Features | NDArray[np.int64]]]
 """Re-iterable pairs of a layer's input (b, C, H, W) and target (b, C', H', W') or, for the scores, (b, L); floating.
 
-Where a schedule brings a loss, what it takes stands in place of the target, such as the samples' ids (b,)."""
+Each call of `iter` counts as a reading, whether it is read on or not. Where a schedule brings a loss, what it takes
+stands in place of the target, such as the samples' ids (b,)."""
 
 
 @dataclass(frozen=True)
@@ -100,33 +109,47 @@ def train_layer(
     *,
     device: torch.device | None = None,
     stop: threading.Event | None = None,
+    path: Path | None = None,
+    key: str = "",
 ) -> list[float]:
     """Train `layer` on `blocks`, read once an epoch; return each epoch's mean loss, in the blocks' order.
 
-    Each block is one step on 1/2 |estimate - target|^2, summed over channels, mean over samples and positions. The
-    layer is left on `device` (the CPU when None) in evaluation mode. Raises `StudentError` for blocks that can be read
-    only once or hold no sample, for a target that the layer does not fit, and when the loss or a weight is no longer
-    finite; each names the layer. Raises `CancelledError` at the next epoch once `stop` is set.
+    They are read once more for the statistics of batch normalisation, which in training are moving averages. Each
+    block is one step on 1/2 |estimate - target|^2, summed over channels, mean over samples and positions. The layer is
+    left on `device` (the CPU when None) in evaluation mode. Raises `StudentError` for blocks that can be read only once
+    or hold no sample, for a target that the layer does not fit, and when the loss or a weight is no longer finite; each
+    names the layer. Raises `CancelledError` at the next epoch once `stop` is set. With a `path`, a second call goes on
+    from what the first, of the same `key`, left there.
     """
     check_again(blocks)
     layer.to(device or torch.device("cpu")).train()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=schedule.learning_rate, momentum=MOMENTUM)
-    losses = []
-    for epoch in range(schedule.epochs):
+    optimizer = plain(torch.optim.SGD)(layer.parameters(), lr=schedule.learning_rate, momentum=MOMENTUM)
+    records = [] if path is None else checkpoint.records(path, key)
+    if path is not None and records:
+        checkpoint.restore(path, layer, optimizer)
+        for _ in records:
+            iter(blocks)  # each reading has an order of its own
+    saved = time.perf_counter()
+    for epoch in range(len(records), schedule.epochs):
         if stop is not None and stop.is_set():
             raise CancelledError
-        total, steps = torch.zeros((), device=device), 0
+        began, total, steps = time.perf_counter(), torch.zeros((), device=device), 0
         for given, wanted in blocks:
             if not len(given):
                 continue
-            loss = _loss(layer, given, wanted, schedule, device)
+            value = _loss(layer, given, wanted, schedule, device)
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
+            torch.autograd.backward(value)
             optimizer.step()
-            total, steps = total + loss.detach(), steps + 1
-        losses.append(_epoch_loss(layer, total, steps, f"epoch {epoch + 1} of {schedule.epochs}", schedule))
-    layer.eval()
-    return losses
+            total, steps = total + value.detach(), steps + 1
+        loss = _epoch_loss(layer, total, steps, f"epoch {epoch + 1} of {schedule.epochs}", schedule)
+        now = time.perf_counter()
+        records.append(EpochRecord(epoch, loss, schedule.learning_rate, now - began))
+        if path is not None and now - saved >= SECONDS_BETWEEN_CHECKPOINTS:
+            checkpoint.save(path, key, layer, optimizer, records)
+            saved = time.perf_counter()
+    count(layer, (given for given, _ in blocks))
+    return [record.loss for record in records]
 
 
 def train_layers(
@@ -142,9 +165,9 @@ def train_layers(
 ) -> list[list[float]]:
     """Train every layer of `student`, `workers` at a time, and join them; return each layer's losses by epoch.
 
-    With a `folder`, each finished layer is kept there under the training's `key`, and a second call with the same
-    trains what is lacking. Where one fails, or the caller is interrupted, the others end with their epoch. `on_layer`
-    is called, by any thread, when one is done.
+    With a `folder`, each layer is kept there under the training's `key`, and a second call with the same goes
+    on. Where one fails, or the caller is interrupted, the others end with their epoch. `on_layer` is called, by any
+    thread, when one is done.
 
     `blocks[l]` and `schedules[l]` belong to tap l of `taps.taps(student)`; widths and sizes of the targets are the
     student's. The result does not depend on `workers`. The student is left on `device` in evaluation mode, every FAM
@@ -207,9 +230,11 @@ def _once(
     path = None if folder is None else folder / f"{layer.unit.tap.name}.safetensors"
     found = None if path is None else kept(path, key)
     if found is None:
-        losses = train_layer(layer, blocks, schedule, device=device, stop=stop)
-        if path is not None:
+        under_way = None if path is None else path.with_suffix(".under-way.safetensors")
+        losses = train_layer(layer, blocks, schedule, device=device, stop=stop, path=under_way, key=key)
+        if path is not None and under_way is not None:
             keep(path, key, layer.state_dict(), losses)
+            under_way.unlink(missing_ok=True)
     else:
         tensors, losses = found
         layer.to(device or torch.device("cpu")).load_state_dict(tensors)

@@ -6,8 +6,8 @@ soft-target term (soft_labels, scores).
 
 Features of a site count in units of their own root mean square, so that a term weighs the same however large a
 teacher's features are. A sample that a site told nothing of has no part in that site's terms; it has one in the
-others'. The networks of a space are normalised by batch: the paper trains them without, by Adam; under the loop's
-gradient descent they then diverge, or the common space collapses to a point.
+others'. The networks of a space are normalised by batch, as in the authors' later code: the paper trains them without,
+by Adam, and the loop trains by gradient descent.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ class Space:
         if self.size is not None:
             return self.size, self.size
         return min(shape[1] for shape in self._shapes), min(shape[2] for shape in self._shapes)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether maps larger than another's are averaged down though no size was asked for."""
+        return self.size is None and not self.vectors and len({shape[1:] for shape in self._shapes}) > 1
 
     @property
     def _shapes(self) -> list[tuple[int, ...]]:
@@ -216,6 +221,7 @@ def told_of(
                 "sites": {tap.site: tap.card.name for tap in space.taps},
                 "width": common.width,
                 "size": space.meeting,
+                "averaged": space.averaged,
                 "missed": missed if len(places) else {},
                 "samples": len(places),
                 "picture": picture(joined),

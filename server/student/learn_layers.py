@@ -169,8 +169,11 @@ class _Pairs:
         self._seed, self._times = seed, 0
 
     def __iter__(self) -> Iterator[tuple[Features, NDArray[Any]]]:
-        drawn = torch.randperm(len(self._places), generator=generator(self._seed, "layers", self._times))
-        mixed, self._times = self._places[drawn.numpy()], self._times + 1
+        self._times += 1
+        return self._read(self._times - 1)
+
+    def _read(self, time: int) -> Iterator[tuple[Features, NDArray[Any]]]:
+        mixed = self._places[torch.randperm(len(self._places), generator=generator(self._seed, "layers", time)).numpy()]
         for start in range(0, max(len(mixed) - self._batch, 0) + 1, self._batch):
             part = mixed[start : start + self._batch]
             yield self._given(part), self._wanted(part)

@@ -32,6 +32,22 @@ JOB: dict[str, Any] = {
     },
     "student": {"architecture": "cnn3", "learning": "common-feature", "fit": {"epochs": 1, "precision": "f32"}},
 }
+LAYERS: dict[str, Any] = {
+    "name": "layers",
+    "simulation": {
+        **JOB["simulation"],
+        "pool_share": 0.05,
+        "partition": {"kind": "class-lists", "classes": [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8, 9]]},
+        "teachers": [{"kind": "train", "architecture": "cnn3@0.25", "fit": {"epochs": 1, "precision": "f32"}}],
+        "policy": {"features": {"taps": {"*": {"channels": 6}}}},
+    },
+    "student": {
+        "architecture": "cnn3@0.25",
+        "learning": "layer-wise",
+        "layer_wise": {"epochs": 1},
+        "fit": {"epochs": 1, "precision": "f32"},
+    },
+}
 # Takes away every network but a fresh loopback, then becomes the command: no interface, no route, nothing to reach.
 ALONE = """
 import ctypes, fcntl, os, socket, struct, sys
@@ -64,11 +80,10 @@ def ours() -> set[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("runs")
+def both_ways(settings: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Do a job with processes, which have no network but a loopback, and in one process; return the runs."""
     job = folder / "job.yaml"
-    job.write_text(yaml.safe_dump(JOB))
+    job.write_text(yaml.safe_dump(settings))
     before = ours()
     alone = simulate(job, folder / "processes", "--processes", alone=True)
     if alone.returncode == 77:
@@ -78,6 +93,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     threads = simulate(job, folder / "threads")
     assert threads.returncode == 0, threads.stderr
     return {"processes": folder / "processes", "threads": folder / "threads"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return both_ways(JOB, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.slow
@@ -90,6 +110,21 @@ def test_five_sites_without_any_route_give_the_report_of_one_process_bit_for_bit
     assert np.load(runs["processes"] / "labels" / "q.npy").shape == (1000, 10)
     (space,) = reports["processes"]["amalgamation"]["spaces"]
     assert space["sites"] == {site["name"]: "penultimate" for site in reports["processes"]["sites"]}
+
+
+@pytest.mark.slow
+def test_layers_and_their_components_over_the_network_are_those_of_one_process(tmp_path: Path) -> None:
+    runs = both_ways(LAYERS, tmp_path)
+    reports = {name: comparable(read_json(run / "report.json")) for name, run in runs.items()}
+    assert reports["processes"] == reports["threads"]
+    sites = [site["name"] for site in reports["processes"]["sites"]]
+    layers = reports["processes"]["amalgamation"]["layers"]
+    assert [layer["tap"] for layer in layers] == ["layer1", "layer2", "layer3", "scores"]
+    assert all(sorted(layer["components"]) == sorted(sites) for layer in layers[:-1])
+    sent = sorted(path.relative_to(runs["threads"]) for path in (runs["threads"] / "components").rglob("*.bin"))
+    assert len(sent) == 3 * len(sites)
+    for name in (*sent, "labels/q.npy", "student/model.safetensors"):
+        assert (runs["processes"] / name).read_bytes() == (runs["threads"] / name).read_bytes()
 
 
 @pytest.mark.slow

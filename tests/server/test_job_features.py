@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import RecordDict
 
 from consilience.common.data import from_arrays
-from consilience.common.errors import ConsilienceError, SettingsError, StudentError
+from consilience.common.errors import AskingError, ConsilienceError, SettingsError, StudentError
 from consilience.common.files import read_json
 from consilience.common.identity import make_key
 from consilience.common.nets import EpochRecord, loop, precision
+from consilience.common.pages.numbers import size
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import TapCard
+from consilience.common.protocol import Answer, Question, TapCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.job import Job
@@ -248,6 +250,70 @@ def test_the_target_is_unified_or_the_sites_scores_side_by_side(home: Path, repo
         assert weights(home, f"{field}-unified") != weights(home, f"{field}-concatenated")
 
 
+def test_what_a_job_will_bring_is_said_before_it_is_asked_for(home: Path) -> None:
+    sites, said = sites_of(CHAIN, LAYERS, LAYERED), list[tuple[str, int]]()
+
+    class Heard(Reporter):
+        def say(self, line: str) -> None:
+            said.append((line, len(sites.asked_features)))
+
+    with Heard(quiet=True) as reporter:
+        do(home, sites, reporter, "layer-wise", layer_wise={"joint": False})
+    ((line, asked),) = [each for each in said if each[0].startswith("Features of")]
+    west = sum(card.values for card in LAYERED["west"])
+    each = [f"{size(2 * SAMPLES * values)} from site {name}" for name, values in (("east", EAST), ("west", west))]
+    assert line == f"Features of 48 samples: {', '.join(each)}; {size(2 * SAMPLES * (EAST + west))} in all"
+    assert not asked
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda data: b"\x00\x7e" * (len(data) // 2), "row 0 has a value that is not finite or too large"),
+        (lambda data: data[: len(data) // 2], "bytes; allowed: "),
+    ],
+    ids=["NaN", "half of each row"],
+)
+def test_features_that_are_none_leave_the_site_by_its_labels_or_stop_the_job_with_its_name(
+    home: Path, reporter: Reporter, spoil: Any, reason: str, learning: str
+) -> None:
+    """As from a site that changes a tap's shape, or whose classifier fails, in the middle of a job."""
+    sites = sites_of(CHAIN, LAYERS, LAYERED)
+    whole = sites.handlers["west"]
+
+    def spoilt(question: Question, attempt: int) -> RecordDict:
+        told = whole(question, attempt)
+        if question.kind != "features" or question.start < 16:
+            return told
+        answer = Answer.from_content(told, question)
+        return Answer(question, spoil(answer.data), answer.seconds).to_content()
+
+    sites.handlers["west"] = spoilt
+    spaces: dict[str, Any] = {"common_feature": {"spaces": [{"width": 4}]}}
+    with pytest.raises(AskingError, match=rf"west lacks .*{reason}.* Mend those sites"):
+        do(home, sites, reporter, learning, run="all", **spaces)
+    report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
+    assert any("Site west: features of" in line for line in report["warnings"])
+    told = report["amalgamation"]
+    assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+
+
+def test_three_sites_are_amalgamated_one_after_another_and_by_descent(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(LAYERS, tuple(CHAIN))
+    kept = {}
+    for run, ways in {"best": {}, "order": {"order": "incremental"}, "descent": {"autoencoder": "descent"}}.items():
+        chosen = {"layer_wise": {**ways, "joint": False, "epochs": 20}}
+        report = do(home, sites_of(CHAIN, LAYERS, cards), reporter, "layer-wise", run=run, **chosen)
+        layers = report["amalgamation"]["layers"][:-1]
+        assert [len(layer["channels"]) for layer in layers] == [3, 3, 3]
+        kept[run] = [layer["explained"] for layer in layers]
+    for run, least in (("order", 0.99), ("descent", 0.9)):
+        pairs = list(zip(kept[run], kept["best"], strict=True))
+        assert all(least * best < found <= best + 1e-9 for found, best in pairs)
+        assert any(found < best - 1e-6 for found, best in pairs)
+
+
 def test_without_the_joint_phase_the_layers_are_the_student(home: Path, reporter: Reporter) -> None:
     cards = cards_of(LAYERS, ("east", "west"))
     report = do(home, sites_of(CHAIN, LAYERS, cards), reporter, "layer-wise", layer_wise={"joint": False})
@@ -392,12 +458,10 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         r"ask.feature_bytes' is .*; site east declares",
     ),
     "too many channels together": (
-        changed(
-            changed(LAYERED, "east", channels=16_384, shape=(16_384, 16, 16)), "west", channels=1, shape=(1, 16, 16)
-        ),
+        changed(changed(LAYERED, "east", channels=4_096, shape=(4_096, 16, 16)), "west", channels=1, shape=(1, 16, 16)),
         "layer-wise",
         {},
-        r"the sites have 16384 \+ 1 channels at layer1; allowed are 16,384 together",
+        r"the sites have 4096 \+ 1 channels at layer1; allowed are 4,096 together",
     ),
     "a size of vectors": (
         cards_of(LAYERS, ("east", "west"), ["layer2", "penultimate"]),

@@ -17,12 +17,13 @@ from PIL import Image
 
 from consilience.common.labels import LabelSpace
 from consilience.common.pages import numbers
-from consilience.common.pages.figures import BAR, RUST
-from consilience.server import plots
+from consilience.common.pages.figures import BAR, BLUE, INK, RUST, site_colour
+from consilience.server import plots, plots_amalgamation
 from consilience.server.card import card_markdown
 from consilience.server.judge import BASELINES, Bin, Judgement, agreement, judge
 from consilience.server.judge_coverage import coverage_figures
 from consilience.server.report import comparable, headline, render_html, report_dict
+from consilience.server.report_amalgamation import amalgamation_views
 from consilience.server.report_findings import (
     CoverageExamples,
     CoverageFindings,
@@ -776,12 +777,48 @@ class TestAmalgamation:
         assert "| s00 (features of layer1) | 70 | – | 8-bit (u8) | 5,000,000 (5.0" in card
         assert "Features" not in card_markdown(make(), report_dict(make()))
 
+    def test_teachers_and_student_are_told_apart_by_colour_and_the_student_lies_on_top(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: list[Any] = []
+        real = plots_amalgamation.scatter
+
+        def scatter(owners: Any, shown: Any, label: str) -> Any:
+            drawn.append((owners, shown))
+            return real(owners, shown, label)
+
+        monkeypatch.setattr(plots_amalgamation, "scatter", scatter)
+        findings = amalgamated()
+        points = {
+            "student": [[0.0, 0.0]],
+            "site s02": [[1.0, 1.0]],
+            "site s00": [[2.0, 0.0]],
+            "amalgamated": [[1.0, 0.0]],
+        }
+        told = {**(findings.amalgamation or {}), "picture": {"points": points, "shown": [0.6, 0.3]}}
+        views = amalgamation_views(replace(findings, amalgamation=told))
+        assert views is not None
+        ((owners, shown),) = drawn
+        colours = {name: colour for name, colour, _ in owners}
+        assert colours == {"student": INK, "s00": site_colour(0), "s02": site_colour(2), "amalgamated": BLUE}
+        assert len({INK, site_colour(0), site_colour(2)}) == 3
+        assert [name for name, _, _ in owners][-1] == "student"
+        assert {name: held for name, _, held in owners} == {who.removeprefix("site "): at for who, at in points.items()}
+        assert shown == [0.6, 0.3]
+        picture = Page(views["picture"])
+        assert all(name in picture.text for name in colours)
+        assert "60% of the variance" in picture.text
+        assert str(views["picture"]) in render_html(
+            replace(findings, amalgamation=told), report_dict(replace(findings, amalgamation=told))
+        )
+
     def test_spaces_and_terms_are_drawn_with_names_escaped(self) -> None:
         space = {
             "student": "layer3",
             "sites": {"s00": "layer2", "s02": "penultimate"},
             "width": 16,
             "size": [4, 4],
+            "averaged": True,
             "missed": {"s00": 0.125, "s02": 0.25},
             "samples": 9,
             "picture": {"points": {"student": [[0, 1]], f"site {EVIL}": [[1, 1]]}, "shown": [1, 0]},
@@ -794,5 +831,9 @@ class TestAmalgamation:
         for part in ("In common at the student’s layer3: maps of 4×4 with 16 channels", "12.5 %", "side by side"):
             assert part in text, part
         assert "distance in common: 0.500 at the end" in text
+        warned = "averaged down to 4×4, the smallest; student.common_feature.spaces.0.size asks for another."
+        assert warned in text
+        asked = {**told, "spaces": [{**space, "averaged": False}]}
+        assert warned not in words(replace(findings, amalgamation=asked))
         page(findings)
         assert EVIL not in render_html(findings, report_dict(findings))

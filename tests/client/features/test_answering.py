@@ -189,6 +189,7 @@ def test_a_job_for_more_bytes_than_the_policy_allows_is_refused(pool: Pool, open
         site.agree(contract(site, pool))
     assert caught.value.code == "too-many-bytes"
     assert caught.value.code in FINAL_REFUSALS
+    assert "set ask.features to u8, take fewer taps, or a smaller pool" in caught.value.reason, "the next step"
     assert f"{SIZE * width:,}; policy.features.bytes is {SIZE * width - 1:,}" in caught.value.told_here
     site.agree(contract(site, pool, features=()))
     site.agree(contract(site, pool, feature_encoding="u8"))

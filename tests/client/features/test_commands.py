@@ -171,10 +171,7 @@ def test_the_ledger_s_bytes_of_features_are_shown(file: Path, pool: Pool) -> Non
 def test_explain_says_why_features_would_be_refused(file: Path) -> None:
     make_settings(file.parent, {"penultimate": {}}, features={"bytes": 256 * SIZE - 1})
     wanted = job(file, learning="common-feature")
-    assert (
-        "more bytes of features than the site's policy allows (job clothes: 12,800"
-        in (call("explain", wanted, file)["refusal"])
-    )
+    assert "policy.features.bytes and bytes_lifetime (job clothes: 12,800" in (call("explain", wanted, file)["refusal"])
     make_settings(file.parent, {"penultimate": {}})
     spaces = [{"sites": {"site-1": "layer2"}}]
     refusal = call("explain", job(file, learning="common-feature", common_feature={"spaces": spaces}), file)["refusal"]

@@ -206,12 +206,14 @@ def steps() -> list[Floats]:
 
 
 def test_gradient_descent_finds_the_principal_subspace(steps: list[Floats]) -> None:
-    best = principal(moments_of(*steps), 3)
-    found = descended(steps, 6, 3, epochs=300, learning_rate=0.05, seed=0)
-    assert np.degrees(subspace_angles(found.decoder.weight, best.decoder.weight)).max() < 1
-    assert np.degrees(subspace_angles(found.encoder.weight.T, best.encoder.weight.T)).max() < 10
-    assert best.error * (1 - 1e-9) <= found.error <= best.error * 1.01
-    assert found.error == pytest.approx(brute_error(found, np.concatenate(steps)), rel=1e-6)
+    """In full batches: the noise of small ones leaves a twentieth of a degree."""
+    rows = np.concatenate(steps)
+    best = principal(moments_of(rows), 3)
+    found = descended([rows], 6, 3, epochs=1000, learning_rate=0.1, seed=0)
+    assert np.degrees(subspace_angles(found.decoder.weight, best.decoder.weight)).max() < 0.01
+    assert np.degrees(subspace_angles(found.encoder.weight.T, best.encoder.weight.T)).max() < 0.01
+    assert best.error * (1 - 1e-9) <= found.error <= best.error * (1 + 1e-6)
+    assert found.error == pytest.approx(brute_error(found, rows), rel=1e-6)
 
 
 def test_gradient_descent_comes_nearer_each_time(steps: list[Floats]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
@@ -197,8 +198,21 @@ def test_unequal_sizes_are_brought_to_one(size: tuple[int, int]) -> None:
     assert apart > 0
     assert lost > 0
     equal = CommonFeature([3, 8], 6, width=4, seed=0)
-    assert all(made.brought(each).shape[2:] == size for each in (student, *teachers))
-    assert equal(*maps())[1] != lost
+
+    def resized(features: Tensor) -> Tensor:
+        """Each direction by itself: one row or column of blocks at a time, in another way than the product."""
+        for axis, wanted in zip((2, 3), size, strict=True):
+            rows = features.moveaxis(axis, -1)
+            flat = rows.reshape(-1, 1, rows.shape[-1])
+            if wanted < flat.shape[-1]:
+                flat = F.adaptive_avg_pool1d(flat, wanted)
+            elif wanted > flat.shape[-1]:
+                flat = F.interpolate(flat, wanted, mode="linear", align_corners=False)
+            features = flat.reshape(*rows.shape[:-1], wanted).moveaxis(-1, axis)
+        return features
+
+    expected = equal(resized(student), [resized(each) for each in teachers])
+    assert [apart.item(), lost.item()] == pytest.approx([each.item() for each in expected], rel=1e-4)
 
 
 def test_sizes_are_averaged_down_and_interpolated_up() -> None:

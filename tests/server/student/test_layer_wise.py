@@ -119,6 +119,22 @@ def test_the_student_is_near_the_teachers_scores(trained: tuple[nn.Module, list[
     assert np.square(found - wanted).mean() < 0.5 * np.square(fresh - wanted).mean()
 
 
+@pytest.mark.parametrize("name", ["cnn3@0.3", "resnet8@0.5", "mobilenet-small@0.5"])
+def test_few_steps_leave_a_layer_that_does_in_evaluation_what_it_did_in_training(name: str) -> None:
+    made = name.partition("@")[0]
+    student = build(name, classes=6, channels=1, seed=0)
+    blocks = problems([teacher(f"{made}@0.25", 1), teacher(f"{made}@0.25", 2)], student)
+    for problem, pairs in zip(layers(student)[:-1], blocks, strict=False):
+        train_layer(problem, pairs, Schedule(2, 0.05))
+        assert not any(module.training for module in problem.modules())
+        given, wanted = (torch.from_numpy(np.concatenate(part)) for part in zip(*pairs, strict=True))
+        with torch.no_grad():
+            found = (problem(given) - wanted).square().sum(dim=1).mean() / 2
+            # the same by all samples' own statistics, whatever the layer holds
+            expected = (problem.train()(given) - wanted).square().sum(dim=1).mean() / 2
+        assert found.item() == pytest.approx(expected.item(), rel=0.05)
+
+
 def test_results_do_not_depend_on_workers(trained: tuple[nn.Module, list[Blocks], list[list[float]]]) -> None:
     student = build("cnn3@1.2", classes=6, channels=1, seed=0)
     losses = train_layers(student, trained[1], [Schedule(12, 0.02)] * 4, workers=3)

@@ -142,8 +142,8 @@ def test_training_brings_the_terms_down_and_resumes_bit_for_bit(
     space = maps(tmp_path, 30) if form == "maps" else vectors(tmp_path, 30)
     fit = FIT.model_copy(update={"epochs": 6})
 
-    def done(folder: Path, stop: int = -1) -> tuple[CommonStudent, list[dict[str, float]]]:
-        model = CommonStudent(student(), [space], Weights(), seed=0)
+    def done(folder: Path, stop: int = -1, apart: float = 10) -> tuple[CommonStudent, list[dict[str, float]]]:
+        model = CommonStudent(student(), [space], Weights(mmd=apart), seed=0)
         loss = CommonLoss(model, [space], Fixed(), "f", np.arange(COUNT))
 
         def watch(record: object) -> None:
@@ -157,6 +157,9 @@ def test_training_brings_the_terms_down_and_resumes_bit_for_bit(
     whole, terms = done(tmp_path / "whole")
     assert terms[-1]["reconstruction"] < 0.7 * terms[0]["reconstruction"]
     assert terms[-1]["soft"] < terms[0]["soft"]
+    aside = done(tmp_path / "aside", apart=1e-9)[1]
+    assert terms[-1]["mmd"] < 0.95 * terms[0]["mmd"]
+    assert terms[-1]["mmd"] < 0.95 * aside[-1]["mmd"], "not by what the other terms do"
     with pytest.raises(KeyboardInterrupt):
         done(tmp_path / "cut", stop=2)
     resumed, again = done(tmp_path / "cut")

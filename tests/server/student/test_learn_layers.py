@@ -19,7 +19,7 @@ from consilience.common.nets import build
 from consilience.common.preprocessing import preprocess
 from consilience.common.protocol import ComponentsCard
 from consilience.common.settings import LayerWise
-from consilience.server.student import learn_layers, site_taps
+from consilience.server.student import layer_wise, learn_layers, site_taps
 from consilience.server.student.autoencoder import Affine
 from consilience.server.student.folding import fold
 from consilience.server.student.layer_wise import join, layers
@@ -123,6 +123,15 @@ def test_a_student_of_equal_teachers_learns_their_scores(tmp_path: Path) -> None
     assert all(each["losses"][-1] < 0.5 * each["losses"][0] for each in shown)
 
 
+LEAST = {
+    ("principal", "direct"): 1 - 1e-9,
+    ("principal", "incremental"): 0.97,
+    ("descent", "direct"): 0.95,
+    ("descent", "incremental"): 0.9,
+}
+"""Of the best share of variance, what each way keeps at least."""
+
+
 @pytest.mark.parametrize("autoencoder", ["principal", "descent"])
 @pytest.mark.parametrize("order", ["direct", "incremental"])
 def test_every_way_of_amalgamating_keeps_variance_and_none_more_than_direct_principal(
@@ -131,7 +140,8 @@ def test_every_way_of_amalgamating_keeps_variance_and_none_more_than_direct_prin
     taps = told(tmp_path, three())[1]
     best = how(taps, 5)
     found = how(taps, 5, autoencoder=autoencoder, order=order, epochs=30)
-    assert 0.3 < found.explained <= best.explained + 1e-9
+    least = LEAST[autoencoder, order]
+    assert least * best.explained < found.explained <= best.explained + 1e-9
     assert found.encoder.weight.shape == (5, 18)
     values = taps.features(IDS)
     mapped = found(IDS).transpose(0, 2, 3, 1).reshape(-1, 5).astype(np.float64)
@@ -185,6 +195,36 @@ def test_principal_components_stand_for_the_channels_that_they_came_from(tmp_pat
     expected = np.einsum("kc,nkhw->nchw", directions, components) + mean[:, None, None]
     np.testing.assert_allclose(tap.channels(IDS), expected, atol=4e-3)
     assert LayerTaps("layer2", (tap,)).channels == [6]
+
+
+def test_a_training_killed_within_a_layer_goes_on_from_its_last_epoch_to_the_same_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_wise, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    networks = two()
+    taps = told(tmp_path, networks)
+    whole, done = student(), list[str]()
+    shown = lesson(taps, networks, epochs=4).teach(whole, PIXELS, tmp_path / "whole", CPU)
+    real, left = layer_wise._epoch_loss, 6
+
+    def counted(layer: Any, total: Any, steps: int, when: str, schedule: Any) -> float:
+        done.append(when)
+        if len(done) > left:
+            raise KeyboardInterrupt
+        return real(layer, total, steps, when, schedule)
+
+    monkeypatch.setattr(layer_wise, "_epoch_loss", counted)
+    with pytest.raises(KeyboardInterrupt):
+        lesson(taps, networks, epochs=4).teach(student(), PIXELS, tmp_path / "cut", CPU)
+    assert done[left] == "epoch 3 of 4"
+    left = 100
+    done.clear()
+    made = student()
+    again = lesson(taps, networks, epochs=4).teach(made, PIXELS, tmp_path / "cut", CPU)
+    assert len(done) == 4 * 4 - 6, "of the second layer two epochs are not done again"
+    assert again == shown
+    assert all(torch.equal(held, made.state_dict()[name]) for name, held in whole.state_dict().items())
+    assert not list((tmp_path / "cut").glob("*under-way*"))
 
 
 def test_a_killed_training_goes_on_after_the_last_layer_to_the_same_student(
