@@ -32,11 +32,13 @@ def small(job: JobSettings, quick: bool) -> JobSettings:
     """Return the job in f32 with a student that takes no time."""
     student = Student(architecture="cnn3", fit=Fit(epochs=1, precision="f32"))
     job = job.model_copy(update={"ask": Ask(encoding="f32"), "student": student})
-    if quick and job.simulation is not None:
-        teachers = tuple(t.model_copy(update={"fit": student.fit}) for t in job.simulation.teachers[:1])
-        simulation = job.simulation.model_copy(update={"teachers": teachers, "pool_share": 0.1})
-        job = job.model_copy(update={"simulation": simulation})
-    return job
+    assert job.simulation is not None
+    policy = job.simulation.policy.model_copy(update={"precision": "f32"})
+    simulation = job.simulation.model_copy(update={"policy": policy})
+    if quick:
+        teachers = tuple(t.model_copy(update={"fit": student.fit}) for t in simulation.teachers[:1])
+        simulation = simulation.model_copy(update={"teachers": teachers, "pool_share": 0.1})
+    return job.model_copy(update={"simulation": simulation})
 
 
 def answered(run: Path) -> tuple[LabelSpace, list[NDArray[np.float32]], NDArray[np.int64]]:

@@ -89,6 +89,7 @@ sys.exit("\\n".join(wrong) or 0)
 def test_no_decoder_takes_more_memory_than_is_said() -> None:
     # Else malloc keeps what it was given back, and a second input would seem to take nothing
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     tried, highest = map(int, done.stdout.split())

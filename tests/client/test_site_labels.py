@@ -47,7 +47,7 @@ def multi(folder: Path, **policy: Any) -> Site:
 
 def about(site: Site, pool: Pool, **changes: Any) -> Question:
     fields: dict[str, Any] = {"job": "job", "pool": pool.digest, "start": 0, "stop": SIZE, "kind": "log-odds"}
-    fields |= {"encoding": "f32", "teacher": FINGERPRINT, "policy": site.settings.policy.version}
+    fields |= {"encoding": "f16", "teacher": FINGERPRINT, "policy": site.settings.policy.version}
     return Question(**(fields | changes))
 
 
@@ -55,7 +55,7 @@ def about(site: Site, pool: Pool, **changes: Any) -> Question:
 def test_it_tells_log_odds_in_every_encoding_and_the_same_bytes_again(
     tmp_path: Path, pool: Pool, encoding: str
 ) -> None:
-    site = multi(tmp_path)
+    site = multi(tmp_path, precision="f32")
     question = about(site, pool, encoding=encoding)
     answer = site.answer(question)
     found = decode(answer.data, SIZE, 3, encoding, odds=True)

@@ -424,11 +424,13 @@ def _sealed_answer(data: bytes) -> bool:
 
 def _components(data: bytes) -> bool:
     """What comes with an agreement. By the first byte: 0 base64, 1 what base64 holds, 2 what its seal holds."""
-    which, body = (data[0] % 3 if data else 0), data[1:]
+    which, body = (data[0] % 3 if data else 0), memoryview(data)[1:]  # a copy would count as the decoder's
     contract = SEALED_COMPONENTS if which == 2 else FOR_COMPONENTS
-    if which == 2:
-        body = seal_hpke(JOB_SECRET.public, components_info(contract, "site-0"), body)
-    text = body.decode("utf-8", "replace") if which == 0 else base64.b64encode(body).decode()
+    if which == 0:
+        text = str(body, "utf-8", "replace")
+    else:
+        info = components_info(contract, "site-0")
+        text = base64.b64encode(seal_hpke(JOB_SECRET.public, info, bytes(body)) if which == 2 else body).decode()
     try:
         enclosed = Enclosed(taps=("layer1",), data=text)
         found = opened(enclosed, contract, "site-0", (TAP,), None if which == 1 else _SIGNER, JOB_SECRET)
