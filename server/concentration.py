@@ -20,14 +20,14 @@ from torch import nn
 from consilience.common.errors import SettingsError
 from consilience.common.files import canonical_json, create_array, sha256, write_json
 from consilience.common.labels import LabelSpace
-from consilience.common.nets import EpochRecord, default_device, epoch_task, train
+from consilience.common.nets import EpochRecord, default_device
 from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
-from consilience.common.settings import JobSettings, Student, largest_sent
+from consilience.common.settings import JobSettings, largest_sent
 from consilience.server.answered import Block, CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
-from consilience.server.learning import FingerprintedLoss
+from consilience.server.learning import ByLoss
 from consilience.server.student.concentrated_head import HeadPlan, head_of
 from consilience.server.student.routing import (
     highest,
@@ -153,18 +153,10 @@ def _route(
 
 
 @dataclass(frozen=True)
-class Concentrating:
+class Concentrating(ByLoss):
     """The lesson of sparse targets: a student with a head of verticals."""
 
-    loss: FingerprintedLoss
-    settings: Student
-    seed: int
     told: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """The loss's."""
-        return self.loss.fingerprint
 
     def teach(
         self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
@@ -174,16 +166,7 @@ class Concentrating:
         assert head is not None
         head.in_parts = isinstance(self.loss, SparseSigmoid)
         try:
-            records = train(
-                model,
-                images,
-                self.loss,
-                self.settings.fit,
-                self.settings.preprocessing,
-                seed=self.seed,
-                folder=folder / "training",
-                on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
-            )
+            records = super().teach(model, images, folder, reporter, name)
         finally:
             head.in_parts = False
         about = {"weights": head.weights, "gammas": [held.detach().tolist() for held in head.gammas]}
