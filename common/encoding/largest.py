@@ -30,8 +30,8 @@ def id_type(classes: int) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
-class Largest:
-    """The `most` largest classes, and what the others have together."""
+class LargestRows:
+    """Rows of the `most` largest numbers, by ids and values, and one number for what is not sent."""
 
     most: int
 
@@ -45,18 +45,50 @@ class Largest:
         """Return the bytes of one row."""
         return self._record(classes).itemsize
 
-    def pack(self, rows: NDArray[np.float32]) -> bytes:
-        """Encode (n, k) log-probabilities."""
+    def _begun(
+        self, rows: NDArray[np.float32], least: float, most: float
+    ) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+        """Return the (n,) records of (n, k) numbers without what is not sent, and the ids (n, m) of what is.
+
+        Values are held between `least` and `most`.
+        """
         count, classes = rows.shape
         record = self._record(classes)
-        sent = record["ids"].shape[0]
-        ids = largest(rows, sent)
-        values = np.maximum(np.take_along_axis(rows, ids, axis=1), LOWEST_F16).astype("<f2")
+        ids = largest(rows, record["ids"].shape[0])
+        values = np.clip(np.take_along_axis(rows, ids, axis=1), least, most).astype("<f2")
         order = np.argsort(-values, axis=1, kind="stable")
         out = np.empty(count, record)
         out["ids"] = np.take_along_axis(ids, order, axis=1)
         out["values"] = np.take_along_axis(values, order, axis=1)
-        if sent < classes:
+        return out, ids
+
+    def _parts(
+        self, raw: NDArray[np.uint8], classes: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
+        """Return ids (n, m), values (n, m) and rest (n, 1), None where every class is sent."""
+        rows = raw.view(self._record(classes))[:, 0]
+        rest = rows["rest"].astype(np.float32)[:, None] if "rest" in (rows.dtype.names or ()) else None
+        return rows["ids"].astype(np.int64), rows["values"].astype(np.float32), rest
+
+
+def not_in_order(ids: NDArray[np.int64], values: NDArray[np.float32]) -> int | None:
+    """Return the first of (n, m) rows whose values do not fall, equal ones by id; None when all do."""
+    falls = (values[:, :-1] > values[:, 1:]) | ((values[:, :-1] == values[:, 1:]) & (ids[:, :-1] < ids[:, 1:]))
+    return first(~falls.all(axis=1))
+
+
+def named_twice(ids: NDArray[np.int64]) -> int | None:
+    """Return the first of (n, m) rows that names an id twice; None when none does."""
+    return first((np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1))
+
+
+class Largest(LargestRows):
+    """The `most` largest classes, and what the others have together."""
+
+    def pack(self, rows: NDArray[np.float32]) -> bytes:
+        """Encode (n, k) log-probabilities."""
+        out, ids = self._begun(rows, LOWEST_F16, np.inf)
+        if ids.shape[1] < rows.shape[1]:
             left = np.exp(rows, dtype=np.float64)
             np.put_along_axis(left, ids, 0.0, axis=1)
             with np.errstate(divide="ignore"):
@@ -73,12 +105,9 @@ class Largest:
         known = values if rest is None else np.concatenate([values, rest], axis=1)
         if found := log_prob_problem(known):
             return found
-        falls = (values[:, :-1] > values[:, 1:]) | ((values[:, :-1] == values[:, 1:]) & (ids[:, :-1] < ids[:, 1:]))
-        row = first(~falls.all(axis=1))
-        if row is not None:
+        if (row := not_in_order(ids, values)) is not None:
             return row, "is not in order: the largest first, equal ones by class"
-        row = first((np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1))
-        if row is not None:
+        if (row := named_twice(ids)) is not None:
             return row, "names a class twice"
         if rest is None:
             return None
@@ -100,14 +129,6 @@ class Largest:
             out[:] = rest - np.log(total) - np.log(classes - ids.shape[1])
         np.put_along_axis(out, ids, (values - np.log(total)).astype(np.float32), axis=1)
         return out
-
-    def _parts(
-        self, raw: NDArray[np.uint8], classes: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
-        """Return ids (n, m), values (n, m) and rest (n, 1), None where every class is sent."""
-        rows = raw.view(self._record(classes))[:, 0]
-        rest = rows["rest"].astype(np.float32)[:, None] if "rest" in (rows.dtype.names or ()) else None
-        return rows["ids"].astype(np.int64), rows["values"].astype(np.float32), rest
 
 
 class Votes:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from consilience.common.encoding.floats import RowProblem, first
-from consilience.common.encoding.largest import OTHERS, id_type, largest
+from consilience.common.encoding.largest import OTHERS, LargestRows, named_twice, not_in_order
 
 MOST_ODDS = 100.0
 """No log-odds are told above it: beyond, no single answer can outweigh others without end."""
@@ -93,37 +93,19 @@ class OddsSquares:
         return levels
 
 
-@dataclass(frozen=True)
-class OddsLargest:
+class OddsLargest(LargestRows):
     """The `most` likeliest labels, and how likely the others are on average."""
-
-    most: int
-
-    def _record(self, classes: int) -> np.dtype[Any]:
-        """Return the layout of a row."""
-        sent = min(self.most, classes)
-        parts: list[Any] = [("ids", id_type(classes), (sent,)), ("values", "<f2", (sent,))]
-        return np.dtype(parts + [("rest", "<f2")] * (sent < classes))
-
-    def row_bytes(self, classes: int) -> int:
-        """Return the bytes of one row."""
-        return self._record(classes).itemsize
 
     def pack(self, rows: NDArray[np.float32]) -> bytes:
         """Encode (n, k) log-odds."""
-        count, classes = rows.shape
-        record = self._record(classes)
-        sent = record["ids"].shape[0]
-        ids = largest(rows, sent)
-        values = bounded(np.take_along_axis(rows, ids, axis=1)).astype("<f2")
-        order = np.argsort(-values, axis=1, kind="stable")
-        out = np.empty(count, record)
-        out["ids"] = np.take_along_axis(ids, order, axis=1)
-        out["values"] = np.take_along_axis(values, order, axis=1)
-        if sent < classes:
-            left = expit(rows.astype(np.float64))
-            np.put_along_axis(left, ids, 0.0, axis=1)
-            mean = log_odds_of(np.minimum(left.sum(axis=1) / (classes - sent), 1.0))
+        out, ids = self._begun(rows, -MOST_ODDS, MOST_ODDS)
+        if ids.shape[1] < rows.shape[1]:
+            # Of probabilities near 1 it is what is left to 1 that tells them apart.
+            applies, not_so = (expit(sign * rows.astype(np.float64)) for sign in (1, -1))
+            for part in (applies, not_so):
+                np.put_along_axis(part, ids, 0.0, axis=1)
+            with np.errstate(divide="ignore"):
+                mean = bounded(np.log(applies.sum(axis=1)) - np.log(not_so.sum(axis=1)))
             # Rounding may not lift it above the least that is sent.
             out["rest"] = np.minimum(mean.astype("<f2"), out["values"][:, -1])
         return out.tobytes()
@@ -138,12 +120,9 @@ class OddsLargest:
         row = first(~np.all(np.abs(known) <= MOST_ODDS, axis=1))
         if row is not None:
             return row, _BEYOND
-        falls = (values[:, :-1] > values[:, 1:]) | ((values[:, :-1] == values[:, 1:]) & (ids[:, :-1] < ids[:, 1:]))
-        row = first(~falls.all(axis=1))
-        if row is not None:
+        if (row := not_in_order(ids, values)) is not None:
             return row, "is not in order: the likeliest first, equal ones by label"
-        row = first((np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1))
-        if row is not None:
+        if (row := named_twice(ids)) is not None:
             return row, "names a label twice"
         if rest is None:
             return None
@@ -158,14 +137,6 @@ class OddsLargest:
             out[:] = rest
         np.put_along_axis(out, ids, values, axis=1)
         return out
-
-    def _parts(
-        self, raw: NDArray[np.uint8], classes: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
-        """Return ids (n, m), values (n, m) and rest (n, 1), None where every label is sent."""
-        rows = raw.view(self._record(classes))[:, 0]
-        rest = rows["rest"].astype(np.float32)[:, None] if "rest" in (rows.dtype.names or ()) else None
-        return rows["ids"].astype(np.int64), rows["values"].astype(np.float32), rest
 
 
 class OddsVotes:
