@@ -116,7 +116,7 @@ def main() -> None:
         parser.add_argument("--keep", action="store_true", help="put the inputs found into the corpus")
 
     arguments = options(__doc__, add)
-    names = arguments.only or (["rows-u8", "records-to-sites"] if arguments.quick else list(TARGETS))
+    names = arguments.only or (["rows-squares", "records-to-sites"] if arguments.quick else list(TARGETS))
     seconds = 2 if arguments.quick else arguments.seconds
     folder = Path(tempfile.mkdtemp(prefix="consilience-fuzz-"))
     print(f"An input that fails is kept in {folder}", file=sys.stderr)

@@ -13,7 +13,7 @@ import io
 import tempfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,7 +48,7 @@ from consilience.common.encoding import (
     feature_values,
     row_bytes,
 )
-from consilience.common.encoding.coverage import decode_coverage, encode_coverage
+from consilience.common.encoding.coverage import coverage_bytes, decode_coverage, encode_coverage
 from consilience.common.encoding.features import LARGEST, pack_basis
 from consilience.common.encoding.odds import MOST_ODDS
 from consilience.common.errors import ConsilienceError, ProtocolError
@@ -153,12 +153,24 @@ def keep(name: str, inputs: list[bytes]) -> None:
     (CORPUS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
-def _rows(encoding: Any) -> Target:
-    """Encoded rows: the first byte says over how many classes."""
+def _chosen(data: bytes, widths: Sequence[int], encodings: Sequence[Any]) -> tuple[int, Any, bytes]:
+    """Return the width and the encoding that the first byte stands for, and what follows it."""
+    first = data[0] if data else 0
+    return widths[first % len(widths)], encodings[first // len(widths) % len(encodings)], data[1:]
+
+
+def _firsts(widths: Sequence[int], encodings: Sequence[Any]) -> Iterator[tuple[bytes, int, Any]]:
+    """Yield the first byte for every encoding and every width but the largest, and what it stands for."""
+    for number, encoding in enumerate(encodings):
+        for place, width in enumerate(widths[:-1]):
+            yield bytes([number * len(widths) + place]), width, encoding
+
+
+def _rows(*encodings: Any) -> Target:
+    """Encoded rows: the first byte says over how many classes, and in which of one codec's encodings."""
 
     def run(data: bytes) -> bool:
-        classes = CLASSES[data[0] % len(CLASSES)] if data else 1
-        body = data[1:]
+        classes, encoding, body = _chosen(data, CLASSES, encodings)
         rows = len(body) // row_bytes(classes, encoding)
         try:
             check(body, rows, classes, encoding)
@@ -173,20 +185,20 @@ def _rows(encoding: Any) -> Target:
 
     def seeds() -> Iterator[bytes]:
         random = np.random.default_rng(0)
-        for place, classes in enumerate(CLASSES[:-1]):
+        for first, classes, encoding in _firsts(CLASSES, encodings):
             logits = random.normal(0, 3, (2, classes))
             rows = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
-            yield bytes([place]) + encode(rows, encoding)
+            yield first + encode(rows, encoding)
 
     return Target(run, tuple(seeds()))
 
 
-def _odds(encoding: Any) -> Target:
-    """Encoded log-odds: the first byte says of how many labels."""
+def _odds(*encodings: Any) -> Target:
+    """Encoded log-odds: the first byte says of how many labels, and in which of one codec's encodings."""
 
     def run(data: bytes) -> bool:
-        labels = CLASSES[data[0] % len(CLASSES)] if data else 1
-        body, width = data[1:], row_bytes(labels, encoding, odds=True)
+        labels, encoding, body = _chosen(data, CLASSES, encodings)
+        width = row_bytes(labels, encoding, odds=True)
         rows = len(body) // width
         try:
             check(body, rows, labels, encoding, odds=True)
@@ -200,32 +212,35 @@ def _odds(encoding: Any) -> Target:
 
     def seeds() -> Iterator[bytes]:
         random = np.random.default_rng(0)
-        for place, labels in enumerate(CLASSES[:-1]):
-            yield bytes([place]) + encode(random.normal(0, 4, (2, labels)).astype(np.float32), encoding, odds=True)
+        for first, labels, encoding in _firsts(CLASSES, encodings):
+            yield first + encode(random.normal(0, 4, (2, labels)).astype(np.float32), encoding, odds=True)
 
     return Target(run, tuple(seeds()))
 
 
-def _coverage(encoding: Any) -> Target:
+def _coverage(*encodings: Any) -> Target:
+    """Encoded coverage: the first byte says in which encoding."""
+
     def run(data: bytes) -> bool:
-        rows = len(data) // (1 if encoding == "u8" else 2)
+        _, encoding, body = _chosen(data, (1,), encodings)
+        rows = len(body) // coverage_bytes(encoding)
         try:
-            found = decode_coverage(data, rows, encoding)
+            found = decode_coverage(body, rows, encoding)
         except ProtocolError:
             return False
         if found.shape != (rows,) or (rows and not 0 <= found.min() <= found.max() <= 1):  # NaN is neither
             raise DecoderError("what was taken is no coverage")
         return True
 
-    return Target(run, (encode_coverage(np.linspace(0, 1, 9), encoding), b""))
+    good = (bytes([at]) + encode_coverage(np.linspace(0, 1, 9), which) for at, which in enumerate(encodings))
+    return Target(run, (*good, b""))
 
 
-def _features(encoding: Any) -> Target:
-    """Encoded features: the first byte says of how many values a sample."""
+def _features(*encodings: Any) -> Target:
+    """Encoded features: the first byte says of how many values a sample, and in which encoding."""
 
     def run(data: bytes) -> bool:
-        width = WIDTHS[data[0] % len(WIDTHS)] if data else 1
-        body = data[1:]
+        width, encoding, body = _chosen(data, WIDTHS, encodings)
         rows = len(body) // feature_bytes(width, encoding)
         try:
             check_features(body, rows, width, encoding)
@@ -240,8 +255,8 @@ def _features(encoding: Any) -> Target:
 
     def seeds() -> Iterator[bytes]:
         random = np.random.default_rng(0)
-        for place, width in enumerate(WIDTHS[:-1]):
-            yield bytes([place]) + encode_features(random.normal(0, 3, (2, width)).astype(np.float32), encoding)
+        for first, width, encoding in _firsts(WIDTHS, encodings):
+            yield first + encode_features(random.normal(0, 3, (2, width)).astype(np.float32), encoding)
 
     return Target(run, tuple(seeds()))
 
@@ -602,11 +617,13 @@ def _stranger() -> Target:
     return Target(run, (pem,))
 
 
+_CODECS = {"floats": ("f32", "f16"), "squares": ("u8",), "largest": ("top-1", "top-3", "top-40"), "votes": ("votes",)}
+"""Encodings by the codec that reads them."""
 TARGETS: dict[str, Target] = {
-    **{f"rows-{encoding}": _rows(encoding) for encoding in ("f32", "f16", "u8", "top-1", "top-3", "top-40", "votes")},
-    **{f"odds-{encoding}": _odds(encoding) for encoding in ("f32", "f16", "u8", "top-1", "top-3", "top-40", "votes")},
-    **{f"coverage-{encoding}": _coverage(encoding) for encoding in ("f16", "u8")},
-    **{f"features-{encoding}": _features(encoding) for encoding in ("f16", "u8")},
+    **{f"rows-{name}": _rows(*encodings) for name, encodings in _CODECS.items()},
+    **{f"odds-{name}": _odds(*encodings) for name, encodings in _CODECS.items()},
+    "coverage": _coverage("f16", "u8"),
+    "features": _features("f16", "u8"),
     "records-from-sites": FROM_SITES,
     "records-to-sites": TO_SITES,
     "sums-from-sites": SUMS_FROM_SITES,
