@@ -6,6 +6,7 @@ Lives here: the public surface. Does not live here: anything that trains, or tha
 from __future__ import annotations
 
 from consilience.server.unify.coverage import Coverage
+from consilience.server.unify.groups import GroupUnifier
 from consilience.server.unify.recalibrate import Recalibration, recalibrate
 from consilience.server.unify.result import ACROSS, METHODS, Across, Answers, Method, Prior, UnifiedLabels
 from consilience.server.unify.sums import unify_sums
@@ -17,6 +18,7 @@ __all__ = [
     "Across",
     "Answers",
     "Coverage",
+    "GroupUnifier",
     "Method",
     "Prior",
     "Recalibration",

@@ -81,13 +81,12 @@ class Unifier:
         self._reader = Reader(plan, temperature, prior)
         self._combine = Combine(plan, None if self._estimator.comparable else across)
         self._plan = plan
-        if not (math.isfinite(other) and other >= 0):
-            raise UnifyError(f"other {other} is not a finite number of at least 0")
+        check_other(other)
         if other > 0 and method != "ce":
             raise UnifyError(f"method {method!r} knows no other than its classes", hint='Only "ce" does.')
         self._method: Method = method
         self._across: Across = across
-        self._strength = _strength(strength, plan.num_sites)
+        self._strength = check_strength(strength, plan.num_sites)
         self._other = float(other)
         # Coverage is about the truth itself, not about the truth softened: answers are softened after it is used.
         self._unsoftened, self._temperature = Reader(plan, 1.0, prior), float(temperature)
@@ -227,7 +226,15 @@ def _estimator(plan: Plan, method: Method, regularisation: float | None) -> Esti
     return MFLV(plan, regularisation)
 
 
-def _strength(values: npt.ArrayLike, num_sites: int) -> npt.NDArray[np.float64]:
+def check_other(other: float) -> float:
+    """The same number; UnifyError where it is negative or not finite."""
+    if not (math.isfinite(other) and other >= 0):
+        raise UnifyError(f"other {other} is not a finite number of at least 0")
+    return float(other)
+
+
+def check_strength(values: npt.ArrayLike, num_sites: int) -> npt.NDArray[np.float64]:
+    """(N,) one a site; UnifyError for another shape, or a number that is not in (0, 1]."""
     array = np.asarray(values, dtype=np.float64)
     if array.shape not in ((), (num_sites,)):
         raise UnifyError(f"strength has shape {array.shape} instead of ({num_sites},)")
