@@ -253,6 +253,15 @@ class Ledger:
                 raise self._bad(row.seq, CHANGED)
             self.spent.features[entry.job] += entry.body["bytes"]
             self.spent.components[entry.job, entry.body["tap"]] += entry.body["bytes"]
+        if entry.kind == "tail" and entry.body["what"] != "blocks":
+            told = {name: entry.body[name] for name in ("samples", "bytes")}
+            if min(told.values()) < 1:
+                raise self._bad(row.seq, CHANGED)
+            self.spent.tails.update({(entry.job, name): count for name, count in {"rounds": 1, **told}.items()})
+        if entry.kind == "carried" and (asked := entry.body.get("tail", 0)):
+            if asked < 0:
+                raise self._bad(row.seq, CHANGED)
+            self.spent.tails[entry.job, "samples"] += asked
         if entry.kind == "mechanism":
             parameters = canonical_json(entry.body["parameters"]).decode()
             self.spent.mechanisms[entry.job, row.month, entry.subject, parameters] += entry.body["count"]
@@ -263,7 +272,8 @@ class Ledger:
         return LedgerError(f"{self.path}: row {seq:,} {problem}", hint=RESTORE)
 
     def _write_head(self) -> None:
-        told = {"samples": self.spent.lifetime, "features": self.spent.features.total()}
+        asked = sum(count for (_, name), count in self.spent.tails.items() if name == "samples")
+        told = {"samples": self.spent.lifetime, "features": self.spent.features.total(), "tail": asked}
         try:
             write_json(self.head, {"rows": self.count, "chain": self.chain, **told})
         except StorageError as error:

@@ -51,6 +51,9 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
                         for (job, tap), count in sorted(spent.components.items())
                     ],
                 },
+                "tail": [
+                    {"job": job, "what": what, "count": count} for (job, what), count in sorted(spent.tails.items())
+                ],
                 "limits": most.model_dump(),
             }
             table = Table("what", "samples released", "limit")
@@ -68,6 +71,13 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
             if spent.features or features.taps:
                 told = f"{features.bytes_lifetime:,} bytes"
                 table.add_row("features, lifetime", f"{spent.features.total():,} bytes", told)
+            for (job, what), count in sorted(spent.tails.items()):
+                limit = f"{getattr(settings.policy.tail, what):,}"
+                table.add_row(Text(f"{what} of questions about the last blocks, job {job}"), f"{count:,}", limit)
+            for row in ledger.rows():
+                if row.entry.kind == "tail" and row.entry.body["what"] == "blocks":
+                    told = f"{row.entry.body['bytes']:,} bytes"
+                    table.add_row(Text(f"the last blocks themselves, to job {row.entry.job}"), told, "")
             if loss := _loss(settings, ledger):
                 data["privacy"] = loss
                 for name, epsilon, limit in loss["epsilon"]:

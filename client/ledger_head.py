@@ -44,7 +44,8 @@ def comes_back_with_state(settings: SiteSettings) -> bool:
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
-    """Return rows, chain, samples and bytes of features as the head tells them; None where there is none.
+    """Return rows, chain, samples, bytes of features and samples sent to the tail as the head tells them; None where
+    there is none.
 
     Raises `LedgerError`.
     """
@@ -53,9 +54,9 @@ def read_head(path: Path) -> dict[str, Any] | None:
     try:
         held = read_json(path)
         told = {name: int(held[name]) for name in ("rows", "samples")}
-        features = int(held.get("features", 0))  # once it told none
+        features, tail = int(held.get("features", 0)), int(held.get("tail", 0))  # once it told none
         jobs = {str(job): (int(samples), int(size)) for job, (samples, size) in held.get("jobs", {}).items()}
-        return {**told, "chain": str(held["chain"]), "features": features, "jobs": jobs}
+        return {**told, "chain": str(held["chain"]), "features": features, "tail": tail, "jobs": jobs}
     except (StorageError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise LedgerError(f"{path} is damaged", hint=RESTORE) from error
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from consilience.common.files import canonical_json, sha256
-from consilience.common.protocol import TapCard
+from consilience.common.protocol import TailCard, TapCard
+from consilience.common.tails import TailQuestion
 
-EntryKind = Literal["answer", "features", "mechanism", "approval", "carried"]
+EntryKind = Literal["answer", "features", "tail", "mechanism", "approval", "carried"]
 
 
 class Asked(NamedTuple):
@@ -30,11 +31,12 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row tells: of an answer, of principal components of features, of a mechanism that added noise, of a
-    person's approval, or of what was carried over.
+    """What a row tells: of an answer, of principal components of features, of a tail that was asked or lent, of a
+    mechanism that added noise, of a person's approval, or of what was carried over.
 
-    `subject`: of an answer the name of the released bytes' file; of components `components_subject`; of a mechanism its
-    name; of an approval the policy version. `body`: the particulars, JSON values.
+    `subject`: of an answer the name of the released bytes' file; of components `components_subject`; of a tail its
+    fingerprint, of one that was lent `blocks_subject`; of a mechanism its name; of an approval the policy version.
+    `body`: the particulars, JSON values.
     """
 
     kind: EntryKind
@@ -74,6 +76,9 @@ class Spent:
     """Bytes of features by job, principal components among them; of those carried over, where the job was known."""
     components: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Bytes of principal components alone, by job and tap."""
+    tails: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """`rounds`, `samples` and `bytes` of questions about the tail, by job and which of these; of those carried over the
+    samples."""
     mechanisms: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     """Uses by job, month, name and parameters, these as JSON; `none` for samples that left behind no mechanism."""
 
@@ -94,6 +99,24 @@ def components(job: str, policy: str, tap: TapCard) -> Entry:
     assert held is not None
     body = {"tap": tap.name, "teacher": tap.fingerprint, "policy": policy, "sha256": held.digest, "bytes": held.bytes}
     return Entry("features", job, components_subject(held.digest), body=body)
+
+
+def blocks_subject(digest: str) -> str:
+    """Return the subject of the row of lent blocks whose bytes have this SHA-256."""
+    return f"blocks-{digest}"
+
+
+def blocks_lent(job: str, policy: str, tail: TailCard) -> Entry:
+    """Return the entry of the blocks of a tail that left, under a policy version."""
+    body = {"teacher": tail.fingerprint, "policy": policy, "first": tail.first, "bytes": tail.bytes}
+    return Entry("tail", job, blocks_subject(tail.digest), body={"what": "blocks", **body})
+
+
+def tail_asked(question: TailQuestion) -> Entry:
+    """Return the entry of a question about features."""
+    what = "gradient" if question.gradient else "outputs"
+    body = {"policy": question.policy, "block": question.block, "samples": question.samples, "bytes": question.bytes}
+    return Entry("tail", question.job, question.tail, body={"what": what, **body})
 
 
 def approval(job: str, policy: str, asked: Iterable[Asked] | None) -> Entry:
