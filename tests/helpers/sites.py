@@ -43,9 +43,11 @@ class Tail(Protocol):
     @property
     def card(self) -> TailCard:
         """What the site's card tells of it."""
+        ...
 
     def answer(self, content: RecordDict) -> RecordDict:
         """Answer a question about features, or for a piece of the blocks."""
+        ...
 
 
 def rows(question: Question) -> np.ndarray:
