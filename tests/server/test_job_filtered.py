@@ -147,12 +147,22 @@ def test_a_student_of_lent_blocks_is_told_loaded_and_exported(home: Path, report
     np.testing.assert_allclose(exported.detach().numpy(), found, atol=1e-4)
 
 
-@pytest.mark.parametrize("order", ["in-turn", "sampled"])
-def test_asked_blocks_teach_what_lent_ones_do_and_all_is_counted(home: Path, reporter: Reporter, order: str) -> None:
-    sites = sites_of()
-    report = do(home, sites, reporter, {"order": order})
+@pytest.mark.parametrize(
+    ("filtered", "multi"),
+    [
+        ({}, False),
+        ({"order": "sampled"}, False),
+        ({"tasks": "label", "filters": "task", "epochs": 2}, True),
+        ({"held_out": 0.5}, True),
+    ],
+)
+def test_asked_blocks_teach_what_lent_ones_do_and_all_is_counted(
+    home: Path, reporter: Reporter, filtered: dict[str, Any], multi: bool
+) -> None:
+    sites, more = sites_of(multi=multi), {"judge": {}}
+    report = do(home, sites, reporter, filtered, **more)
     asked = report["student"]["filtered"]
-    job = settings(home, {"order": order}, {})
+    job = settings(home, filtered, {})
     contract = RunContract.load(home / "run" / "contract.json")
     for card in contract.sites:
         plan = tail_demand(job, card, SAMPLES, sides(job, (16, 16, 1)))
@@ -160,7 +170,7 @@ def test_asked_blocks_teach_what_lent_ones_do_and_all_is_counted(home: Path, rep
         assert agreed.tail == plan
         assert plan is not None
         spent = asked["asked"][card.name]
-        if order == "in-turn":
+        if "order" not in filtered:
             assert spent["rounds"] == plan.rounds == sites.tails[card.name].asked  # type: ignore[attr-defined]
             assert (spent["samples"], spent["sent"] + spent["received"]) == (plan.samples, plan.bytes)
         else:
@@ -170,7 +180,7 @@ def test_asked_blocks_teach_what_lent_ones_do_and_all_is_counted(home: Path, rep
     assert "stayed there, and were asked" in (home / "run" / "card.md").read_text()
     assert "without their data or weights" in (home / "run" / "card.md").read_text()
     shutil.rmtree(home / "run")
-    do(home, sites_of("blocks"), reporter, {"order": order})
+    do(home, sites_of("blocks", multi=multi), reporter, filtered, **more)
     lent = told_of(home)
     for name, losses in asked["blocks"].items():
         np.testing.assert_allclose(losses, lent["blocks"][name], atol=1e-4)
