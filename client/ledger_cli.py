@@ -8,12 +8,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -78,13 +80,17 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
                 if row.entry.kind == "tail" and row.entry.body["what"] == "blocks":
                     told = f"{row.entry.body['bytes']:,} bytes"
                     table.add_row(Text(f"the last blocks themselves, to job {row.entry.job}"), told, "")
+            if sums := spent.sums.values():
+                opened = sum(state == "opened" for state, _ in sums)
+                data["sums"] = {"given": len(sums), "opened": opened}
+                table.add_row("secure sums with rows of this site", f"{len(sums):,}, {opened:,} opened", "")
             if loss := _loss(settings, ledger):
                 data["privacy"] = loss
                 for name, epsilon, limit in loss["epsilon"]:
                     shown = "none" if epsilon is None else f"epsilon {epsilon:.3g}, delta {loss['delta']:g}"
                     table.add_row(f"{name}: {loss['unit'] or 'no guarantee'}", shown, _limit(limit))
-            table.caption = f"{ledger.count:,} rows, verified; the last one's hash: {ledger.chain}"
-            return data, table
+            below = f"{ledger.count:,} rows, verified. The last one's hash:\n{ledger.chain}"
+            return data, Group(table, Text(below, no_wrap=True, overflow="ignore"))
 
     emit(as_json, action)
 
@@ -118,6 +124,11 @@ def verify(
             data: dict[str, Any] = _state(ledger)
             text = f"{ledger.count:,} rows are as they were written. The last one's hash: {ledger.chain}"
             if noted is not None:
+                if re.fullmatch("[0-9a-f]{64}", noted) is None:
+                    raise SettingsError(
+                        f"--noted is {noted[:80]!r}; allowed: a hash as `ledger show` prints it, 64 digits of 0-9 and a-f",
+                        hint="Give all of its digits, without spaces",
+                    )
                 row = next((row for row in ledger.rows() if row.chain == noted), None)
                 if row is None:
                     raise LedgerError(

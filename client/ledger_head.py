@@ -23,8 +23,20 @@ def head_path(settings: SiteSettings) -> Path:
 
     Never two sites' heads at one place, for each has a folder of its own.
     """
-    state = _plain(settings.state)
-    return settings.ledger_head or state.parent / f"{state.name}-ledger.head"
+    return settings.ledger_head or _beside(settings.state)
+
+
+def missing_head(state: Path) -> str:
+    """Return what to do where there is no head at its place: it may lie where it does by default."""
+    default = _beside(state)
+    if not default.exists():
+        return RESTORE
+    return f"If `ledger_head` was named anew in site.yaml, move {default} there while the agent is stopped"
+
+
+def _beside(state: Path) -> Path:
+    plain = _plain(state)
+    return plain.parent / f"{plain.name}-ledger.head"
 
 
 def former_path(settings: SiteSettings) -> Path | None:

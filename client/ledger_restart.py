@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from consilience.client.ledger import Ledger, locked, paths, utc_now
 from consilience.client.ledger_head import former_path, read_head, trace_of
-from consilience.client.ledger_rows import Entry
+from consilience.client.ledger_rows import Entry, summed
 from consilience.client.sum_index import forget_given
 from consilience.common.errors import LedgerError, RunError
 from consilience.common.files import lock, storage_error, sync_folder, write_json
@@ -81,7 +81,8 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
                     *(
                         Entry("carried", job, "ledger", n, about | {"features": size} | _tail(tails.get(job, 0)))
                         for job, (n, size) in parts.items()
-                    )
+                    ),
+                    *known.sums.values(),
                 )
             fresh.rename(path)
             sync_folder(path.parent)
@@ -104,6 +105,8 @@ class _Known:
     """Samples and bytes of features by job, as far as they are known."""
     tails: dict[str, int] = field(default_factory=dict)
     """Samples of features that were sent to the tail, by job; those of no known job under ""."""
+    sums: dict[str, Entry] = field(default_factory=dict)
+    """The last row's entry of each secure sum, by its terms' digest."""
     told: bool = False
     """Whether one of them tells."""
 
@@ -145,6 +148,11 @@ def _by_job(path: Path, known: _Known) -> dict[str, tuple[int, int]]:
                 samples[job] += max(0, count)
                 features[job] += _feature_bytes(count, kind, body)
                 known.rows += count > 0
+            query = "SELECT job, subject, body FROM rows WHERE kind = 'sum' ORDER BY seq"
+            for job, terms, body in database.execute(query):
+                with suppress(ValueError, TypeError, KeyError):
+                    held = json.loads(body)
+                    known.sums[terms] = summed(job, terms, held["state"], held["teacher"])
             # one without rows tells that nothing was released only where nothing else says that something was
             known.told = database.execute("SELECT 1 FROM rows").fetchone() is not None or trace_of(path.parent) is None
     return {job: (samples[job], features[job]) for job in sorted(samples)}

@@ -225,6 +225,7 @@ class Site:
                 reduced,
                 self.signer,
                 permit=lambda count: self.permit(contract.job, demand.asked, 0, count),
+                costs=lambda: entries_of(contract.job, self.costs(1)),
             )
         return Agreement(pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee, enclosed=enclosed)
 
@@ -425,8 +426,8 @@ class Site:
         check_job(self.settings.policy, self.ledger, job, asked)
         check_budget(self.settings.policy, self.ledger, job, samples)
         check_bytes(self.settings.policy, self.ledger, job, features)
-        if samples:
-            self._allowance.check(self.ledger, job, self.costs(samples))
+        if samples or features:
+            self._allowance.check(self.ledger, job, self.costs(max(samples, 1)))
 
     def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
         """Return the encoded rows of those samples of a question that the mask `new` chooses."""
