@@ -126,7 +126,7 @@ def verify(
             if noted is not None:
                 if re.fullmatch("[0-9a-f]{64}", noted) is None:
                     raise SettingsError(
-                        f"--noted is {noted[:80]!r}; allowed: a hash as `ledger show` prints it, 64 digits of 0-9 and a-f",
+                        f"--noted is {noted[:80]!r}; allowed: 64 digits of 0-9 and a-f, as `ledger show` prints them",
                         hint="Give all of its digits, without spaces",
                     )
                 row = next((row for row in ledger.rows() if row.chain == noted), None)

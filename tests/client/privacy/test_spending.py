@@ -116,7 +116,7 @@ def test_what_left_behind_no_mechanism_leaves_no_guarantee(tmp_path: Path, pool:
     assert (spent.epsilon, spent.unit) == (None, None)
     with pytest.raises(RefusedError) as caught:
         site.answer(about(site, pool, 5, 6))
-    assert (
+    assert "something left without a mechanism: no formal guarantee, so that it cannot" in caught.value.told_here
         "something left without a mechanism: no formal guarantee, so that it cannot be kept" in caught.value.told_here
     )
 
