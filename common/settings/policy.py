@@ -83,7 +83,7 @@ class Tail(Settings):
     """The teacher's last blocks and head, for filtered amalgamation (docs/filtered.md). They tell far more than answers
     about a pool do: whoever may send features of its own making learns what the blocks compute."""
 
-    allow: Literal["off", "questions", "blocks"] = "off"
+    allow: Annotated[Literal["off", "questions", "blocks"], OFF_IS_A_WORD] = "off"
     """`questions`: the blocks stay at the site, and features that the server sends are answered with outputs and
     gradients, within the limits below. `blocks`: their weights leave, once and for all; nothing is asked of them
     afterwards."""
@@ -98,11 +98,6 @@ class Tail(Settings):
     """The same since the ledger began, over all jobs."""
     bytes: int = Field(default=2**36, ge=0, le=2**53)
     """Most bytes of features, outputs and gradients that a job may send and get."""
-
-    @field_validator("allow", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: object) -> object:
-        return "off" if value is False else value  # YAML reads a bare off as false
 
     @property
     def open(self) -> bool:
