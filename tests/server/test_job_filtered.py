@@ -23,6 +23,7 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question, Refusal
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.deploy.local_grid import FIRST_NODE
 from consilience.server.contract import RunContract
 from consilience.server.export import export_student
 from consilience.server.job import Job
@@ -30,7 +31,7 @@ from consilience.server.learning import StudentModel
 from consilience.server.student.filtered_student import FilteredStudent
 from helpers.feature_answers import images, log_probs, teacher
 from helpers.filtered import TailSite, logits
-from helpers.sites import Handler, Sites, grid_of
+from helpers.sites import Handler, ScriptedGrid, Sites, grid_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 CLASSES = {"east": ("a", "b", "c"), "west": ("c", "d", "e")}
@@ -257,6 +258,40 @@ def test_a_run_goes_on_where_a_site_stopped_it(home: Path, reporter: Reporter, m
     assert told["blocks"] == whole["blocks"]
     assert told["branches"] == whole["branches"]
     assert told["asked"]["east"]["rounds"] >= whole["asked"]["east"]["rounds"]
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_site_that_goes_away_is_waited_for(home: Path, reporter: Reporter, back: bool) -> None:
+    sites = sites_of()
+    (home / "run").mkdir()
+    dump_settings(settings(home, {}, {}, ask={"wait": 5 if back else 0.3}), home / "run" / "job.yaml")
+
+    class Leaving(ScriptedGrid):
+        left = 0
+
+        def looked(self) -> None:
+            self.left -= back
+            if back and self.left <= 0:
+                self.away.clear()
+
+    with Leaving(sites) as grid:
+
+        def leave(content: RecordDict, at: int) -> RecordDict:
+            if at == 4:
+                grid.left = 4
+                grid.leave(FIRST_NODE)  # east
+            return content
+
+        sites.tails["east"].spoil = leave  # type: ignore[attr-defined]
+        if not back:
+            with pytest.raises(AskingError, match="Site east is not connected, whose blocks are needed"):
+                Job.open(home / "run", reporter).do(grid)
+            return
+        Job.open(home / "run", reporter).do(grid)
+    told = told_of(home)
+    assert told["asked"]["east"] == told["asked"]["west"], "what was lost on the way is counted by the site alone"
+    assert sites.tails["east"].asked == told["asked"]["east"]["rounds"] + 1  # type: ignore[attr-defined]
+    assert "tail-away" in (home / "run" / "events.jsonl").read_text()
 
 
 def with_data(content: RecordDict, change: Any) -> RecordDict:
