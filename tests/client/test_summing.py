@@ -132,9 +132,9 @@ def test_no_ledger_begins_where_it_is_not_known_what_was_summed(tmp_path: Path, 
 
 
 def unmask(world: World, *names: str) -> Unmask:
-    held = {site: world.server._load(f"delivered/{site}", Delivered) for site in names}
-    assert all(held.values())
-    return Unmask(terms=world.terms.digest, survivors=names, signatures=tuple(held[n].signature for n in names))
+    held = [world.server._load(f"delivered/{site}", Delivered) for site in names]
+    signatures = tuple(delivered.signature for delivered in held if delivered is not None)
+    return Unmask(terms=world.terms.digest, survivors=names, signatures=signatures)
 
 
 def test_an_older_copy_of_state_opens_no_other_seed(tmp_path: Path, pool: Pool) -> None:
@@ -167,6 +167,7 @@ def test_a_lost_record_of_sums_is_no_fresh_start(tmp_path: Path, pool: Pool, res
     with pytest.raises(StorageError, match="the ledger tells of sums that it does not know"):
         other.advertise_all()
     assert other.whole.ledger.spent.sums == {world.terms.digest: ("given", Fickle.fingerprint)}
-    another = Site(world.settings, Fickle())
-    another.teacher.fingerprint = "e" * 64
+    teacher = Fickle()
+    teacher.fingerprint = "e" * 64
+    another = Site(world.settings, teacher)
     assert another.summing.keys(terms_of(pool, world.settings, teacher="e" * 64)).site == "site-1"
