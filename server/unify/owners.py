@@ -36,6 +36,10 @@ class Overlap:
     """(I,) i of each part, counted within the component."""
     pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """T, part (T, i), part (T, j): (E,) each."""
+    part_rows: IntArray
+    """(K,) the part that each stacked row adds to, -1 for the rows of classes with one owner."""
+    set_count: int
+    """S."""
     to_parts: Sparse
     """I x K, from stacked probabilities to w_i p_i(classes of T)."""
     parts_to_sets: Sparse
@@ -121,6 +125,8 @@ def _overlap(
         for place, site in enumerate(sets[number]):
             into.append((int(starts[number]) + place, stacked_row[site, column], float(plan.weights[site])))
     into_part, into_row, into_weight = (np.array(values) for values in zip(*into, strict=True))
+    part_rows = np.full(plan.columns.size, -1)
+    part_rows[into_row.astype(np.int64)] = into_part
     singles = [
         (local[int(site)], int(column))
         for site, column in zip(plan.sites, plan.columns, strict=True)
@@ -137,6 +143,8 @@ def _overlap(
         part_set=plan.tensor(part_set),
         part_site=plan.tensor(part_site),
         pairs=(plan.tensor(pair_set), plan.tensor(pair_one), plan.tensor(pair_two)),
+        part_rows=part_rows,
+        set_count=size,
         to_parts=Sparse(into_part, into_row, (parts, plan.columns.size), device, into_weight),
         parts_to_sets=Sparse(part_set, all_parts, (size, parts), device),
         parts_to_sites=Sparse(part_site, all_parts, (n, parts), device),
