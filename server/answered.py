@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +27,13 @@ BLOCK_VALUES = 2**21
 class Block:
     """Samples `ids` (b,) int64, ascending, that the same sites answered.
 
-    `answers[i]` (b, k_i) float32 log-probabilities of site i, None for a site that answered none of them.
+    `answers[i]` (b, k_i) float32 log-probabilities of site i, None for a site that answered none of them; float16
+    where they were asked for as they are stored.
     `coverage[i]` (b,) float32 in [0, 1] of site i, None for a site that gave it for none of them, or did not answer.
     """
 
     ids: NDArray[np.int64]
-    answers: list[NDArray[np.float32] | None]
+    answers: list[NDArray[Any] | None]
     coverage: list[NDArray[np.float32] | None]
 
     @property
@@ -75,6 +77,8 @@ def blocks(
     size: int,
     coverage: CoverageStores | None = None,
     ids: NDArray[np.int64] | None = None,
+    *,
+    stored: bool = False,
 ) -> Iterator[Block]:
     """Yield every sample that a site answered, `size` samples of the pool at a time, by who answered and gave coverage.
 
@@ -88,7 +92,7 @@ def blocks(
     wanted = np.arange(stores[0].about.size) if ids is None else ids
     for at in range(0, len(wanted), size):
         whole = wanted[at : at + size]
-        held = [read_rows(store, whole) for store in stores]
+        held = [read_rows(store, whole, stored=stored) for store in stores]
         given = [None if store is None else read_rows(store, whole)[:, 0] for store in covers]
         if complete:
             yield Block(whole, list(held), given)
@@ -104,9 +108,13 @@ def blocks(
             yield Block(whole[rows], answers, told)
 
 
-def read_rows(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return what a store holds about the samples `ids` (b,) ascending, zeros where there is nothing."""
-    parts = [store.read_answered(start, stop) for start, stop in _runs(ids)]
+def read_rows(store: AnswerStore, ids: NDArray[np.int64], *, stored: bool = False) -> NDArray[Any]:
+    """Return what a store holds about the samples `ids` (b,) ascending, zeros where there is nothing.
+
+    float32; with `stored` float16 where it is stored so.
+    """
+    read = store.answered_numbers if stored else store.read_answered
+    parts = [read(start, stop) for start, stop in _runs(ids)]
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, store.about.classes), np.float32), *parts])
 
 

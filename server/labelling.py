@@ -201,7 +201,7 @@ def unify_pool(
         # one pattern a block: its samples are usable all or none
         wanted = (
             block
-            for block in blocks(stores, size, coverage)
+            for block in blocks(stores, size, coverage, stored=True)
             if samples.mask is None or samples.mask[block.ids[0]]
         )
         for block, unified, told, more in in_threads(work, wanted):
@@ -229,7 +229,9 @@ def unify_pool(
 
 
 @contextlib.contextmanager
-def rows_of(path: Path, array: np.memmap[Any, Any] | None) -> Iterator[Callable[[NDArray[np.int64], NDArray[Any]], None]]:
+def rows_of(
+    path: Path, array: np.memmap[Any, Any] | None
+) -> Iterator[Callable[[NDArray[np.int64], NDArray[Any]], None]]:
     """Give what writes rows of `array`, which is the file `path`, and makes them durable in the end; None: nowhere."""
     if array is None:
         yield lambda ids, rows: None

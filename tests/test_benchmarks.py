@@ -33,6 +33,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "hundred_thousand",
         "ledger",
         "privacy",
+        "scale",
         "secure_sums",
         "student",
         "transport",

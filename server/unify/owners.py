@@ -58,6 +58,8 @@ class Overlap:
     """n n x I: row (i, j) adds up the parts (T, i) over the sets T that hold both i and j."""
     sets_to_links: Sparse
     """n n x S: row (i, j) adds up the sets that hold both."""
+    sets_to_pairs: Sparse
+    """n (n - 1) / 2 x S: the rows (i, j), i < j, of `sets_to_links`."""
     pairs_to_links: Sparse
     """n n x E, symmetric."""
     pairs_to_flows: Sparse
@@ -135,6 +137,8 @@ def _overlap(
     single_site, single_class = np.array(singles, dtype=np.int64).reshape(-1, 2).T
     all_parts = np.arange(parts)
     both = np.concatenate([i * n + j, j * n + i])
+    place = np.zeros((n, n), dtype=np.int64)
+    place[np.triu_indices(n, 1)] = np.arange(n * (n - 1) // 2)
     ones = np.ones(pairs)
     twice = np.tile(np.arange(pairs), 2)
     return Overlap(
@@ -156,6 +160,7 @@ def _overlap(
         classes_to_singles=Sparse(single_site, single_class, (n, plan.num_classes), device),
         parts_to_links=Sparse(both, np.concatenate([pair_one, pair_two]), (n * n, parts), device),
         sets_to_links=Sparse(both, np.concatenate([pair_set, pair_set]), (n * n, size), device),
+        sets_to_pairs=Sparse(place[i, j], pair_set, (n * (n - 1) // 2, size), device),
         pairs_to_links=Sparse(both, twice, (n * n, pairs), device),
         pairs_to_flows=Sparse(both, twice, (n * n, pairs), device, np.concatenate([ones, -ones])),
     )

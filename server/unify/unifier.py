@@ -55,8 +55,8 @@ class Unifier:
     block           rows computed at a time; by default what fits a fixed amount of memory. Results do not
                     depend on it
 
-    Raises UnifyError where any of these is not as said. All computation is in fp64, but for "ce" from answers in f16, bf16 or
-    f32: of samples whose sites are linked well they are added up in fp32 (docs/unify.md); labels are the same to 1e-6.
+    Raises UnifyError where any of these is not as said. All computation is in fp64, but for "ce" from answers in f16,
+    bf16 or f32: of samples whose sites are well linked they are added up in fp32, and labels are the same to 1e-6.
     The methods are those of Vongkulbhisal et al., CVPR 2019; docs/unify.md says how each is solved.
     """
 
