@@ -137,8 +137,8 @@ def _overlap(
     single_site, single_class = np.array(singles, dtype=np.int64).reshape(-1, 2).T
     all_parts = np.arange(parts)
     both = np.concatenate([i * n + j, j * n + i])
-    place = np.zeros((n, n), dtype=np.int64)
-    place[np.triu_indices(n, 1)] = np.arange(n * (n - 1) // 2)
+    pair_row = np.zeros((n, n), dtype=np.int64)
+    pair_row[np.triu_indices(n, 1)] = np.arange(n * (n - 1) // 2)
     ones = np.ones(pairs)
     twice = np.tile(np.arange(pairs), 2)
     return Overlap(
@@ -160,7 +160,7 @@ def _overlap(
         classes_to_singles=Sparse(single_site, single_class, (n, plan.num_classes), device),
         parts_to_links=Sparse(both, np.concatenate([pair_one, pair_two]), (n * n, parts), device),
         sets_to_links=Sparse(both, np.concatenate([pair_set, pair_set]), (n * n, size), device),
-        sets_to_pairs=Sparse(place[i, j], pair_set, (n * (n - 1) // 2, size), device),
+        sets_to_pairs=Sparse(pair_row[i, j], pair_set, (n * (n - 1) // 2, size), device),
         pairs_to_links=Sparse(both, twice, (n * n, pairs), device),
         pairs_to_flows=Sparse(both, twice, (n * n, pairs), device, np.concatenate([ones, -ones])),
     )
