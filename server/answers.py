@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.common.encoding import (
+    Sent,
     check,
     check_features,
     coverage_bytes,
@@ -33,6 +34,7 @@ from consilience.common.encoding import (
     feature_values,
     row_bytes,
     unpack,
+    unpack_sent,
 )
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
 from consilience.common.files import Resident, read_json, sha256, storage_error, sync_folder, write_json
@@ -248,8 +250,28 @@ class AnswerStore:
     def _halves(self) -> bool:
         return self.about.encoding == "f16" and self.about.kind in ("log-probs", "log-odds")
 
+    def read_sent(self, start: int, stop: int) -> Sent:
+        """Return what was sent about samples start..stop-1, of a store of log-probabilities in `top-K`.
+
+        Raises as `read` does.
+        """
+        parts = [unpack_sent(raw, self.about.classes, self.about.encoding) for raw in self._raw(start, stop)]
+        columns = zip(*((part.ids, part.values, part.other) for part in parts), strict=True)
+        return Sent(*(np.concatenate(column) for column in columns))
+
     def _read(self, start: int, stop: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        out = np.empty((stop - start, self.about.classes), dtype)
+        out, at = np.empty((stop - start, self.about.classes), dtype), 0
+        for raw in self._raw(start, stop):
+            rows = out[at : at + len(raw) // self.about.row_bytes]
+            if dtype.itemsize == 2:
+                rows[:] = raw.view(dtype).reshape(rows.shape)
+            else:
+                self._decode(raw, rows)
+            at += len(rows)
+        return out
+
+    def _raw(self, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield the bytes of samples start..stop-1, record by record."""
         width = self.about.row_bytes
         at, place = start, bisect_right(self._starts, start) - 1
         while at < stop:
@@ -259,13 +281,8 @@ class AnswerStore:
             self._check(entry)
             until = min(stop, entry.stop)
             low = entry.offset + (at - entry.start) * width
-            raw, rows = self._bytes(low, low + (until - at) * width), out[at - start : until - start]
-            if dtype.itemsize == 2:
-                rows[:] = raw.view(dtype).reshape(rows.shape)
-            else:
-                self._decode(raw, rows)
+            yield self._bytes(low, low + (until - at) * width)
             at, place = until, place + 1
-        return out
 
     def _lacks(self, sample: int) -> StorageError:
         return StorageError(
