@@ -97,7 +97,7 @@ def blocks(
         if complete:
             yield Block(whole, list(held), given)
             continue
-        for pattern, rows in _patterns([*stores, *covers], whole):
+        for pattern, rows in patterns([*stores, *covers], whole):
             if not pattern[:sites].any():
                 continue
             answers = [a[rows] if p else None for a, p in zip(held, pattern, strict=False)]
@@ -114,13 +114,13 @@ def read_rows(store: AnswerStore, ids: NDArray[np.int64], *, stored: bool = Fals
     float32; with `stored` float16 where it is stored so.
     """
     read = store.answered_numbers if stored else store.read_answered
-    parts = [read(start, stop) for start, stop in _runs(ids)]
+    parts = [read(start, stop) for start, stop in runs(ids)]
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, store.about.classes), np.float32), *parts])
 
 
 def read_known(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return (b,) bool: which of the samples `ids` (b,) ascending a store holds."""
-    return np.concatenate([np.empty(0, np.bool_), *(store.answered(start, stop) for start, stop in _runs(ids))])
+    return np.concatenate([np.empty(0, np.bool_), *(store.answered(start, stop) for start, stop in runs(ids))])
 
 
 def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
@@ -131,7 +131,7 @@ def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
     mask, lacking = np.zeros(total, np.bool_), Counter[int]()
     everything = set(range(len(space)))
     for start, stop in _cuts(stores, block_size(space)):
-        for pattern, rows in _patterns(stores, np.arange(start, stop)):
+        for pattern, rows in patterns(stores, np.arange(start, stop)):
             unknown = everything.difference(*(space.class_sets[i] for i in np.flatnonzero(pattern)))
             mask[start + rows] = bool(pattern.any()) if space.multi else not unknown
             if not mask[start + rows[0]]:
@@ -145,14 +145,14 @@ def _cuts(stores: Sequence[AnswerStore], size: int) -> Iterator[tuple[int, int]]
         yield start, min(start + size, total)
 
 
-def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+def runs(ids: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Yield the ranges (start, stop) of samples that follow one another."""
     cuts = np.flatnonzero(np.diff(ids) != 1) + 1
     for part in np.split(ids, cuts) if len(ids) else ():
         yield int(part[0]), int(part[-1]) + 1
 
 
-def _patterns(stores: CoverageStores, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+def patterns(stores: CoverageStores, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
     """Yield (which stores hold them, (b,) rows that exactly these hold) for samples `ids`."""
     nothing = np.zeros(len(ids), np.bool_)
     given = np.stack([nothing if store is None else read_known(store, ids) for store in stores], axis=1)
