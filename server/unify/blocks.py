@@ -21,7 +21,8 @@ from consilience.server.unify.estimate import Estimate
 from consilience.server.unify.plan import Plan
 from consilience.server.unify.result import UnifiedLabels
 
-_MEMORY = 32 * 2**20  # bytes of intermediate results per block and thread: near the last-level cache works best
+MEMORY = 32 * 2**20
+"""Bytes of intermediate results per block and thread: near the last-level cache works best."""
 _MOST_ROWS = 4096
 _WORTH_A_THREAD = 64
 
@@ -29,10 +30,10 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def block_rows(block: int | None, row_doubles: int) -> int:
+def block_rows(block: int | None, row_doubles: int, memory: int = MEMORY) -> int:
     """Rows per block: as asked, or as many as fit. UnifyError if less than 1."""
     if block is None:
-        return max(1, min(_MOST_ROWS, _MEMORY // (8 * row_doubles)))
+        return max(1, min(_MOST_ROWS, memory // (8 * row_doubles)))
     if block < 1:
         raise UnifyError(f"block {block} is less than 1")
     return int(block)

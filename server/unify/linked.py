@@ -15,8 +15,8 @@ import torch
 from consilience.server.unify.dual import CERTAIN, GRADIENT_TOLERANCE, STEP_TOLERANCE, Solution
 from consilience.server.unify.owners import Overlap
 
-_MM_STEPS = 4
-_COARSE_STEPS = 3
+_MM_STEPS = 8
+_COARSE_STEPS = 2
 _MOST_STEPS = 12
 _LOWEST = -80.0  # below, fp32 has no exponentials
 _TINY = 1e-36

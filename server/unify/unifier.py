@@ -16,7 +16,7 @@ import torch
 from consilience.common.errors import UnifyError
 from consilience.server.unify.across import Combine
 from consilience.server.unify.answers import Reader, is_double
-from consilience.server.unify.blocks import block_rows, run_blocks
+from consilience.server.unify.blocks import MEMORY, block_rows, run_blocks
 from consilience.server.unify.ce import CE
 from consilience.server.unify.coverage import STRENGTH, Coverage, check_coverage, read_coverage
 from consilience.server.unify.covered import CoveredCE
@@ -96,8 +96,9 @@ class Unifier:
         self._asked_block = block
         self._covered: dict[tuple[bool, ...], _Covered] = {}
         self._quick = self._estimator.quick if isinstance(self._estimator, CE) else None
-        doubles = self._estimator.row_doubles if self._quick is None else self._quick.row_doubles
-        self.block, self._exact_block = block_rows(block, doubles), block_rows(block, self._estimator.row_doubles)
+        self.block = self._exact_block = block_rows(block, self._estimator.row_doubles)
+        if self._quick is not None:  # many short operations, the cost of which more rows share
+            self.block = block_rows(block, self._quick.row_doubles, 2 * MEMORY)
 
     @property
     def components(self) -> npt.NDArray[np.int64]:
