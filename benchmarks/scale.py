@@ -1,14 +1,14 @@
-"""Claims: unifying a million samples takes at most 2.5 times as long as reading their answers and writing their labels,
-in 3 GB; 100,000 classes take time in proportion to samples, and 2 GB.
+"""Claims: unifying a million samples takes at most 2.5 times as long as reading answers and writing labels, and 3 GB;
+100,000 classes take time in proportion to samples, and 2 GB.
 
-First table. 10 sites that know 300 of 1,000 classes each (100 of them its own, the others drawn), 1,000,000 samples, answers in f16
-as a run's answer stores hold them; written are labels/q.npy, (n, L) float32, and its diagnostics, by the unify stage of
-a job. In the same run: the time of reading the same files once and writing a file as large as q.npy once, in pieces of
-4 MiB. Both begin with nothing in the disk's cache, end when the disk has everything, and are processes of their own,
-which tell their largest resident size; they take turns, `--rounds` times. Answers are those of noisy but consistent
-teachers, 8,192 different samples again and again, which changes nothing for either.
+First table. 10 sites that know 300 of 1,000 classes each (100 of them its own, the others drawn), 1,000,000 samples,
+answers in f16 as a run's answer stores hold them; written are labels/q.npy, (n, L) float32, and its diagnostics, by the
+unify stage of a job. In the same run: the time of reading the same files once and writing a file as large as q.npy
+once, in pieces of 4 MiB. Both begin with nothing in the disk's cache, end when the disk has everything, and are
+processes of their own, which tell their largest resident size; they take turns, `--rounds` times. Answers are those of
+noisy but consistent teachers, 8,192 different samples again and again, which changes nothing for either.
 
-Second table. 20 sites that know 10,000 of 100,000 classes each, in 200 groups of 500 (10 groups of its own, 10 drawn),
+Second table. 20 sites that know 10,000 of 100,000 classes each, in 200 groups of 500 (10 of its own, 10 of others),
 50,000 samples and parts of them, the 100 largest classes of each answer with what the others have together (top-100);
 written are the 100 likeliest classes of each label, as for a student of knowledge concentration. No row over all
 classes is made on the way. Sizes are processes of their own.
@@ -66,7 +66,12 @@ def space_of(sets: list[NDArray[np.int64]], classes: int) -> LabelSpace:
 
 def many_space(classes: int) -> LabelSpace:
     """Return the label space of the second table: sites know whole groups of classes."""
-    sets = class_sets(MANY_SITES, classes // GROUP, classes // GROUP // 10)
+    random, groups = np.random.default_rng(0), classes // GROUP
+    parts, sets = np.array_split(random.permutation(groups), MANY_SITES), []
+    for site, part in enumerate(parts):
+        shared = parts[(site + 1) % MANY_SITES][:1]  # with the next one, so that all sites hang together
+        others = random.permutation(np.setdiff1d(np.arange(groups), np.concatenate([part, shared])))
+        sets.append(np.sort(np.concatenate([part, shared, others])[: max(groups // 10, len(part) + 1)]))
     return space_of([np.concatenate([np.arange(GROUP * g, GROUP * (g + 1)) for g in s]) for s in sets], classes)
 
 

@@ -85,7 +85,8 @@ def concentration_lesson(
 ) -> Concentrating:
     """Return the lesson of a job; the targets are written to `folder`, a few numbers a sample.
 
-    `labels` (n, L) unified soft labels, memory-mapped, or those of which `keep` classes were kept. `other` (n,): how likely each sample is outside the label space.
+    `labels` (n, L) unified soft labels, memory-mapped, or those of which `keep` classes were kept.
+    `other` (n,): how likely each sample is outside the label space.
     Raises `SettingsError`, `StorageError`.
     """
     settings, device = job.student.concentration, default_device()

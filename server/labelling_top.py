@@ -1,7 +1,7 @@
 """The unify stage where sites send their largest classes and a student learns a few: sparse from site to student.
 
-Lives here: when that is so, and streaming from the stores to the classes that are kept, on disk. Does not live here: the
-mathematics (server/unify/top), what is learnt (server/concentration), labels over all classes (server/labelling).
+Lives here: when that is so, and streaming from the stores to the classes that are kept, on disk. Does not live here:
+the mathematics (server/unify/top), what is learnt (server/concentration), labels over all classes (server/labelling).
 Nothing of samples x classes is written, or held in memory beyond a block.
 """
 
@@ -23,11 +23,12 @@ from consilience.common.files import RowWriter, canonical_json, create_array, re
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings, Unify, largest_sent
-from consilience.server.answered import CoverageStores, Usable, patterns, read_rows, runs, usable
+from consilience.server.answered import CoverageStores, Usable, block_size, patterns, read_rows, runs, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.labelling import Diagnostics, labels_key, unifier
 from consilience.server.student.routing import highest
 from consilience.server.student.verticals import kept, verticals_of
+from consilience.server.unify import Unifier
 from consilience.server.unify.blocks import in_threads
 from consilience.server.unify.top import TopLabels, TopUnifier
 
@@ -105,8 +106,8 @@ def unify_pool_top(
     failed, largest, steps, apart = 0, 0.0, 0.0, 0
 
     def work(part: _Part) -> tuple[int, TopLabels, bool]:
-        linked = part.solve is not None
-        found = _in_full(part, space, settings, keep) if part.solve is None else part.solve(part.answers, keep)
+        linked = isinstance(part.solve, TopUnifier)
+        found = part.solve(part.answers, keep) if isinstance(part.solve, TopUnifier) else _in_full(part, keep)
         for writer, values in zip(writers, (found.classes, found.values, found.rest), strict=True):
             writer.put(part.ids, values)
         return len(part.ids), found, linked
@@ -137,40 +138,42 @@ def unify_pool_top(
 
 @dataclass(frozen=True)
 class _Part:
-    """Samples `ids` (b,) that the same `sites` answered; `solve` takes what was sent, None: answers are in full."""
+    """Samples `ids` (b,) that the same sites answered, as `solve` takes answers: as they were sent, or in full."""
 
     ids: NDArray[np.int64]
-    sites: tuple[int, ...]
-    solve: TopUnifier | None
+    solve: TopUnifier | Unifier
     answers: list[Any]
 
 
 class _Solvers:
-    """What unifies the answers of each set of sites, None where these do not hang together; for the thread that reads."""
+    """What unifies the answers of each set of sites: in full where these do not hang together."""
 
     MOST = 8
     """Kept at a time."""
 
     def __init__(self, space: LabelSpace, settings: Unify) -> None:
         self._space, self._settings = space, settings
-        self._made: dict[tuple[int, ...], TopUnifier | None] = {}
+        self._made: dict[tuple[int, ...], TopUnifier | Unifier] = {}
         everyone = self(tuple(range(len(space.sites))))
-        self.block = 1 if everyone is None else everyone.block
+        self.block = everyone.block if isinstance(everyone, TopUnifier) else min(everyone.block, block_size(space))
 
-    def __call__(self, sites: tuple[int, ...]) -> TopUnifier | None:
+    def __call__(self, sites: tuple[int, ...]) -> TopUnifier | Unifier:
         if sites not in self._made:
             while len(self._made) >= self.MOST:
                 self._made.pop(next(iter(self._made)))
-            space, settings, made = self._space, self._settings, None
-            with contextlib.suppress(UnifyError):  # of sites that share no classes
-                made = TopUnifier(
-                    [space.class_sets[i] for i in sites],
-                    len(space),
-                    weights=[settings.weights.get(space.sites[i], 1.0) for i in sites],
-                    temperature=settings.temperature,
-                )
-            self._made[sites] = made
+            self._made[sites] = self._make(sites)
         return self._made[sites]
+
+    def _make(self, sites: tuple[int, ...]) -> TopUnifier | Unifier:
+        space, settings = self._space, self._settings
+        with contextlib.suppress(UnifyError):  # of sites that share no classes
+            return TopUnifier(
+                [space.class_sets[i] for i in sites],
+                len(space),
+                weights=[settings.weights.get(space.sites[i], 1.0) for i in sites],
+                temperature=settings.temperature,
+            )
+        return unifier(space, settings, (), sites)
 
 
 def _parts(stores: Sequence[AnswerStore], samples: Usable, solvers: _Solvers) -> Iterator[_Part]:
@@ -181,8 +184,8 @@ def _parts(stores: Sequence[AnswerStore], samples: Usable, solvers: _Solvers) ->
             if not sites or (samples.mask is not None and not samples.mask[ids[0]]):
                 continue
             solve = solvers(sites)
-            read = read_rows if solve is None else _read_sent
-            yield _Part(ids, sites, solve, [read(stores[i], ids) for i in sites])
+            read = _read_sent if isinstance(solve, TopUnifier) else read_rows
+            yield _Part(ids, solve, [read(stores[i], ids) for i in sites])
 
 
 def _read_sent(store: AnswerStore, ids: NDArray[np.int64]) -> Sent:
@@ -191,9 +194,10 @@ def _read_sent(store: AnswerStore, ids: NDArray[np.int64]) -> Sent:
     return Sent(*(np.concatenate(column) for column in columns))
 
 
-def _in_full(part: _Part, space: LabelSpace, settings: Unify, keep: int) -> TopLabels:
+def _in_full(part: _Part, keep: int) -> TopLabels:
     """Return the classes that are kept of labels over all classes."""
-    found = unifier(space, settings, (), part.sites)(part.answers, alone=True)
+    assert isinstance(part.solve, Unifier)
+    found = part.solve(part.answers, alone=True)
     classes, values = highest(found.probs, keep)
     rest = np.maximum(1 - values.sum(axis=1, dtype=np.float64), 0).astype(np.float32)
     return TopLabels(classes.astype(np.int32), values, rest, found.iterations, found.converged, found.residual)

@@ -15,6 +15,7 @@ shared out evenly, as in the answers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,7 @@ class TopUnifier:
         self._part_sizes = self._sizes[self._overlap.part_set]
         self._part_site = self._overlap.sites[self._overlap.part_site]
         self._log_weights = plan.tensor(np.log(plan.weights))[:, None]
+        self._local = threading.local()
         self._scratch_rows = max(1, _SCRATCH // plan.num_classes)
 
     @property
@@ -179,6 +181,14 @@ class TopUnifier:
             found.residual[left] = again.residual
         return found
 
+    def _scratch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return zeros fp64, to be left as zeros, and numbers int32 of the thread's own: to make them costs more."""
+        held: tuple[torch.Tensor, torch.Tensor] | None = getattr(self._local, "held", None)
+        if held is None:
+            held = torch.zeros(size, dtype=torch.float64), torch.empty(size, dtype=torch.int32)
+            self._local.held = held
+        return held
+
     def _highest(
         self, classes: torch.Tensor, gains: torch.Tensor, floors: torch.Tensor, total: torch.Tensor, keep: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,17 +197,18 @@ class TopUnifier:
         floors (b, levels), what a class has besides; total (b,).
         """
         held, numbers = [], self._plan.num_classes
+        sums, number = self._scratch(self._scratch_rows * numbers)
         for low in range(0, len(classes), self._scratch_rows):
             rows = slice(low, low + self._scratch_rows)
             own = classes[rows]
             count, sent = own.shape
             places = (own + torch.arange(count)[:, None] * numbers).view(-1)
-            sums = torch.zeros(count * numbers, dtype=torch.float64).index_add_(0, places, gains[rows].reshape(-1))
+            sums.index_add_(0, places, gains[rows].reshape(-1))
             # Of entries of one class one stands for all: that whose number is found there.
             entry = torch.arange(places.numel(), dtype=torch.int32)
-            number = torch.empty(count * numbers, dtype=torch.int32)
             number[places] = entry
             labels = sums[places].view(count, sent) + floors[rows].gather(1, self._class_row[own])
+            sums[places] = 0.0
             labels.masked_fill_((number[places] != entry).view(count, sent), -1.0)
             values, at = labels.topk(min(keep, sent), dim=1)
             chosen = own.gather(1, at).masked_fill_(values < 0, -1)

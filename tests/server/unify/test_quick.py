@@ -44,7 +44,7 @@ def test_most_samples_go_the_quick_way(draw: Draw, monkeypatch: pytest.MonkeyPat
 def test_weak_links_are_solved_as_by_doubles(link: float) -> None:
     """Two pairs of sites agree on two classes each; the pairs hang together by a class that all hold for unlikely."""
     random = np.random.default_rng(0)
-    given = [random.normal(0, 1, (30, 3)) + [0, 0, link] for _ in range(4)]
+    given = [random.normal(0, 1, (30, 3)) + np.array([0, 0, link]) for _ in range(4)]
     quick, exact = both([z.astype(np.float32) for z in given], [[0, 1, 4], [0, 1, 4], [2, 3, 4], [2, 3, 4]])
     np.testing.assert_array_equal(quick.converged, exact.converged)
     np.testing.assert_allclose(quick.probs, exact.probs, rtol=2e-5, atol=1e-7)

@@ -79,8 +79,7 @@ def test_what_is_kept_is_the_likeliest() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_blocks_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sent, _ = answers("top-2")
-    solve = TopUnifier(SETS)
-    whole = solve(sent, 4)
+    whole, solve = TopUnifier(SETS)(sent, 4), TopUnifier(SETS)
     monkeypatch.setattr(solve, "_scratch_rows", 3)
     for low in range(0, 40, rows):
         part = solve([Sent(*(x[low : low + rows] for x in (a.ids, a.values, a.other))) for a in sent], 4)
