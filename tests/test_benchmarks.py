@@ -38,6 +38,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "student",
         "transport",
         "unify",
+        "unify_solvers",
     ],
 )
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
