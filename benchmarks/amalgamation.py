@@ -19,20 +19,18 @@ interval by Student's t. What is done is kept in the folder `--work`, and a seco
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from images import Images, Labels, Source, add_data, difference, folders_of, read, save, spread, write_pools
+from numpy.typing import NDArray
 
 from consilience.common.files import read_json, write_json
 from consilience.common.nets import build
@@ -58,7 +56,7 @@ from consilience.common.settings import (
 from consilience.common.settings_file import dump_settings
 from consilience.server.learning import StudentModel
 from harness import options, show
-from jobs import do_job, train_quietly
+from jobs import all_of, do_job, train_quietly
 
 RATES = (0.03, 0.1)
 """Peak learning rates that each method has the choice of."""
@@ -104,6 +102,7 @@ QUICK = {
         data="embedded",
         teachers=("cnn3@0.5", "cnn3@0.5"),
         student="cnn3@0.6",
+        methods=("KD", "layer-wise + joint"),
         private=100,
         pool=100,
         test=100,
@@ -114,6 +113,7 @@ QUICK = {
         data="embedded",
         teachers=("cnn3@0.5", "resnet8@0.5", "cnn3@0.5"),
         student="cnn3@0.5",
+        methods=("KD", "CFL, maps"),
         private=100,
         pool=100,
         test=100,
@@ -217,16 +217,19 @@ def do(scenario: Scenario, method: str, rate: float, seed: int, home: Path, path
     return report
 
 
-def agreement(scenario: Scenario, method: str, rate: float, seed: int, home: Path, paths: list[Path]) -> float:
-    """Return how often a student that learned from nine tenths of the pool agrees with the unified labels of the rest.
-
-    Those labels are made by a job of their own.
-    """
-    part = home / "chosen-on"
+def unified(seed: int, home: Path, paths: list[Path]) -> NDArray[np.intp]:
+    """Return the classes of the images that rates are chosen on, as the sites' answers say; by a job of their own."""
     plain = Student(architecture="cnn3", fit=Fit(epochs=1))
-    asked = JobSettings(name="chosen-on", seed=seed, pool=part / "pool", student=plain)
+    asked = JobSettings(name="chosen-on", seed=seed, pool=home / "chosen-on" / "pool", student=plain)
     do_job(asked, home / "runs" / "chosen-on", paths)
-    unified = np.load(home / "runs" / "chosen-on" / "labels" / "q.npy", mmap_mode="r").argmax(axis=1)
+    found: NDArray[np.intp] = np.load(home / "runs" / "chosen-on" / "labels" / "q.npy", mmap_mode="r").argmax(axis=1)
+    return found
+
+
+def agreement(
+    scenario: Scenario, method: str, rate: float, seed: int, home: Path, paths: list[Path], labels: NDArray[np.intp]
+) -> float:
+    """Return how often a student of nine tenths of the pool agrees with the unified labels of the rest."""
     name = f"{method}-{rate:g}".replace(" ", "-").replace(",", "").replace("+", "and").replace(".", "-").lower()
     settings = JobSettings(
         name=name,
@@ -238,15 +241,16 @@ def agreement(scenario: Scenario, method: str, rate: float, seed: int, home: Pat
     run = home / "choosing" / name
     do_job(settings, run, paths)
     shutil.rmtree(run / "answers", ignore_errors=True)
-    pool = Pool.open(part / "pool")
+    pool = Pool.open(home / "chosen-on" / "pool")
     found = StudentModel(run / "student").log_probs(pool.read(0, len(pool))).argmax(axis=1)
-    return float((found == unified).mean())
+    return float((found == labels).mean())
 
 
 def choose(scenario: Scenario, home: Path, paths: list[Path]) -> dict[str, dict[str, float]]:
     """Return each method's agreement under each rate, under the first seed."""
+    labels = unified(0, home, paths)
     return {
-        method: {str(rate): agreement(scenario, method, rate, 0, home, paths) for rate in RATES}
+        method: {str(rate): agreement(scenario, method, rate, 0, home, paths, labels) for rate in RATES}
         for method in scenario.methods
     }
 
@@ -296,8 +300,7 @@ def main() -> None:
                 if not done.exists():
                     home = work / f"{name}-{seed}"
                     paths = prepare(scenario, seed, home, folders_of(arguments))
-                    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-                        list(pool.map(train_quietly, paths))
+                    all_of(train_quietly, paths, quick=arguments.quick)
                     if not chosen.exists():
                         write_json(chosen, choose(scenario, home, paths))
                     write_json(done, measure(scenario, seed, home, paths, read_json(chosen)))

@@ -11,14 +11,11 @@ of training; none is picked. What is done is kept in the folder `--work`, and a 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +50,11 @@ from consilience.common.settings_file import dump_settings, load_settings
 from consilience.server.contract import RunContract
 from consilience.server.stores import stores_about
 from harness import options, show
-from jobs import do_job, train_quietly
+from jobs import all_of, do_job, train_quietly
 
 OVERLAP = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
 DISJOINT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
 ALL = (tuple(range(10)),) * 3
-ARCHITECTURES = ("cnn3", "resnet8", "vgg6")
 VARIANTS = ("plain", "coverage", "direct")
 LEARNED = Coverage()
 STRANGERS = "of no known class"
@@ -89,6 +85,8 @@ class Scenario:
     data: str
     classes: tuple[tuple[int, ...], ...]
     sizes: Sizes
+    teachers: tuple[str, ...] = ("cnn3", "resnet8", "vgg6")
+    student: str = "resnet8"
 
 
 F, C = Sizes(4_000, 8_000), Sizes(6_000, 15_000)
@@ -104,7 +102,9 @@ SCENARIOS = {
 QUICK = Scenario(
     "embedded",
     DISJOINT,
-    Sizes(440, 400, 200, 2, Coverage(architecture="cnn3", fit=CoverageFit(epochs=2, batch_size=64, precision="f32"))),
+    Sizes(440, 400, 200, 1, Coverage(architecture="cnn3", fit=CoverageFit(epochs=1, batch_size=64, precision="f32"))),
+    ("cnn3@0.5", "resnet8@0.25", "cnn3@0.5"),
+    "cnn3@0.5",
 )
 
 
@@ -162,7 +162,7 @@ def prepare(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) 
         settings = SiteSettings(
             name=f"site-{k + 1}",
             data=save(path.parent / "private.npz", part, names),
-            teacher=TrainTeacher(kind="train", architecture=ARCHITECTURES[k], fit=fit),
+            teacher=TrainTeacher(kind="train", architecture=scenario.teachers[k], fit=fit),
             policy=Policy(holdout_accuracy=True, coverage="f16"),
             coverage=scenario.sizes.coverage,
             pools=(home / "pool", home / "test-pool"),
@@ -183,6 +183,7 @@ def job(scenario: Scenario, seed: int, home: Path, variant: str, other: float) -
         ask=Ask(coverage=variant != "plain"),
         unify=Unify(other=other if variant != "plain" else 0.0),
         student=Student(
+            architecture=scenario.student,
             learning="direct-ce" if variant == "direct" else "soft-labels",
             fit=scenario.sizes.fit(),
         ),
@@ -205,10 +206,9 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
     paths = prepare(scenario, seed, home, folders)
     other = OTHER if name == "unknown" else 0.0
     variants = [v for v in VARIANTS if not (v == "direct" and (other or name == "quick"))]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        list(pool.map(train_quietly, paths))
-        tasks = [(job(scenario, seed, home, v, other), home / "runs" / v, paths) for v in variants]
-        reports = dict(zip(variants, pool.map(do, tasks), strict=True))
+    all_of(train_quietly, paths, quick=name == "quick")
+    tasks = [(job(scenario, seed, home, v, other), home / "runs" / v, paths) for v in variants]
+    reports = dict(zip(variants, all_of(do, tasks, quick=name == "quick"), strict=True))
     full = reports["coverage"]
     return {
         "students": {v: report["student"]["accuracy"] for v, report in reports.items()},

@@ -24,7 +24,7 @@ from harness import options, show
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the targets are the tests' too
 SECONDS_AN_INPUT = 10
-MOST_BYTES, MOST_KEPT = 4_096, 100
+MOST_BYTES, MOST_KEPT, MOST_MIB = 4_096, 100, 2_048
 
 
 def attack(name: str) -> None:
@@ -86,7 +86,8 @@ def fuzz(name: str, seconds: int, folder: Path, keeping: bool) -> tuple[int, int
             f"-max_total_time={math.ceil(left)}",
             f"-timeout={SECONDS_AN_INPUT}",
             f"-max_len={MOST_BYTES}",
-            "-rss_limit_mb=2048",
+            f"-malloc_limit_mb={MOST_MIB}",
+            f"-rss_limit_mb={4 * MOST_MIB}",  # atheris never frees what arrays are compared to: 100 bytes an input
             f"-seed={turn}",
             "-print_final_stats=1",
             f"-artifact_prefix={folder}/failed-{name}-",

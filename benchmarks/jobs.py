@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Context, RecordDict
 
@@ -16,6 +20,8 @@ from consilience.common.settings_file import dump_settings
 from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.simulation import train_site
 from consilience.server.app import app as server_app
+
+Task, Result = TypeVar("Task"), TypeVar("Result")
 
 
 def do_job(settings: JobSettings, run: Path, paths: list[Path]) -> dict[str, Any]:
@@ -35,3 +41,11 @@ def train_quietly(path: Path) -> None:
     """Train the site at `path`, as it is done in a process of its own."""
     with Reporter() as reporter:
         train_site(path, reporter)
+
+
+def all_of(do: Callable[[Task], Result], tasks: Sequence[Task], *, quick: bool) -> list[Result]:
+    """Return what `do` gives of each task, done in processes of their own; `quick`: here, without starting any."""
+    if quick:
+        return [do(task) for task in tasks]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        return list(pool.map(do, tasks))

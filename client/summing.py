@@ -68,7 +68,7 @@ class Summing:
         )
 
     def _summed_images(self, terms: Terms) -> bytes:
-        """Return 16 bytes for each image that a sum is about. Raises `RefusedError`."""
+        """Return 8 bytes for each image that a sum is about. Raises `RefusedError`."""
         pool = self.site.pool(terms.pool)
         with self.site.lock:
             if pool.digest not in self._images:

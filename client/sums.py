@@ -61,7 +61,7 @@ from consilience.common.sums.shares import seal, split, unseal
 Answering = Callable[[Terms, int, int], NDArray[np.floating[Any]]]
 """Terms, start, stop -> (stop - start, k) log-probabilities of the pool's samples over the site's classes."""
 Digests = Callable[[Terms], bytes]
-"""Terms -> 16 bytes for each of their samples, the same for the same image in any pool (client/sum_index)."""
+"""Terms -> 8 bytes for each of their samples, the same for the same image in any pool (client/sum_index)."""
 Noise = Callable[[Terms, int, int, NDArray[np.floating[Any]]], NDArray[np.int64]]
 """Terms, start, stop, log-probabilities -> (stop - start, k) what is added to them, in steps of the terms' ring."""
 

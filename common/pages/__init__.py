@@ -5,6 +5,8 @@ Lives here: the templates' environment. Does not live here: any page (server/rep
 
 from __future__ import annotations
 
+from functools import cache
+
 import jinja2
 
 from consilience.common.pages import numbers
@@ -15,10 +17,11 @@ FILTERS = ("percent", "count", "number_of", "size", "duration", "decimal", "smal
 """Functions of `numbers` that templates use."""
 
 
+@cache
 def page_templates(package: str) -> jinja2.Environment:
     """Return the environment of the templates in a package's folder `templates`, which may include `style.css.j2`.
 
-    Everything that a template prints is escaped, except `Markup`.
+    Everything that a template prints is escaped, except `Markup`. The same one each time: it keeps what it compiled.
     """
     loaders = [jinja2.PackageLoader(name, "templates") for name in (package, "consilience.common.pages")]
     environment = jinja2.Environment(

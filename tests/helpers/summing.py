@@ -58,7 +58,7 @@ def make_terms(class_sets: Mapping[str, Sequence[int]], samples: int, **changes:
 def digests_of(terms: Terms) -> bytes:
     """Digests of made-up images: sample i is the same one in pools `a`... and `b`..., and another in any other."""
     pool = b"same" if terms.pool in (DIGEST, "b" * 64) else terms.pool[:4].encode()
-    return b"".join(pool + index.to_bytes(12, "big") for index in range(terms.start, terms.stop))
+    return b"".join(pool + index.to_bytes(4, "big") for index in range(terms.start, terms.stop))
 
 
 def new_site(folder: Path, name: str, key: str = "") -> SumSite:
