@@ -41,6 +41,7 @@ from consilience.server.filtered import owners
 from consilience.server.guarantees import note_guarantees
 from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
 from consilience.server.labelling_multi import unify_pool_labels
+from consilience.server.labelling_top import Labels, TopRows, classes_kept, unify_pool_top
 from consilience.server.learning import (
     ByLoss,
     check_student,
@@ -124,18 +125,21 @@ class Job:
         if summed is None:
             self._forget_timing(space, stores, coverage)
         with self._stage("unify"):
+            labels: Labels
             unify, rest = self.settings.unify, (self.reporter, samples, coverage, self.settings.seed)
             if summed is not None:
                 labels, diagnostics = summed.unify(self.run / "labels", space)
             elif space.multi:
                 labels, diagnostics = unify_pool_labels(self.run / "labels", space, stores, unify, *rest)
+            elif chosen.everything and (keep := classes_kept(self.settings, space, coverage)) is not None:
+                labels, diagnostics = unify_pool_top(self.run / "labels", space, stores, unify, keep, *rest[:2])
             else:
                 labels, diagnostics = unify_pool(self.run / "labels", space, stores, cards, unify, *rest)
             self._tell_checks(diagnostics)
         with self._stage("learn"):
             used = believed(space, coverage, diagnostics.checks)
             share = 1.0
-            if not chosen.everything and not space.multi:
+            if not chosen.everything and not space.multi and not isinstance(labels, TopRows):
                 share = chosen.share(labels, load_other(self.run / "labels"), samples.ids)
             about_student = (chosen, share, cards, stores, used, labels, diagnostics.key, samples.ids, grid, contract)
             curves = {"student": self.learn(*about_student)}
@@ -350,7 +354,7 @@ class Job:
         cards: list[SiteCard],
         stores: list[AnswerStore],
         coverage: CoverageStores,
-        labels: NDArray[np.float32],
+        labels: Labels,
         key: str,
         samples: NDArray[np.int64] | None,
         grid: Grid,

@@ -6,23 +6,27 @@ mathematics (server/unify). Nothing of size samples x classes is held in memory.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from consilience.common.files import canonical_json, create_array, read_json, sha256, write_json
+from consilience.common.files import RowWriter, canonical_json, create_array, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import Unify
-from consilience.server.answered import CoverageStores, Usable, block_size, blocks, usable
+from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.coverage_check import Verdict, believed, check_coverage
-from consilience.server.unify import Prior, Unifier
+from consilience.server.unify import Prior, UnifiedLabels, Unifier
+from consilience.server.unify.blocks import in_threads
 
 
 class Diagnostics(BaseModel):
@@ -178,29 +182,37 @@ def unify_pool(
         checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed)
         coverage = believed(space, coverage, checks)
     failed, largest, steps, apart = 0, 0.0, 0.0, 0
+    apart_from = max(space.components)
     task = reporter.start("unifying", samples.count)
-    for block in blocks(stores, block_size(space), coverage):
-        if samples.mask is not None and not samples.mask[block.ids[0]]:  # one pattern: usable all or none
-            continue
-        given = usable_coverage(settings, [block.coverage[i] for i in block.sites])
-        solve = solvers(block.sites, False)
-        if other is not None and anchored(solve, [space.class_sets[i] for i in block.sites], given):
-            solve = solvers(block.sites, True)
-        unified = solve([rows for rows in block.answers if rows is not None], coverage=given)
-        labels[block.ids] = unified.probs
-        if other is not None:
-            other[block.ids] = unified.other
-        for i in block.sites:
-            if given is not None and block.coverage[i] is not None:
-                covered[space.sites[i]] += len(block.ids)
-        failed += int(np.sum(~unified.converged))
-        largest = max(largest, float(np.max(unified.residual, initial=0.0)))
-        steps += float(np.sum(np.broadcast_to(unified.iterations, block.ids.shape)))
-        apart += len(block.ids) if max(solve.components) > max(space.components) else 0
-        task.advance(len(block.ids))
-    labels.flush()
-    if other is not None:
-        other.flush()
+    size = min(block_size(space), solvers(tuple(range(len(space.sites))), False).block)
+    with rows_of(path, labels) as put, rows_of(outside, other) as put_other:
+
+        def work(block: Block) -> tuple[Block, UnifiedLabels, bool, bool]:
+            given = usable_coverage(settings, [block.coverage[i] for i in block.sites])
+            solve = solvers(block.sites, False)
+            if other is not None and anchored(solve, [space.class_sets[i] for i in block.sites], given):
+                solve = solvers(block.sites, True)
+            rows = [rows for rows in block.answers if rows is not None]
+            unified = solve(rows, coverage=given, alone=True)
+            put(block.ids, unified.probs)
+            put_other(block.ids, unified.other)
+            return block, unified, given is not None, int(solve.components.max()) > apart_from
+
+        # one pattern a block: its samples are usable all or none
+        wanted = (
+            block
+            for block in blocks(stores, size, coverage, stored=True)
+            if samples.mask is None or samples.mask[block.ids[0]]
+        )
+        for block, unified, told, more in in_threads(work, wanted):
+            for i in block.sites:
+                if told and block.coverage[i] is not None:
+                    covered[space.sites[i]] += len(block.ids)
+            failed += int(np.sum(~unified.converged))
+            largest = max(largest, float(np.max(unified.residual, initial=0.0)))
+            steps += float(np.sum(np.broadcast_to(unified.iterations, block.ids.shape)))
+            apart += len(block.ids) if more else 0
+            task.advance(len(block.ids))
     diagnostics = Diagnostics(
         key=key,
         samples=samples.count,
@@ -216,6 +228,21 @@ def unify_pool(
     return np.load(path, mmap_mode="r"), diagnostics
 
 
+@contextlib.contextmanager
+def rows_of(
+    path: Path, array: np.memmap[Any, Any] | None
+) -> Iterator[Callable[[NDArray[np.int64], NDArray[Any]], None]]:
+    """Give what writes rows of `array`, which is the file `path`, and makes them durable in the end; None: nowhere."""
+    if array is None:
+        yield lambda ids, rows: None
+        return
+    writer = RowWriter(path, array)
+    try:
+        yield writer.put
+    finally:
+        writer.close()
+
+
 class _Solvers:
     """One unifier for each set of sites that answered the same samples, with coverage or without, made when needed."""
 
@@ -225,11 +252,13 @@ class _Solvers:
     def __init__(self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard]) -> None:
         self._space, self._settings, self._cards = space, settings, cards
         self._made: dict[tuple[tuple[int, ...], bool], Unifier] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, sites: tuple[int, ...], covered: bool) -> Unifier:
         key = sites, covered
-        if key not in self._made:
-            if len(self._made) >= self.MOST:
-                self._made.clear()
-            self._made[key] = unifier(self._space, self._settings, self._cards, sites, covered=covered)
-        return self._made[key]
+        with self._lock:
+            if key not in self._made:
+                if len(self._made) >= self.MOST:
+                    self._made.clear()
+                self._made[key] = unifier(self._space, self._settings, self._cards, sites, covered=covered)
+            return self._made[key]

@@ -24,6 +24,7 @@ from consilience.server.enrolment import StudentNeeds
 from consilience.server.feature_learning import concatenated_loss, feature_lesson
 from consilience.server.filtered import TailNeeds, filtered_lesson
 from consilience.server.labelling import load_other
+from consilience.server.labelling_top import Labels, TopRows
 from consilience.server.learning import (
     ByLoss,
     FingerprintedLoss,
@@ -52,7 +53,7 @@ class Learnt:
     cards: Sequence[SiteCard]
     stores: Sequence[AnswerStore]
     coverage: CoverageStores
-    labels: NDArray[np.float32]
+    labels: Labels
     key: str
     samples: NDArray[np.int64] | None
 
@@ -88,10 +89,12 @@ def _loss(learnt: Learnt) -> FingerprintedLoss:
     job, space, files = learnt.job, learnt.chosen.space, learnt.run / "labels"
     settings, unify, stores, key, samples = job.student, job.unify, learnt.stores, learnt.key, learnt.samples
     wanted = learnt.chosen.wanted(learnt.share, settings.fit.batch_size)
+    labels = learnt.labels
+    assert not isinstance(labels, TopRows)  # made for concentration alone
     if space.multi:
-        return soft_multi_loss(learnt.labels, unify.temperature, key, samples, wanted)
+        return soft_multi_loss(labels, unify.temperature, key, samples, wanted)
     if settings.learns_labels or settings.learning == "filtered":
-        return soft_label_loss(learnt.labels, unify.temperature, key, samples, load_other(files), wanted)
+        return soft_label_loss(labels, unify.temperature, key, samples, load_other(files), wanted)
     if settings.target == "concatenated":
         return concatenated_loss(files, job, space, stores, key, samples, wanted)
     return direct_loss(

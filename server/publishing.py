@@ -39,6 +39,7 @@ from consilience.server.judge import Judgement, agreement, auroc, judge
 from consilience.server.judge_labels import LabelJudgement, label_agreement
 from consilience.server.judge_verticals import judge_verticals
 from consilience.server.labelling import Diagnostics, anchored, load_other, unifier, usable_coverage
+from consilience.server.labelling_top import Labels
 from consilience.server.learning import StudentModel
 from consilience.server.publishing_coverage import coverage_findings
 from consilience.server.publishing_multi import any_applies, judgement_of_labels, pool_labels
@@ -75,7 +76,7 @@ class Outcome:
     samples: Usable
     test_stores: Sequence[AnswerStore] | None
     test_coverage: CoverageStores
-    labels: NDArray[np.float32]
+    labels: Labels
     diagnostics: Diagnostics
     curves: Mapping[str, Sequence[Mapping[str, Any]]]
     failures: Mapping[str, str]
