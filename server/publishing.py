@@ -24,7 +24,7 @@ from consilience.common.pool import Pool
 from consilience.common.protocol import LABEL_KINDS, Guarantee, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
-from consilience.server.answered import CoverageStores, Usable, block_size, blocks
+from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
@@ -53,6 +53,7 @@ from consilience.server.report_findings import (
     StudentFindings,
     UnifyFindings,
 )
+from consilience.server.robust import cut, kept
 from consilience.server.truth import pool_truth, test_truth, test_truth_labels
 
 SAMPLES_SHOWN = 24
@@ -369,13 +370,15 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
         if len({label for i in whole for label in space.class_sets[i]}) == len(space):
             used = believed(space, outcome.test_coverage, outcome.diagnostics.checks)
             covers = [used[i] for i in whole]
-            told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
-            coverage = usable_coverage(settings.unify, told)
-            sets = [space.class_sets[i] for i in whole]
-            solve = unifier(space, settings.unify, outcome.cards, whole, covered=False)
-            if settings.unify.other and anchored(solve, sets, coverage):
-                solve = unifier(space, settings.unify, outcome.cards, whole)
-            found = solve(list(given.values()), coverage=coverage)
+            told = {c.about.site: c.read(0, len(test))[:, 0] for c in covers if c is not None and c.complete}
+            keep = kept(space, outcome.diagnostics.trust, whole)
+            block = Block(np.arange(len(test)), answers, [told.get(site) for site in space.sites])
+            rows, values = cut(block, keep)
+            coverage = usable_coverage(settings.unify, values)
+            solve = unifier(space, settings.unify, outcome.cards, covered=False, keep=keep)
+            if settings.unify.other and anchored(solve, keep.class_sets(space), coverage):
+                solve = unifier(space, settings.unify, outcome.cards, keep=keep)
+            found = solve(rows, coverage=coverage)
             unified = chosen.labels(found.probs, found.other)
             partly = [c.about.site for c in covers if c is not None and not c.complete]
             if partly:

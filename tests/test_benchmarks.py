@@ -33,6 +33,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "hundred_thousand",
         "ledger",
         "privacy",
+        "quality",
+        "robust",
         "secure_sums",
         "student",
         "transport",
