@@ -41,6 +41,8 @@ from consilience.server.labelling import Diagnostics, anchored, load_other, unif
 from consilience.server.learning import StudentModel
 from consilience.server.publishing_coverage import coverage_findings
 from consilience.server.publishing_multi import any_applies, judgement_of_labels, pool_labels
+from consilience.server.publishing_quality import pool_quality
+from consilience.server.quality import Quality
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
     CoverageFindings,
@@ -186,6 +188,8 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         audits=read_audits(outcome.run),
         amalgamation=_amalgamation(outcome),
         concentration=_concentration(outcome, student),
+        trust=diagnostics.trust,
+        quality=_quality(outcome, student, joined=joined),
     )
 
 
@@ -291,6 +295,14 @@ def _features(stores: Sequence[AnswerStore], card: SiteCard) -> FeatureFindings 
         answers=sum(len(store) for store in stores),
         missed=sum(store.about.size - len(store) for store in stores),
     )
+
+
+def _quality(outcome: Outcome, student: StudentModel, *, joined: bool) -> Quality | None:
+    """Return what is estimated without labels; None where single answers or whole classes are not to be had."""
+    if outcome.space.multi or outcome.summed is not None or not outcome.chosen.everything:
+        return None
+    about = (outcome.pool, outcome.space, outcome.stores, outcome.cards, outcome.labels, student, outcome.samples)
+    return pool_quality(*about, outcome.settings.seed, outcome.diagnostics.trust, joined=joined)
 
 
 def _amalgamation(outcome: Outcome) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from consilience.server.answered import Usable, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.learning import StudentModel
 from consilience.server.quality import FEWEST, HeldOut, Quality, Rows, estimate
+from consilience.server.robust import Trust
 
 MOST, LEAST = 4000, 1000
 """Samples looked at: fewer of them, the more classes there are."""
@@ -33,12 +34,14 @@ def pool_quality(
     student: StudentModel,
     samples: Usable,
     seed: int,
+    trust: Trust | None = None,
     *,
     joined: bool,
 ) -> Quality:
     """Estimate the quality of a student of every class of `space`, by the unified `labels` (n, L) and the answers.
 
-    `joined`: coverage decides the odds between components. Raises `StorageError`, `PoolError`, `StudentError`.
+    Sites of whose answers `trust` leaves any out say nothing of the labels. `joined`: coverage decides the odds between
+    components. Raises `StorageError`, `PoolError`, `StudentError`.
     """
     if max(space.components) > 0 and not joined:
         return Quality(reason="the sites' classes fall apart into components, whose odds no answer tells")
@@ -47,11 +50,13 @@ def pool_quality(
     if len(ids) > most:
         ids = np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
     held = [_held_out(card) for card in cards]
+    out = set() if trust is None else {site for site, told in trust.sites.items() if told.left_out}
 
     def rows() -> Iterator[Rows]:
         for block in blocks(stores, _BLOCK, None, ids):
             scores = student.log_probs(pool.take(block.ids))
-            yield Rows(labels[block.ids], scores.argmax(axis=1), block.answers)
+            answers = [None if site in out else rows for site, rows in zip(space.sites, block.answers, strict=True)]
+            yield Rows(labels[block.ids], scores.argmax(axis=1), answers)
 
     if len(ids) < FEWEST:
         return Quality(reason=f"the pool has {len(ids)} samples with labels; below {FEWEST} nothing is estimated")

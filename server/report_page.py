@@ -27,6 +27,7 @@ from consilience.server.report_coverage import coverage_views
 from consilience.server.report_findings import Findings
 from consilience.server.report_multi import multi_view
 from consilience.server.report_privacy import sealing_line
+from consilience.server.report_quality import quality_views
 from consilience.server.report_samples import sample_views
 
 CONTENDERS = (
@@ -65,6 +66,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "learning": learning(findings),
         "samples": sample_views(findings),
         "coverage": coverage_views(findings),
+        "quality": quality_views(findings),
         "amalgamation": amalgamation_views(findings),
         "concentration": concentration_views(findings),
         "stages": bars([(name, seconds) for name, seconds in report["timing"].items()]),
