@@ -206,9 +206,9 @@ def tell_policy(policy: Policy) -> list[str]:
     if policy.decimals is not None:
         lines.append(f"probabilities are rounded to {policy.decimals} decimals")
     if policy.cap < 1:
-        lines.append(f"no probability above {policy.cap:g} leaves")
+        lines.append(f"no probability above {policy.cap:g} leaves, but for the encoding's rounding")
     if policy.floor > 0:
-        lines.append(f"no probability below {policy.floor:g} leaves")
+        lines.append(f"no probability below {policy.floor:g} leaves, but for the encoding's rounding")
     lines.append(f"pools: {', '.join(digest[:12] for digest in policy.pools) or 'those that site.yaml names'}")
     if policy.features.taps:
         named = ", ".join("every layer" if name == EVERY_LAYER else name for name in policy.features.taps)

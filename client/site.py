@@ -67,7 +67,14 @@ from consilience.common.protocol import (
     SiteCard,
 )
 from consilience.common.sealing import seal_answer
-from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, FeatureEncoding, SiteSettings
+from consilience.common.settings import (
+    CoverageEncoding,
+    DpSgd,
+    Encoding,
+    FeatureEncoding,
+    SiteSettings,
+    largest_sent,
+)
 from consilience.common.settings_file import load_settings
 from consilience.common.vouching import Signer
 
@@ -269,7 +276,7 @@ class Site:
     def new_of(self, demand: Demand) -> list[int]:
         """Return how many samples of each question were not released yet. Raises what `ledger` raises."""
         released = self.summed if demand.use else self.released
-        return [int(released.missing(question, len(question)).sum()) for question in demand.questions]
+        return [int(released.missing(self._kept_as(asked), len(asked)).sum()) for asked in demand.questions]
 
     def question(
         self,
@@ -350,6 +357,7 @@ class Site:
 
     def given(self, released: Released, question: Question, pool: Pool) -> bytes:
         """Return the encoded rows of a question, kept and counted among the answers `released`."""
+        question = self._kept_as(question)
         width = self._width(question)
         a_sample = width if question.kind == "features" else 0
         asked = (asked_by(question, released.use),)
@@ -361,6 +369,16 @@ class Site:
             permit=lambda samples: self.permit(question.job, asked, samples, samples * a_sample),
             costs=lambda samples: entries_of(question.job, self.costs(samples)),
         )
+
+    def _kept_as(self, question: Question) -> Question:
+        """Return the question under the one name that its answer's bytes have: `top-K` of more classes is of all.
+
+        By another name the same would be answered, and counted, anew: by a teacher that never says the same twice,
+        with other probabilities.
+        """
+        most = len(self.teacher.classes)
+        many = (largest_sent(question.encoding) or 0) > most
+        return question.model_copy(update={"encoding": f"top-{most}"}) if many else question
 
     def _width(self, question: Question) -> int:
         """Return the bytes of one sample's answer."""

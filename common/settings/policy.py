@@ -8,11 +8,12 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from consilience.common.files import canonical_json, sha256
 from consilience.common.settings.base import (
     ENCODINGS,
+    OFF_IS_A_WORD,
     TAP_PATTERN,
     CoverageEncoding,
     Encoding,
@@ -84,7 +85,7 @@ class Policy(Settings):
     """The finest encoding of log-probabilities that may leave: `f32`, `f16`, `u8` (a byte a class), `top-K`, for
     example `top-3` (the three largest and the sum of the others), or `votes` (the largest class alone). Whatever can be
     computed from it may leave too: see [encodings](encodings.md)."""
-    coverage: Literal["off", "u8", "f16"] = "off"
+    coverage: Annotated[Literal["off", "u8", "f16"], OFF_IS_A_WORD] = "off"
     """The finest encoding of coverage that may leave: of the site's estimate, one number a pool sample, of how likely
     the sample is of one of its classes. `u8` tells it to 1/256; `off`: it does not leave."""
     features: Features = Features()
@@ -138,11 +139,6 @@ class Policy(Settings):
         if self.precision in ENCODINGS:
             return ENCODINGS[ENCODINGS.index(self.precision) :]
         return (self.precision, "votes")
-
-    @field_validator("coverage", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: object) -> object:
-        return "off" if value is False else value  # YAML reads a bare off as false
 
     @property
     def coverage_encodings(self) -> tuple[CoverageEncoding, ...]:
