@@ -59,7 +59,7 @@ def quality_warnings(findings: Findings) -> list[str]:
             what = "its answers are" if not site.trust else f"what it says of {listing(list(site.left_out), 8)} is"
             found.append(
                 f"Site {name}: {what} left out of unification, for most of the sites that know the same classes "
-                "contradict it. It may lie, or its class names may mean something else."
+                "contradict it. It may lie, hardly know them, or mean something else by their names."
             )
         if trust.divided:
             found.append(
