@@ -131,9 +131,9 @@ class Outvoted:
 
     `correlations[i]`: the median of site i's correlations with those that it can be compared with, NaN without any;
     `compared[i]`: how many these are; `samples[i]`: the fewest samples of those comparisons.
-    `divided`: whether more than two sites could be compared and no majority of them goes together; then nobody is
-    outvoted. `unjudged`: the classes of which nothing can be known, for fewer than three owners can be compared on
-    them or these are divided.
+    `divided`: whether some sites could be compared, contradict one another, and no majority of them goes together; then
+    nobody of them is outvoted. `unjudged`: the classes of which nothing can be known, for fewer than three owners can
+    be compared on them or these are divided.
     """
 
     sites: frozenset[int]
@@ -237,7 +237,7 @@ def _groups(verdicts: npt.NDArray[np.int64]) -> list[list[int]]:
 
 
 def _minority(group: list[int], verdicts: npt.NDArray[np.int64], values: FloatArray) -> set[int] | None:
-    """Return who of `group` is outvoted; None where it is divided, or too small and not of one mind."""
+    """Return who of `group` is outvoted; None where it is divided: those left are no majority, or go with nobody."""
     left = list(group)
     while True:
         part = verdicts[np.ix_(left, left)]
