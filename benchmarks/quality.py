@@ -3,8 +3,8 @@
 Jobs of three to five sites over several data sets, overlaps and amounts of private data. Each is done once a seed, with
 small networks. Then the student's accuracy is estimated from the pool: by the mean confidence of the student and of the
 unified labels in the student's class, by the labels sharpened to what sites' answers claim, and to what sites tell of
-their held-out images. Errors are to the accuracy on labelled test images, which nothing else sees. `by class` is the
-mean error of the recall of single classes, by held-out images.
+their held-out images. Errors are to the accuracy on labelled test images, which nothing else sees; an estimate that is
+refused has none. `by class` is the mean error of the recall of single classes, by held-out images.
 """
 
 from __future__ import annotations
@@ -121,27 +121,40 @@ def measure(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) 
     stores, _ = stores_about(run, job, contract.sites, pool)
     labels, student = np.load(run / "labels" / "q.npy", mmap_mode="r"), StudentModel(run / "student")
     silent = [card.model_copy(update={"holdout_accuracy": None}) for card in contract.sites]
-    confidence = float(np.exp(student.log_probs(pool.take(np.arange(len(pool)))).max(axis=1)).mean())
+    scores = student.log_probs(pool.take(np.arange(len(pool))))
+    confidence = float(np.exp(scores.max(axis=1)).mean())
     found: dict[str, Any] = {"accuracy": report["student"]["accuracy"], "student's confidence": confidence}
     for way, cards in (("claimed", silent), ("held-out", contract.sites)):
         told = pool_quality(
             pool, contract.space, stores, cards, labels, student, usable(stores, contract.space), seed, joined=False
         )
         found[way] = told.model_dump(mode="json")
-    found["labels' confidence"] = found["claimed"]["unsharpened"]
-    classes = found["held-out"]["classes"]
+    found["labels' confidence"] = float(labels[np.arange(len(pool)), scores.argmax(axis=1)].mean())
+    classes = {name: c["recall"]["value"] for name, c in found["held-out"]["classes"].items() if c["recall"]}
     found["by class"] = [
-        abs(c["recall"] - told["value"])
+        abs(c["recall"] - classes[c["name"]])
         for c in report["student"]["per_class"]
-        if c["recall"] is not None and (told := classes[c["name"]]["recall"]) is not None
+        if c["recall"] is not None and c["name"] in classes
     ]
     return found
 
 
-def value(figures: dict[str, Any], way: str) -> float:
-    """Return what a way estimates."""
+def value(figures: dict[str, Any], way: str) -> float | None:
+    """Return what a way estimates; None where it says that nothing can be known."""
     told = figures[way]
-    return float(told["accuracy"]["value"] if isinstance(told, dict) else told)
+    if isinstance(told, dict):
+        told = None if told["accuracy"] is None else told["accuracy"]["value"]
+    return None if told is None else float(told)
+
+
+def errors(figures: Sequence[dict[str, Any]], way: str) -> list[float]:
+    """Return the absolute errors of a way, where it estimates anything."""
+    return [abs(told - f["accuracy"]) for f in figures if (told := value(f, way)) is not None]
+
+
+def mean(values: Sequence[float]) -> str:
+    """Return the mean in points."""
+    return f"{100 * statistics.mean(values):.1f}" if values else "-"
 
 
 def main() -> None:
@@ -158,22 +171,20 @@ def main() -> None:
                     home = work / f"quality-{number}-{seed}"
                     write_json(done, measure(scenario, seed, home, folders_of(arguments)))
                 found[name].append(read_json(done))
-                last = {way: round(value(found[name][-1], way), 3) for way in WAYS}
+                last = {way: value(found[name][-1], way) for way in WAYS}
                 print(f"{name}, seed {seed}: {found[name][-1]['accuracy']:.3f}, {last}", file=sys.stderr)
     every = {**found, "all": [f for figures in found.values() for f in figures]}
     rows = []
     for name, figures in every.items():
-        errors = {way: [abs(value(f, way) - f["accuracy"]) for f in figures] for way in WAYS}
-        inside = [
-            f[w]["accuracy"]["low"] <= f["accuracy"] <= f[w]["accuracy"]["high"] for w in WAYS[2:] for f in figures
-        ]
+        told = [(f["accuracy"], f[way]["accuracy"]) for way in WAYS[2:] for f in figures if f[way]["accuracy"]]
+        inside = [interval["low"] <= accuracy <= interval["high"] for accuracy, interval in told]
         rows.append(
             (
                 name,
                 spread([f["accuracy"] for f in figures]),
-                *(f"{100 * statistics.mean(errors[way]):.1f}" for way in WAYS),
+                *(mean(errors(figures, way)) for way in WAYS),
                 f"{sum(inside)} of {len(inside)}",
-                f"{100 * statistics.mean(e for f in figures for e in f['by class']):.1f}",
+                mean([e for f in figures for e in f["by class"]]),
             )
         )
     columns = ("job", "accuracy, %", *WAYS, "in interval", "by class")

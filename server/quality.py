@@ -39,6 +39,8 @@ FEWEST = 100
 FEWEST_OF_CLASS = 20.0
 MODEL_ERROR = 0.02
 """Standard error of what the assumptions are worth; measured by benchmarks/quality.py."""
+CONTRADICTED = 0.1
+"""Where labels and sites differ by more about how often sites are right, beyond chance, nothing is estimated."""
 _TINY = 1e-12
 
 
@@ -71,13 +73,15 @@ class ClassQuality(BaseModel):
 class SiteQuality(BaseModel):
     """One site: how often the student is right on samples of its classes, `student`, and what the site itself is.
 
+    `student` is None where nothing can be estimated.
+
     `known`: how often the site is right on its classes, by `by`; `labels`: the same by the sharpened labels. Where the
     two differ by more than chance, its calibration or its held-out images are unlike the pool: `recalibrate`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    student: Estimate
+    student: Estimate | None
     known: float
     by: Literal["held-out", "claimed"]
     labels: float
@@ -85,7 +89,7 @@ class SiteQuality(BaseModel):
 
 
 class Quality(BaseModel):
-    """All that is estimated; with `reason` where nothing can be, and then nothing else."""
+    """All that is estimated; with `reason` where nothing can be, and then at most what contradicts it at `sites`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -189,6 +193,9 @@ class _Sums:
         left = np.array([_at(said[:, k], at) for k in range(len(present))]) - known
         chance = sum(a * (1 - a) / c for a, c in zip(known, counts, strict=True)) / len(present) ** 2
         spread = float(np.var(left, ddof=1)) / len(present) if len(present) > 1 else 0.0
+        noise = float(np.mean([a * (1 - a) / c for a, c in zip(known, counts, strict=True)]))
+        beyond = math.sqrt(max(float(np.mean(left**2)) - noise, 0.0))
+        possible = beyond <= CONTRADICTED and 0 < at < len(curve) - 1
         error = math.sqrt(max(chance, spread) + MODEL_ERROR**2)
         lower, upper = _place(curve, target - 2 * error), _place(curve, target + 2 * error)
 
@@ -223,14 +230,26 @@ class _Sums:
         for k, i in enumerate(present):
             mass = self._mass[:, self._sets[i]].sum(axis=1)
             inside = self._right[:, self._sets[i]].sum(axis=1) / np.maximum(mass, _TINY)
-            own = math.sqrt(known[k] * (1 - known[k]) / counts[k] + spread + MODEL_ERROR**2)
+            own = math.sqrt(known[k] * (1 - known[k]) / counts[k] + spread * possible + MODEL_ERROR**2)
             off = abs(left[k]) > 3 * own
             sites[space.sites[i]] = SiteQuality(
-                student=told(inside, _at(mass, at)),
+                student=told(inside, _at(mass, at)) if possible else None,
                 known=float(known[k]),
                 by="claimed" if held_out[i] is None else "held-out",
                 labels=float(known[k] + left[k]),
                 advice="recalibrate" if off else "",
+            )
+        if not possible:
+            differ = (
+                f"differ by {100 * beyond:.0f} points beyond chance"
+                if beyond > CONTRADICTED
+                else "cannot be reconciled"
+            )
+            return Quality(
+                reason=f"what sites tell of their own accuracy and what the unified labels say of it {differ}, so that "
+                "the pool’s images or their proportions are unlike the sites’",
+                samples=self.samples,
+                sites=sites,
             )
         whole = self._whole / self.samples
         return Quality(

@@ -117,7 +117,7 @@ def _site(findings: Findings, name: str) -> dict[str, Any]:
     quality = None if findings.quality is None else findings.quality.sites.get(name)
     return {
         "name": name,
-        "student": "–" if quality is None else _words(quality.student),
+        "student": "–" if quality is None or quality.student is None else _words(quality.student),
         "known": None if quality is None else quality.known,
         "agreement": None if trust is None else trust.agreement,
         "compared": 0 if trust is None else trust.sites,
