@@ -27,7 +27,7 @@ from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, largest_sent
 from consilience.server.answered import Block, CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
-from consilience.server.learning import ByLoss
+from consilience.server.learning import BuildStudent, ByLoss
 from consilience.server.student.concentrated_head import HeadPlan, head_of
 from consilience.server.student.routing import (
     highest,
@@ -159,18 +159,19 @@ class Concentrating(ByLoss):
     told: Mapping[str, Any]
 
     def teach(
-        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
-    ) -> list[EpochRecord]:
-        """Train `model`, which has such a head. Raises `StudentError`, `StorageError`."""
+        self, build: BuildStudent, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> tuple[nn.Module, list[EpochRecord]]:
+        """See `Lesson.teach`; what `build` makes has such a head. Raises `StudentError`, `StorageError`."""
+        model = build()
         head = head_of(model)
         assert head is not None
         head.in_parts = isinstance(self.loss, SparseSigmoid)
         try:
-            records = super().teach(model, images, folder, reporter, name)
+            _, records = super().teach(lambda: model, images, folder, reporter, name)
         finally:
             head.in_parts = False
         about = {"weights": head.weights, "gammas": [held.detach().tolist() for held in head.gammas]}
         if self.settings.concentration.head.scaling == "class":
             about.pop("gammas")  # one a class: as many as the classes are
         write_json(folder / FILE, {**self.told, **about})
-        return records
+        return model, records

@@ -33,6 +33,7 @@ from consilience.server.concentration import FILE as CONCENTRATION
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.feature_learning import FILE
+from consilience.server.filtered import branches_told
 from consilience.server.guarantees import read_guarantees
 from consilience.server.judge import Judgement, agreement, auroc, judge
 from consilience.server.judge_labels import LabelJudgement, label_agreement
@@ -104,10 +105,11 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
     learning, chosen = settings.student.learning, outcome.chosen
     settled = joined and learning == "direct-ce" and (chosen.everything or chosen.other)
     silent = learning != "concentration" and not settings.student.learns_labels
+    instead = "student.filtered.target: unified" if learning == "filtered" else "student.learning: soft-labels"
     if max(chosen.taught.components) > 0 and silent and not settled:
         warnings.append(
             f"The student learnt by {learning}, which says nothing about the odds between components; "
-            "student.learning: soft-labels would follow the rule unify.across."
+            f"{instead} would follow the rule unify.across."
         )
     if diagnostics.lacking:
         warnings.append(
@@ -172,7 +174,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             sum(parameter.numel() for parameter in student.model.parameters()),
             taught=None if chosen.everything else chosen.taught,
             other=chosen.other,
-            other_share=None if chosen.everything else outcome.other_share,
+            other_share=None if chosen.everything or space.multi else outcome.other_share,
         ),
         warnings=[*warnings, *about_test],
         left_out=outcome.contract.left_out,
@@ -188,6 +190,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         audits=read_audits(outcome.run),
         amalgamation=_amalgamation(outcome),
         concentration=_concentration(outcome, student),
+        filtered=branches_told(outcome.run, outcome.cards) if student.filtered else None,
         trust=diagnostics.trust,
         quality=_quality(outcome, student, joined=joined),
     )
@@ -446,7 +449,7 @@ def _samples(
         answers=[chosen.answers(i, _rows(outcome.stores[i], ids)) for i in chosen.sites],
         student=student.log_probs(images),
         truth=None if truth is None else chosen.truth(truth[ids]),
-        many=None if many is None else many[ids],
+        many=None if many is None else chosen.truth_labels(many[ids]),
     )
 
 

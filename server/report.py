@@ -215,6 +215,7 @@ def _student(findings: Findings) -> dict[str, Any]:
         "other": student.other,
         "other_share": student.other_share,
         "concentration": findings.concentration,
+        "filtered": findings.filtered,
     }
     if judged is None:
         empty = {"correct": None, "calibration_error": None, "confusion": None, "confusion_outside": None}

@@ -218,10 +218,11 @@ class Findings:
     gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
     the job as a plain mapping. `judgement` is of a run of one label an image, `labelled` of a multi-label one; without
     a test set there is neither. `amalgamation` is the student's amalgamation.json, None where no features were learnt
-    from; `concentration` its concentration.json with what the test set tells of verticals, None where it has none.
-    `audits` is what the sites of a simulation found out about their own answers. `trust`: what sites' answers say of
-    one another's, None without `unify.robust`; `quality`: what is estimated without labels, None for a run of several
-    labels an image, of a secure sum, or of a student of chosen classes.
+    from; `concentration` its concentration.json with what the test set tells of verticals, None where it has none;
+    `filtered` its branches.json with what the sites' last blocks were asked, None where it has no branches. `audits` is
+    what the sites of a simulation found out about their own answers. `trust`: what sites' answers
+    say of one another's, None without `unify.robust`; `quality`: what is estimated without labels, None for a run of
+    several labels an image, of a secure sum, or of a student of chosen classes.
     """
 
     job: str
@@ -246,6 +247,7 @@ class Findings:
     audits: Mapping[str, SiteAudit] = field(default_factory=dict)
     amalgamation: Mapping[str, Any] | None = None
     concentration: Mapping[str, Any] | None = None
+    filtered: Mapping[str, Any] | None = None
     trust: Trust | None = None
     quality: Quality | None = None
 
