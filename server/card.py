@@ -23,6 +23,7 @@ from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_multi import multi_lines
 from consilience.server.report_page import CONTENDERS
 from consilience.server.report_privacy import privacy_summary, sealing_line
+from consilience.server.report_quality import quality_summary
 
 _SPECIAL = re.compile(
     r"[\\`*\[\]<>|~&$@]"  # emphasis, code, links, HTML, entities, cells of a table, formulas, mentions
@@ -167,6 +168,8 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
     ]
     if told := coverage_summary(findings):
         facts.append(f"* Coverage: {escape(told)}")
+    if told := quality_summary(findings):
+        facts.append(f"* Estimate: {escape(told)}")
     warnings = [f"* {escape(str(warning))}" for warning in report["warnings"]]
     known = ["Worth knowing:\n\n" + "\n".join(warnings)] if warnings else []
     return "\n\n".join(["## What it was made of", table(head, rows, right=4), "\n".join(facts), *known])

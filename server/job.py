@@ -21,6 +21,7 @@ from consilience.common.data import open_data
 from consilience.common.errors import NEW_RUN, AskingError, PoolError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
+from consilience.common.pages.numbers import listing
 from consilience.common.pool import Pool, PoolImages
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
@@ -333,11 +334,16 @@ class Job:
         return samples
 
     def _tell_checks(self, diagnostics: Diagnostics) -> None:
-        """Say whose coverage is left out of unification."""
+        """Say whose coverage and whose answers are left out of unification."""
         for site, verdict in diagnostics.checks.items():
             if verdict.reason:
                 self.events.add("coverage-left-out", site=site, reason=verdict.reason, agreement=verdict.agreement)
                 self.reporter.say(f"Warning: the coverage of site {site} is left out: {verdict.reason}")
+        for name, told in () if diagnostics.trust is None else diagnostics.trust.sites.items():
+            if told.left_out:
+                self.events.add("answers-left-out", site=name, classes=told.left_out, agreement=told.agreement)
+                what = "all its answers" if not told.trust else f"what it says of {listing(list(told.left_out), 8)}"
+                self.reporter.say(f"Warning: most others contradict site {name}; left out: {what}")
 
     def _forget_timing(self, space: LabelSpace, stores: list[AnswerStore], coverage: CoverageStores) -> None:
         """Drop what earlier stages took if their work is done anew because answers have come in since."""

@@ -25,6 +25,7 @@ from consilience.common.settings import Unify
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.coverage_check import Verdict, believed, check_coverage
+from consilience.server.robust import Kept, Trust, cut, find_trust, kept
 from consilience.server.unify import Prior, UnifiedLabels, Unifier
 from consilience.server.unify.blocks import in_threads
 
@@ -53,6 +54,8 @@ class Diagnostics(BaseModel):
     """Of multi-label sites: labels of samples that no site which answered the sample knows."""
     checks: dict[str, Verdict] = {}
     """Site -> what the others say of its coverage, where they can; method `ce` only."""
+    trust: Trust | None = None
+    """What the sites' answers say of one another's; None without `unify.robust`."""
 
 
 def unifier(
@@ -62,25 +65,30 @@ def unifier(
     sites: Sequence[int] | None = None,
     *,
     covered: bool = True,
+    keep: Kept | None = None,
 ) -> Unifier:
     """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`.
 
     `covered`: coverage comes with the answers; without it nothing says that a sample is outside the label space.
+    `keep`: what counts of these sites' answers; by default all.
     """
-    chosen = range(len(space.sites)) if sites is None else sites
+    keep = keep or kept(space, None, range(len(space.sites)) if sites is None else sites)
+    chosen, class_sets = keep.sites, keep.class_sets(space)
     prior = None
     if settings.prior_correction:
         target = np.full(len(space), 1 / len(space))
         known = []
-        for i in chosen:
+        for i, classes, columns in zip(chosen, class_sets, keep.columns, strict=True):
             told = cards[i].class_priors
-            known.append(target[list(space.class_sets[i])] if told is None else np.asarray(told))
+            known.append(
+                target[list(classes)] if told is None else np.asarray(told)[slice(None) if columns is None else columns]
+            )
         prior = Prior(target, known)
     return Unifier(
-        [space.class_sets[i] for i in chosen],
+        class_sets,
         len(space),
         method=settings.method,
-        weights=[settings.weights.get(space.sites[i], 1.0) for i in chosen],
+        weights=[w * settings.weights.get(space.sites[i], 1.0) for i, w in zip(chosen, keep.weights, strict=True)],
         temperature=settings.temperature,
         prior=prior,
         across=settings.across,
@@ -170,7 +178,8 @@ def unify_pool(
     for stale in (notes, outside):
         stale.unlink(missing_ok=True)
     samples = samples or usable(stores, space)
-    solvers = _Solvers(space, settings, cards)
+    trust = find_trust(space, stores, samples) if settings.robust else None
+    solvers = _Solvers(space, settings, cards, trust)
     labels = create_array(path, np.float32, (samples.size, len(space)))
     other = create_array(outside, np.float32, (samples.size,)) if settings.other else None
     covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)
@@ -187,16 +196,18 @@ def unify_pool(
     size = min(block_size(space), solvers(tuple(range(len(space.sites))), False).block)
     with rows_of(path, labels) as put, rows_of(outside, other) as put_other:
 
-        def work(block: Block) -> tuple[Block, UnifiedLabels, bool, bool]:
-            given = usable_coverage(settings, [block.coverage[i] for i in block.sites])
+        def work(block: Block) -> tuple[Block, UnifiedLabels, list[int], bool]:
+            keep = solvers.kept(block.sites)
+            rows, told = cut(block, keep)
+            given = usable_coverage(settings, told)
             solve = solvers(block.sites, False)
-            if other is not None and anchored(solve, [space.class_sets[i] for i in block.sites], given):
+            if other is not None and anchored(solve, keep.class_sets(space), given):
                 solve = solvers(block.sites, True)
-            rows = [rows for rows in block.answers if rows is not None]
             unified = solve(rows, coverage=given, alone=True)
             put(block.ids, unified.probs)
             put_other(block.ids, unified.other)
-            return block, unified, given is not None, int(solve.components.max()) > apart_from
+            covering = [i for i, values in zip(keep.sites, given or [], strict=False) if values is not None]
+            return block, unified, covering, int(solve.components.max()) > apart_from
 
         # one pattern a block: its samples are usable all or none
         wanted = (
@@ -204,10 +215,9 @@ def unify_pool(
             for block in blocks(stores, size, coverage, stored=True)
             if samples.mask is None or samples.mask[block.ids[0]]
         )
-        for block, unified, told, more in in_threads(work, wanted):
-            for i in block.sites:
-                if told and block.coverage[i] is not None:
-                    covered[space.sites[i]] += len(block.ids)
+        for block, unified, covering, more in in_threads(work, wanted):
+            for i in covering:
+                covered[space.sites[i]] += len(block.ids)
             failed += int(np.sum(~unified.converged))
             largest = max(largest, float(np.max(unified.residual, initial=0.0)))
             steps += float(np.sum(np.broadcast_to(unified.iterations, block.ids.shape)))
@@ -223,6 +233,7 @@ def unify_pool(
         apart=apart,
         coverage=covered,
         checks=checks,
+        trust=trust,
     )
     write_json(notes, diagnostics.model_dump(mode="json"))
     return np.load(path, mmap_mode="r"), diagnostics
@@ -249,10 +260,22 @@ class _Solvers:
     MOST = 64
     """Unifiers kept: a site that fails now and then makes few sets, many such sites may make a great many."""
 
-    def __init__(self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard]) -> None:
-        self._space, self._settings, self._cards = space, settings, cards
+    def __init__(
+        self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard], trust: Trust | None = None
+    ) -> None:
+        self._space, self._settings, self._cards, self._trust = space, settings, cards, trust
         self._made: dict[tuple[tuple[int, ...], bool], Unifier] = {}
-        self._lock = threading.Lock()
+        self._kept: dict[tuple[int, ...], Kept] = {}
+        self._lock = threading.RLock()
+
+    def kept(self, sites: tuple[int, ...]) -> Kept:
+        """Return what counts of the answers of these sites."""
+        with self._lock:
+            if sites not in self._kept:
+                if len(self._kept) >= self.MOST:
+                    self._kept.clear()
+                self._kept[sites] = kept(self._space, self._trust, sites)
+            return self._kept[sites]
 
     def __call__(self, sites: tuple[int, ...], covered: bool) -> Unifier:
         key = sites, covered
@@ -260,5 +283,6 @@ class _Solvers:
             if key not in self._made:
                 if len(self._made) >= self.MOST:
                     self._made.clear()
-                self._made[key] = unifier(self._space, self._settings, self._cards, sites, covered=covered)
+                about = (self._space, self._settings, self._cards)
+                self._made[key] = unifier(*about, covered=covered, keep=self.kept(sites))
             return self._made[key]

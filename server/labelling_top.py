@@ -63,12 +63,12 @@ def classes_kept(job: JobSettings, space: LabelSpace, coverage: CoverageStores) 
     """Return how many classes of a label are kept from the start; None where labels are made over all classes.
 
     They are kept where nothing else is needed: knowledge concentration learns unified labels, by `ce`, of answers as
-    `top-K`, without coverage and corrections for priors, and all sites hang together.
+    `top-K`, without coverage, corrections for priors and doubts of sites, and all sites hang together.
     """
     sent, settings = largest_sent(job.ask.encoding), job.student.concentration
     if job.student.learning != "concentration" or settings.target != "unified" or sent is None or space.multi:
         return None
-    if job.unify.method != "ce" or job.unify.prior_correction or job.unify.other:
+    if job.unify.method != "ce" or job.unify.prior_correction or job.unify.other or job.unify.robust:
         return None
     if max(space.components) > 0 or any(store is not None for store in coverage):
         return None

@@ -24,7 +24,7 @@ from consilience.common.pool import Pool
 from consilience.common.protocol import LABEL_KINDS, Guarantee, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
-from consilience.server.answered import CoverageStores, Usable, block_size, blocks
+from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
@@ -43,6 +43,8 @@ from consilience.server.labelling_top import Labels
 from consilience.server.learning import StudentModel
 from consilience.server.publishing_coverage import coverage_findings
 from consilience.server.publishing_multi import any_applies, judgement_of_labels, pool_labels
+from consilience.server.publishing_quality import pool_quality
+from consilience.server.quality import Quality
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
     CoverageFindings,
@@ -55,6 +57,7 @@ from consilience.server.report_findings import (
     StudentFindings,
     UnifyFindings,
 )
+from consilience.server.robust import cut, kept
 from consilience.server.truth import pool_truth, test_truth, test_truth_labels
 
 SAMPLES_SHOWN = 24
@@ -189,6 +192,8 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         amalgamation=_amalgamation(outcome),
         concentration=_concentration(outcome, student),
         filtered=branches_told(outcome.run, outcome.cards) if student.filtered else None,
+        trust=diagnostics.trust,
+        quality=_quality(outcome, student, joined=joined),
     )
 
 
@@ -296,6 +301,14 @@ def _features(stores: Sequence[AnswerStore], card: SiteCard) -> FeatureFindings 
     )
 
 
+def _quality(outcome: Outcome, student: StudentModel, *, joined: bool) -> Quality | None:
+    """Return what is estimated without labels; None where single answers or whole classes are not to be had."""
+    if outcome.space.multi or outcome.summed is not None or not outcome.chosen.everything:
+        return None
+    about = (outcome.pool, outcome.space, outcome.stores, outcome.cards, outcome.labels, student, outcome.samples)
+    return pool_quality(*about, outcome.settings.seed, outcome.diagnostics.trust, joined=joined)
+
+
 def _amalgamation(outcome: Outcome) -> dict[str, Any] | None:
     path = outcome.run / "student" / FILE
     told: dict[str, Any] | None = read_json(path) if outcome.settings.asks_features else None
@@ -373,13 +386,15 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
         if len({label for i in whole for label in space.class_sets[i]}) == len(space):
             used = believed(space, outcome.test_coverage, outcome.diagnostics.checks)
             covers = [used[i] for i in whole]
-            told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
-            coverage = usable_coverage(settings.unify, told)
-            sets = [space.class_sets[i] for i in whole]
-            solve = unifier(space, settings.unify, outcome.cards, whole, covered=False)
-            if settings.unify.other and anchored(solve, sets, coverage):
-                solve = unifier(space, settings.unify, outcome.cards, whole)
-            found = solve(list(given.values()), coverage=coverage)
+            told = {c.about.site: c.read(0, len(test))[:, 0] for c in covers if c is not None and c.complete}
+            keep = kept(space, outcome.diagnostics.trust, whole)
+            block = Block(np.arange(len(test)), answers, [told.get(site) for site in space.sites])
+            rows, values = cut(block, keep)
+            coverage = usable_coverage(settings.unify, values)
+            solve = unifier(space, settings.unify, outcome.cards, covered=False, keep=keep)
+            if settings.unify.other and anchored(solve, keep.class_sets(space), coverage):
+                solve = unifier(space, settings.unify, outcome.cards, keep=keep)
+            found = solve(rows, coverage=coverage)
             unified = chosen.labels(found.probs, found.other)
             partly = [c.about.site for c in covers if c is not None and not c.complete]
             if partly:

@@ -29,6 +29,7 @@ from consilience.server.report_filtered import filtered_views
 from consilience.server.report_findings import Findings
 from consilience.server.report_multi import multi_view
 from consilience.server.report_privacy import sealing_line
+from consilience.server.report_quality import quality_views
 from consilience.server.report_samples import sample_views
 
 CONTENDERS = (
@@ -67,6 +68,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "learning": learning(findings),
         "samples": sample_views(findings),
         "coverage": coverage_views(findings),
+        "quality": quality_views(findings),
         "amalgamation": amalgamation_views(findings),
         "concentration": concentration_views(findings),
         "filtered": filtered_views(findings),

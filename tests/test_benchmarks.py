@@ -33,6 +33,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "hundred_thousand",
         "ledger",
         "privacy",
+        "quality",
+        "robust",
         "scale",
         "secure_sums",
         "student",

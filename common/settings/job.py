@@ -106,6 +106,11 @@ class Unify(Settings):
     For method `ce` only.
     With more, `labels/other.npy` says how likely a sample is outside, and soft labels count by the rest."""
 
+    robust: bool = False
+    """Compare the sites' answers over the pool, and leave out those of a site that a majority of the others
+    contradicts, as a whole or about single classes (docs/robust.md). Of classes with fewer than three owners nothing
+    can be known. Needs single answers, and a student that learns unified labels."""
+
     def strength_of(self, site: str) -> float:
         """How much a site's coverage counts."""
         return self.strengths.get(site, self.strength)
@@ -392,6 +397,11 @@ class JobSettings(Settings):
                 f"unify.other is {self.unify.other:g}, which student.learning {learning!r} cannot follow; "
                 "set it to 0, or student.learning to soft-labels"
             )
+        if self.unify.robust and not learns_labels:
+            raise ValueError(
+                f"unify.robust is True, which student.learning {learning!r} cannot follow: it learns from the answers "
+                "as they are; set it to false, or student.learning to soft-labels"
+            )
         if learning == "concentration":
             self._concentration_fits()
         if self.privacy.secure_sum:
@@ -410,6 +420,7 @@ class JobSettings(Settings):
                 ("unify.method", self.unify.method, "ce"),
                 ("unify.prior_correction", self.unify.prior_correction, False),
                 ("unify.other", self.unify.other, 0.0),
+                ("unify.robust", self.unify.robust, False),
                 ("student.learning", self.student.learning, "soft-labels"),
             ):
                 if value != allowed:
