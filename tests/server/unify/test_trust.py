@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ FIVE = [tuple(sorted(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2))) 
 """Five sites; every class has three owners."""
 
 
-def compare(class_sets: list[tuple[int, ...]], answers: list[np.ndarray | None], cuts: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
+def compare(class_sets: list[tuple[int, ...]], answers: Sequence[np.ndarray | None], cuts: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
     made = Comparisons(class_sets)
     size = next(len(a) for a in answers if a is not None)
     for start, stop in zip((0, *cuts), (*cuts, size), strict=True):
