@@ -38,5 +38,10 @@ def show(
         table.add_row(*(cell if isinstance(cell, str) else f"{cell:,.4g}" for cell in row))
     Console(highlight=False, width=120).print(table)
     if path is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n")
+        write(figures, path)
+
+
+def write(figures: dict[str, Any], path: Path) -> None:
+    """Write the figures, with the machine they were measured on."""
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n")

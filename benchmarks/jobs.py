@@ -21,7 +21,8 @@ from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.simulation import train_site
 from consilience.server.app import app as server_app
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 def do_job(settings: JobSettings, run: Path, paths: list[Path]) -> dict[str, Any]:

@@ -42,8 +42,9 @@ from consilience.common.errors import AdmissionError, ConsilienceError, Duplicat
 from consilience.common.identity import Kit, PrivateKey
 from consilience.common.protocol import ANSWER, CARD, CONTRACT
 from consilience.common.sums.messages import SUM_QUESTIONS
+from consilience.common.tails import BLOCKS, TAIL
 
-QUESTIONS = (CARD, CONTRACT, ANSWER, *SUM_QUESTIONS)
+QUESTIONS = (CARD, CONTRACT, ANSWER, TAIL, BLOCKS, *SUM_QUESTIONS)
 QUEUE = 2
 """Questions pulled ahead, and answers waiting to be sent."""
 BUSY_POLL, IDLE_POLL = 0.05, 1.0

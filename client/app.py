@@ -19,6 +19,7 @@ from consilience.client.site import Site
 from consilience.common.errors import ConsilienceError, LedgerError, ProtocolError
 from consilience.common.protocol import CardRequest, Contract, Question, Record, Refusal
 from consilience.common.sums.messages import Delivery, MaskedRows, Roster, RowsQuestion, Terms, Unmask
+from consilience.common.tails import BlocksQuestion, asked
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,20 @@ def contract(message: Message, context: Context) -> Message:
 def answer(message: Message, context: Context) -> Message:
     """Answer a question about pool samples."""
     return _reply(message, lambda: site_of(context).answer(Question.from_content(message.content)).to_content())
+
+
+@app.query("tail")
+def tail(message: Message, context: Context) -> Message:
+    """Answer a question about features at a block of the teacher."""
+    return _reply(message, lambda: site_of(context).ask_tail(*asked(message.content)).to_content())
+
+
+@app.query("blocks")
+def blocks(message: Message, context: Context) -> Message:
+    """Give a piece of the teacher's blocks."""
+    return _reply(
+        message, lambda: site_of(context).lend_blocks(BlocksQuestion.from_content(message.content)).to_content()
+    )
 
 
 @app.query("sum_terms")

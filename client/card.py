@@ -12,6 +12,7 @@ import numpy as np
 from consilience.client.coverage import Coverage
 from consilience.client.features import OpenTap
 from consilience.client.summing import noise_card
+from consilience.client.tails import OpenTail
 from consilience.client.teacher import (
     CalibratedMulti,
     CalibratedTeacher,
@@ -33,9 +34,10 @@ def card_of(
     teacher: Teacher | MultiTeacher,
     coverage: Coverage | None,
     taps: Sequence[OpenTap],
+    tail: OpenTail | None,
     signer: Signer | None,
 ) -> SiteCard:
-    """Return the card of a site with this teacher, coverage, taps and key.
+    """Return the card of a site with this teacher, coverage, taps, tail and key.
 
     Raises `TeacherError` when the teacher is still to be trained, and `DataError` when the policy tells shares of
     classes and the private data do not have them.
@@ -56,6 +58,7 @@ def card_of(
         class_priors=_class_priors(settings, teacher) if policy.class_priors else None,
         coverage=_coverage(policy, coverage),
         features=_features(policy, taps),
+        tail=None if tail is None else tail.card,
         sums_only=policy.sums_only,
         sum_noise=noise_card(settings),
         sealed_only=policy.sealed_only,

@@ -30,6 +30,7 @@ from consilience.client.ledger_head import comes_back_with_state
 from consilience.client.policy import limits
 from consilience.client.privacy import describe_privacy
 from consilience.client.reach import certificate_end, connect, resolve
+from consilience.client.tails import tell_tail
 from consilience.client.teacher import AnyTeacher, CalibratedMulti, load_any
 from consilience.common.data import open_data
 from consilience.common.encoding import feature_bytes
@@ -100,6 +101,7 @@ class Preflight:
             ("coverage", ("teacher",), self._load_coverage),
             ("pools", ("settings",), self._verify_pools),
             ("features", ("teacher", "pools"), self._open_taps),
+            ("blocks", ("teacher",), self._open_tail),
             ("answer", ("teacher", "pools"), self._answer),
             ("state folder", ("settings",), self._look_at_state),
             ("ledger", ("state folder",), self._verify_ledger),
@@ -184,6 +186,11 @@ class Preflight:
             pool.verify()
             self._pools.append(pool)
         return ", ".join(f"{len(pool):,} samples, digest {pool.digest[:12]}" for pool in self._pools)
+
+    def _open_tail(self) -> str:
+        if told := tell_tail(self._settings, self._teacher):
+            return told
+        raise SkippedError("the policy opens none (policy.tail)")
 
     def _open_taps(self) -> str:
         taps = open_taps(self._settings, self._teacher)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from consilience.client.features import OpenTap
 from consilience.client.ledger import Ledger
-from consilience.client.ledger_rows import components, components_subject
+from consilience.client.ledger_rows import Entry, components, components_subject
 from consilience.client.policy import component_bytes
 from consilience.common.components import enclose
 from consilience.common.protocol import Contract, Enclosed, TapCard
@@ -35,11 +35,13 @@ def release(
     taps: Sequence[OpenTap],
     signer: Signer | None,
     permit: Callable[[int], None],
+    costs: Callable[[], Sequence[Entry]],
 ) -> Enclosed | None:
     """Return what goes with the agreement to `contract`, None where it asks for none; it is counted before.
 
     `taps` are those that `contract.components` names. `permit` is told how many bytes more would leave, and raises
-    `RefusedError` where they may not: nothing leaves then. Raises `LedgerError`, `StorageError`, `ProtocolError` too.
+    `RefusedError` where they may not: nothing leaves then. `costs` returns what the ledger is to tell of the mechanisms
+    behind which they leave. Raises `LedgerError`, `StorageError`, `ProtocolError` too.
     """
     if not taps:
         return None
@@ -48,6 +50,6 @@ def release(
         new = not_released(ledger, [tap.card for tap in taps])
         permit(component_bytes(new))
         if new:
-            version = settings.policy.version
-            ledger.append(*(components(contract.job, version, tap) for tap in new))
+            version, paid = settings.policy.version, costs()
+            ledger.append(*(components(contract.job, version, tap, paid) for tap in new), *paid)
     return enclosed

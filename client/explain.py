@@ -15,9 +15,11 @@ from consilience.client.policy import Demand, Limit, RefusedError, byte_limits, 
 from consilience.client.privacy import Spent, account, describe_privacy
 from consilience.client.privacy.spending import loss_limits, loss_of
 from consilience.client.site import Site
-from consilience.common.errors import PoolError, SettingsError, StorageError
+from consilience.client.tails import still, tail_limits
+from consilience.common.errors import LabelError, PoolError, SettingsError, StorageError, StudentError
+from consilience.common.nets.tail_plan import check_tail, sides, tail_demand
 from consilience.common.pool import Pool
-from consilience.common.protocol import Kind, TapCard
+from consilience.common.protocol import Kind, TailDemand, TapCard
 from consilience.common.settings import (
     EVERY_LAYER,
     Encoding,
@@ -25,6 +27,7 @@ from consilience.common.settings import (
     NoPrivacy,
     Policy,
     SiteSettings,
+    Tail,
     largest_sent,
 )
 from consilience.common.taps_asked import components_asked, taps_asked
@@ -86,11 +89,16 @@ class Explanation:
     left: dict[str, tuple[int | None, int | None]]
     """Limit -> samples left before and after the job; None: no limit."""
     unfit: str = ""
-    """Why the job's features could not be asked for, and are not among the parts; empty where they could."""
+    """Why the job's features, or its questions about blocks, could not be asked, and are not told of; empty where they
+    could."""
     bytes_left: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     """The same of bytes of features; empty where none leave."""
     new_components: tuple[TapCard, ...] = ()
     """Taps whose principal components would be newly released, of `demand.components`."""
+    tail: TailDemand | None = None
+    """What would be asked of the teacher's last blocks."""
+    tail_left: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    """Limit on questions about them -> what is left of it before and after the job."""
     loss: tuple[Spent, Spent] | None = None
     """What all that left comes to, before and after the job; None without a mechanism."""
     most: dict[str, tuple[float, float | None]] = field(default_factory=dict)
@@ -112,6 +120,8 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     pools, here = _pools(job, site)
     policy, summed, refusal = site.settings.policy, job.privacy.secure_sum, ""
     wanted, reduced, unfit = _taps(job, site)
+    tail, no_tail = _tail(job, site, pools)
+    unfit = unfit or no_tail
     demand = site.demand(
         job.name,
         pools,
@@ -122,22 +132,36 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         features=job.ask.features,
         components=reduced,
         first=here,
+        tail=tail,
     )
     fresh = site.new_of(demand)
     fresh_components = not_released(site.ledger, demand.components)
     parts = _parts(demand, fresh, wanted, summed=summed)
-    held = Explanation(demand, parts, here, "", {}, unfit, new_components=fresh_components)
+    held = Explanation(demand, parts, here, "", {}, unfit, new_components=fresh_components, tail=tail)
     try:
         if unfit:
-            raise RefusedError("bad-question", "the job asks for features that the site does not tell", unfit)
+            raise RefusedError("bad-question", "the job asks for what the site does not tell", unfit)
+        if summed:
+            site.check_kind("log-probs")
         check_sealed(policy, sealed=job.privacy.sealed)
         check_demand(policy, site.ledger, demand)
         site.permit(job.name, demand.asked, held.new, held.new_bytes)
+        if tail is not None:
+            site.tail.check(site.ledger, job.name, tail)
         _check_papers(job, site.settings)
     except RefusedError as error:
         refusal = error.told_here
     left = _left(limits(policy, site.ledger, job.name), held.new)
     bytes_left = _left(byte_limits(policy, site.ledger, job.name), held.new_bytes)
+    rest = None if tail is None else still(site.ledger, job.name, tail)
+    tail_left = {
+        limit.name: (limit.left, None if limit.left is None else limit.left - more)
+        for limit, more in zip(
+            tail_limits(policy, site.ledger, job.name),
+            () if rest is None else (rest.rounds, rest.samples, rest.bytes, rest.samples),
+            strict=False,
+        )
+    }
     loss, most = None, {}
     if not isinstance(site.settings.privacy, NoPrivacy):
         costs = site.costs(held.new) if held.new else ()
@@ -145,7 +169,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         for limit in loss_limits(site.settings, site.ledger, job.name):
             if limit.most is not None:
                 most[limit.name] = (limit.most, account(limit.events, loss[0].delta).epsilon)
-    return replace(held, refusal=refusal, left=left, bytes_left=bytes_left, loss=loss, most=most)
+    return replace(held, refusal=refusal, left=left, bytes_left=bytes_left, tail_left=tail_left, loss=loss, most=most)
 
 
 def _left(held: Sequence[Limit], new: int) -> dict[str, tuple[int | None, int | None]]:
@@ -160,6 +184,23 @@ def _taps(job: JobSettings, site: Site) -> tuple[tuple[OpenTap, ...], tuple[Open
     except SettingsError as error:
         return (), (), error.message
     return site.taps_named([tap.name for tap in asked]), site.taps_named([tap.name for tap in reduced]), ""
+
+
+def _tail(job: JobSettings, site: Site, pools: Sequence[Pool]) -> tuple[TailDemand | None, str]:
+    """Return what a job would ask of the teacher's last blocks at most, of whichever pool, and why it could not."""
+    if job.student.learning != "filtered" or not pools:
+        return None, ""
+    learned_from = pools[:1] if job.pool is not None and pools else pools
+    found = []
+    try:
+        for pool in learned_from:
+            shapes = sides(job, pool.shape)
+            check_tail(job, site.card, shapes)
+            found.append(tail_demand(job, site.card, len(pool), shapes))
+    except (SettingsError, StudentError, LabelError) as error:
+        return None, error.message
+    told = [each for each in found if each is not None]
+    return max(told, key=lambda each: each.bytes, default=None), ""
 
 
 def _parts(demand: Demand, fresh: Sequence[int], taps: Sequence[OpenTap], *, summed: bool) -> tuple[Part, ...]:
@@ -206,10 +247,11 @@ def tell_policy(policy: Policy) -> list[str]:
     if policy.decimals is not None:
         lines.append(f"probabilities are rounded to {policy.decimals} decimals")
     if policy.cap < 1:
-        lines.append(f"no probability above {policy.cap:g} leaves")
+        lines.append(f"no probability above {policy.cap:g} leaves, but for the encoding's rounding")
     if policy.floor > 0:
-        lines.append(f"no probability below {policy.floor:g} leaves")
+        lines.append(f"no probability below {policy.floor:g} leaves, but for the encoding's rounding")
     lines.append(f"pools: {', '.join(digest[:12] for digest in policy.pools) or 'those that site.yaml names'}")
+    lines += [_tail_words(policy.tail)] if policy.tail.open else []
     if policy.features.taps:
         named = ", ".join("every layer" if name == EVERY_LAYER else name for name in policy.features.taps)
         lines.append(
@@ -223,6 +265,16 @@ def tell_policy(policy: Policy) -> list[str]:
     lines.append("each job needs a person's approval" if policy.approval else "no job needs a person's approval")
     lines.append("it has no end" if policy.ends is None else f"the last day is {policy.ends}")
     return lines
+
+
+def _tail_words(tail: Tail) -> str:
+    if tail.allow == "blocks":
+        return f"the teacher's blocks after block {tail.first}, and its head, leave as weights"
+    return (
+        f"the teacher's blocks after block {tail.first} answer questions about features: of a job at most "
+        f"{tail.rounds:,} questions, {tail.samples:,} samples and {tail.bytes:,} bytes, and {tail.samples_lifetime:,} "
+        "samples in all"
+    )
 
 
 def _pools(job: JobSettings, site: Site) -> tuple[list[Pool], bool]:

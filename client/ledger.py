@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, get_args
 
-from consilience.client.ledger_head import RESTORE, former_path, head_path, read_head, trace_of
-from consilience.client.ledger_rows import Asked, Entry, Row, Spent, approved_by, chain_of
+from consilience.client.ledger_head import RESTORE, former_path, head_path, missing_head, read_head, trace_of
+from consilience.client.ledger_rows import Asked, Entry, Row, Spent, SumState, approved_by, chain_of
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.files import canonical_json, make_private, storage_error, sync_folder, write_json
 from consilience.common.settings import SiteSettings
@@ -185,7 +185,9 @@ class Ledger:
                 if row.seq == head["rows"] and row.chain != head["chain"]:
                     raise self._bad(row.seq, f"is not the one that {place} tells of")
         if not heads and self.count:
-            raise LedgerError(f"{self.head} is missing, and the ledger has {self.count:,} rows", hint=RESTORE)
+            raise LedgerError(
+                f"{self.head} is missing, and the ledger has {self.count:,} rows", hint=missing_head(self.path.parent)
+            )
         if not heads and self._trace is not None:
             raise LedgerError(
                 f"{self.head} and all rows of {self.path} are missing, and {self._trace} is there: what was released "
@@ -244,15 +246,30 @@ class Ledger:
                 self.spent.features[entry.job] += entry.samples * entry.body["width"]
             if not entry.body.get("behind"):
                 self.spent.mechanisms[entry.job, row.month, "none", "{}"] += entry.samples
-        if entry.kind == "carried" and (carried := entry.body.get("features", 0)):
-            if carried < 0:
+        if entry.kind in ("features", "tail") and not entry.body.get("behind"):
+            self.spent.mechanisms[entry.job, row.month, "none", "{}"] += 1
+        if entry.kind == "sum":
+            if entry.body["state"] not in get_args(SumState):
                 raise self._bad(row.seq, CHANGED)
-            self.spent.features[entry.job] += carried
+            self.spent.sums[entry.subject] = entry.body["state"], str(entry.body["teacher"])
+        if entry.kind == "carried":
+            carried, asked = entry.body.get("features", 0), entry.body.get("tail", 0)
+            if min(carried, asked) < 0:
+                raise self._bad(row.seq, CHANGED)
+            self.spent.features.update({entry.job: carried} if carried else {})
+            self.spent.tails.update({(entry.job, "samples"): asked} if asked else {})
+            if not entry.samples and carried + asked:
+                self.spent.mechanisms[entry.job, row.month, "none", "{}"] += 1
         if entry.kind == "features":
             if entry.body["bytes"] < 1:
                 raise self._bad(row.seq, CHANGED)
             self.spent.features[entry.job] += entry.body["bytes"]
             self.spent.components[entry.job, entry.body["tap"]] += entry.body["bytes"]
+        if entry.kind == "tail" and entry.body["what"] != "blocks":
+            told = {name: entry.body[name] for name in ("samples", "bytes")}
+            if min(told.values()) < 1:
+                raise self._bad(row.seq, CHANGED)
+            self.spent.tails.update({(entry.job, name): count for name, count in {"rounds": 1, **told}.items()})
         if entry.kind == "mechanism":
             parameters = canonical_json(entry.body["parameters"]).decode()
             self.spent.mechanisms[entry.job, row.month, entry.subject, parameters] += entry.body["count"]
@@ -263,7 +280,8 @@ class Ledger:
         return LedgerError(f"{self.path}: row {seq:,} {problem}", hint=RESTORE)
 
     def _write_head(self) -> None:
-        told = {"samples": self.spent.lifetime, "features": self.spent.features.total()}
+        asked = sum(count for (_, name), count in self.spent.tails.items() if name == "samples")
+        told = {"samples": self.spent.lifetime, "features": self.spent.features.total(), "tail": asked}
         try:
             write_json(self.head, {"rows": self.count, "chain": self.chain, **told})
         except StorageError as error:

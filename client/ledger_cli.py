@@ -8,12 +8,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -51,6 +53,9 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
                         for (job, tap), count in sorted(spent.components.items())
                     ],
                 },
+                "tail": [
+                    {"job": job, "what": what, "count": count} for (job, what), count in sorted(spent.tails.items())
+                ],
                 "limits": most.model_dump(),
             }
             table = Table("what", "samples released", "limit")
@@ -68,13 +73,24 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
             if spent.features or features.taps:
                 told = f"{features.bytes_lifetime:,} bytes"
                 table.add_row("features, lifetime", f"{spent.features.total():,} bytes", told)
+            for (job, what), count in sorted(spent.tails.items()):
+                limit = f"{getattr(settings.policy.tail, what):,}"
+                table.add_row(Text(f"{what} of questions about the last blocks, job {job}"), f"{count:,}", limit)
+            for row in ledger.rows():
+                if row.entry.kind == "tail" and row.entry.body["what"] == "blocks":
+                    told = f"{row.entry.body['bytes']:,} bytes"
+                    table.add_row(Text(f"the last blocks themselves, to job {row.entry.job}"), told, "")
+            if sums := spent.sums.values():
+                opened = sum(state == "opened" for state, _ in sums)
+                data["sums"] = {"given": len(sums), "opened": opened}
+                table.add_row("secure sums with rows of this site", f"{len(sums):,}, {opened:,} opened", "")
             if loss := _loss(settings, ledger):
                 data["privacy"] = loss
                 for name, epsilon, limit in loss["epsilon"]:
                     shown = "none" if epsilon is None else f"epsilon {epsilon:.3g}, delta {loss['delta']:g}"
                     table.add_row(f"{name}: {loss['unit'] or 'no guarantee'}", shown, _limit(limit))
-            table.caption = f"{ledger.count:,} rows, verified; the last one's hash: {ledger.chain}"
-            return data, table
+            below = f"{ledger.count:,} rows, verified. The last one's hash:\n{ledger.chain}"
+            return data, Group(table, Text(below, no_wrap=True, overflow="ignore"))
 
     emit(as_json, action)
 
@@ -108,6 +124,11 @@ def verify(
             data: dict[str, Any] = _state(ledger)
             text = f"{ledger.count:,} rows are as they were written. The last one's hash: {ledger.chain}"
             if noted is not None:
+                if re.fullmatch("[0-9a-f]{64}", noted) is None:
+                    raise SettingsError(
+                        f"--noted is {noted[:80]!r}; allowed: 64 digits of 0-9 and a-f, as `ledger show` prints them",
+                        hint="Give all of its digits, without spaces",
+                    )
                 row = next((row for row in ledger.rows() if row.chain == noted), None)
                 if row is None:
                     raise LedgerError(

@@ -23,8 +23,20 @@ def head_path(settings: SiteSettings) -> Path:
 
     Never two sites' heads at one place, for each has a folder of its own.
     """
-    state = _plain(settings.state)
-    return settings.ledger_head or state.parent / f"{state.name}-ledger.head"
+    return settings.ledger_head or _beside(settings.state)
+
+
+def missing_head(state: Path) -> str:
+    """Return what to do where there is no head at its place: it may lie where it does by default."""
+    default = _beside(state)
+    if not default.exists():
+        return RESTORE
+    return f"If `ledger_head` was named anew in site.yaml, move {default} there while the agent is stopped"
+
+
+def _beside(state: Path) -> Path:
+    plain = _plain(state)
+    return plain.parent / f"{plain.name}-ledger.head"
 
 
 def former_path(settings: SiteSettings) -> Path | None:
@@ -44,7 +56,8 @@ def comes_back_with_state(settings: SiteSettings) -> bool:
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
-    """Return rows, chain, samples and bytes of features as the head tells them; None where there is none.
+    """Return rows, chain, samples, bytes of features and samples sent to the tail as the head tells them; None where
+    there is none.
 
     Raises `LedgerError`.
     """
@@ -53,9 +66,9 @@ def read_head(path: Path) -> dict[str, Any] | None:
     try:
         held = read_json(path)
         told = {name: int(held[name]) for name in ("rows", "samples")}
-        features = int(held.get("features", 0))  # once it told none
+        features, tail = int(held.get("features", 0)), int(held.get("tail", 0))  # once it told none
         jobs = {str(job): (int(samples), int(size)) for job, (samples, size) in held.get("jobs", {}).items()}
-        return {**told, "chain": str(held["chain"]), "features": features, "jobs": jobs}
+        return {**told, "chain": str(held["chain"]), "features": features, "tail": tail, "jobs": jobs}
     except (StorageError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise LedgerError(f"{path} is damaged", hint=RESTORE) from error
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from consilience.client.ledger import Ledger, locked, paths, utc_now
 from consilience.client.ledger_head import former_path, read_head, trace_of
-from consilience.client.ledger_rows import Entry
+from consilience.client.ledger_rows import Entry, summed
 from consilience.client.sum_index import forget_given
 from consilience.common.errors import LedgerError, RunError
 from consilience.common.files import lock, storage_error, sync_folder, write_json
@@ -36,9 +36,10 @@ class Carried(NamedTuple):
 def restart(settings: SiteSettings, least: int | None = None, least_bytes: int | None = None) -> Carried:
     """Put ledger and released answers aside, and begin a ledger that carries over what was spent.
 
-    Samples and bytes of features are the most that the head or the rows still tell of, and `least` and `least_bytes`
-    where a person knows of more. They count for this month and for the lifetime, and for the job that their rows name.
-    Sums that are not opened are given up (`forget_given`). Stopped in between, the next call goes on. Raises
+    Samples, bytes of features and samples sent to the tail are the most that the head or the rows still tell of, and
+    `least` and `least_bytes` where a person knows of more. They count for this month and for the lifetime, and for the
+    job that their rows name. Sums that are not opened are given up (`forget_given`). Stopped in between, the next call
+    goes on. Raises
     `RunError` while an agent runs, `LedgerError` when neither head nor rows tell anything and `least` is not given,
     `StorageError`.
     """
@@ -51,10 +52,10 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
                 hint="Say how many there were at most with --spent, for example by the coordinator's reports",
             )
         spent, features = max(known.samples, least or 0), max(known.features, least_bytes or 0)
-        rows, by_job = known.rows, known.jobs
+        rows, by_job, tails = known.rows, known.jobs, known.tails
         forget_given(settings.state / "sums")
         # from here on and until the end, whatever is stopped leaves a ledger that is refused and knows what was spent
-        told = {"samples": spent, "features": features, "jobs": by_job}
+        told = {"samples": spent, "features": features, "tail": sum(tails.values()), "jobs": by_job}
         write_json(head, {"rows": rows + 1, "chain": "restarting", **told})
         aside = _aside(settings.state)
         fresh, fresh_head = path.with_name("ledger.fresh.db"), path.with_name("ledger.fresh.head")
@@ -74,11 +75,14 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
                 # behind what mechanisms it left is not certain any more: it counts as behind none
                 rest = spent - sum(n for n, _ in by_job.values()), features - sum(size for _, size in by_job.values())
                 parts = {job: told for job, told in {"": rest, **by_job}.items() if any(told)} or {"": rest}
+                parts = dict.fromkeys(tails, (0, 0)) | parts
+                about = {"aside": aside.name, "rows": rows}
                 ledger.append(
                     *(
-                        Entry("carried", job, "ledger", n, {"aside": aside.name, "rows": rows, "features": size})
+                        Entry("carried", job, "ledger", n, about | {"features": size} | _tail(tails.get(job, 0)))
                         for job, (n, size) in parts.items()
-                    )
+                    ),
+                    *known.sums.values(),
                 )
             fresh.rename(path)
             sync_folder(path.parent)
@@ -99,6 +103,10 @@ class _Known:
     rows: int = 0
     jobs: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Samples and bytes of features by job, as far as they are known."""
+    tails: dict[str, int] = field(default_factory=dict)
+    """Samples of features that were sent to the tail, by job; those of no known job under ""."""
+    sums: dict[str, Entry] = field(default_factory=dict)
+    """The last row's entry of each secure sum, by its terms' digest."""
     told: bool = False
     """Whether one of them tells."""
 
@@ -106,19 +114,22 @@ class _Known:
 def _known(settings: SiteSettings) -> _Known:
     path, head = paths(settings)
     known = _Known()
-    jobs = _by_job(path, known)
+    jobs, head_tail = _by_job(path, known), 0
     for place in (head, former_path(settings)):
         held = None
         with suppress(LedgerError):  # a damaged head tells nothing
             held = None if place is None else read_head(place)
         if held is not None:
             known.told, known.rows = True, max(known.rows, held["rows"])
+            head_tail = max(head_tail, held["tail"])
             known.samples, known.features = max(known.samples, held["samples"]), max(known.features, held["features"])
             for job, (samples, size) in held["jobs"].items():  # as a restart that was stopped leaves them
                 before = jobs.get(job, (0, 0))
                 jobs[job] = max(before[0], samples), max(before[1], size)
     known.samples = max(known.samples, sum(samples for samples, _ in jobs.values()))
     known.features = max(known.features, sum(size for _, size in jobs.values()))
+    if (rest := head_tail - sum(known.tails.values())) > 0:
+        known.tails[""] = known.tails.get("", 0) + rest
     known.jobs = {job: told for job, told in jobs.items() if job}
     return known
 
@@ -129,11 +140,19 @@ def _by_job(path: Path, known: _Known) -> dict[str, tuple[int, int]]:
     if path.exists():
         with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:
             database.text_factory = lambda raw: raw.decode(errors="replace")
-            query = "SELECT job, samples, kind, body FROM rows WHERE samples > 0 OR kind IN ('carried', 'features')"
+            kinds = "('carried', 'features', 'tail')"
+            query = f"SELECT job, samples, kind, body FROM rows WHERE samples > 0 OR kind IN {kinds}"
             for job, count, kind, body in database.execute(query):
+                if asked := _tail_samples(kind, body):
+                    known.tails[job] = known.tails.get(job, 0) + asked
                 samples[job] += max(0, count)
                 features[job] += _feature_bytes(count, kind, body)
                 known.rows += count > 0
+            query = "SELECT job, subject, body FROM rows WHERE kind = 'sum' ORDER BY seq"
+            for job, terms, body in database.execute(query):
+                with suppress(ValueError, TypeError, KeyError):
+                    held = json.loads(body)
+                    known.sums[terms] = summed(job, terms, held["state"], held["teacher"])
             # one without rows tells that nothing was released only where nothing else says that something was
             known.told = database.execute("SELECT 1 FROM rows").fetchone() is not None or trace_of(path.parent) is None
     return {job: (samples[job], features[job]) for job in sorted(samples)}
@@ -147,6 +166,19 @@ def _feature_bytes(samples: int, kind: str, body: str) -> int:
             return max(0, int(held["bytes"]))
         return max(0, samples * int(held["width"]) if held.get("kind") == "features" else int(held.get("features", 0)))
     return 0
+
+
+def _tail_samples(kind: str, body: str) -> int:
+    """Return the samples sent to the tail that a row tells of; none of one that is not as ours are."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        held = json.loads(body)
+        if kind in ("tail", "carried"):
+            return max(0, int(held.get("samples" if kind == "tail" else "tail", 0)))
+    return 0
+
+
+def _tail(samples: int) -> dict[str, int]:
+    return {"tail": samples} if samples else {}
 
 
 def _aside(state: Path) -> Path:

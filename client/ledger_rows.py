@@ -6,14 +6,17 @@ Does not live here: keeping rows (client/ledger).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from consilience.common.files import canonical_json, sha256
-from consilience.common.protocol import TapCard
+from consilience.common.protocol import TailCard, TapCard
+from consilience.common.tails import TailQuestion
 
-EntryKind = Literal["answer", "features", "mechanism", "approval", "carried"]
+EntryKind = Literal["answer", "features", "tail", "sum", "mechanism", "approval", "carried"]
+SumState = Literal["given", "opened"]
+"""Masked rows of a secure sum left; shares of other sites' seeds left."""
 
 
 class Asked(NamedTuple):
@@ -30,11 +33,12 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row tells: of an answer, of principal components of features, of a mechanism that added noise, of a
-    person's approval, or of what was carried over.
+    """What a row tells: of an answer, of principal components of features, of a tail that was asked or lent, of a
+    secure sum, of a mechanism that added noise, of a person's approval, or of what was carried over.
 
-    `subject`: of an answer the name of the released bytes' file; of components `components_subject`; of a mechanism its
-    name; of an approval the policy version. `body`: the particulars, JSON values.
+    `subject`: of an answer the name of the released bytes' file; of components `components_subject`; of a tail its
+    fingerprint, of one that was lent `blocks_subject`; of a sum its terms' digest; of a mechanism its name; of an
+    approval the policy version. `body`: the particulars, JSON values; `behind` the mechanisms behind which it left.
     """
 
     kind: EntryKind
@@ -74,8 +78,13 @@ class Spent:
     """Bytes of features by job, principal components among them; of those carried over, where the job was known."""
     components: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Bytes of principal components alone, by job and tap."""
+    tails: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """`rounds`, `samples` and `bytes` of questions about the tail, by job and which of these; of those carried over the
+    samples."""
+    sums: dict[str, tuple[SumState, str]] = field(default_factory=dict)
+    """How far each secure sum is, by its terms' digest, and with which teacher."""
     mechanisms: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
-    """Uses by job, month, name and parameters, these as JSON; `none` for samples that left behind no mechanism."""
+    """Uses by job, month, name and parameters, these as JSON; `none` for what left behind no mechanism."""
 
 
 def mechanism(job: str, name: str, parameters: Mapping[str, Any], count: int) -> Entry:
@@ -88,12 +97,43 @@ def components_subject(digest: str) -> str:
     return f"components-{digest}"
 
 
-def components(job: str, policy: str, tap: TapCard) -> Entry:
-    """Return the entry of a tap's principal components that left, under a policy version; of a tap that has some."""
+def behind(costs: Sequence[Entry]) -> dict[str, Any]:
+    """Return the part of a row's body that names the mechanisms behind which something left; empty without any."""
+    return {"behind": [cost.subject for cost in costs]} if costs else {}
+
+
+def components(job: str, policy: str, tap: TapCard, costs: Sequence[Entry]) -> Entry:
+    """Return the entry of a tap's principal components that left, under a policy version; of a tap that has some.
+
+    `costs` tells of the mechanisms behind which they left.
+    """
     held = tap.components
     assert held is not None
     body = {"tap": tap.name, "teacher": tap.fingerprint, "policy": policy, "sha256": held.digest, "bytes": held.bytes}
-    return Entry("features", job, components_subject(held.digest), body=body)
+    return Entry("features", job, components_subject(held.digest), body=body | behind(costs))
+
+
+def summed(job: str, terms: str, state: SumState, teacher: str) -> Entry:
+    """Return the entry of a secure sum: that its rows, or shares of its seeds, leave now."""
+    return Entry("sum", job, terms, body={"state": state, "teacher": teacher})
+
+
+def blocks_subject(digest: str) -> str:
+    """Return the subject of the row of lent blocks whose bytes have this SHA-256."""
+    return f"blocks-{digest}"
+
+
+def blocks_lent(job: str, policy: str, tail: TailCard) -> Entry:
+    """Return the entry of the blocks of a tail that left, under a policy version."""
+    body = {"teacher": tail.fingerprint, "policy": policy, "first": tail.first, "bytes": tail.bytes}
+    return Entry("tail", job, blocks_subject(tail.digest), body={"what": "blocks", **body})
+
+
+def tail_asked(question: TailQuestion) -> Entry:
+    """Return the entry of a question about features."""
+    what = "gradient" if question.gradient else "outputs"
+    body = {"policy": question.policy, "block": question.block, "samples": question.samples, "bytes": question.bytes}
+    return Entry("tail", question.job, question.tail, body={"what": what, **body})
 
 
 def approval(job: str, policy: str, asked: Iterable[Asked] | None) -> Entry:

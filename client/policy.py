@@ -66,6 +66,8 @@ class Demand:
     """Bytes a sample of each question's answers."""
     components: tuple[TapCard, ...] = ()
     """Taps whose principal components are to come with the agreement."""
+    tail: Asked | None = None
+    """What of the teacher's last blocks is asked for; None: nothing."""
 
     def feature_bytes(self, samples: Sequence[int] | None = None, components: Sequence[TapCard] = ()) -> int:
         """Return the bytes of features, of so many `samples` of each question and the `components` of so many taps, or
@@ -83,7 +85,8 @@ class Demand:
     def asked(self) -> frozenset[Asked]:
         """What an approval of the job is of."""
         answers = frozenset(asked_by(question, self.use) for question in self.questions)
-        return answers | {Asked("", "", "components", "f32", tap.fingerprint) for tap in self.components}
+        blocks = frozenset() if self.tail is None else frozenset({self.tail})
+        return answers | blocks | {Asked("", "", "components", "f32", tap.fingerprint) for tap in self.components}
 
 
 def component_bytes(taps: Iterable[TapCard]) -> int:
@@ -195,10 +198,11 @@ def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] =
     if approved is None:
         raise RefusedError("not-approved", "nobody at the site has approved this job yet", f"job {job}")
     if other := sorted(set(asked) - approved):
-        told = "; ".join(
-            f"{part.use} {part.kind} as {part.encoding} of {f'pool {part.pool[:12]}' if part.pool else 'a tap'}".strip()
-            for part in other
-        )
+
+        def where(part: Asked) -> str:
+            return f"pool {part.pool[:12]}" if part.pool else "the teacher"
+
+        told = "; ".join(f"{part.use} {part.kind} as {part.encoding} of {where(part)}".strip() for part in other)
         raise RefusedError(
             "not-approved", "the job asks for something else than was approved at the site", f"job {job}: {told}"
         )

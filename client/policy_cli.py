@@ -21,6 +21,7 @@ from consilience.client.privacy import Spent
 from consilience.client.site import Site
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import PoolError, SettingsError
+from consilience.common.protocol import TailDemand
 from consilience.common.settings import JobSettings, Name, SiteSettings
 from consilience.common.settings_file import load_settings
 
@@ -58,9 +59,9 @@ def _approve(job: str, site: Path) -> Result:
             )
         if found.unfit:
             raise SettingsError(
-                f"{job}: asks for features that site {held.settings.name} does not tell, and an approval would be of "
+                f"{job}: asks for what site {held.settings.name} does not tell, and an approval would be of "
                 f"less than it asks for: {found.unfit}",
-                hint="Let policy.features tell them, or ask the coordinator for another job.yaml",
+                hint="Let policy.features or policy.tail tell it, or ask the coordinator for another job.yaml",
             )
         with held.ledger.alone():
             if held.ledger.approved(wanted.name, policy.version) != found.demand.asked:
@@ -105,11 +106,22 @@ def _parts(found: Explanation) -> list[str]:
             f"- with the agreement, the principal components of tap {tap.name} themselves: {tap.components.number} of "
             f"{tap.channels} channels, {tap.components.bytes:,} bytes{known}"
         )
+    if found.tail is not None:
+        lines.append(f"- {_tail_words(found.tail)}")
     if not found.here:
         lines.append("Its pools are not on this machine under the job's names: these are the pools of site.yaml.")
         if any(part.kind == "features" for part in found.parts):
             lines.append("A job takes features of one of them alone.")
     return lines
+
+
+def _tail_words(tail: TailDemand) -> str:
+    if not tail.samples:
+        return f"the weights of the teacher's last blocks and head, {tail.bytes:,} bytes"
+    return (
+        f"answers of the teacher's last blocks about features that the server makes: at most {tail.rounds:,} questions "
+        f"about {tail.samples:,} samples, {tail.bytes:,} bytes to the site and back"
+    )
 
 
 def explain(
@@ -138,6 +150,8 @@ def explain(
             lines.append(f"- {name}: {_left(before, after)}")
         for name, (before, after) in found.bytes_left.items():
             lines.append(f"- {name}: {_left(before, after)} bytes")
+        for name, (before, after) in found.tail_left.items():
+            lines.append(f"- {name}: {_left(before, after)}")
         if found.loss is not None:
             losses = " -> ".join(_epsilon(spent) for spent in found.loss)
             lines.append(f"Privacy loss of all that left, before and after: {losses}")
@@ -157,6 +171,8 @@ def explain(
                 "most": held.settings.policy.features.bytes,
                 "left": {name: {"before": was, "after": then} for name, (was, then) in found.bytes_left.items()},
             },
+            "tail": None if found.tail is None else found.tail.model_dump(),
+            "tail_left": {name: {"before": was, "after": then} for name, (was, then) in found.tail_left.items()},
             "sealed": wanted.privacy.sealed,
             "new": found.new,
             "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_head import RESTORE
-from consilience.client.ledger_rows import Entry, Row
+from consilience.client.ledger_rows import Entry, Row, behind
 from consilience.common.errors import LedgerError
 from consilience.common.files import storage_error, sync_folder
 from consilience.common.protocol import Question
@@ -114,8 +114,13 @@ class Released:
             raise storage_error(error, path, "write") from error
         about = question.model_dump(mode="json", include={"pool", "kind", "encoding", "teacher", "policy"})
         about |= {"use": self.use} if self.use else {}
-        about |= {"behind": [cost.subject for cost in costs]} if costs else {}
-        body = {**about, "ranges": ranges, "width": width, "sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
+        body = {
+            **about,
+            **behind(costs),
+            "ranges": ranges,
+            "width": width,
+            "sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
+        }
         seq = self.ledger.append(Entry("answer", question.job, subject, len(rows), body), *costs)
         self._intact.add(seq)
 

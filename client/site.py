@@ -41,6 +41,7 @@ from consilience.client.privacy.spending import Allowance, entries_of, loss_of
 from consilience.client.released import Released
 from consilience.client.shaping import check_floor, shape, shape_odds
 from consilience.client.summing import Summing
+from consilience.client.tails import OpenTail, TailDesk, open_tail
 from consilience.client.teacher import CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher, load_any
 from consilience.common.encoding import (
     coverage_bytes,
@@ -65,10 +66,19 @@ from consilience.common.protocol import (
     Kind,
     Question,
     SiteCard,
+    TailDemand,
 )
 from consilience.common.sealing import seal_answer
-from consilience.common.settings import CoverageEncoding, DpSgd, Encoding, FeatureEncoding, SiteSettings
+from consilience.common.settings import (
+    CoverageEncoding,
+    DpSgd,
+    Encoding,
+    FeatureEncoding,
+    SiteSettings,
+    largest_sent,
+)
 from consilience.common.settings_file import load_settings
+from consilience.common.tails import BlocksQuestion, Carried, Floats, TailQuestion, packed
 from consilience.common.vouching import Signer
 
 log = logging.getLogger(__name__)
@@ -87,6 +97,7 @@ class Site:
         teacher: Teacher | MultiTeacher,
         coverage: Coverage | None = None,
         taps: tuple[OpenTap, ...] = (),
+        tail: OpenTail | None = None,
     ) -> None:
         """`teacher` is what `settings.teacher.labels` says: a `MultiTeacher` where that is multi."""
         check_floor(settings.policy, len(teacher.classes))
@@ -96,6 +107,8 @@ class Site:
         """What the teacher's answers are."""
         self.coverage = coverage
         self.taps = taps
+        self.tail = TailDesk(settings, tail)
+        """What answers about the teacher's last blocks."""
         self._together = Together()
         self.lock = threading.Lock()
         """Held while an answer is made: the ledger and the teacher are for one thread at a time."""
@@ -106,14 +119,15 @@ class Site:
 
     @classmethod
     def load(cls, path: Path) -> Site:
-        """Read site.yaml, load teacher and, where there are any, coverage and the taps that the policy lets out.
+        """Read site.yaml, load teacher and, where there are any, coverage, taps and tail that the policy lets out.
 
         Raises `SettingsError`, `TeacherError`, `CoverageError`, `PoolError`, `StorageError`. The ledger is opened when
         it is needed.
         """
         settings = load_settings(path, SiteSettings)
         teacher = load_any(settings)
-        return cls(settings, teacher, load_coverage(settings, teacher), open_taps(settings, teacher))
+        coverage, taps = load_coverage(settings, teacher), open_taps(settings, teacher)
+        return cls(settings, teacher, coverage, taps, open_tail(settings, teacher))
 
     def close(self) -> None:
         """Let go of what is open; another use opens it again."""
@@ -146,7 +160,7 @@ class Site:
     @cached_property
     def card(self) -> SiteCard:
         """What the site says of itself first. Raises `DataError`, `TeacherError`, `IdentityError`, `StorageError`."""
-        return card_of(self.settings, self.teacher, self.coverage, self.taps, self.signer)
+        return card_of(self.settings, self.teacher, self.coverage, self.taps, self.tail.tail, self.signer)
 
     @cached_property
     def signer(self) -> Signer | None:
@@ -188,6 +202,7 @@ class Site:
                 features=contract.feature_encoding,
                 summed=contract.secure_sum,
                 components=reduced,
+                tail=contract.tail,
             )
             check_demand(self.settings.policy, self.ledger, demand)
             fresh = self.new_of(demand)
@@ -200,6 +215,8 @@ class Site:
             seconds = time.perf_counter() - began
             for tap in taps:
                 self._try(pools[0], tried, tap.values, f"tap {tap.card.name}")
+            if contract.tail is not None:
+                self.tail.check(self.ledger, contract.job, contract.tail)
             self._together.expect(taps)
             enclosed = release(
                 self.settings,
@@ -208,6 +225,7 @@ class Site:
                 reduced,
                 self.signer,
                 permit=lambda count: self.permit(contract.job, demand.asked, 0, count),
+                costs=lambda: entries_of(contract.job, self.costs(1)),
             )
         return Agreement(pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee, enclosed=enclosed)
 
@@ -244,12 +262,14 @@ class Site:
         features: FeatureEncoding = "f16",
         components: Sequence[OpenTap] = (),
         first: bool = True,
+        tail: TailDemand | None = None,
     ) -> Demand:
         """Return all that a job would ask of this site about `pools`: `coverage`: that too, if the site offers it.
 
         `taps`: those whose features of the first pool it asks for too, as `features`; without `first`, of every pool,
         any of which may be the one. `components`: those of them whose principal components it asks for. `summed`: in
-        secure sums, to which answers are added as precise as the policy allows, whatever `encoding` is.
+        secure sums, to which answers are added as precise as the policy allows, whatever `encoding` is. `tail`: what it
+        asks of the site's tail, which the policy must open. Raises `RefusedError` where it does not.
         """
         policy = self.settings.policy
         kinds: list[tuple[Kind, Encoding]] = [(self.kind, policy.encodings[0] if summed else encoding)]
@@ -264,12 +284,13 @@ class Site:
         ]
         widths = tuple(self._width(question) for question in questions)
         cards = tuple(tap.card for tap in components)
-        return Demand(job, tuple(questions), self.summed.use if summed else "", widths, cards)
+        use = self.summed.use if summed else ""
+        return Demand(job, tuple(questions), use, widths, cards, None if tail is None else self.tail.need(job).asked)
 
     def new_of(self, demand: Demand) -> list[int]:
         """Return how many samples of each question were not released yet. Raises what `ledger` raises."""
         released = self.summed if demand.use else self.released
-        return [int(released.missing(question, len(question)).sum()) for question in demand.questions]
+        return [int(released.missing(self._kept_as(asked), len(asked)).sum()) for asked in demand.questions]
 
     def question(
         self,
@@ -328,6 +349,18 @@ class Site:
         answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
         return answer if question.job_key is None else seal_answer(answer, self.settings.name)
 
+    def ask_tail(self, question: TailQuestion, given: tuple[Floats, ...]) -> Carried:
+        """Answer a question about features at a block. Raises as `TailDesk.ask`: nothing leaves then."""
+        with self.lock:
+            self.ledger.refresh()
+            return Carried(question, packed([self.tail.ask(self.ledger, question, given)]))
+
+    def lend_blocks(self, question: BlocksQuestion) -> Carried:
+        """Give a piece of the blocks that the policy lends. Raises as `TailDesk.lend`: nothing leaves then."""
+        with self.lock:
+            self.ledger.refresh()
+            return Carried(question, self.tail.lend(self.ledger, question))
+
     def check_kind(self, kind: Kind) -> None:
         """Refuse to answer as the other kind of teacher would. Raises `RefusedError`."""
         if kind in LABEL_KINDS.values() and kind != self.kind:
@@ -350,6 +383,7 @@ class Site:
 
     def given(self, released: Released, question: Question, pool: Pool) -> bytes:
         """Return the encoded rows of a question, kept and counted among the answers `released`."""
+        question = self._kept_as(question)
         width = self._width(question)
         a_sample = width if question.kind == "features" else 0
         asked = (asked_by(question, released.use),)
@@ -361,6 +395,16 @@ class Site:
             permit=lambda samples: self.permit(question.job, asked, samples, samples * a_sample),
             costs=lambda samples: entries_of(question.job, self.costs(samples)),
         )
+
+    def _kept_as(self, question: Question) -> Question:
+        """Return the question under the one name that its answer's bytes have: `top-K` of more classes is of all.
+
+        By another name the same would be answered, and counted, anew: by a teacher that never says the same twice,
+        with other probabilities.
+        """
+        most = len(self.teacher.classes)
+        many = (largest_sent(question.encoding) or 0) > most
+        return question.model_copy(update={"encoding": f"top-{most}"}) if many else question
 
     def _width(self, question: Question) -> int:
         """Return the bytes of one sample's answer."""
@@ -382,8 +426,8 @@ class Site:
         check_job(self.settings.policy, self.ledger, job, asked)
         check_budget(self.settings.policy, self.ledger, job, samples)
         check_bytes(self.settings.policy, self.ledger, job, features)
-        if samples:
-            self._allowance.check(self.ledger, job, self.costs(samples))
+        if samples or features:
+            self._allowance.check(self.ledger, job, self.costs(max(samples, 1)))
 
     def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
         """Return the encoded rows of those samples of a question that the mask `new` chooses."""

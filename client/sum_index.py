@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -80,8 +80,8 @@ def forget_given(folder: Path) -> None:
 class SumIndex:
     """The index of one folder of sums, open for one turn."""
 
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
+    def __init__(self, path: Path, database: sqlite3.Connection) -> None:
+        self._path, self._database = path, database
 
     @classmethod
     @contextmanager
@@ -100,7 +100,7 @@ class SumIndex:
                 database.execute("PRAGMA synchronous = EXTRA")
                 if fresh:  # also after a crash while it was made
                     database.executescript(_TABLES)
-                yield cls(database)
+                yield cls(path, database)
             finally:
                 database.close()
         except sqlite3.Error as error:
@@ -110,6 +110,13 @@ class SumIndex:
         """Return how far the sum with these terms' digest is; None when no keys were made for it."""
         row = self._database.execute("SELECT state FROM sums WHERE terms = ?", (terms,)).fetchone()
         return None if row is None else row[0]
+
+    def need(self, told: Mapping[str, State]) -> None:
+        """Raise `StorageError` unless every sum that was `told` of, by its terms' digest, is that far here too."""
+        for terms, state in told.items():
+            held = self.state(terms)
+            if held in (None, "keys") or (state == "opened" and held != "opened"):
+                raise _lost(self._path, "is lost or an older copy: the ledger tells of sums that it does not know")
 
     def begin(self, terms: str) -> None:
         """Note that keys are made for a sum."""

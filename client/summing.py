@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.ledger_rows import Asked
+from consilience.client.ledger_rows import Asked, SumState, summed
 from consilience.client.policy import RefusedError, asked_by, check_job, check_peers, check_sealed
 from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.sum_noise import share_of_noise
@@ -84,7 +84,8 @@ class Summing:
         policy = self.settings.policy
         whole = self.site.question(terms.job, terms.pool, size, "log-probs", policy.encodings[0])
         self._check_job(terms.job, (asked_by(whole, self.site.summed.use),))
-        own = self.site.teacher
+        own, sums = self.site.teacher, self.site.ledger.spent.sums
+        self.sums.need({digest: state for digest, (state, teacher) in sums.items() if teacher == own.fingerprint})
         advert = self.sums.advertise(
             terms,
             teacher=own.fingerprint,
@@ -105,18 +106,34 @@ class Summing:
 
     def share(self, roster: Roster) -> SealedShares:
         """Share the site's seeds, if the policy still allows the job. Raises as `keys` does."""
-        self._check_job(self.sums.job_of(roster.terms))
+        self._check_job(self.sums.terms_of(roster.terms).job)
         return self.sums.share(roster)
 
     def deliver(self, delivery: Delivery) -> Delivered:
         """Take the others' shares, if the policy still allows the job. Raises as `keys` does."""
-        self._check_job(self.sums.job_of(delivery.terms))
+        self._check_job(self.sums.terms_of(delivery.terms).job)
         return self.sums.deliver(delivery)
 
     def open(self, unmask: Unmask) -> Opened:
         """Open shares, if the policy still allows the job. Raises as `keys` does."""
-        self._check_job(self.sums.job_of(unmask.terms))
-        return self.sums.open(unmask)
+        terms = self.sums.terms_of(unmask.terms)
+        self._check_job(terms.job)
+        opened = self.sums.open(unmask)
+        self._note(terms, "opened")
+        return opened
+
+    def _note(self, terms: Terms, state: SumState) -> None:
+        """Let the ledger tell how far a sum is, before what it is about leaves.
+
+        So an older copy of `state`, by which the site would open the other seeds or sum the same images anew, is an
+        older copy of the ledger too. The sum's own record is written first: what is interrupted then did not leave.
+        """
+        with self.site.lock:
+            ledger, teacher = self.site.ledger, terms.by_name[self.settings.name].teacher
+            ledger.refresh()
+            if ledger.spent.sums.get(terms.digest, ("", ""))[0] not in (state, "opened"):
+                with ledger.alone():
+                    ledger.append(summed(terms.job, terms.digest, state, teacher))
 
     def _check_job(self, job: str, asked: Iterable[Asked] = ()) -> None:
         with self.site.lock:
@@ -149,7 +166,9 @@ class Summing:
             images = self.site.pool(terms.pool).read(start, stop)
             return share_of_noise(private, self._secret, terms, self.settings.name, images, rows.astype(np.float32))
 
-        return self.sums.rows(question, answering, noise)
+        masked = self.sums.rows(question, answering, noise)
+        self._note(self.sums.terms_of(question.terms), "given")
+        return masked
 
     @cached_property
     def _secret(self) -> Secret:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from consilience.client.ledger_rows import SumState
 from consilience.client.sum_index import SumIndex
 from consilience.client.sum_terms import Own, check_terms
 from consilience.common.errors import ProtocolError, StorageError
@@ -150,10 +151,15 @@ class SumSite:
                     index.drop(old)
             return held.advert
 
-    def job_of(self, terms: str) -> str:
-        """Return the job of the sum with these terms' digest. Raises `ProtocolError` when there is none."""
+    def terms_of(self, terms: str) -> Terms:
+        """Return the terms of the sum with this digest. Raises `ProtocolError` when there is none."""
         with self._turn():
-            return self._need(terms).terms.job
+            return self._need(terms).terms
+
+    def need(self, told: Mapping[str, SumState]) -> None:
+        """Raise `StorageError` unless every sum that the ledger tells of, by its terms' digest, is known here too."""
+        with self._turn() as index:
+            index.need(told)
 
     def share(self, roster: Roster) -> SealedShares:
         """Round 1: share out both seeds among the sites of the roster. Raises `ProtocolError`."""

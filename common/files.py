@@ -98,6 +98,38 @@ def create_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.mem
     return array
 
 
+class RowWriter:
+    """Writes rows of an array that `create_array` made, by any thread, without its pages in the process's memory."""
+
+    def __init__(self, path: Path, array: np.memmap[Any, Any]) -> None:
+        self._path, self._dtype, self._first = path, array.dtype, array.offset
+        self._width = array.dtype.itemsize * int(np.prod(array.shape[1:]))
+        self._file = path.open("rb+", buffering=0)
+
+    def put(self, ids: NDArray[np.int64], rows: NDArray[Any]) -> None:
+        """Write `rows` (b, ...) to the places `ids` (b,), ascending. Raises `StorageError`."""
+        held = np.ascontiguousarray(rows, self._dtype)
+        cuts = np.flatnonzero(np.diff(ids) != 1) + 1
+        try:
+            for part in np.split(np.arange(len(ids)), cuts) if len(ids) else ():
+                left = held[part[0] : part[-1] + 1].reshape(-1).view(np.uint8).data
+                at = self._first + int(ids[part[0]]) * self._width
+                while left:
+                    written = os.pwrite(self._file.fileno(), left, at)
+                    left, at = left[written:], at + written
+        except OSError as error:
+            raise storage_error(error, self._path, "write") from error
+
+    def close(self) -> None:
+        """Make what was written durable. Raises `StorageError`."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise storage_error(error, self._path, "write") from error
+        finally:
+            self._file.close()
+
+
 def make_private(folder: Path) -> None:
     """Make `folder`, for its owner alone, unless it is there; its parents as they always are. Raises `StorageError`."""
     try:

@@ -6,6 +6,7 @@ Lives here: which classes are the same and which sites know them. Does not live 
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,15 +179,16 @@ def _ordered(found: list[str], order: Sequence[str] | None) -> list[str]:
     if order is None:
         return found
     wanted = [_clean(name) for name in order]
+    times, known = Counter(wanted), set(found)  # a look-up each: there may be 100,000 names
     for name in wanted:
-        if wanted.count(name) > 1:
+        if times[name] > 1:
             raise LabelError(f"labels.classes: {name!r} is named twice", hint="Name every class once")
-        if name not in found:
+        if name not in known:
             raise LabelError(
                 f"labels.classes: no site knows the class {name!r}; known: {', '.join(found[:20])}",
                 hint="Remove it, correct it or add a synonym",
             )
-    missing = [name for name in found if name not in wanted]
+    missing = [name for name in found if name not in times]
     if missing:
         raise LabelError(
             f"labels.classes lacks {', '.join(missing[:20])}, which sites know", hint="Add them, or leave the field out"

@@ -75,6 +75,8 @@ RefusalCode = Literal[
     "policy-ended",
     "budget-exhausted",
     "too-many-bytes",
+    "tail-not-allowed",
+    "tail-limits",
     "ledger-damaged",
     "sum-refused",
     "unknown-peer",
@@ -90,6 +92,8 @@ FINAL_REFUSALS: frozenset[RefusalCode] = frozenset(
         "policy-ended",
         "budget-exhausted",
         "too-many-bytes",
+        "tail-not-allowed",
+        "tail-limits",
         "ledger-damaged",
         "sum-refused",
         "unknown-peer",
@@ -245,6 +249,56 @@ class FeaturesCard(BaseModel):
         return self
 
 
+class BlockCard(BaseModel):
+    """One block of a teacher: the name of its tap, what leads to it (`taps.Tap.unit`), and its channels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: TapName
+    layout: Line
+    channels: int = Field(ge=1, le=MOST_CLASSES)
+
+
+class TailCard(BaseModel):
+    """The last blocks of a teacher and its head, as a site lets filtered amalgamation use them (common/tails)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    allow: Literal["questions", "blocks"]
+    """Whether it answers questions about features, or gives the blocks themselves."""
+    architecture: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}(@[0-9.]{1,10})?$")]
+    """By its name among ours."""
+    first: int = Field(ge=1, le=1000)
+    """The first block whose features it takes."""
+    blocks: tuple[BlockCard, ...] = Field(min_length=2, max_length=1001)
+    """All of the teacher's, the head last."""
+    fingerprint: Digest
+    """Another teacher, calibration or `first` has another one; a question about the tail names it."""
+    bytes: int = Field(ge=1, le=2**40)
+    """What the blocks after `first` come to as safetensors."""
+    digest: Digest
+    """SHA-256 of these bytes."""
+
+    @model_validator(mode="after")
+    def _first_is_one(self) -> TailCard:
+        if self.first >= len(self.blocks):
+            raise ValueError("first is no block before the head")
+        return self
+
+
+class TailDemand(BaseModel):
+    """What a job will ask of a site's tail at most: questions, samples in them, and bytes to the site and back.
+
+    Of blocks that leave, `bytes` are theirs, and `samples` none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    rounds: int = Field(ge=0, le=2**53)
+    samples: int = Field(ge=0, le=2**53)
+    bytes: int = Field(ge=0, le=2**53)
+
+
 class SumNoiseCard(BaseModel):
     """The noise that a site needs a secure sum to carry, in units of a probability; `honest` sites share it out."""
 
@@ -281,6 +335,8 @@ class SiteCard(Record):
     """The site's coverage, if it has learned one and the policy lets it out."""
     features: FeaturesCard | None = None
     """The layers whose features the policy lets out, if any."""
+    tail: TailCard | None = None
+    """The teacher's last blocks, if the policy lets them be asked or lends them."""
     identity: Digest | None = None
     """Fingerprint of the site's key, with which it signs; None for a site that has none."""
     public_key: Annotated[str, Field(max_length=1000)] | None = None
@@ -298,6 +354,12 @@ class SiteCard(Record):
             len(self.class_priors) != len(self.classes) or abs(sum(self.class_priors) - 1) > 1e-6
         ):
             raise ValueError("class_priors are not one share per class")
+        return self
+
+    @model_validator(mode="after")
+    def _tail_scores_the_classes(self) -> SiteCard:
+        if self.tail is not None and self.tail.blocks[-1].channels != len(self.classes):
+            raise ValueError("tail has not one output a class")
         return self
 
     @model_validator(mode="after")
@@ -335,6 +397,8 @@ class Contract(Record):
     """In which they will be asked for."""
     components: tuple[TapName, ...] = Field(default=(), max_length=256)
     """Those of these taps whose principal components are to come with the agreement."""
+    tail: TailDemand | None = None
+    """What will be asked of the site's tail; None: nothing."""
     secure_sum: bool = False
     """Whether answers will be asked for in secure sums alone; these are about the first of the pools."""
     job_key: JobKey | None = None

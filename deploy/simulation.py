@@ -150,7 +150,8 @@ def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Repor
     data, test = open_data(simulation.data), open_data(simulation.test)
     check_student(job.student, data.shape)
     # Before teachers are trained: which of the data's classes sites have is known later.
-    Chosen.of(job, LabelSpace.build({"simulation.data": data.class_names}, job.labels.synonyms))
+    multi = any(teacher.labels == "multi" for teacher in simulation.teachers)
+    Chosen.of(job, LabelSpace.build({"simulation.data": data.class_names}, job.labels.synonyms, multi=multi))
     if data.shape != test.shape or data.class_names != test.class_names:
         raise DataError(
             "simulation.data and simulation.test differ in image shape or class names", hint="Use one data set's splits"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +27,13 @@ BLOCK_VALUES = 2**21
 class Block:
     """Samples `ids` (b,) int64, ascending, that the same sites answered.
 
-    `answers[i]` (b, k_i) float32 log-probabilities of site i, None for a site that answered none of them.
+    `answers[i]` (b, k_i) float32 log-probabilities of site i, None for a site that answered none of them; float16
+    where they were asked for as they are stored.
     `coverage[i]` (b,) float32 in [0, 1] of site i, None for a site that gave it for none of them, or did not answer.
     """
 
     ids: NDArray[np.int64]
-    answers: list[NDArray[np.float32] | None]
+    answers: list[NDArray[Any] | None]
     coverage: list[NDArray[np.float32] | None]
 
     @property
@@ -75,6 +77,8 @@ def blocks(
     size: int,
     coverage: CoverageStores | None = None,
     ids: NDArray[np.int64] | None = None,
+    *,
+    stored: bool = False,
 ) -> Iterator[Block]:
     """Yield every sample that a site answered, `size` samples of the pool at a time, by who answered and gave coverage.
 
@@ -88,12 +92,12 @@ def blocks(
     wanted = np.arange(stores[0].about.size) if ids is None else ids
     for at in range(0, len(wanted), size):
         whole = wanted[at : at + size]
-        held = [read_rows(store, whole) for store in stores]
+        held = [read_rows(store, whole, stored=stored) for store in stores]
         given = [None if store is None else read_rows(store, whole)[:, 0] for store in covers]
         if complete:
             yield Block(whole, list(held), given)
             continue
-        for pattern, rows in _patterns([*stores, *covers], whole):
+        for pattern, rows in patterns([*stores, *covers], whole):
             if not pattern[:sites].any():
                 continue
             answers = [a[rows] if p else None for a, p in zip(held, pattern, strict=False)]
@@ -104,15 +108,19 @@ def blocks(
             yield Block(whole[rows], answers, told)
 
 
-def read_rows(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return what a store holds about the samples `ids` (b,) ascending, zeros where there is nothing."""
-    parts = [store.read_answered(start, stop) for start, stop in _runs(ids)]
+def read_rows(store: AnswerStore, ids: NDArray[np.int64], *, stored: bool = False) -> NDArray[Any]:
+    """Return what a store holds about the samples `ids` (b,) ascending, zeros where there is nothing.
+
+    float32; with `stored` float16 where it is stored so.
+    """
+    read = store.answered_numbers if stored else store.read_answered
+    parts = [read(start, stop) for start, stop in runs(ids)]
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, store.about.classes), np.float32), *parts])
 
 
 def read_known(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return (b,) bool: which of the samples `ids` (b,) ascending a store holds."""
-    return np.concatenate([np.empty(0, np.bool_), *(store.answered(start, stop) for start, stop in _runs(ids))])
+    return np.concatenate([np.empty(0, np.bool_), *(store.answered(start, stop) for start, stop in runs(ids))])
 
 
 def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
@@ -123,7 +131,7 @@ def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
     mask, lacking = np.zeros(total, np.bool_), Counter[int]()
     everything = set(range(len(space)))
     for start, stop in _cuts(stores, block_size(space)):
-        for pattern, rows in _patterns(stores, np.arange(start, stop)):
+        for pattern, rows in patterns(stores, np.arange(start, stop)):
             unknown = everything.difference(*(space.class_sets[i] for i in np.flatnonzero(pattern)))
             mask[start + rows] = bool(pattern.any()) if space.multi else not unknown
             if not mask[start + rows[0]]:
@@ -137,14 +145,14 @@ def _cuts(stores: Sequence[AnswerStore], size: int) -> Iterator[tuple[int, int]]
         yield start, min(start + size, total)
 
 
-def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+def runs(ids: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Yield the ranges (start, stop) of samples that follow one another."""
     cuts = np.flatnonzero(np.diff(ids) != 1) + 1
     for part in np.split(ids, cuts) if len(ids) else ():
         yield int(part[0]), int(part[-1]) + 1
 
 
-def _patterns(stores: CoverageStores, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+def patterns(stores: CoverageStores, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
     """Yield (which stores hold them, (b,) rows that exactly these hold) for samples `ids`."""
     nothing = np.zeros(len(ids), np.bool_)
     given = np.stack([nothing if store is None else read_known(store, ids) for store in stores], axis=1)

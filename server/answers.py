@@ -14,16 +14,17 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.common.encoding import (
+    Sent,
     check,
     check_features,
     coverage_bytes,
@@ -33,6 +34,7 @@ from consilience.common.encoding import (
     feature_values,
     row_bytes,
     unpack,
+    unpack_sent,
 )
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
 from consilience.common.files import Resident, read_json, sha256, storage_error, sync_folder, write_json
@@ -238,7 +240,38 @@ class AnswerStore:
 
         Raises `StorageError` when one is missing or its bytes have changed since they were stored.
         """
-        out = np.empty((stop - start, self.about.classes), np.float32)
+        return self._read(start, stop, np.dtype(np.float32))
+
+    def read_numbers(self, start: int, stop: int) -> NDArray[np.floating[Any]]:
+        """Return what `read` does, in float16 where answers are stored so: half as much to carry."""
+        return self._read(start, stop, np.dtype("<f2") if self._halves else np.dtype(np.float32))
+
+    @property
+    def _halves(self) -> bool:
+        return self.about.encoding == "f16" and self.about.kind in ("log-probs", "log-odds")
+
+    def read_sent(self, start: int, stop: int) -> Sent:
+        """Return what was sent about samples start..stop-1, of a store of log-probabilities in `top-K`.
+
+        Raises as `read` does.
+        """
+        parts = [unpack_sent(raw, self.about.classes, self.about.encoding) for raw in self._raw(start, stop)]
+        columns = zip(*((part.ids, part.values, part.other) for part in parts), strict=True)
+        return Sent(*(np.concatenate(column) for column in columns))
+
+    def _read(self, start: int, stop: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        out, at = np.empty((stop - start, self.about.classes), dtype), 0
+        for raw in self._raw(start, stop):
+            rows = out[at : at + len(raw) // self.about.row_bytes]
+            if dtype.itemsize == 2:
+                rows[:] = raw.view(dtype).reshape(rows.shape)
+            else:
+                self._decode(raw, rows)
+            at += len(rows)
+        return out
+
+    def _raw(self, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield the bytes of samples start..stop-1, record by record."""
         width = self.about.row_bytes
         at, place = start, bisect_right(self._starts, start) - 1
         while at < stop:
@@ -248,9 +281,8 @@ class AnswerStore:
             self._check(entry)
             until = min(stop, entry.stop)
             low = entry.offset + (at - entry.start) * width
-            self._decode(self._bytes(low, low + (until - at) * width), out[at - start : until - start])
+            yield self._bytes(low, low + (until - at) * width)
             at, place = until, place + 1
-        return out
 
     def _lacks(self, sample: int) -> StorageError:
         return StorageError(
@@ -292,9 +324,19 @@ class AnswerStore:
 
     def read_answered(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return what `read` does, with zeros in the rows of samples that are not answered. Raises `StorageError`."""
-        out = np.zeros((stop - start, self.about.classes), np.float32)
-        for low, high in self._ranges(start, stop):
-            out[low - start : high - start] = self.read(low, high)
+        return self._answered(self.read, start, stop)
+
+    def answered_numbers(self, start: int, stop: int) -> NDArray[np.floating[Any]]:
+        """Return what `read_answered` does, in the type of `read_numbers`."""
+        return self._answered(self.read_numbers, start, stop)
+
+    def _answered(self, read: Callable[[int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
+        ranges = list(self._ranges(start, stop))
+        if ranges == [(start, stop)]:
+            return read(start, stop)
+        out = np.zeros((stop - start, self.about.classes), read(start, start).dtype)
+        for low, high in ranges:
+            out[low - start : high - start] = read(low, high)
         return out
 
     def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -313,7 +355,7 @@ class AnswerStore:
     def _check(self, entry: _Entry) -> None:
         if entry.offset in self._checked:
             return
-        if sha256(self._bytes(entry.offset, entry.offset + entry.bytes).tobytes()) != entry.sha256:
+        if sha256(self._bytes(entry.offset, entry.offset + entry.bytes).data) != entry.sha256:
             raise StorageError(
                 f"{self.folder / 'answers.bin'}: the answer for samples {entry.start} to {entry.stop} has changed",
                 hint=f"Remove {self.folder} and run the same command again: only this site is asked again",

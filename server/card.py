@@ -18,10 +18,12 @@ from consilience.server.report_amalgamation import amalgamation_summary
 from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_concentration import concentration_summary
 from consilience.server.report_coverage import coverage_summary
+from consilience.server.report_filtered import filtered_summary
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_multi import multi_lines
 from consilience.server.report_page import CONTENDERS
 from consilience.server.report_privacy import privacy_summary, sealing_line
+from consilience.server.report_quality import quality_summary
 
 _SPECIAL = re.compile(
     r"[\\`*\[\]<>|~&$@]"  # emphasis, code, links, HTML, entities, cells of a table, formulas, mentions
@@ -74,11 +76,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) ->
 
 def _about(findings: Findings, report: Mapping[str, Any]) -> str:
     space, student = findings.space, findings.student
-    what = f"{number_of(len(space), 'label')} that do not exclude one another" if space.multi else ""
+    what = f"{number_of(len(findings.taught), 'label')} that do not exclude one another" if space.multi else ""
+    lent = (findings.filtered or {}).get("lent")
+    without = "without their data" if lent else "without their data or weights"
     about = findings.card.about.strip() or (
         f"An image classifier for {what or number_of(len(findings.taught), 'class', 'classes')}. It was trained from "
         f"the answers of {number_of(len(space.sites), 'private classifier')} about a public pool of unlabelled images, "
-        "without their data or weights (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
+        f"{without} (UHC: Unifying Heterogeneous Classifiers, Vongkulbhisal et al., CVPR 2019)."
     )
     shape = " × ".join(map(str, findings.pool.shape))
     facts = [
@@ -93,6 +97,8 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
         facts.append(f"* Features: {escape(told)}")
     if told := concentration_summary(findings):
         facts.append(f"* Specialists: {escape(told)}")
+    if told := filtered_summary(findings):
+        facts.append(f"* Made of: {escape(told)}")
     if findings.card.licence.strip():
         facts.append(f"* Licence: {escape(findings.card.licence)}")
     lines = [f"# {escape(findings.job)}", about, escape(str(report["headline"])), "\n".join(facts)]
@@ -162,6 +168,8 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
     ]
     if told := coverage_summary(findings):
         facts.append(f"* Coverage: {escape(told)}")
+    if told := quality_summary(findings):
+        facts.append(f"* Estimate: {escape(told)}")
     warnings = [f"* {escape(str(warning))}" for warning in report["warnings"]]
     known = ["Worth knowing:\n\n" + "\n".join(warnings)] if warnings else []
     return "\n\n".join(["## What it was made of", table(head, rows, right=4), "\n".join(facts), *known])

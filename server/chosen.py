@@ -21,7 +21,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.settings import JobSettings
 from consilience.server.answered import block_size
 from consilience.server.student.wanted import SitePart, Wanted
-from consilience.server.truth import test_truth
+from consilience.server.truth import test_truth, test_truth_labels
 
 OTHER = "other"
 """The output for all that is no wanted class."""
@@ -44,8 +44,8 @@ class Chosen:
     def of(cls, job: JobSettings, space: LabelSpace) -> Chosen:
         """Return what `job` wants of `space`.
 
-        Raises `SettingsError` for a class that no site knows or that is named twice, an `other` that nothing falls to
-        or that is some class's name, and where a student that learns directly would learn nothing.
+        Raises `SettingsError` for a class that no site knows or that is named twice, one alone, an `other` that nothing
+        falls to or that is some class's name, and where a student that learns directly would learn nothing.
         """
         student = job.student
         classes = tuple(range(len(space)))
@@ -62,6 +62,12 @@ class Chosen:
                 "job.yaml: field 'student.other' is True, and nothing is other: every class is wanted, and unify.other "
                 "is 0",
                 hint="Name fewer classes, set unify.other above 0, or student.other to false",
+            )
+        if len(classes) == 1 and not student.other and not space.multi:
+            raise SettingsError(
+                f"job.yaml: field 'student.classes' names {space.names[classes[0]]!r} alone, so that there is nothing "
+                "to tell apart",
+                hint="Name another, or set student.other to true",
             )
         if student.learning in DIRECT and not found.everything:
             _check_direct(student.learning, found)
@@ -91,6 +97,7 @@ class Chosen:
             (*names, OTHER) if self.other else tuple(names),
             tuple(self.space.sites[i] for i in self.sites),
             tuple(tuple(self._part(i).outputs) for i in self.sites),
+            self.space.multi,
         )
 
     def wanted(self, share: float, batch: int) -> Wanted | None:
@@ -127,6 +134,10 @@ class Chosen:
         place[list(self.classes)] = np.arange(len(self.classes))
         return place[labels]  # -1 is the last
 
+    def truth_labels(self, many: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Return true labels (m, L) of the label space, of images that may have several, as the student's outputs."""
+        return many if self.everything else many[:, list(self.classes)]
+
     def mine(self, labels: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
         """Return, for each site of `taught`, which of the true labels (m,) in the label space are of its classes."""
         return [np.isin(labels, self.space.class_sets[i]) for i in self.sites]
@@ -135,22 +146,31 @@ class Chosen:
         """Return unified labels (b, L) as the student's outputs, (b, outputs) float32."""
         if self.everything:
             return probs
+        if self.space.multi:
+            return probs[:, list(self.classes)]
         told = torch.from_numpy(probs[:, list(self.classes)])
         outside = None if other is None else torch.from_numpy(np.asarray(other, np.float32))
         return Wanted(self.classes, self.other).labels(told, outside)[0].float().numpy()
 
     def answers(self, site: int, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return log-probabilities (b, k) of site `site` of the label space over what `taught` says it knows.
+        """Return log-probabilities (b, k) of site `site` of the label space over what `taught` says it knows, or the
+        log-odds of these labels.
 
         Its other classes are `other`, or left out without it.
         """
+        if self.space.multi and not self.everything:
+            return rows[:, self._part(site).columns]
         return rows if self.everything else self._part(site).cut(torch.from_numpy(rows))[0].numpy()
 
     def check_test(self, test: ImageData | None, synonyms: Mapping[str, Sequence[str]]) -> None:
         """Raise `DataError` when no test image is of a wanted class: nothing could be judged."""
         if test is None or self.everything:
             return
-        if not (self.truth(test_truth(test, self.space, synonyms)) >= 0).any():
+        if self.space.multi:
+            known = self.truth_labels(test_truth_labels(test, self.space, synonyms)) >= 0
+        else:
+            known = self.truth(test_truth(test, self.space, synonyms)) >= 0
+        if not known.any():
             names = ", ".join(self.taught.names[:20])
             raise DataError(
                 f"judge.test shows no image of the classes in student.classes ({names})",

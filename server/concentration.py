@@ -27,7 +27,8 @@ from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, largest_sent
 from consilience.server.answered import Block, CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
-from consilience.server.learning import ByLoss
+from consilience.server.labelling_top import Labels, TopRows
+from consilience.server.learning import BuildStudent, ByLoss
 from consilience.server.student.concentrated_head import HeadPlan, head_of
 from consilience.server.student.routing import (
     highest,
@@ -77,14 +78,15 @@ def concentration_lesson(
     space: LabelSpace,
     stores: Sequence[AnswerStore],
     coverage: CoverageStores,
-    labels: NDArray[np.float32],
+    labels: Labels,
     fingerprint: str,
     samples: NDArray[np.int64] | None = None,
     other: NDArray[np.float32] | None = None,
 ) -> Concentrating:
     """Return the lesson of a job; the targets are written to `folder`, a few numbers a sample.
 
-    `labels` (n, L) unified soft labels, memory-mapped. `other` (n,): how likely each sample is outside the label space.
+    `labels` (n, L) unified soft labels, memory-mapped, or those of which `keep` classes were kept.
+    `other` (n,): how likely each sample is outside the label space.
     Raises `SettingsError`, `StorageError`.
     """
     settings, device = job.student.concentration, default_device()
@@ -94,10 +96,14 @@ def concentration_lesson(
     if sent is not None and settings.target == "specialist":
         keep = min(keep, sent)
     total = stores[0].about.size
-    targets = SparseTargets(
-        create_array(folder / "target-classes.npy", np.int32, (total, keep)),
-        create_array(folder / "target-values.npy", np.float32, (total, keep)),
-    )
+    if isinstance(labels, TopRows):
+        assert labels.classes.shape[1] == keep
+        targets = SparseTargets(labels.classes, labels.values)
+    else:
+        targets = SparseTargets(
+            create_array(folder / "target-classes.npy", np.int32, (total, keep)),
+            create_array(folder / "target-values.npy", np.float32, (total, keep)),
+        )
     count = total if samples is None else len(samples)
     told: dict[str, Any] = {
         "target": settings.target,
@@ -116,10 +122,11 @@ def concentration_lesson(
     }
     key = sha256(canonical_json([fingerprint, settings.model_dump(mode="json"), verticals.table, keep]))
     if settings.target == "unified":
-        for block in blocks(stores, block_size(space)):
+        for block in () if isinstance(labels, TopRows) else blocks(stores, block_size(space)):
             targets.labels[block.ids], targets.values[block.ids] = highest(labels[block.ids], keep)
         softmax = SparseSoftmax(targets, device, job.unify.temperature, key, samples, other)
         return Concentrating(softmax, job.student, job.seed, told)
+    assert not isinstance(labels, TopRows)  # those are for unified targets alone
     wanted = np.ones(total, np.bool_) if samples is None else np.isin(np.arange(total), samples)
     routed = np.zeros((len(_BY), len(verticals)), np.int64)
     for block in blocks(stores, block_size(space), coverage):
@@ -159,18 +166,19 @@ class Concentrating(ByLoss):
     told: Mapping[str, Any]
 
     def teach(
-        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
-    ) -> list[EpochRecord]:
-        """Train `model`, which has such a head. Raises `StudentError`, `StorageError`."""
+        self, build: BuildStudent, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> tuple[nn.Module, list[EpochRecord]]:
+        """See `Lesson.teach`; what `build` makes has such a head. Raises `StudentError`, `StorageError`."""
+        model = build()
         head = head_of(model)
         assert head is not None
         head.in_parts = isinstance(self.loss, SparseSigmoid)
         try:
-            records = super().teach(model, images, folder, reporter, name)
+            _, records = super().teach(lambda: model, images, folder, reporter, name)
         finally:
             head.in_parts = False
         about = {"weights": head.weights, "gammas": [held.detach().tolist() for held in head.gammas]}
         if self.settings.concentration.head.scaling == "class":
             about.pop("gammas")  # one a class: as many as the classes are
         write_json(folder / FILE, {**self.told, **about})
-        return records
+        return model, records

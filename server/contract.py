@@ -17,7 +17,7 @@ from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsErr
 from consilience.common.files import read_json, write_json
 from consilience.common.job_key import JobKey
 from consilience.common.labels import LabelSpace
-from consilience.common.protocol import Contract, SiteCard
+from consilience.common.protocol import Contract, SiteCard, TailDemand
 from consilience.common.settings import CoverageEncoding, JobSettings, LabelKind, allowed_by, encoding_names
 from consilience.common.taps_asked import taps_asked
 from consilience.server.chosen import Chosen
@@ -98,11 +98,17 @@ class RunContract(BaseModel):
         return kind_of(self.sites)
 
     def for_site(
-        self, name: str, job: JobSettings, job_key: JobKey | None = None, components: tuple[str, ...] = ()
+        self,
+        name: str,
+        job: JobSettings,
+        job_key: JobKey | None = None,
+        components: tuple[str, ...] = (),
+        tail: TailDemand | None = None,
     ) -> Contract:
         """Return the part that site `name` is asked to agree to, and how `job` will ask.
 
-        `job_key`: what its answers are to be sealed for; `components`: taps whose principal components are lacking.
+        `job_key`: what its answers are to be sealed for; `components`: taps whose principal components are lacking;
+        `tail`: what will be asked of its teacher's last blocks.
         """
         at = [card.name for card in self.sites].index(name)
         return Contract(
@@ -116,6 +122,7 @@ class RunContract(BaseModel):
             features=tuple(tap.name for tap in taps_asked(job, self.sites[at])),
             feature_encoding=job.ask.features,
             components=components,
+            tail=tail,
             secure_sum=job.privacy.secure_sum,
             job_key=job_key,
         )

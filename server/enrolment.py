@@ -8,9 +8,10 @@ questions about the pool (server/asking).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -25,6 +26,7 @@ from consilience.common.protocol import (
     Contract,
     Guarantee,
     SiteCard,
+    TailDemand,
     read_reply,
 )
 from consilience.common.settings import Ask, JobSettings
@@ -33,7 +35,6 @@ from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
 from consilience.server.messages import Backoff, compose, content_of, is_absence, online_nodes, pull, push
 from consilience.server.settings import Home
-from consilience.server.student_taps import StudentTaps
 from consilience.server.trust import Unsealing, need_admitted
 
 LOOK_EVERY = 1.0
@@ -66,6 +67,22 @@ class Enrolment:
 def is_strict(settings: Ask) -> bool:
     """Whether every connected site must do: nothing says how many are enough."""
     return settings.min_sites is None and settings.wait_for is None
+
+
+class StudentNeeds(Protocol):
+    """What a job's student needs of the sites' networks."""
+
+    def check_all(self, cards: Sequence[SiteCard]) -> None:
+        """Raise `SettingsError` where the sites, each or together, do not do."""
+
+    def objection(self, card: SiteCard) -> str:
+        """Say why one does not do; empty where it does."""
+
+    def announced(self, cards: Sequence[SiteCard]) -> str:
+        """Say what is about to be asked of them; empty where nothing is."""
+
+    def tail(self, card: SiteCard) -> TailDemand | None:
+        """Return what will be asked of a site's last blocks; None for nothing."""
 
 
 def at_least(needed: int) -> Lacking:
@@ -232,7 +249,7 @@ def enrol(
     reporter: Reporter,
     home: Home | None = None,
     unsealing: Unsealing | None = None,
-    taps: StudentTaps | None = None,
+    needs: StudentNeeds | None = None,
 ) -> Enrolment:
     """Make, resume or (with `fold_in`) grow the contract in the file `path`.
 
@@ -271,21 +288,27 @@ def enrol(
             )
             cards = {node: card for node, card in cards.items() if card.name in known}
     if not strict:
-        differing = _differing(settings, earlier, cards, taps)
+        differing = _differing(settings, earlier, cards, needs)
         cards = {node: card for node, card in cards.items() if card.name not in differing}
         left_out |= {name: reason for name, reason in differing.items() if name not in done}
         _need_enough(enough, cards, left_out)
     while True:
         sites = [*(earlier.sites if earlier else ()), *(c for c in cards.values() if c.name not in known)]
         contract = RunContract.build(settings, sites, pools)
-        if taps is not None:
-            taps.check_all(contract.sites)
-            if announced := taps.announced(contract.sites):
+        if needs is not None:
+            needs.check_all(contract.sites)
+            if announced := needs.announced(contract.sites):
                 reporter.say(announced)
         asked = {node: card for node, card in cards.items() if card.name not in done}
         job_key = None if unsealing is None else unsealing.key()  # now: sites may have been long in coming
         contracts = {
-            node: contract.for_site(card.name, settings, job_key, lacking_components(path.parent, settings, card))
+            node: contract.for_site(
+                card.name,
+                settings,
+                job_key,
+                lacking_components(path.parent, settings, card),
+                None if needs is None else needs.tail(card),
+            )
             for node, card in asked.items()
         }
         taking = Taking(path.parent, contracts, asked, unsealing)
@@ -308,7 +331,7 @@ def enrol(
 
 
 def _differing(
-    settings: JobSettings, earlier: RunContract | None, cards: Mapping[int, SiteCard], taps: StudentTaps | None
+    settings: JobSettings, earlier: RunContract | None, cards: Mapping[int, SiteCard], needs: StudentNeeds | None
 ) -> dict[str, str]:
     """Return the sites whose cards the run cannot go on with, and why: changed ones, new ones that do not fit."""
     known = {card.name for card in earlier.sites} if earlier else set()
@@ -317,7 +340,7 @@ def _differing(
         if earlier is not None and card.name in known:
             if earlier.differs(card):
                 reasons[card.name] = "its card is not the one this run began with: another teacher, classes or policy"
-        elif reason := objection(settings, card) or (taps.objection(card) if taps is not None else ""):
+        elif reason := objection(settings, card) or (needs.objection(card) if needs is not None else ""):
             reasons[card.name] = reason
     return reasons
 

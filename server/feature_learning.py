@@ -30,7 +30,7 @@ from consilience.common.settings import JobSettings, Student
 from consilience.common.taps_asked import components_asked, tap_in
 from consilience.server.answers import AnswerStore
 from consilience.server.components import components_path, lacking_components
-from consilience.server.learning import FingerprintedLoss, Lesson, decoded
+from consilience.server.learning import BuildStudent, FingerprintedLoss, Lesson, decoded
 from consilience.server.stores import feature_stores
 from consilience.server.student.common_feature import Weights
 from consilience.server.student.learn_common import (
@@ -175,10 +175,10 @@ class LayersThenAll:
         return self.layers.fingerprint
 
     def teach(
-        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
-    ) -> list[EpochRecord]:
-        """Train `model`; returns the epochs of the joint phase. Raises `StudentError`, `StorageError`."""
-        device = default_device()
+        self, build: BuildStudent, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> tuple[nn.Module, list[EpochRecord]]:
+        """See `Lesson.teach`; the epochs are those of the joint phase. Raises `StudentError`, `StorageError`."""
+        device, model = default_device(), build()
         task, lock = reporter.start(f"training layers of {name}", len(taps(model))), threading.Lock()
 
         def on_layer() -> None:
@@ -201,7 +201,7 @@ class LayersThenAll:
             )
         picture = self.layers.picture(model, images, _beside(folder), device)
         _write(folder, self, {"layers": told, "samples": len(self.layers.places), "picture": picture})
-        return records
+        return model, records
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,10 @@ class TogetherInCommon:
         return Weights(chosen.soft, chosen.mmd, chosen.reconstruction)
 
     def teach(
-        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
-    ) -> list[EpochRecord]:
-        """Train `model` and the spaces. Raises `StudentError`, `StorageError`."""
-        device = default_device()
+        self, build: BuildStudent, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> tuple[nn.Module, list[EpochRecord]]:
+        """See `Lesson.teach`; the spaces are trained too. Raises `StudentError`, `StorageError`."""
+        device, model = default_device(), build()
         whole = CommonStudent(model, self.spaces, self._weights, self.seed)
         records = train(
             whole,
@@ -246,7 +246,7 @@ class TogetherInCommon:
             whole, self.spaces, images, self.samples, self.settings.preprocessing, device, self.settings.fit.batch_size
         )
         _write(folder, self, {"spaces": told, "weights": vars(self._weights)})
-        return records
+        return model, records
 
 
 def _beside(folder: Path) -> Path:

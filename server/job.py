@@ -21,6 +21,7 @@ from consilience.common.data import open_data
 from consilience.common.errors import NEW_RUN, AskingError, PoolError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.labels import LabelSpace
+from consilience.common.pages.numbers import listing
 from consilience.common.pool import Pool, PoolImages
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
@@ -32,34 +33,31 @@ from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
 from consilience.server.chosen import Chosen
 from consilience.server.components import lacking_components
-from consilience.server.concentration import check_concentration, concentration_lesson, head_plan
+from consilience.server.concentration import check_concentration, head_plan
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
-from consilience.server.feature_learning import concatenated_loss, feature_lesson
+from consilience.server.filtered import owners
 from consilience.server.guarantees import note_guarantees
 from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
 from consilience.server.labelling_multi import unify_pool_labels
+from consilience.server.labelling_top import Labels, TopRows, classes_kept, unify_pool_top
 from consilience.server.learning import (
     ByLoss,
-    FingerprintedLoss,
-    Lesson,
     check_student,
-    direct_loss,
     learn,
     oracle_labels_loss,
     oracle_loss,
-    soft_label_loss,
-    soft_multi_loss,
 )
+from consilience.server.lessons import Learnt, lesson_of, student_needs
 from consilience.server.multi_label import check_test_kind
 from consilience.server.progress import Progress
 from consilience.server.settings import Home
 from consilience.server.signatures import Signatures
 from consilience.server.stores import all_stores, lacked, stores_about
-from consilience.server.student_taps import StudentTaps
 from consilience.server.summed_pool import SummedPool
+from consilience.server.tails import Exchange, Tails
 from consilience.server.trust import Unsealing
 from consilience.server.truth import check_test, pool_truth, pool_truth_labels
 
@@ -83,7 +81,7 @@ class Job:
         self.test_pool = Pool.open(settings.judge.test_pool) if settings.judge.test_pool else None
         check_test(self.test, self.test_pool, self.pool)
         check_student(settings.student, self.pool.shape)
-        self.taps = StudentTaps(settings, self.pool) if settings.asks_features else None
+        self.needs = student_needs(settings, self.pool)
         timing = run / "timing.json"
         self.timing: dict[str, float] = dict(read_json(timing)) if timing.exists() else {}
         self.progress = Progress(run / "progress.json", settings.name)
@@ -123,23 +121,28 @@ class Job:
             summed = self._summed(contract)
             samples = self._usable(stores, space) if summed is None else Usable(len(self.pool), None, {})
             chosen = Chosen.of(self.settings, space)
+            if self.settings.student.learning == "filtered":
+                self._tails(grid, contract).fetch(owners(self.settings, cards), self.reporter)
         if summed is None:
             self._forget_timing(space, stores, coverage)
         with self._stage("unify"):
+            labels: Labels
             unify, rest = self.settings.unify, (self.reporter, samples, coverage, self.settings.seed)
             if summed is not None:
                 labels, diagnostics = summed.unify(self.run / "labels", space)
             elif space.multi:
                 labels, diagnostics = unify_pool_labels(self.run / "labels", space, stores, unify, *rest)
+            elif chosen.everything and (keep := classes_kept(self.settings, space, coverage)) is not None:
+                labels, diagnostics = unify_pool_top(self.run / "labels", space, stores, unify, keep, *rest[:2])
             else:
                 labels, diagnostics = unify_pool(self.run / "labels", space, stores, cards, unify, *rest)
             self._tell_checks(diagnostics)
         with self._stage("learn"):
             used = believed(space, coverage, diagnostics.checks)
             share = 1.0
-            if not chosen.everything:
+            if not chosen.everything and not space.multi and not isinstance(labels, TopRows):
                 share = chosen.share(labels, load_other(self.run / "labels"), samples.ids)
-            about_student = (chosen, share, cards, stores, used, labels, diagnostics.key, samples.ids)
+            about_student = (chosen, share, cards, stores, used, labels, diagnostics.key, samples.ids, grid, contract)
             curves = {"student": self.learn(*about_student)}
         with self._stage("oracle"):
             oracle = self.learn_oracle(chosen)
@@ -235,7 +238,7 @@ class Job:
             reporter=self.reporter,
             home=self.home,
             unsealing=self.unsealing,
-            taps=self.taps,
+            needs=self.needs,
         )
 
     def _complete(self, contract: RunContract) -> set[str]:
@@ -331,11 +334,16 @@ class Job:
         return samples
 
     def _tell_checks(self, diagnostics: Diagnostics) -> None:
-        """Say whose coverage is left out of unification."""
+        """Say whose coverage and whose answers are left out of unification."""
         for site, verdict in diagnostics.checks.items():
             if verdict.reason:
                 self.events.add("coverage-left-out", site=site, reason=verdict.reason, agreement=verdict.agreement)
                 self.reporter.say(f"Warning: the coverage of site {site} is left out: {verdict.reason}")
+        for name, told in () if diagnostics.trust is None else diagnostics.trust.sites.items():
+            if told.left_out:
+                self.events.add("answers-left-out", site=name, classes=told.left_out, agreement=told.agreement)
+                what = "all its answers" if not told.trust else f"what it says of {listing(list(told.left_out), 8)}"
+                self.reporter.say(f"Warning: most others contradict site {name}; left out: {what}")
 
     def _forget_timing(self, space: LabelSpace, stores: list[AnswerStore], coverage: CoverageStores) -> None:
         """Drop what earlier stages took if their work is done anew because answers have come in since."""
@@ -352,51 +360,38 @@ class Job:
         cards: list[SiteCard],
         stores: list[AnswerStore],
         coverage: CoverageStores,
-        labels: NDArray[np.float32],
+        labels: Labels,
         key: str,
-        samples: NDArray[np.int64] | None = None,
+        samples: NDArray[np.int64] | None,
+        grid: Grid,
+        contract: RunContract,
     ) -> list[dict[str, Any]]:
         """Train the student in RUN/student, on the whole pool or on `samples` of it.
 
-        `share` of their mass is on the student's classes.
+        `share` of their mass is on the student's classes. `grid` reaches the sites of `contract`, where some are asked
+        while it learns.
         """
-        settings, unify, space = self.settings.student, self.settings.unify, chosen.space
-        folder, wanted = self.run / "student", chosen.wanted(share, settings.fit.batch_size)
-        images, other = PoolImages(self.pool, samples), load_other(self.run / "labels")
-        if settings.learning == "concentration":
-            answers = (self.settings, space, stores, coverage, labels, key, samples, other)
-            taught = concentration_lesson(self.run / "labels", *answers)
-            plan = head_plan(self.settings, space)
-            return learn(
-                folder, images, space, taught, settings, self.settings.seed, self.reporter, "student", head=plan
-            )
-        if space.multi:
-            loss: FingerprintedLoss = soft_multi_loss(labels, unify.temperature, key, samples)
-        elif settings.learns_labels:
-            loss = soft_label_loss(labels, unify.temperature, key, samples, other, wanted)
-        elif settings.target == "concatenated":
-            loss = concatenated_loss(self.run / "labels", self.settings, space, stores, key, samples, wanted)
-        else:
-            weights = [unify.weights.get(site, 1.0) for site in space.sites]
-            loss = direct_loss(
-                self.run / "labels",
-                settings.learning,
-                space,
-                stores,
-                weights,
-                unify.temperature,
-                key,
-                samples,
-                coverage,
-                [unify.strength_of(site) for site in space.sites],
-                wanted,
-            )
-        lesson: Lesson = ByLoss(loss, settings, self.settings.seed)
-        if self.settings.asks_features:
-            lesson = feature_lesson(self.run, self.settings, cards, self.pool, loss, samples)
+        settings, space = self.settings.student, chosen.space
+        lesson = lesson_of(
+            Learnt(self.run, self.settings, self.pool, chosen, share, cards, stores, coverage, labels, key, samples),
+            lambda: self._tails(grid, contract),
+        )
         rest = None if chosen.everything else chosen.other
-        about = (lesson, settings, self.settings.seed, self.reporter, "student", rest)
-        return learn(folder, images, chosen.taught, *about)
+        about = (lesson, settings, self.settings.seed, self.reporter, "student", rest, head_plan(self.settings, space))
+        return learn(self.run / "student", PoolImages(self.pool, samples), chosen.taught, *about)
+
+    def _tails(self, grid: Grid, contract: RunContract) -> Tails:
+        """Return what asks the sites' last blocks, or holds those that they lent."""
+        exchange = Exchange(
+            grid,
+            self.settings,
+            contract,
+            self.run / "contract.json",
+            reporter=self.reporter,
+            events=self.events,
+            home=self.home,
+        )
+        return Tails(self.run / "tails", self.settings, exchange)
 
     def learn_oracle(self, chosen: Chosen) -> list[dict[str, Any]] | None:
         """Train the same student with the pool's true labels in RUN/oracle; None where none are of its classes."""
@@ -405,7 +400,7 @@ class Job:
             return None
         about = (judge.pool_labels, len(self.pool), self.test, chosen.space, self.settings.labels.synonyms)
         if chosen.space.multi:
-            many = pool_truth_labels(*about)
+            many = chosen.truth_labels(pool_truth_labels(*about))
             known = np.flatnonzero((many >= 0).any(axis=1))
             loss = oracle_labels_loss(many[known])
         else:

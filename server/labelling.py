@@ -6,23 +6,28 @@ mathematics (server/unify). Nothing of size samples x classes is held in memory.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from consilience.common.files import canonical_json, create_array, read_json, sha256, write_json
+from consilience.common.files import RowWriter, canonical_json, create_array, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import Unify
-from consilience.server.answered import CoverageStores, Usable, block_size, blocks, usable
+from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.coverage_check import Verdict, believed, check_coverage
-from consilience.server.unify import Prior, Unifier
+from consilience.server.robust import Kept, Trust, cut, find_trust, kept
+from consilience.server.unify import Prior, UnifiedLabels, Unifier
+from consilience.server.unify.blocks import in_threads
 
 
 class Diagnostics(BaseModel):
@@ -49,6 +54,8 @@ class Diagnostics(BaseModel):
     """Of multi-label sites: labels of samples that no site which answered the sample knows."""
     checks: dict[str, Verdict] = {}
     """Site -> what the others say of its coverage, where they can; method `ce` only."""
+    trust: Trust | None = None
+    """What the sites' answers say of one another's; None without `unify.robust`."""
 
 
 def unifier(
@@ -58,25 +65,30 @@ def unifier(
     sites: Sequence[int] | None = None,
     *,
     covered: bool = True,
+    keep: Kept | None = None,
 ) -> Unifier:
     """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`.
 
     `covered`: coverage comes with the answers; without it nothing says that a sample is outside the label space.
+    `keep`: what counts of these sites' answers; by default all.
     """
-    chosen = range(len(space.sites)) if sites is None else sites
+    keep = keep or kept(space, None, range(len(space.sites)) if sites is None else sites)
+    chosen, class_sets = keep.sites, keep.class_sets(space)
     prior = None
     if settings.prior_correction:
         target = np.full(len(space), 1 / len(space))
         known = []
-        for i in chosen:
+        for i, classes, columns in zip(chosen, class_sets, keep.columns, strict=True):
             told = cards[i].class_priors
-            known.append(target[list(space.class_sets[i])] if told is None else np.asarray(told))
+            known.append(
+                target[list(classes)] if told is None else np.asarray(told)[slice(None) if columns is None else columns]
+            )
         prior = Prior(target, known)
     return Unifier(
-        [space.class_sets[i] for i in chosen],
+        class_sets,
         len(space),
         method=settings.method,
-        weights=[settings.weights.get(space.sites[i], 1.0) for i in chosen],
+        weights=[w * settings.weights.get(space.sites[i], 1.0) for i, w in zip(chosen, keep.weights, strict=True)],
         temperature=settings.temperature,
         prior=prior,
         across=settings.across,
@@ -166,7 +178,8 @@ def unify_pool(
     for stale in (notes, outside):
         stale.unlink(missing_ok=True)
     samples = samples or usable(stores, space)
-    solvers = _Solvers(space, settings, cards)
+    trust = find_trust(space, stores, samples) if settings.robust else None
+    solvers = _Solvers(space, settings, cards, trust)
     labels = create_array(path, np.float32, (samples.size, len(space)))
     other = create_array(outside, np.float32, (samples.size,)) if settings.other else None
     covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)
@@ -178,29 +191,38 @@ def unify_pool(
         checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed)
         coverage = believed(space, coverage, checks)
     failed, largest, steps, apart = 0, 0.0, 0.0, 0
+    apart_from = max(space.components)
     task = reporter.start("unifying", samples.count)
-    for block in blocks(stores, block_size(space), coverage):
-        if samples.mask is not None and not samples.mask[block.ids[0]]:  # one pattern: usable all or none
-            continue
-        given = usable_coverage(settings, [block.coverage[i] for i in block.sites])
-        solve = solvers(block.sites, False)
-        if other is not None and anchored(solve, [space.class_sets[i] for i in block.sites], given):
-            solve = solvers(block.sites, True)
-        unified = solve([rows for rows in block.answers if rows is not None], coverage=given)
-        labels[block.ids] = unified.probs
-        if other is not None:
-            other[block.ids] = unified.other
-        for i in block.sites:
-            if given is not None and block.coverage[i] is not None:
+    size = min(block_size(space), solvers(tuple(range(len(space.sites))), False).block)
+    with rows_of(path, labels) as put, rows_of(outside, other) as put_other:
+
+        def work(block: Block) -> tuple[Block, UnifiedLabels, list[int], bool]:
+            keep = solvers.kept(block.sites)
+            rows, told = cut(block, keep)
+            given = usable_coverage(settings, told)
+            solve = solvers(block.sites, False)
+            if other is not None and anchored(solve, keep.class_sets(space), given):
+                solve = solvers(block.sites, True)
+            unified = solve(rows, coverage=given, alone=True)
+            put(block.ids, unified.probs)
+            put_other(block.ids, unified.other)
+            covering = [i for i, values in zip(keep.sites, given or [], strict=False) if values is not None]
+            return block, unified, covering, int(solve.components.max()) > apart_from
+
+        # one pattern a block: its samples are usable all or none
+        wanted = (
+            block
+            for block in blocks(stores, size, coverage, stored=True)
+            if samples.mask is None or samples.mask[block.ids[0]]
+        )
+        for block, unified, covering, more in in_threads(work, wanted):
+            for i in covering:
                 covered[space.sites[i]] += len(block.ids)
-        failed += int(np.sum(~unified.converged))
-        largest = max(largest, float(np.max(unified.residual, initial=0.0)))
-        steps += float(np.sum(np.broadcast_to(unified.iterations, block.ids.shape)))
-        apart += len(block.ids) if max(solve.components) > max(space.components) else 0
-        task.advance(len(block.ids))
-    labels.flush()
-    if other is not None:
-        other.flush()
+            failed += int(np.sum(~unified.converged))
+            largest = max(largest, float(np.max(unified.residual, initial=0.0)))
+            steps += float(np.sum(np.broadcast_to(unified.iterations, block.ids.shape)))
+            apart += len(block.ids) if more else 0
+            task.advance(len(block.ids))
     diagnostics = Diagnostics(
         key=key,
         samples=samples.count,
@@ -211,9 +233,25 @@ def unify_pool(
         apart=apart,
         coverage=covered,
         checks=checks,
+        trust=trust,
     )
     write_json(notes, diagnostics.model_dump(mode="json"))
     return np.load(path, mmap_mode="r"), diagnostics
+
+
+@contextlib.contextmanager
+def rows_of(
+    path: Path, array: np.memmap[Any, Any] | None
+) -> Iterator[Callable[[NDArray[np.int64], NDArray[Any]], None]]:
+    """Give what writes rows of `array`, which is the file `path`, and makes them durable in the end; None: nowhere."""
+    if array is None:
+        yield lambda ids, rows: None
+        return
+    writer = RowWriter(path, array)
+    try:
+        yield writer.put
+    finally:
+        writer.close()
 
 
 class _Solvers:
@@ -222,14 +260,29 @@ class _Solvers:
     MOST = 64
     """Unifiers kept: a site that fails now and then makes few sets, many such sites may make a great many."""
 
-    def __init__(self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard]) -> None:
-        self._space, self._settings, self._cards = space, settings, cards
+    def __init__(
+        self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard], trust: Trust | None = None
+    ) -> None:
+        self._space, self._settings, self._cards, self._trust = space, settings, cards, trust
         self._made: dict[tuple[tuple[int, ...], bool], Unifier] = {}
+        self._kept: dict[tuple[int, ...], Kept] = {}
+        self._lock = threading.RLock()
+
+    def kept(self, sites: tuple[int, ...]) -> Kept:
+        """Return what counts of the answers of these sites."""
+        with self._lock:
+            if sites not in self._kept:
+                if len(self._kept) >= self.MOST:
+                    self._kept.clear()
+                self._kept[sites] = kept(self._space, self._trust, sites)
+            return self._kept[sites]
 
     def __call__(self, sites: tuple[int, ...], covered: bool) -> Unifier:
         key = sites, covered
-        if key not in self._made:
-            if len(self._made) >= self.MOST:
-                self._made.clear()
-            self._made[key] = unifier(self._space, self._settings, self._cards, sites, covered=covered)
-        return self._made[key]
+        with self._lock:
+            if key not in self._made:
+                if len(self._made) >= self.MOST:
+                    self._made.clear()
+                about = (self._space, self._settings, self._cards)
+                self._made[key] = unifier(*about, covered=covered, keep=self.kept(sites))
+            return self._made[key]

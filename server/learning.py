@@ -6,7 +6,7 @@ and the architectures (common/nets), the losses (server/student).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,7 @@ from consilience.server.answered import CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.student.concentrated_head import HeadPlan, place, verticals_in
 from consilience.server.student.direct import DirectCE, DirectMFLF
+from consilience.server.student.filtered_student import FilteredStudent, read_about, rebuild
 from consilience.server.student.own_taps import own_taps
 from consilience.server.student.soft_labels import SoftLabels
 from consilience.server.student.soft_multi import SoftMultiLabels
@@ -54,6 +55,10 @@ class FingerprintedLoss(Protocol):
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
 
 
+BuildStudent = Callable[[], nn.Module]
+"""Makes the student that the settings name, freshly initialised."""
+
+
 class Lesson(Protocol):
     """What a student learns from, and how."""
 
@@ -62,11 +67,12 @@ class Lesson(Protocol):
         """What tells it from other lessons."""
 
     def teach(
-        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
-    ) -> list[EpochRecord]:
-        """Train `model`, freshly built, on `images` (m, H, W, C); what is kept on the way goes into `folder`.
+        self, build: BuildStudent, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> tuple[nn.Module, list[EpochRecord]]:
+        """Return a student trained on `images` (m, H, W, C), and its epochs; what is kept goes into `folder`.
 
-        Goes on where it was interrupted. `name` says in progress what is trained.
+        It is the network of `build`, or one that the lesson makes. Goes on where it was interrupted. `name` says in
+        progress what is trained.
         """
 
 
@@ -84,10 +90,11 @@ class ByLoss:
         return self.loss.fingerprint
 
     def teach(
-        self, model: nn.Module, images: ImageRows, folder: Path, reporter: Reporter, name: str
-    ) -> list[EpochRecord]:
-        """Train `model`. Raises `StudentError`, `StorageError`."""
-        return train(
+        self, build: BuildStudent, images: ImageRows, folder: Path, reporter: Reporter, name: str
+    ) -> tuple[nn.Module, list[EpochRecord]]:
+        """See `Lesson.teach`. Raises `StudentError`, `StorageError`."""
+        model = build()
+        return model, train(
             model,
             images,
             self.loss,
@@ -99,8 +106,14 @@ class ByLoss:
         )
 
 
+FILTERED = "filtered"
+"""The architecture, in preprocessing.json, of a student that its folder's filtered.json describes."""
+FILTERED_FILE = "filtered.json"
+
+
 class StudentModel:
-    """A trained student in its folder: model.safetensors, labels.json, preprocessing.json."""
+    """A trained student in its folder: model.safetensors, labels.json, preprocessing.json; filtered.json where it is
+    made of a trunk and branches."""
 
     def __init__(self, folder: Path) -> None:
         """Load it. Raises `StudentError` when the folder lacks a file or they do not fit together."""
@@ -119,9 +132,25 @@ class StudentModel:
         self.shape: tuple[int, int, int] = tuple(about["shape"])
         self.preprocessing = Preprocessing.model_validate(about["preprocessing"])
         self.head = None if about.get("head") is None else HeadPlan.model_validate(about["head"])
-        classes = len(self.labels)
-        self.model = build_student(self.architecture, classes, self.shape, self.preprocessing, seed=0, head=self.head)
+        self.filtered = self.architecture == FILTERED
+        """Whether it is made of a trunk and branches (server/student/filtered_student)."""
+        self.model = self._filtered() if self.filtered else self._whole()
         load_model(folder / "model.safetensors", self.model)
+
+    def _whole(self) -> nn.Module:
+        about = (self.architecture, len(self.labels), self.shape, self.preprocessing)
+        return build_student(*about, seed=0, head=self.head)
+
+    def _filtered(self) -> nn.Module:
+        about = read_about(read_json(self.folder / FILTERED_FILE))
+        channels = self.preprocessing.channels or self.shape[2]
+        if (about.classes, about.channels) != (len(self.labels), channels):
+            raise StudentError(
+                f"{self.folder / FILTERED_FILE} tells of {about.classes} classes and {about.channels} channels; the "
+                f"student's labels are {len(self.labels)}, its images have {channels}",
+                hint="Restore the student's files, or train again",
+            )
+        return rebuild(about)
 
     def log_probs(self, images: Images) -> NDArray[np.float32]:
         """Return (n, L) float32 log-probabilities of (n, H, W, C) uint8 images; of each label by itself if `multi`."""
@@ -167,8 +196,14 @@ def learn(
         if held["key"] == key and (folder / "model.safetensors").exists():
             epochs: list[dict[str, Any]] = held["epochs"]
             return epochs
-    model = build_student(settings.architecture, len(space), shape, settings.preprocessing, seed, head)
-    records = lesson.teach(model, images, folder, reporter, name)
+
+    def build() -> nn.Module:
+        return build_student(settings.architecture, len(space), shape, settings.preprocessing, seed, head)
+
+    model, records = lesson.teach(build, images, folder, reporter, name)
+    filtered = isinstance(model, FilteredStudent)
+    if isinstance(model, FilteredStudent):
+        write_json(folder / FILTERED_FILE, model.about.model_dump(mode="json"))
     epochs = [asdict(record) for record in records]
     save_model(folder / "model.safetensors", model)
     kind = {"kind": "multi"} if space.multi else {}
@@ -176,7 +211,7 @@ def learn(
     write_json(
         folder / "preprocessing.json",
         {
-            "architecture": settings.architecture,
+            "architecture": FILTERED if filtered else settings.architecture,
             "shape": shape,
             "preprocessing": settings.preprocessing.model_dump(mode="json"),
             **placed,
@@ -245,10 +280,18 @@ def soft_label_loss(
 
 
 def soft_multi_loss(
-    labels: NDArray[np.float32], temperature: float, fingerprint: str, samples: NDArray[np.int64] | None = None
+    labels: NDArray[np.float32],
+    temperature: float,
+    fingerprint: str,
+    samples: NDArray[np.int64] | None = None,
+    wanted: Wanted | None = None,
 ) -> FingerprintedLoss:
-    """Return the loss of unified labels that do not exclude one another, for all of `labels` or the rows `samples`."""
-    return SoftMultiLabels(labels, default_device(), temperature, fingerprint, samples)
+    """Return the loss of unified labels that do not exclude one another, for all of `labels` or the rows `samples`.
+
+    `wanted`: the student's labels, where these are not all.
+    """
+    classes = None if wanted is None else wanted.classes
+    return SoftMultiLabels(labels, default_device(), temperature, fingerprint, samples, classes)
 
 
 def direct_loss(

@@ -32,7 +32,7 @@ def check_multi(job: JobSettings) -> None:
         ("unify.method", job.unify.method, "ce", "labels are unified each by itself"),
         ("unify.prior_correction", job.unify.prior_correction, False, "labels have no priors that sum to 1"),
         ("unify.other", job.unify.other, 0.0, "an image to which no label applies is no exception"),
-        ("student.classes", job.student.classes, None, "a student learns every label"),
+        ("unify.robust", job.unify.robust, False, "answers about labels are not compared with one another"),
         ("student.other", job.student.other, False, "an image of no wanted label has none of them"),
         ("privacy.secure_sum", job.privacy.secure_sum, False, "secure sums are of one label an image"),
     )
@@ -40,13 +40,13 @@ def check_multi(job: JobSettings) -> None:
         if value != allowed:
             raise SettingsError(
                 f"job.yaml: field {field!r} is {value!r}; with multi-label sites {why}",
-                hint="Leave it out" if allowed is None else f"Set it to {allowed!r}",
+                hint=f"Set it to {allowed!r}",
             )
-    if job.student.learning != "soft-labels":
+    if job.student.learning not in ("soft-labels", "filtered"):
         raise SettingsError(
             f"job.yaml: field 'student.learning' is {job.student.learning!r}; of multi-label sites a student learns "
-            "the unified labels alone",
-            hint="Set it to soft-labels",
+            "the unified labels, or through the sites' last blocks",
+            hint="Set it to soft-labels or filtered",
         )
 
 

@@ -24,7 +24,7 @@ from consilience.common.pool import Pool
 from consilience.common.protocol import LABEL_KINDS, Guarantee, SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
-from consilience.server.answered import CoverageStores, Usable, block_size, blocks
+from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
@@ -33,14 +33,18 @@ from consilience.server.concentration import FILE as CONCENTRATION
 from consilience.server.contract import RunContract
 from consilience.server.coverage_check import believed
 from consilience.server.feature_learning import FILE
+from consilience.server.filtered import branches_told
 from consilience.server.guarantees import read_guarantees
 from consilience.server.judge import Judgement, agreement, auroc, judge
 from consilience.server.judge_labels import LabelJudgement, label_agreement
 from consilience.server.judge_verticals import judge_verticals
 from consilience.server.labelling import Diagnostics, anchored, load_other, unifier, usable_coverage
+from consilience.server.labelling_top import Labels
 from consilience.server.learning import StudentModel
 from consilience.server.publishing_coverage import coverage_findings
 from consilience.server.publishing_multi import any_applies, judgement_of_labels, pool_labels
+from consilience.server.publishing_quality import pool_quality
+from consilience.server.quality import Quality
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
     CoverageFindings,
@@ -53,6 +57,7 @@ from consilience.server.report_findings import (
     StudentFindings,
     UnifyFindings,
 )
+from consilience.server.robust import cut, kept
 from consilience.server.truth import pool_truth, test_truth, test_truth_labels
 
 SAMPLES_SHOWN = 24
@@ -74,7 +79,7 @@ class Outcome:
     samples: Usable
     test_stores: Sequence[AnswerStore] | None
     test_coverage: CoverageStores
-    labels: NDArray[np.float32]
+    labels: Labels
     diagnostics: Diagnostics
     curves: Mapping[str, Sequence[Mapping[str, Any]]]
     failures: Mapping[str, str]
@@ -101,10 +106,11 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
     learning, chosen = settings.student.learning, outcome.chosen
     settled = joined and learning == "direct-ce" and (chosen.everything or chosen.other)
     silent = learning != "concentration" and not settings.student.learns_labels
+    instead = "student.filtered.target: unified" if learning == "filtered" else "student.learning: soft-labels"
     if max(chosen.taught.components) > 0 and silent and not settled:
         warnings.append(
             f"The student learnt by {learning}, which says nothing about the odds between components; "
-            "student.learning: soft-labels would follow the rule unify.across."
+            f"{instead} would follow the rule unify.across."
         )
     if diagnostics.lacking:
         warnings.append(
@@ -169,7 +175,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             sum(parameter.numel() for parameter in student.model.parameters()),
             taught=None if chosen.everything else chosen.taught,
             other=chosen.other,
-            other_share=None if chosen.everything else outcome.other_share,
+            other_share=None if chosen.everything or space.multi else outcome.other_share,
         ),
         warnings=[*warnings, *about_test],
         left_out=outcome.contract.left_out,
@@ -185,6 +191,9 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         audits=read_audits(outcome.run),
         amalgamation=_amalgamation(outcome),
         concentration=_concentration(outcome, student),
+        filtered=branches_told(outcome.run, outcome.cards) if student.filtered else None,
+        trust=diagnostics.trust,
+        quality=_quality(outcome, student, joined=joined),
     )
 
 
@@ -292,6 +301,14 @@ def _features(stores: Sequence[AnswerStore], card: SiteCard) -> FeatureFindings 
     )
 
 
+def _quality(outcome: Outcome, student: StudentModel, *, joined: bool) -> Quality | None:
+    """Return what is estimated without labels; None where single answers or whole classes are not to be had."""
+    if outcome.space.multi or outcome.summed is not None or not outcome.chosen.everything:
+        return None
+    about = (outcome.pool, outcome.space, outcome.stores, outcome.cards, outcome.labels, student, outcome.samples)
+    return pool_quality(*about, outcome.settings.seed, outcome.diagnostics.trust, joined=joined)
+
+
 def _amalgamation(outcome: Outcome) -> dict[str, Any] | None:
     path = outcome.run / "student" / FILE
     told: dict[str, Any] | None = read_json(path) if outcome.settings.asks_features else None
@@ -369,13 +386,15 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
         if len({label for i in whole for label in space.class_sets[i]}) == len(space):
             used = believed(space, outcome.test_coverage, outcome.diagnostics.checks)
             covers = [used[i] for i in whole]
-            told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
-            coverage = usable_coverage(settings.unify, told)
-            sets = [space.class_sets[i] for i in whole]
-            solve = unifier(space, settings.unify, outcome.cards, whole, covered=False)
-            if settings.unify.other and anchored(solve, sets, coverage):
-                solve = unifier(space, settings.unify, outcome.cards, whole)
-            found = solve(list(given.values()), coverage=coverage)
+            told = {c.about.site: c.read(0, len(test))[:, 0] for c in covers if c is not None and c.complete}
+            keep = kept(space, outcome.diagnostics.trust, whole)
+            block = Block(np.arange(len(test)), answers, [told.get(site) for site in space.sites])
+            rows, values = cut(block, keep)
+            coverage = usable_coverage(settings.unify, values)
+            solve = unifier(space, settings.unify, outcome.cards, covered=False, keep=keep)
+            if settings.unify.other and anchored(solve, keep.class_sets(space), coverage):
+                solve = unifier(space, settings.unify, outcome.cards, keep=keep)
+            found = solve(rows, coverage=coverage)
             unified = chosen.labels(found.probs, found.other)
             partly = [c.about.site for c in covers if c is not None and not c.complete]
             if partly:
@@ -431,7 +450,7 @@ def _samples(
         answers=[chosen.answers(i, _rows(outcome.stores[i], ids)) for i in chosen.sites],
         student=student.log_probs(images),
         truth=None if truth is None else chosen.truth(truth[ids]),
-        many=None if many is None else many[ids],
+        many=None if many is None else chosen.truth_labels(many[ids]),
     )
 
 

@@ -43,12 +43,13 @@ def judgement_of_labels(outcome: Outcome, student: StudentModel) -> tuple[LabelJ
             told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
             unified = unify_block(space, outcome.settings.unify, whole, list(given.values()), told).probs
     oracle = StudentModel(outcome.run / "oracle") if "oracle" in outcome.curves else None
-    truth = test_truth_labels(test, space, outcome.settings.labels.synonyms)
+    chosen = outcome.chosen
+    truth = chosen.truth_labels(test_truth_labels(test, space, outcome.settings.labels.synonyms))
     judgement = judge_labels(
         truth,
-        space,
-        answers,
-        unified,
+        chosen.taught,
+        [None if (held := answers[i]) is None else chosen.answers(i, held) for i in chosen.sites],
+        None if unified is None else chosen.labels(unified, None),
         _predictions(student, test),
         None if oracle is None else _predictions(oracle, test),
     )

@@ -25,6 +25,7 @@ from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_multi import multi_dict, multi_headline, multi_warnings
 from consilience.server.report_page import render_page
 from consilience.server.report_privacy import privacy_summary
+from consilience.server.report_quality import quality_dict, quality_summary, quality_warnings, trust_dict
 
 MOST_CONFUSION = 200
 """Classes up to which report.json holds the confusion matrix."""
@@ -80,7 +81,9 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             "other": findings.unify.other,
             "mostly_other": findings.unify.mostly_other,
             "coverage": coverage_summary(findings) or None,
+            "trust": trust_dict(findings),
         },
+        "quality": quality_dict(findings),
         "privacy": privacy_summary(findings),
         "audits": {name: audit.model_dump(mode="json") for name, audit in findings.audits.items()},
         "agreement": findings.agreement,
@@ -128,6 +131,8 @@ def headline(findings: Findings) -> str:
     made = f"One classifier for {chosen_words(findings)}"
     made += f", from {number_of(len(space.sites), 'site')}"
     if judged is None:
+        if findings.quality is not None and findings.quality.accuracy is not None:
+            return f"{made}. No labelled test set was given. {quality_summary(findings)}"
         return f"{made}. No labelled test set was given: nothing is known about its accuracy."
     text = f"{made}: {percent(judged.student.accuracy)} on {number_of(judged.count, 'test image')}"
     told = (
@@ -154,6 +159,7 @@ def derived_warnings(findings: Findings) -> list[str]:
             found.append(f"Site {site.name}: no coverage for {number_of(told.missed, 'sample')} of {total:,}{why}.")
     found += [f"{who[0].upper()}{who[1:]} does not take part: {why}." for who, why in findings.left_out.items()]
     found += coverage_warnings(findings)
+    found += quality_warnings(findings)
     found += amalgamation_warnings(findings)
     pool = findings.pool
     if pool.left_out:
@@ -166,6 +172,8 @@ def derived_warnings(findings: Findings) -> list[str]:
     if findings.space.multi:
         return [*found, *multi_warnings(findings, findings.labelled)]
     if judged is None:
+        if findings.quality is not None and findings.quality.accuracy is not None:
+            return [*found, "There was no labelled test set: the student’s accuracy is an estimate."]
         return [*found, "There was no labelled test set: nothing is known about the student’s accuracy."]
     if judged.outside:
         found.append(
@@ -207,6 +215,7 @@ def _student(findings: Findings) -> dict[str, Any]:
         "other": student.other,
         "other_share": student.other_share,
         "concentration": findings.concentration,
+        "filtered": findings.filtered,
     }
     if judged is None:
         empty = {"correct": None, "calibration_error": None, "confusion": None, "confusion_outside": None}

@@ -12,7 +12,7 @@ from consilience.server.report_findings import Findings
 def chosen_words(findings: Findings) -> str:
     """Say how many classes the student tells apart, and of how many."""
     space, student = findings.space, findings.student
-    every = number_of(len(space), "class", "classes")
+    every = number_of(len(space), "label") if space.multi else number_of(len(space), "class", "classes")
     if student.taught is None:
         return every
     words = f"{len(student.taught) - student.other:,} of {every}"
@@ -26,6 +26,8 @@ def chosen_summary(findings: Findings) -> str:
         return ""
     names = list(student.taught.names)[: len(student.taught) - student.other]
     words = f"{listing(names, 20)}; wanted of {number_of(len(findings.space), 'class', 'classes')} that the sites know"
+    if findings.space.multi:
+        return f"{words}."
     if student.other_share is not None:
         words += f". {percent(student.other_share)} of the pool, by its unified labels, is of others"
     rest = "are the output “other”" if student.other else "count in training by how likely they are of a wanted class"

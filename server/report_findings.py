@@ -18,6 +18,8 @@ from consilience.server.audits import SiteAudit
 from consilience.server.judge import Judgement
 from consilience.server.judge_coverage import CoverageFigures
 from consilience.server.judge_labels import LabelJudgement
+from consilience.server.quality import Quality
+from consilience.server.robust import Trust
 
 Curve = Sequence[Mapping[str, Any]]
 """One mapping an epoch, with `epoch`, `loss`, `learning_rate`, `seconds`, and `terms` by name."""
@@ -216,8 +218,11 @@ class Findings:
     gives. `left_out` says who was there and does not take part, and why. `timing` are seconds by stage. `settings` is
     the job as a plain mapping. `judgement` is of a run of one label an image, `labelled` of a multi-label one; without
     a test set there is neither. `amalgamation` is the student's amalgamation.json, None where no features were learnt
-    from; `concentration` its concentration.json with what the test set tells of verticals, None where it has none.
-    `audits` is what the sites of a simulation found out about their own answers.
+    from; `concentration` its concentration.json with what the test set tells of verticals, None where it has none;
+    `filtered` its branches.json with what the sites' last blocks were asked, None where it has no branches. `audits` is
+    what the sites of a simulation found out about their own answers. `trust`: what sites' answers
+    say of one another's, None without `unify.robust`; `quality`: what is estimated without labels, None for a run of
+    several labels an image, of a secure sum, or of a student of chosen classes.
     """
 
     job: str
@@ -242,6 +247,9 @@ class Findings:
     audits: Mapping[str, SiteAudit] = field(default_factory=dict)
     amalgamation: Mapping[str, Any] | None = None
     concentration: Mapping[str, Any] | None = None
+    filtered: Mapping[str, Any] | None = None
+    trust: Trust | None = None
+    quality: Quality | None = None
 
     @property
     def taught(self) -> LabelSpace:

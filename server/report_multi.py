@@ -38,8 +38,9 @@ def multi_dict(judged: LabelJudgement) -> dict[str, Any]:
 
 def multi_headline(findings: Findings, judged: LabelJudgement | None) -> str:
     """Return the result in one sentence."""
-    space = findings.space
-    made = f"One classifier for {number_of(len(space), 'label')} that do not exclude one another"
+    space, taught = findings.space, findings.student.taught
+    many = number_of(len(space), "label") if taught is None else f"{len(taught):,} of {number_of(len(space), 'label')}"
+    made = f"One classifier for {many} that do not exclude one another"
     made += f", from {number_of(len(space.sites), 'site')}"
     if judged is None:
         return f"{made}. No labelled test set was given: nothing is known about how good it is."

@@ -2,7 +2,8 @@
 
 Lives here: turning findings into the values that the templates lay out, and where long lists are cut. Does not live
 here: markup and style (templates/), figures (server/plots), the pool samples (server/report_samples), coverage
-(server/report_coverage), features (server/report_amalgamation), verticals (server/report_concentration).
+(server/report_coverage), features (server/report_amalgamation), verticals (server/report_concentration), branches
+(server/report_filtered).
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from consilience.server.report_amalgamation import amalgamation_views
 from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_concentration import concentration_views
 from consilience.server.report_coverage import coverage_views
+from consilience.server.report_filtered import filtered_views
 from consilience.server.report_findings import Findings
 from consilience.server.report_multi import multi_view
 from consilience.server.report_privacy import sealing_line
+from consilience.server.report_quality import quality_views
 from consilience.server.report_samples import sample_views
 
 CONTENDERS = (
@@ -65,8 +68,10 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "learning": learning(findings),
         "samples": sample_views(findings),
         "coverage": coverage_views(findings),
+        "quality": quality_views(findings),
         "amalgamation": amalgamation_views(findings),
         "concentration": concentration_views(findings),
+        "filtered": filtered_views(findings),
         "stages": bars([(name, seconds) for name, seconds in report["timing"].items()]),
         "bytes": bars([(site["name"], site["bytes"]) for site in report["sites"]], most=12),
         "totals": {name: sum(site[name] for site in report["sites"]) for name in ("answers", "bytes", "seconds")},

@@ -48,16 +48,16 @@ def png_data_uri(image: NDArray[np.uint8], side: int = LARGEST_SIDE) -> str:
 
 def _labels_view(findings: Findings, samples: Samples, k: int) -> dict[str, Any]:
     """Return what the page shows of a sample that may have any number of labels."""
-    space = findings.space
+    space, sites = findings.taught, findings.space.sites
     label = np.nan_to_num(np.asarray(samples.soft_labels[k], np.float64))
     student = np.exp(np.asarray(samples.student[k], np.float64))
-    said, few = dict[int, list[dict[str, str]]](), len(space.sites) <= len(SITE_COLOURS)
+    said, few = dict[int, list[dict[str, str]]](), len(sites) <= len(SITE_COLOURS)
     for site, (answers, known) in enumerate(zip(samples.answers, space.class_sets, strict=True)):
         if answers is None or not np.isfinite(answers[k]).any():
             continue
         for value, c in zip(expit(np.asarray(answers[k], np.float64)), known, strict=True):
             told = f"{space.sites[site]}: {percent(float(value))}"
-            colour = site_colour(site) if few else BLUE
+            colour = site_colour(sites.index(space.sites[site])) if few else BLUE
             said.setdefault(c, []).append({"at": f"{value * 100:.1f}", "colour": colour, "title": told})
     found = set(np.flatnonzero(student > 0.5).tolist())
     true = None if samples.many is None else set(np.flatnonzero(samples.many[k] > 0).tolist())

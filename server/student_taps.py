@@ -52,6 +52,9 @@ class StudentTaps:
         told = listing([f"{size(held)} from site {name}" for name, held in declared.items()])
         return f"Features of {self._samples:,} samples: {told}; {size(sum(declared.values()))} in all" if told else ""
 
+    def tail(self, card: SiteCard) -> None:
+        """Nothing is asked of a site's last blocks."""
+
     def objection(self, card: SiteCard) -> str:
         """Say why a site's features do not fit; empty where they do."""
         try:

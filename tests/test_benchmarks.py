@@ -33,10 +33,14 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "hundred_thousand",
         "ledger",
         "privacy",
+        "quality",
+        "robust",
+        "scale",
         "secure_sums",
         "student",
         "transport",
         "unify",
+        "unify_solvers",
     ],
 )
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def account(events: Iterable[Event], delta: float) -> Spent:
     if not counts:
         return Spent(unit=None, delta=delta, epsilon=0.0, rdp=0.0, pld=0.0, why="nothing left the site")
     if None in units or len(units) > 1:
-        bare = "answers left without a mechanism" if None in units else "one and the other unit were protected"
+        bare = "something left without a mechanism" if None in units else "one and the other unit were protected"
         return Spent(unit=None, delta=delta, epsilon=None, rdp=None, pld=None, why=f"{bare}: no formal guarantee")
     library = accountant_library()
     composed = _composed(counts, library)

@@ -71,7 +71,8 @@ def alternatives(settings: SiteSettings, epsilon: float, samples: int, delta: fl
     needed += [_outputs(epsilon, samples, chosen)]
     if isinstance(settings.privacy, SumNoise):
         needed += [_sum_noise(settings.privacy, epsilon, samples, chosen)]
-    needed += [NoPrivacy()]
+    if not isinstance(settings.privacy, NoPrivacy):
+        needed += [NoPrivacy()]
     found = [_judged(settings, mechanism, held, samples, chosen, configured=False) for mechanism in needed]
     return [*found, _judged(settings, settings.privacy, held, samples, chosen, configured=True)]
 

@@ -72,12 +72,11 @@ class Allowance:
         """
         for limit in loss_limits(self._settings, ledger, job):
             if limit.most is not None and not self._allows(limit.most, limit.events, costs):
-                spent = account(limit.events, self._delta)
-                known = (
-                    f"{spent.why}, so that it cannot be kept any more"
-                    if spent.epsilon is None
-                    else (f"{spent.epsilon:.3g} spent")
-                )
+                spent, after = (account(events, self._delta) for events in (limit.events, (*limit.events, *costs)))
+                if spent.epsilon is None or after.epsilon is None:
+                    known = f"{spent.why or after.why}, so that it cannot be kept any more"
+                else:
+                    known = f"{spent.epsilon:.3g} spent, {after.epsilon:.3g} with what is asked now"
                 raise RefusedError(
                     "budget-exhausted",
                     "the site's limits do not allow so much privacy loss more",

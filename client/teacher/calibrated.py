@@ -13,62 +13,35 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.calibration import (
-    LEAST_SAMPLES,
-    CalibrationMap,
-    CalibrationScores,
-    Fitted,
-    Method,
-    fit_calibration,
-)
+from consilience.client.calibration import LEAST_SAMPLES, CalibrationMap, Fitted, Method, fit_calibration
 from consilience.client.kept import read_kept
+from consilience.client.teacher.kept_calibration import AGAIN, MAYBE_SEEN, KeptCalibration, fit_once, why_none
 from consilience.client.teacher.protocol import Teacher
-from consilience.client.teacher.trained import digest_of, held_out
-from consilience.common.data import ImageData, open_data
-from consilience.common.errors import SettingsError, TeacherError
-from consilience.common.files import canonical_json, lock, make_private, sha256, write_json
+from consilience.client.teacher.trained import held_out
+from consilience.common.data import ImageData
+from consilience.common.errors import TeacherError
+from consilience.common.files import canonical_json, sha256
 from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
-from consilience.common.settings import Settings, SiteSettings
+from consilience.common.settings import SiteSettings
 
 MOST_CELLS = 2_000_000
 """Samples times classes that a map is fitted on: of more samples a part, drawn by the seed, is enough."""
-_AGAIN = "run `consilience site train`"
 
 
-MAYBE_SEEN = "not made surer: the teacher may have been trained on these images"
-"""Of a teacher that was not trained here nobody knows what it has seen. On its own training images it is right so often
-that it seems to be too unsure; on new ones it would then be far too sure."""
-
-
-class CalibrationRecord(Settings):
-    """calibration.json: what was fitted, for which teacher, on what, and how much it helps."""
+class CalibrationRecord(KeptCalibration):
+    """calibration.json. `asked` is what the settings asked for, `method` what is applied; identity: nothing."""
 
     asked: Method
-    """What the settings asked for."""
-    teacher: str
-    """Fingerprint of the teacher without the map."""
-    data_digest: str
     method: Literal["identity", "temperature", "dirichlet"]
-    """What is applied; identity: the answers stay as they are."""
     map: CalibrationMap | None
-    samples: int
-    before: CalibrationScores | None
-    after: CalibrationScores | None
-    note: str
-    """Why the answers stay as they are, or why the method is another than the settings asked for."""
 
     @property
-    def told(self) -> str:
-        """The record in one line, for people."""
-        note = f" ({self.note})" if self.note else ""
-        if self.before is None or self.after is None:
-            return f"none{note}"
-        on = f"on {self.samples:,} held-out samples"
+    def how(self) -> str | None:
+        """See `KeptCalibration.how`."""
         if self.map is None:
-            return f"none{note}; calibration error {self.before.ece:.3f} {on}"
-        how = f"temperature {self.map.temperature:.3g}" if self.map.temperature is not None else self.method
-        return f"{how}{note}; calibration error {self.before.ece:.3f} before, {self.after.ece:.3f} after, {on}"
+            return None
+        return f"temperature {self.map.temperature:.3g}" if self.map.temperature is not None else self.method
 
 
 @dataclass(frozen=True)
@@ -109,49 +82,37 @@ def behind_map(settings: SiteSettings, teacher: Teacher) -> CalibratedTeacher:
 
     Raises `TeacherError` when calibration.json is damaged.
     """
-    if settings.calibration == "off":
-        return CalibratedTeacher(teacher, None, "none (off in the settings)")
-    record = _read(settings, teacher)
+    record = None if settings.calibration == "off" else _read(settings, teacher)
     if record is not None and _fits(record, settings, teacher):
         return CalibratedTeacher(teacher, record, record.told)
-    if settings.data is None:
-        return CalibratedTeacher(teacher, None, "none (the settings name no private data)")
-    why = "not looked at yet" if record is None else "it was for another teacher or by another method"
-    return CalibratedTeacher(teacher, None, f"none ({why}: {_AGAIN})")
+    return CalibratedTeacher(teacher, None, why_none(settings, record))
 
 
 def fit(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord:
     """Fit the map of `teacher`, given without one, and keep it; returns at once when that was done.
 
     A trained teacher's map is fitted on the samples that its training held out, a hosted one's on all private data of
-    its classes. Raises `SettingsError` when the settings ask for none or name no data, `DataError`, `TeacherError`,
-    `StorageError`, and `RunError` when another process is at it.
+    its classes. Raises as `fit_once`.
     """
-    if settings.calibration == "off" or settings.data is None:
-        field, value = ("calibration", "off") if settings.calibration == "off" else ("data", "not given")
-        raise SettingsError(
-            f"{settings.name}: field {field!r} is {value}, so there is nothing to calibrate",
-            hint="Set calibration to temperature, and data to private images that the teacher was not trained on",
-        )
-    data = open_data(settings.data)
-    digest = digest_of(data)
-    make_private(settings.state)
-    with lock(_folder(settings)):
-        done = _read(settings, teacher)
-        if done is not None and _fits(done, settings, teacher) and done.data_digest == digest:
-            return done
+
+    def done() -> CalibrationRecord | None:
+        record = _read(settings, teacher)
+        return record if record is not None and _fits(record, settings, teacher) else None
+
+    def make(data: ImageData, digest: str) -> CalibrationRecord:
+        method: Method = "dirichlet" if settings.calibration == "dirichlet" else "temperature"
         ids, labels, why = _held_out(settings, teacher, data, digest)
         if not why:
-            fitted = fit_on(settings, teacher, settings.calibration, data, ids, labels)
+            fitted = fit_on(settings, teacher, method, data, ids, labels)
             held: dict[str, Any] = dict(vars(fitted))
             temperature = None if fitted.map is None else fitted.map.temperature
             if settings.teacher.kind != "train" and temperature is not None and temperature < 1:
                 held |= {"method": "identity", "map": None, "after": fitted.before, "note": MAYBE_SEEN}
         else:
             held = {"method": "identity", "map": None, "samples": 0, "before": None, "after": None, "note": why}
-        record = CalibrationRecord(asked=settings.calibration, teacher=teacher.fingerprint, data_digest=digest, **held)
-        write_json(_path(settings), record.model_dump(mode="json"))
-        return record
+        return CalibrationRecord(asked=method, teacher=teacher.fingerprint, data_digest=digest, **held)
+
+    return fit_once(settings, _path(settings), done, make)
 
 
 def fit_on(
@@ -213,22 +174,18 @@ def _fits(record: CalibrationRecord, settings: SiteSettings, teacher: Teacher) -
     return (record.asked, record.teacher) == (settings.calibration, teacher.fingerprint)
 
 
-def _folder(settings: SiteSettings) -> Path:
-    return settings.state / "calibration"
-
-
 def _path(settings: SiteSettings) -> Path:
-    return _folder(settings) / "calibration.json"
+    return settings.state / "calibration" / "calibration.json"
 
 
 def _read(settings: SiteSettings, teacher: Teacher) -> CalibrationRecord | None:
     """Return calibration.json, or None where there is none."""
     path = _path(settings)
-    record = read_kept(path, CalibrationRecord, TeacherError, _AGAIN)
+    record = read_kept(path, CalibrationRecord, TeacherError, AGAIN)
     size = len(record.map.intercept) if record is not None and record.map is not None else 0
     if record is not None and size and record.teacher == teacher.fingerprint and size != len(teacher.classes):
         raise TeacherError(
             f"{path}: its map is for {size} classes; the teacher knows {len(teacher.classes)}",
-            hint=f"Remove {path}, then {_AGAIN}",
+            hint=f"Remove {path}, then {AGAIN}",
         )
     return record

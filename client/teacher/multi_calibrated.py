@@ -17,37 +17,26 @@ from scipy.special import log_expit
 
 from consilience.client.calibration import SHARPEST, SOFTEST, CalibrationScores, Fitted, fit_calibration
 from consilience.client.kept import read_kept
-from consilience.client.teacher.calibrated import MAYBE_SEEN
+from consilience.client.teacher.kept_calibration import AGAIN, MAYBE_SEEN, KeptCalibration, fit_once, why_none
 from consilience.client.teacher.multi import MultiTeacher
 from consilience.client.teacher.multi_trained import held_out_multi
-from consilience.client.teacher.trained import digest_of
-from consilience.common.data import ImageData, open_data
+from consilience.common.data import ImageData
 from consilience.common.encoding.odds import bounded
-from consilience.common.errors import SettingsError, TeacherError
-from consilience.common.files import canonical_json, lock, make_private, sha256, write_json
+from consilience.common.errors import TeacherError
+from consilience.common.files import canonical_json, sha256
 from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
-from consilience.common.settings import Settings, SiteSettings
+from consilience.common.settings import SiteSettings
 
 LEAST_OF_A_KIND = 5
 """Held-out images that a label must apply to, and as many that it must not, for a temperature of its own."""
-_AGAIN = "run `consilience site train`"
 
 
-class MultiCalibrationRecord(Settings):
-    """labels.json: what was fitted, for which teacher, on what, and how much it helps."""
+class MultiCalibrationRecord(KeptCalibration):
+    """labels.json. Scores are means over the labels that were looked at."""
 
-    teacher: str
-    """Fingerprint of the teacher without it."""
-    data_digest: str
     temperatures: tuple[Annotated[float, Field(ge=SHARPEST, le=SOFTEST, allow_inf_nan=False)], ...] | None
     """One a label, 1 where its answers stay as they are; None where all do."""
-    samples: int
-    before: CalibrationScores | None
-    after: CalibrationScores | None
-    """Means over the labels that were looked at."""
-    note: str
-    """Why answers stay as they are."""
 
     @property
     def method(self) -> Literal["identity", "temperature"]:
@@ -55,17 +44,11 @@ class MultiCalibrationRecord(Settings):
         return "identity" if self.temperatures is None else "temperature"
 
     @property
-    def told(self) -> str:
-        """The record in one line, for people."""
-        note = f" ({self.note})" if self.note else ""
-        if self.before is None or self.after is None:
-            return f"none{note}"
-        on = f"on {self.samples:,} held-out images"
+    def how(self) -> str | None:
+        """See `KeptCalibration.how`."""
         if self.temperatures is None:
-            return f"none{note}; calibration error {self.before.ece:.3f} {on}"
-        least, most = min(self.temperatures), max(self.temperatures)
-        how = f"temperatures of {least:.3g} to {most:.3g}, one a label"
-        return f"{how}{note}; calibration error {self.before.ece:.3f} before, {self.after.ece:.3f} after, {on}"
+            return None
+        return f"temperatures of {min(self.temperatures):.3g} to {max(self.temperatures):.3g}, one a label"
 
 
 @dataclass(frozen=True)
@@ -104,50 +87,35 @@ def behind_temperatures(settings: SiteSettings, teacher: MultiTeacher) -> Calibr
 
     Raises `TeacherError` when labels.json is damaged.
     """
-    if settings.calibration == "off":
-        return CalibratedMulti(teacher, None, "none (off in the settings)")
-    record = _read(settings, teacher)
+    record = None if settings.calibration == "off" else _read(settings, teacher)
     if record is not None and record.teacher == teacher.fingerprint:
         return CalibratedMulti(teacher, record, record.told)
-    if settings.data is None:
-        return CalibratedMulti(teacher, None, "none (the settings name no private data)")
-    why = "not looked at yet" if record is None else "it was for another teacher"
-    return CalibratedMulti(teacher, None, f"none ({why}: {_AGAIN})")
+    return CalibratedMulti(teacher, None, why_none(settings, record))
 
 
 def fit_temperatures(settings: SiteSettings, teacher: MultiTeacher) -> MultiCalibrationRecord:
     """Fit a temperature for each label of `teacher`, given without any, and keep them; returns at once when done.
 
-    Raises as `teacher.fit` of a single-label one.
+    Raises as `fit_once`.
     """
-    if settings.calibration == "off" or settings.data is None:
-        field, value = ("calibration", "off") if settings.calibration == "off" else ("data", "not given")
-        raise SettingsError(
-            f"{settings.name}: field {field!r} is {value}, so there is nothing to calibrate",
-            hint="Set calibration to temperature, and data to private images that the teacher was not trained on",
-        )
-    data = open_data(settings.data)
-    digest = digest_of(data)
-    make_private(settings.state)
-    with lock(_path(settings).parent):
-        done = _read(settings, teacher)
-        if done is not None and (done.teacher, done.data_digest) == (teacher.fingerprint, digest):
-            return done
-        if settings.teacher.kind == "train":
-            ids, labels = held_out_multi(settings, data, digest)
-        else:
-            ids, labels = _of_teacher(data, teacher)
+
+    def done() -> MultiCalibrationRecord | None:
+        record = _read(settings, teacher)
+        return record if record is not None and record.teacher == teacher.fingerprint else None
+
+    def make(data: ImageData, digest: str) -> MultiCalibrationRecord:
+        trained = settings.teacher.kind == "train"
+        ids, labels = held_out_multi(settings, data, digest) if trained else _of_teacher(data, teacher)
         rows = [teacher.log_odds(data.read(part)) for part in _batches(ids, settings.batch_size)]
         odds = np.concatenate([np.empty((0, len(teacher.classes)), np.float32), *rows])
         fits = [
             fit_label(odds[:, k], labels[:, k], derive(settings.seed, f"calibration folds {name}"))
             for k, name in enumerate(teacher.classes)
         ]
-        hosted = settings.teacher.kind != "train"
-        held = _together(fits, len(ids), keep=hosted)
-        record = MultiCalibrationRecord(teacher=teacher.fingerprint, data_digest=digest, **held)
-        write_json(_path(settings), record.model_dump(mode="json"))
-        return record
+        held = _together(fits, len(ids), keep=not trained)
+        return MultiCalibrationRecord(teacher=teacher.fingerprint, data_digest=digest, **held)
+
+    return fit_once(settings, _path(settings), done, make)
 
 
 def fit_label(odds: NDArray[np.floating[Any]], truth: NDArray[np.int8], seed: int) -> Fitted:
@@ -213,12 +181,12 @@ def _path(settings: SiteSettings) -> Path:
 def _read(settings: SiteSettings, teacher: MultiTeacher) -> MultiCalibrationRecord | None:
     """Return labels.json, or None where there is none."""
     path = _path(settings)
-    record = read_kept(path, MultiCalibrationRecord, TeacherError, _AGAIN)
+    record = read_kept(path, MultiCalibrationRecord, TeacherError, AGAIN)
     held = None if record is None else record.temperatures
     own = record is not None and record.teacher == teacher.fingerprint
     if own and held is not None and len(held) != len(teacher.classes):
         raise TeacherError(
             f"{path}: it has {len(held)} temperatures; the teacher knows {len(teacher.classes)} labels",
-            hint=f"Remove {path}, then {_AGAIN}",
+            hint=f"Remove {path}, then {AGAIN}",
         )
     return record

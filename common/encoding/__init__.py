@@ -24,7 +24,7 @@ from consilience.common.encoding.coverage import (
 )
 from consilience.common.encoding.features import check_features, encode_features, feature_bytes, feature_values
 from consilience.common.encoding.floats import SUM_TOLERANCE, Floats, RowProblem
-from consilience.common.encoding.largest import Largest, Votes
+from consilience.common.encoding.largest import Largest, Sent, Votes
 from consilience.common.encoding.odds import OddsFloats, OddsLargest, OddsSquares, OddsVotes
 from consilience.common.encoding.squares import Squares
 from consilience.common.errors import ProtocolError
@@ -32,6 +32,7 @@ from consilience.common.settings import Encoding, largest_sent
 
 __all__ = [
     "SUM_TOLERANCE",
+    "Sent",
     "check",
     "check_features",
     "coverage_bytes",
@@ -46,6 +47,7 @@ __all__ = [
     "feature_values",
     "row_bytes",
     "unpack",
+    "unpack_sent",
 ]
 
 BLOCK_VALUES = 2**18
@@ -121,6 +123,17 @@ def unpack(raw: NDArray[np.uint8], encoding: Encoding, out: NDArray[np.float32],
     whole = raw.reshape(rows, codec.row_bytes(classes))
     for low, high in _blocks(rows, classes):
         out[low:high] = codec.unpack(whole[low:high], classes)
+
+
+def unpack_sent(raw: NDArray[np.uint8], classes: int, encoding: Encoding) -> Sent:
+    """Return what the bytes of `check`ed rows, (n * row_bytes,) contiguous, tell of log-probabilities, as `top-K`.
+
+    It is what `unpack` gives, without the classes that were not sent. Memory is that of what was sent.
+    """
+    most = largest_sent(encoding)
+    assert most is not None, encoding
+    codec = Largest(most)
+    return codec.sent(raw.reshape(-1, codec.row_bytes(classes)), classes)
 
 
 def decode(

@@ -30,6 +30,19 @@ def id_type(classes: int) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """Rows of log-probabilities of which m are told one by one and all others are the same.
+
+    `ids` (n, m) int64 positions in the site's own order of classes, `values` (n, m) float32, `other` (n,) float32: the
+    log-probability of each class that is not told, -inf where there is none.
+    """
+
+    ids: NDArray[np.int64]
+    values: NDArray[np.float32]
+    other: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class LargestRows:
     """Rows of the `most` largest numbers, by ids and values, and one number for what is not sent."""
 
@@ -121,14 +134,21 @@ class Largest(LargestRows):
 
     def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
         """Return the (n, k) log-probabilities of (n, row_bytes) encoded rows that have no problem; they sum to 1."""
-        ids, values, rest = self._parts(raw, classes)
+        sent = self.sent(raw, classes)
         out = np.empty((len(raw), classes), np.float32)
+        out[:] = sent.other[:, None]
+        np.put_along_axis(out, sent.ids, sent.values, axis=1)
+        return out
+
+    def sent(self, raw: NDArray[np.uint8], classes: int) -> Sent:
+        """Return what `unpack` does, but not more than was sent."""
+        ids, values, rest = self._parts(raw, classes)
         total = np.exp(values, dtype=np.float64).sum(axis=1, keepdims=True)
+        each = np.full((len(raw), 1), -np.inf)
         if rest is not None:
             total += np.exp(rest, dtype=np.float64)
-            out[:] = rest - np.log(total) - np.log(classes - ids.shape[1])
-        np.put_along_axis(out, ids, (values - np.log(total)).astype(np.float32), axis=1)
-        return out
+            each = rest - np.log(total) - np.log(classes - ids.shape[1])
+        return Sent(ids, (values - np.log(total)).astype(np.float32), each[:, 0].astype(np.float32))
 
 
 class Votes:

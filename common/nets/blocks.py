@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -130,12 +131,15 @@ def skeleton(architecture: str, classes: int, first: int = 0, channels: int = 1)
         return Blocks(build(architecture, classes=classes, channels=channels, seed=0), first)
 
 
-def export_tail(network: nn.Module, architecture: str, block: int, *, temperature: float = 1.0) -> LentTail:
+def export_tail(
+    network: nn.Module, architecture: str, block: int, *, temperature: float | Sequence[float] = 1.0
+) -> LentTail:
     """Return the blocks after `block` of `network`, which is `architecture`, and its head, to be lent.
 
-    `temperature` divides the scores, as calibration does that answers go through: the lent tail then gives what is
-    answered, up to a number a sample. It is taken into the head. Raises `StudentError` for a network that cannot be cut
-    or is not `architecture`, for block 0, which is the whole network, and for weights that are not finite.
+    `temperature`, one for all or one a score, divides the scores, as calibration does that answers go through: the lent
+    tail then gives what is answered, up to a number a sample. It is taken into the head. Raises `StudentError` for a
+    network that cannot be cut or is not `architecture`, for block 0, which is the whole network, and for weights that
+    are not finite.
     """
     held = Blocks(network, block)
     if not block:
@@ -156,8 +160,9 @@ def export_tail(network: nn.Module, architecture: str, block: int, *, temperatur
     if odd is not None:
         raise StudentError(f"The network's {odd} is not finite, so it cannot be lent", hint="Train it again")
     head = f"units.{len(held.units) - 1}.learned.0."
-    for name in (f"{head}weight", f"{head}bias"):
-        tensors[name] = tensors[name] / temperature
+    divided = torch.as_tensor(temperature, dtype=torch.float32)
+    tensors[f"{head}weight"] = tensors[f"{head}weight"] / divided.reshape(-1, 1)
+    tensors[f"{head}bias"] = tensors[f"{head}bias"] / divided
     return LentTail(architecture, block, held.head.out_features, safetensors.torch.save(tensors))
 
 

@@ -31,6 +31,7 @@ from consilience.common.settings.data import (
     Preprocessing,
     TorchvisionData,
 )
+from consilience.common.settings.filtered import Filtered
 from consilience.common.settings.job import (
     PATIENCE_FIELDS,
     Across,
@@ -51,7 +52,7 @@ from consilience.common.settings.job import (
     Student,
     Unify,
 )
-from consilience.common.settings.policy import EPSILON_LIMITS, EVERY_LAYER, Features, Limits, Policy, Reduction
+from consilience.common.settings.policy import EPSILON_LIMITS, EVERY_LAYER, Features, Limits, Policy, Reduction, Tail
 from consilience.common.settings.privacy import (
     Delta,
     DpSgd,
@@ -105,6 +106,7 @@ __all__ = [
     "ExportTeacher",
     "FeatureEncoding",
     "Features",
+    "Filtered",
     "Fit",
     "FolderData",
     "Head",
@@ -137,6 +139,7 @@ __all__ = [
     "StateDictTeacher",
     "Student",
     "SumNoise",
+    "Tail",
     "TapName",
     "TeacherSettings",
     "TorchScriptTeacher",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -22,6 +22,14 @@ ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\P{C}*
 ENCODINGS = ("f32", "f16", "u8", "votes")
 """Encodings of log-probabilities that a fixed name has, finest first."""
 _TOP = re.compile("top-([1-9][0-9]{0,5})")
+
+
+def _off(value: object) -> object:
+    return "off" if value is False else value
+
+
+OFF_IS_A_WORD = BeforeValidator(_off)
+"""For a field of which `off` is a value: YAML reads a bare off as false."""
 
 
 def largest_sent(encoding: str) -> int | None:

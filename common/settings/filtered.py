@@ -34,5 +34,8 @@ class Filtered(Settings):
     likely as the teachers hold them."""
     joint: bool = True
     """Whether trunk, filters and branches are trained together at the end, by `student.fit`."""
-    target: Literal["teachers", "unified"] = "teachers"
-    """What they learn then: each branch its teacher's answers, or the scores together the unified labels."""
+    tasks: Literal["site", "label"] = "site"
+    """What has a branch: all that is wanted of one site, or each label, where labels do not exclude one another."""
+    target: Literal["teachers", "unified"] | None = None
+    """What all together learn: each branch its teacher's answers, or the scores together the unified labels. By default
+    the unified labels where classes exclude one another, for answers say nothing of the odds between branches."""

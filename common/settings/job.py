@@ -22,6 +22,7 @@ from consilience.common.settings.base import (
 )
 from consilience.common.settings.concentration import Concentration
 from consilience.common.settings.data import DataSource, Preprocessing
+from consilience.common.settings.filtered import Filtered
 from consilience.common.settings.multi_label import refuse_for_labels
 from consilience.common.settings.policy import Policy
 from consilience.common.settings.privacy import NoPrivacy, Privacy, refuse_what_passes_by
@@ -55,6 +56,9 @@ class Ask(Settings):
     feature_bytes: int = Field(default=2**34, ge=1, le=2**53)
     """Most bytes of features that one site may bring, over all taps and samples, principal components among them; a
     site whose card declares more does not fit the job."""
+    tail_bytes: int = Field(default=2**28, ge=1, le=2**32)
+    """Most bytes of blocks that one site may lend, for `student.learning: filtered`; a site whose card declares more
+    does not fit the job."""
     question_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Pool samples a question speaks of; by default tuned for each site, to about two seconds of its teacher's work."""
     in_flight: int = Field(default=4, ge=1, le=64)
@@ -101,6 +105,11 @@ class Unify(Settings):
     """Prior weight of "outside the whole label space", where sites give coverage; 0: every sample is of some class.
     For method `ce` only.
     With more, `labels/other.npy` says how likely a sample is outside, and soft labels count by the rest."""
+
+    robust: bool = False
+    """Compare the sites' answers over the pool, and leave out those of a site that a majority of the others
+    contradicts, as a whole or about single classes (docs/robust.md). Of classes with fewer than three owners nothing
+    can be known. Needs single answers, and a student that learns unified labels."""
 
     def strength_of(self, site: str) -> float:
         """How much a site's coverage counts."""
@@ -185,17 +194,21 @@ class CommonFeature(Settings):
         return self
 
 
+Learning = Literal[
+    "soft-labels", "direct-ce", "direct-mf-lf", "layer-wise", "common-feature", "concentration", "filtered"
+]
+
+
 class Student(Settings):
     """The classifier the server trains."""
 
     architecture: str = "resnet8"
     """Named as a trained teacher's."""
-    learning: Literal["soft-labels", "direct-ce", "direct-mf-lf", "layer-wise", "common-feature", "concentration"] = (
-        "soft-labels"
-    )
+    learning: Learning = "soft-labels"
     """`layer-wise` and `common-feature` take features too, of the sites that tell some (docs/amalgamation.md); the
     other sites take part by their labels. `concentration` takes each sample's labels from one site
-    (docs/concentration.md)."""
+    (docs/concentration.md). `filtered` makes it for `classes` alone, of a trunk and branches, through the blocks of the
+    sites that know them (docs/filtered.md)."""
     classes: tuple[str, ...] | None = Field(default=None, min_length=1)
     """The classes that the student tells apart, by any of their names; by default all that sites know. Every site is
     asked all the same (docs/researcher.md)."""
@@ -205,20 +218,21 @@ class Student(Settings):
     layer_wise: LayerWise = LayerWise()
     common_feature: CommonFeature = CommonFeature()
     concentration: Concentration = Concentration()
+    filtered: Filtered = Filtered()
     preprocessing: Preprocessing = Preprocessing()
     fit: Fit = Fit()
 
     @model_validator(mode="after")
     def _classes_can_be_learnt(self) -> Student:
-        if self.classes is not None and len(self.classes) == 1 and not self.other:
-            raise ValueError(
-                f"classes names {self.classes[0]!r} alone, so that there is nothing to tell apart; name another, or "
-                "set other to true"
-            )
         if self.learning == "concentration" and (self.classes is not None or self.other):
             raise ValueError(
                 "classes or other is given, and learning is 'concentration', which learns every class of its "
                 "verticals; leave both out, or set learning to soft-labels"
+            )
+        if self.other and self.learning == "filtered":
+            raise ValueError(
+                "other is true, and learning is 'filtered', whose branches score wanted classes alone; set other to "
+                "false, or learning to soft-labels"
             )
         if self.other and self.learning == "direct-mf-lf":
             raise ValueError(
@@ -249,6 +263,8 @@ class Student(Settings):
         """Whether the scores learn unified soft labels."""
         if self.learning == "concentration":
             return self.concentration.target == "unified"
+        if self.learning == "filtered":
+            return self.filtered.joint and self.filtered.target != "teachers"
         return self.learning == "soft-labels" or self.target == "unified"
 
 
@@ -381,6 +397,11 @@ class JobSettings(Settings):
                 f"unify.other is {self.unify.other:g}, which student.learning {learning!r} cannot follow; "
                 "set it to 0, or student.learning to soft-labels"
             )
+        if self.unify.robust and not learns_labels:
+            raise ValueError(
+                f"unify.robust is True, which student.learning {learning!r} cannot follow: it learns from the answers "
+                "as they are; set it to false, or student.learning to soft-labels"
+            )
         if learning == "concentration":
             self._concentration_fits()
         if self.privacy.secure_sum:
@@ -399,6 +420,7 @@ class JobSettings(Settings):
                 ("unify.method", self.unify.method, "ce"),
                 ("unify.prior_correction", self.unify.prior_correction, False),
                 ("unify.other", self.unify.other, 0.0),
+                ("unify.robust", self.unify.robust, False),
                 ("student.learning", self.student.learning, "soft-labels"),
             ):
                 if value != allowed:
@@ -406,7 +428,17 @@ class JobSettings(Settings):
                         f"{field} is {value!r}, which needs single answers; with privacy.secure_sum it must be "
                         f"{allowed!r}"
                     )
+        if learning == "filtered" and self.privacy.sealed:
+            raise ValueError(
+                "student.learning is 'filtered', and privacy.sealed is true: blocks and what is asked of them are not "
+                "sealed; set one of them otherwise"
+            )
         if self.simulation is not None:
+            if learning == "filtered" and not self.simulation.policy.tail.open:
+                raise ValueError(
+                    "student.learning is 'filtered', and simulation.policy.tail.allow is 'off'; set it to questions or "
+                    "blocks"
+                )
             if not allowed_by(self.simulation.policy.encodings, self.ask.encoding):
                 raise ValueError(
                     f"ask.encoding is {self.ask.encoding!r}; simulation.policy allows: "

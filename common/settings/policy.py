@@ -8,11 +8,12 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from consilience.common.files import canonical_json, sha256
 from consilience.common.settings.base import (
     ENCODINGS,
+    OFF_IS_A_WORD,
     TAP_PATTERN,
     CoverageEncoding,
     Encoding,
@@ -74,6 +75,36 @@ class Features(Settings):
         return ("f16", "u8") if self.precision == "f16" else ("u8",)
 
 
+_NARROWING = ("temperature", "decimals", "cap", "floor", "sums_only", "sealed_only")
+"""Fields of the policy that keep something of answers back, which a tail, asked or lent, would tell all the same."""
+
+
+class Tail(Settings):
+    """The teacher's last blocks and head, for filtered amalgamation (docs/filtered.md). They tell far more than answers
+    about a pool do: whoever may send features of its own making learns what the blocks compute."""
+
+    allow: Annotated[Literal["off", "questions", "blocks"], OFF_IS_A_WORD] = "off"
+    """`questions`: the blocks stay at the site, and features that the server sends are answered with outputs and
+    gradients, within the limits below. `blocks`: their weights leave, once and for all; nothing is asked of them
+    afterwards."""
+    first: int = Field(default=1, ge=1, le=1000)
+    """The first block whose features are taken: the blocks after it, and the head, are what is asked or leaves. With
+    more, less of the teacher is told, and the student's branches can leave its trunk only later."""
+    rounds: int = Field(default=100_000, ge=0, le=2**53)
+    """Most questions of a job about features."""
+    samples: int = Field(default=2_000_000, ge=0, le=2**53)
+    """Most samples of features that a job may send, over all its questions."""
+    samples_lifetime: int = Field(default=20_000_000, ge=0, le=2**53)
+    """The same since the ledger began, over all jobs."""
+    bytes: int = Field(default=2**36, ge=0, le=2**53)
+    """Most bytes of features, outputs and gradients that a job may send and get."""
+
+    @property
+    def open(self) -> bool:
+        """Whether it is allowed at all."""
+        return self.allow != "off"
+
+
 class Policy(Settings):
     """What the site allows to leave. Nothing the server sends can widen it.
 
@@ -84,11 +115,13 @@ class Policy(Settings):
     """The finest encoding of log-probabilities that may leave: `f32`, `f16`, `u8` (a byte a class), `top-K`, for
     example `top-3` (the three largest and the sum of the others), or `votes` (the largest class alone). Whatever can be
     computed from it may leave too: see [encodings](encodings.md)."""
-    coverage: Literal["off", "u8", "f16"] = "off"
+    coverage: Annotated[Literal["off", "u8", "f16"], OFF_IS_A_WORD] = "off"
     """The finest encoding of coverage that may leave: of the site's estimate, one number a pool sample, of how likely
     the sample is of one of its classes. `u8` tells it to 1/256; `off`: it does not leave."""
     features: Features = Features()
     """Features of the teacher's layers that may leave; by default none (docs/amalgamation.md)."""
+    tail: Tail = Tail()
+    """Whether filtered amalgamation may use the teacher's last blocks; by default it may not."""
     class_priors: bool = False
     """Whether the shares of the classes in the private data may be told."""
     holdout_accuracy: bool = False
@@ -132,17 +165,24 @@ class Policy(Settings):
             raise ValueError("sums_only is true, and features leave openly; leave features.taps out")
         return self
 
+    @model_validator(mode="after")
+    def _a_tail_tells_all(self) -> Policy:
+        whole = Policy.model_fields
+        narrowed = [name for name in _NARROWING if getattr(self, name) != whole[name].default]
+        narrowed += ["precision"] if self.precision not in ("f32", "f16") else []
+        if self.tail.open and narrowed:
+            raise ValueError(
+                f"tail.allow is {self.tail.allow!r}, which tells what {narrowed[0]} ({getattr(self, narrowed[0])}) "
+                "keeps back from answers; set tail.allow to off, or leave that field out"
+            )
+        return self
+
     @property
     def encodings(self) -> tuple[Encoding, ...]:
         """Encodings the server may ask for, finest first; `allowed_by` says which of `top-K` these allow."""
         if self.precision in ENCODINGS:
             return ENCODINGS[ENCODINGS.index(self.precision) :]
         return (self.precision, "votes")
-
-    @field_validator("coverage", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: object) -> object:
-        return "off" if value is False else value  # YAML reads a bare off as false
 
     @property
     def coverage_encodings(self) -> tuple[CoverageEncoding, ...]:

@@ -111,6 +111,8 @@ class SumNoise(Settings):
 
 Mechanism = NoPrivacy | Pate | DpSgd | OutputNoise | SumNoise
 Privacy = Annotated[Mechanism, Field(discriminator="mechanism")]
+TEACHERS_WITH_BLOCKS = ("train", "state_dict")
+"""Kinds of teachers whose network is one that is built here, so that it can be cut into blocks."""
 WHOLE_MODEL = ("output-noise", "sum-noise")
 """Mechanisms that take any teacher as it is."""
 
@@ -121,8 +123,11 @@ def refuse_what_passes_by(
     calibration: str,
     teachers: tuple[TeacherSettings, ...],
 ) -> None:
-    """Raise `ValueError` for what would let private data out past the mechanism, or what it cannot train."""
+    """Raise `ValueError` for what would let private data out past the mechanism, or what it cannot train, and for a
+    tail that the teacher cannot give or that would pass by its calibration."""
     mechanism = privacy.mechanism
+    if policy.tail.open:
+        _refuse_tail(policy, calibration, teachers)
     if mechanism == "none":
         for field, most in policy.limits.model_dump(include=EPSILON_LIMITS).items():
             if most is not None:
@@ -153,11 +158,30 @@ def refuse_what_passes_by(
         "coverage": policy.coverage != "off",
         # what a network trained with dp-sgd computes is post-processing, at whatever layer
         "features": bool(policy.features.taps) and mechanism != "dp-sgd",
+        "tail": policy.tail.open,
         "class_priors": policy.class_priors,
         "holdout_accuracy": policy.holdout_accuracy,
     }
     for field in (field for field, told in past.items() if told):
-        instead = {"coverage": "set it to off", "features": "leave it out"}.get(field, "set it to false")
+        instead = {"coverage": "set it to off", "features": "leave it out", "tail": "leave it out"}.get(
+            field, "set it to false"
+        )
         raise ValueError(
             f"policy.{field} lets out what the private data say, past privacy.mechanism {mechanism}; {instead}"
+        )
+
+
+def _refuse_tail(policy: Policy, calibration: str, teachers: tuple[TeacherSettings, ...]) -> None:
+    allow = policy.tail.allow
+    for teacher in teachers:
+        if teacher.kind not in TEACHERS_WITH_BLOCKS:
+            raise ValueError(
+                f"policy.tail.allow is {allow!r}, and teacher.kind is {teacher.kind!r}, of which no blocks are in "
+                f"hand; allowed: {', '.join(map(repr, TEACHERS_WITH_BLOCKS))}; set policy.tail.allow to off, or give "
+                "the teacher as one of these"
+            )
+    if calibration == "dirichlet":
+        raise ValueError(
+            f"policy.tail.allow is {allow!r}, and calibration is 'dirichlet', which is applied after the last block: a "
+            "tail would tell the answers from before it; set calibration to temperature, or policy.tail.allow to off"
         )

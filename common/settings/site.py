@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from consilience.common.settings.base import Name, Settings
+from consilience.common.settings.base import OFF_IS_A_WORD, Name, Settings
 from consilience.common.settings.data import DataSource
 from consilience.common.settings.multi_label import refuse_for_labels
 from consilience.common.settings.policy import Policy
@@ -42,7 +42,7 @@ class SiteSettings(Settings):
     privacy: Privacy = NoPrivacy()
     """The mechanism behind which the teacher answers, and how strong it is."""
     coverage: Coverage = Coverage()
-    calibration: Literal["temperature", "dirichlet", "off"] = "temperature"
+    calibration: Annotated[Literal["temperature", "dirichlet", "off"], OFF_IS_A_WORD] = "temperature"
     """How the teacher's probabilities are made as good as they claim to be, by `consilience site train`: by one number
     for all classes (of a multi-label teacher, one for each label), by a matrix over them (which needs 20 held-out
     samples of every class), or not at all. What is fitted on: the part that `teacher.holdout` keeps out of training;

@@ -1,8 +1,8 @@
 """Filtered amalgamation from end to end (Ye et al., IJCAI 2019; methods.md section 3).
 
 Lives here: the order of its steps, the samples that are held out of them, what of them is kept on disk, what the
-report tells, and what a teacher that stays at its site will be asked. Does not live here: the steps themselves
-(filtered_blocks, filtered_branches).
+report tells. Does not live here: the steps themselves (filtered_blocks, filtered_branches), how much of
+a teacher that stays at its site is asked (common/nets/tail_plan).
 
 Samples held out, drawn by the seed, choose the branches; after that there is no choice left to make, and all samples
 are learnt from together.
@@ -102,6 +102,17 @@ class FilteredLesson:
         }
         self.fingerprint = f"filtered {sha256(canonical_json(about))} {answers} {getattr(scores, 'fingerprint', '')}"
 
+    @property
+    def stages(self) -> int:
+        """How many blocks are trained by themselves."""
+        tails = [teacher.tail for teacher in self._matter.teachers]
+        return max(len(tail.taps) for tail in tails) - min(tail.first for tail in tails)
+
+    @property
+    def target(self) -> str:
+        """What all together learn."""
+        return self._settings.target or "teachers"
+
     def teach(
         self,
         images: ImageRows,
@@ -197,7 +208,6 @@ class FilteredLesson:
                 "total": parts.total,
                 "learning": parameters(student.about).total,
             },
-            # of this process alone: what an interrupted one asked, its transport knows
             "asked": {
                 tail.site: asdict(tail.spent)
                 for tail in (teacher.tail for teacher in matter.teachers)
@@ -244,16 +254,3 @@ def held_out(samples: int, share: float, seed: int) -> tuple[NDArray[np.int64], 
         )
     order = torch.randperm(samples, generator=generator(seed, "held out")).numpy()
     return np.sort(order[count:]), np.sort(order[:count])
-
-
-def samples_asked(samples: int, settings: Filtered, fit: Fit, blocks: int, tasks: int) -> int:
-    """Return how many samples' features a tail at its site is asked about, over a whole learning of `samples`.
-
-    `blocks` are those that it takes, `tasks` what is wanted of it. Each is asked for outputs and for gradients, in
-    training; those held out for outputs. At most: `sampled` may draw fewer of its blocks, or more.
-    """
-    kept, held = held_out(samples, settings.held_out, 0)
-    batch = min(max(fit.batch_size, 2), len(kept))
-    streams = tasks if settings.filters == "task" else 1
-    steps = settings.epochs * max(len(kept) // batch, 1)
-    return streams * blocks * (2 * steps * batch + len(held))

@@ -111,8 +111,9 @@ class FilteredStudent(nn.Module):
             for at, branch in enumerate(about.branches)
         )
         owners = torch.zeros(about.classes)
-        for branch in about.branches:
+        for at, branch in enumerate(about.branches):
             owners[list(branch.classes)] += 1
+            self.register_buffer(f"classes{at}", torch.tensor(branch.classes), persistent=False)
         self.register_buffer("owners", owners, persistent=False)
 
     def branched(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -128,9 +129,10 @@ class FilteredStudent(nn.Module):
                     outputs[at] = branch(features)
         found = tuple(outputs[at] for at in range(len(self.branches)))
         scores = found[0].new_zeros(images.shape[0], self.about.classes)  # len() would fix the number for export
-        for about, each in zip(self.about.branches, found, strict=True):
-            classes = torch.tensor(about.classes, device=each.device)
-            scores = scores.index_add(1, classes, each[:, : len(about.classes)].to(scores.dtype))
+        for at, (about, each) in enumerate(zip(self.about.branches, found, strict=True)):
+            scores = scores.index_add(
+                1, self.get_buffer(f"classes{at}"), each[:, : len(about.classes)].to(scores.dtype)
+            )
         assert isinstance(self.owners, Tensor)
         return scores / self.owners.to(scores.dtype), found
 

@@ -63,8 +63,12 @@ class RemoteTail:
         ask_vjp: AskVjp,
         *,
         most: int = 1024,
+        spent: Spent | None = None,
     ) -> None:
-        """`taps` are the teacher's, as its card declares them. The functions are called by one thread at a time."""
+        """`taps` are the teacher's, as its card declares them. The functions are called by one thread at a time.
+
+        `spent`: what the tail was asked before, to be counted on.
+        """
         if not 1 <= first < len(taps):
             raise ProtocolError(
                 f"Site {site} offers the tail after block {first} of {len(taps) - 1}",
@@ -72,7 +76,7 @@ class RemoteTail:
             )
         self.site, self.fingerprint, self.taps, self.first = site, fingerprint, tuple(taps), first
         self._ask, self._ask_vjp, self._most = ask, ask_vjp, most
-        self.spent = Spent()
+        self.spent = Spent() if spent is None else spent
 
     def outputs(self, block: int, features: Tensor) -> Tensor:
         """See `TeacherTail.outputs`.

@@ -6,7 +6,7 @@ probabilities. Does not live here: estimation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -60,19 +60,52 @@ class Reader:
         """(K, stop - start) log-probabilities. `first_row` is added to row numbers in messages."""
         plan = self._plan
         stacked = torch.empty((plan.columns.size, stop - start), dtype=torch.float64, device=plan.device)
+        for _, part in self._parts(log_probs, start, stop, first_row, stacked, FLOOR):
+            part.sub_(part.exp().sum(0).log_())
+        return stacked
+
+    def weighed(
+        self,
+        log_probs: Sequence[Answers],
+        start: int,
+        stop: int,
+        first_row: int,
+        stacked: torch.Tensor,
+        lowest: float,
+    ) -> torch.Tensor:
+        """Fill `stacked` (K, stop - start), fp32 or fp64, with w_i p_i; `lowest` in the place of `FLOOR`."""
+        for site, part in self._parts(log_probs, start, stop, first_row, stacked, lowest):
+            part.exp_()
+            part.mul_(float(self._plan.weights[site]) / part.sum(0))
+        return stacked
+
+    def _parts(
+        self,
+        log_probs: Sequence[Answers],
+        start: int,
+        stop: int,
+        first_row: int,
+        stacked: torch.Tensor,
+        lowest: float,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield each site and its rows of `stacked`, filled with log-probabilities of which the largest is 0."""
+        plan = self._plan
         for site, answers in enumerate(log_probs):
             rows = slice(int(plan.offsets[site]), int(plan.offsets[site + 1]))
             part = stacked[rows]
-            part.copy_(to_tensor(answers[start:stop]).to(plan.device).t())
+            # First to the type and then transposed: the other way round walks through memory that is far away.
+            part.copy_(to_tensor(answers[start:stop]).to(plan.device, stacked.dtype).t())
             top = part.amax(0)
             if not bool(torch.isfinite(top).all()):
                 _refuse(site, part, first_row + start)
             if self._shift is not None:
                 part += self._shift[rows]
                 top = part.amax(0)
-            part.sub_(top).div_(self._temperature).clamp_(min=FLOOR)
-            part.sub_(part.exp().sum(0).log_())
-        return stacked
+            part.sub_(top)
+            if self._temperature != 1.0:
+                part.div_(self._temperature)
+            part.clamp_(min=lowest)
+            yield site, part
 
 
 def is_floating(answers: Answers) -> bool:
@@ -80,6 +113,11 @@ def is_floating(answers: Answers) -> bool:
     if isinstance(answers, torch.Tensor):
         return answers.dtype in _TORCH_TYPES
     return answers.dtype.kind == "f" and answers.dtype.itemsize <= 8
+
+
+def is_double(answers: Answers) -> bool:
+    """Whether this is f64."""
+    return answers.dtype == (torch.float64 if isinstance(answers, torch.Tensor) else np.float64)
 
 
 def to_tensor(block: Answers) -> torch.Tensor:

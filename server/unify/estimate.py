@@ -5,6 +5,7 @@ Lives here: `Estimate` and the `Estimator` protocol. Does not live here: any est
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,8 @@ import torch
 class Estimate:
     """scores (L, b) fp64: log q up to one constant per component; iterations, converged, residual (b,).
 
-    other (b,) is the mass outside the label space, or None in a closed world.
+    other (b,) is the mass outside the label space, or None in a closed world. `labels`, where an estimator makes them
+    itself, are q (L, b) fp32, and scores are then not used.
     """
 
     scores: torch.Tensor
@@ -23,6 +25,13 @@ class Estimate:
     converged: torch.Tensor
     residual: torch.Tensor
     other: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+    def replace(self, rows: torch.Tensor, by: Estimate, combine: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take samples `rows` (m,) of labels from another estimate, whose scores `combine` makes labels of."""
+        assert self.labels is not None
+        self.labels[:, rows] = combine(by.scores).to(self.labels.dtype)
+        self.iterations[rows], self.converged[rows], self.residual[rows] = by.iterations, by.converged, by.residual
 
     @staticmethod
     def closed(scores: torch.Tensor) -> Estimate:

@@ -36,6 +36,10 @@ class Overlap:
     """(I,) i of each part, counted within the component."""
     pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """T, part (T, i), part (T, j): (E,) each."""
+    part_rows: IntArray
+    """(K,) the part that each stacked row adds to, -1 for the rows of classes with one owner."""
+    set_count: int
+    """S."""
     to_parts: Sparse
     """I x K, from stacked probabilities to w_i p_i(classes of T)."""
     parts_to_sets: Sparse
@@ -54,6 +58,8 @@ class Overlap:
     """n n x I: row (i, j) adds up the parts (T, i) over the sets T that hold both i and j."""
     sets_to_links: Sparse
     """n n x S: row (i, j) adds up the sets that hold both."""
+    sets_to_pairs: Sparse
+    """n (n - 1) / 2 x S: the rows (i, j), i < j, of `sets_to_links`."""
     pairs_to_links: Sparse
     """n n x E, symmetric."""
     pairs_to_flows: Sparse
@@ -121,6 +127,8 @@ def _overlap(
         for place, site in enumerate(sets[number]):
             into.append((int(starts[number]) + place, stacked_row[site, column], float(plan.weights[site])))
     into_part, into_row, into_weight = (np.array(values) for values in zip(*into, strict=True))
+    part_rows = np.full(plan.columns.size, -1)
+    part_rows[into_row.astype(np.int64)] = into_part
     singles = [
         (local[int(site)], int(column))
         for site, column in zip(plan.sites, plan.columns, strict=True)
@@ -129,6 +137,8 @@ def _overlap(
     single_site, single_class = np.array(singles, dtype=np.int64).reshape(-1, 2).T
     all_parts = np.arange(parts)
     both = np.concatenate([i * n + j, j * n + i])
+    pair_row = np.zeros((n, n), dtype=np.int64)
+    pair_row[np.triu_indices(n, 1)] = np.arange(n * (n - 1) // 2)
     ones = np.ones(pairs)
     twice = np.tile(np.arange(pairs), 2)
     return Overlap(
@@ -137,6 +147,8 @@ def _overlap(
         part_set=plan.tensor(part_set),
         part_site=plan.tensor(part_site),
         pairs=(plan.tensor(pair_set), plan.tensor(pair_one), plan.tensor(pair_two)),
+        part_rows=part_rows,
+        set_count=size,
         to_parts=Sparse(into_part, into_row, (parts, plan.columns.size), device, into_weight),
         parts_to_sets=Sparse(part_set, all_parts, (size, parts), device),
         parts_to_sites=Sparse(part_site, all_parts, (n, parts), device),
@@ -148,6 +160,7 @@ def _overlap(
         classes_to_singles=Sparse(single_site, single_class, (n, plan.num_classes), device),
         parts_to_links=Sparse(both, np.concatenate([pair_one, pair_two]), (n * n, parts), device),
         sets_to_links=Sparse(both, np.concatenate([pair_set, pair_set]), (n * n, size), device),
+        sets_to_pairs=Sparse(pair_row[i, j], pair_set, (n * (n - 1) // 2, size), device),
         pairs_to_links=Sparse(both, twice, (n * n, pairs), device),
         pairs_to_flows=Sparse(both, twice, (n * n, pairs), device, np.concatenate([ones, -ones])),
     )

@@ -5,12 +5,17 @@ Lives here: sparse matrices and the maximum over groups of rows. Does not live h
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy.typing as npt
 import torch
 
+_DENSE = 4
+"""A matrix of which more than one entry in so many is not zero is multiplied faster as a dense one."""
+
 
 class Sparse:
-    """A fixed sparse matrix (r, c) in fp64, to be multiplied with dense (c, b) blocks."""
+    """A fixed sparse matrix (r, c) in fp64, to be multiplied with dense (c, b) blocks of the same type."""
 
     def __init__(
         self,
@@ -28,10 +33,18 @@ class Sparse:
         )
         # Checked on purpose: an index out of range would read foreign memory in the product.
         matrix = torch.sparse_coo_tensor(index, entries, shape, check_invariants=True)
-        self._matrix = matrix.coalesce().to(device)
+        matrix = matrix.coalesce().to(device)
+        self._dense = shape[0] * shape[1] <= _DENSE * matrix._nnz()
+        self._matrix = matrix.to_dense() if self._dense else matrix
+
+    def to(self, dtype: torch.dtype) -> Sparse:
+        """The same in another type."""
+        other = copy(self)
+        other._matrix = self._matrix.to(dtype)
+        return other
 
     def __matmul__(self, block: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.sparse.mm(self._matrix, block)
+        product: torch.Tensor = self._matrix @ block if self._dense else torch.sparse.mm(self._matrix, block)
         return product
 
 

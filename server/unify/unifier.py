@@ -15,8 +15,8 @@ import torch
 
 from consilience.common.errors import UnifyError
 from consilience.server.unify.across import Combine
-from consilience.server.unify.answers import Reader
-from consilience.server.unify.blocks import block_rows, run_blocks
+from consilience.server.unify.answers import Reader, is_double
+from consilience.server.unify.blocks import MEMORY, block_rows, run_blocks
 from consilience.server.unify.ce import CE
 from consilience.server.unify.coverage import STRENGTH, Coverage, check_coverage, read_coverage
 from consilience.server.unify.covered import CoveredCE
@@ -25,6 +25,7 @@ from consilience.server.unify.mf_lf import MFLF
 from consilience.server.unify.mf_lv import MFLV
 from consilience.server.unify.mf_p import MFP
 from consilience.server.unify.plan import Plan, make_plan
+from consilience.server.unify.quick import LOWEST
 from consilience.server.unify.result import ACROSS, METHODS, Across, Answers, Method, Prior, UnifiedLabels
 from consilience.server.unify.sd import SD
 
@@ -54,7 +55,8 @@ class Unifier:
     block           rows computed at a time; by default what fits a fixed amount of memory. Results do not
                     depend on it
 
-    Raises UnifyError where any of these is not as said. All computation is in fp64.
+    Raises UnifyError where any of these is not as said. All computation is in fp64, but for "ce" from answers in f16,
+    bf16 or f32: of samples whose sites are well linked they are added up in fp32, and labels are the same to 1e-6.
     The methods are those of Vongkulbhisal et al., CVPR 2019; docs/unify.md says how each is solved.
     """
 
@@ -92,7 +94,10 @@ class Unifier:
         self._unsoftened, self._temperature = Reader(plan, 1.0, prior), float(temperature)
         self._asked_block = block
         self._covered: dict[tuple[bool, ...], _Covered] = {}
-        self.block = block_rows(block, self._estimator.row_doubles)
+        self._quick = self._estimator.quick if isinstance(self._estimator, CE) else None
+        self.block = self._exact_block = block_rows(block, self._estimator.row_doubles)
+        if self._quick is not None:  # many short operations, the cost of which more rows share
+            self.block = block_rows(block, self._quick.row_doubles, 2 * MEMORY)
 
     @property
     def components(self) -> npt.NDArray[np.int64]:
@@ -100,7 +105,12 @@ class Unifier:
         return self._plan.components.copy()
 
     def __call__(
-        self, log_probs: Sequence[Answers], *, coverage: Coverage | None = None, first_row: int = 0
+        self,
+        log_probs: Sequence[Answers],
+        *,
+        coverage: Coverage | None = None,
+        first_row: int = 0,
+        alone: bool = False,
     ) -> UnifiedLabels:
         """Unify n samples.
 
@@ -110,6 +120,7 @@ class Unifier:
         coverage   (n,) floating per site, its estimate of P(class of x is one of mine) in [0, 1], or None for a
                    site that gives none; None (default) for none at all. For "ce" and, from every site, "sd"
         first_row  added to row numbers in messages, for callers who hold a part of a larger whole
+        alone      work in the calling thread only, for callers who call from several
 
         Raises UnifyError for wrong shapes or types, NaN, +inf, a row of nothing but -inf, coverage outside
         [0, 1], or coverage that the method cannot use or `other` lacks.
@@ -117,17 +128,38 @@ class Unifier:
         n = self._reader.check(log_probs)
         pattern = check_coverage(coverage, self._plan.num_sites, n)
         if coverage is not None and any(pattern):
-            return self._with_coverage(log_probs, coverage, pattern, n, first_row)
+            return self._with_coverage(log_probs, coverage, pattern, n, first_row, alone)
         if self._other > 0:
             raise UnifyError(f"other {self._other:g} needs coverage, and no site gives any")
 
-        def estimate(start: int, stop: int) -> Estimate:
-            return self._estimator(self._reader.read(log_probs, start, stop, first_row))
+        def exact(start: int, stop: int) -> torch.Tensor:
+            return self._reader.read(log_probs, start, stop, first_row)
 
-        return run_blocks(self._plan, n, self.block, estimate, self._combine)
+        # Doubles are taken at their word: in fp32 a large offset of a row would cost digits.
+        quick = None if any(is_double(answers) for answers in log_probs) else self._quick
+
+        def estimate(start: int, stop: int) -> Estimate:
+            if quick is None:
+                return self._estimator(exact(start, stop))
+            stacked = quick.buffer("stacked", self._plan.columns.size, stop - start)
+            found = quick(self._reader.weighed(log_probs, start, stop, first_row, stacked, LOWEST))
+            left = torch.nonzero(~found.converged)[:, 0]
+            if left.numel() > 0:
+                stacked = exact(start, stop)
+                for rows in torch.split(left, self._exact_block):
+                    found.replace(rows, self._estimator(stacked[:, rows]), self._combine)
+            return found
+
+        return run_blocks(self._plan, n, self.block, estimate, self._combine, alone=alone)
 
     def _with_coverage(
-        self, log_probs: Sequence[Answers], coverage: Coverage, pattern: tuple[bool, ...], n: int, first_row: int
+        self,
+        log_probs: Sequence[Answers],
+        coverage: Coverage,
+        pattern: tuple[bool, ...],
+        n: int,
+        first_row: int,
+        alone: bool,
     ) -> UnifiedLabels:
         plan = self._plan
         if pattern not in self._covered:
@@ -139,7 +171,7 @@ class Unifier:
             found = covered.estimate(self._unsoftened.read(log_probs, start, stop, first_row), known)
             return replace(found, scores=found.scores / self._temperature)
 
-        labels = run_blocks(plan, n, covered.block, estimate, Combine(plan, None))
+        labels = run_blocks(plan, n, covered.block, estimate, Combine(plan, None), alone=alone)
         return replace(labels, components=covered.components.copy())
 
     def _prepare(self, pattern: tuple[bool, ...]) -> _Covered:

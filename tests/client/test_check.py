@@ -56,6 +56,7 @@ def test_an_admitted_site_passes_and_the_server_does_not_take_it_to_be_online(
         "private data",
         "coverage",
         "features",
+        "blocks",
         "agent",
     }
     assert "log-probabilities as f16 or u8 or top-K" in rows["policy"]["found"]

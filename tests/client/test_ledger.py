@@ -395,7 +395,7 @@ def test_a_head_that_could_not_be_written_is_written_before_anything_else_leaves
     assert (read_json(ledger.head)["rows"], ledger.count) == (3, 4)
     with ledger.alone():
         pass
-    assert read_json(ledger.head) == {"rows": 4, "chain": ledger.chain, "samples": 13, "features": 0}
+    assert read_json(ledger.head) == {"rows": 4, "chain": ledger.chain, "samples": 13, "features": 0, "tail": 0}
 
 
 def in_processes(count: int, work: Callable[[int], None]) -> None:
@@ -543,6 +543,39 @@ def test_a_job_takes_no_more_than_before_from_another_ledger(settings: SiteSetti
     set_aside(settings)
     assert restart(settings)[1:] == (21, 35, (3, 5))  # what was carried over is carried on
     assert Ledger.open(settings).spent.jobs == {"": 3, "job": 12, "other": 6}
+
+
+def test_samples_sent_to_the_tail_are_carried_over(settings: SiteSettings, tmp_path: Path) -> None:
+    ledger = filled(settings)
+    asked = {"what": "outputs", "samples": 7, "bytes": 90}
+    add(ledger, Entry("tail", "job", "t" * 64, body=asked), Entry("tail", "job", "t" * 64, body=asked))
+    add(ledger, Entry("tail", "other", "t" * 64, body={**asked, "what": "gradient"}))
+    assert ledger.spent.tails == {
+        ("job", "rounds"): 2,
+        ("job", "samples"): 14,
+        ("job", "bytes"): 180,
+        ("other", "rounds"): 1,
+        ("other", "samples"): 7,
+        ("other", "bytes"): 90,
+    }
+    ledger.close()
+    restart(settings)
+    again = Ledger.open(settings)
+    assert again.spent.tails == {("job", "samples"): 14, ("other", "samples"): 7}
+    again.close()
+    set_aside(settings)
+    (settings.state / "ledger.db").unlink()  # now the head alone tells
+    restart(settings)
+    again = Ledger.open(settings)
+    assert again.spent.tails == {("", "samples"): 21}
+    again.close()
+
+
+@pytest.mark.parametrize("body", [{"samples": 0, "bytes": 9}, {"samples": 3, "bytes": -9}, {"bytes": 9}])
+def test_a_question_about_the_tail_that_counts_down_is_a_bad_row(settings: SiteSettings, body: dict[str, int]) -> None:
+    ledger = filled(settings)
+    with pytest.raises(LedgerError, match="row 4"):
+        add(ledger, Entry("tail", "job", "t" * 64, body={"what": "outputs", **body}))
 
 
 def set_aside(settings: SiteSettings) -> None:

@@ -135,6 +135,22 @@ def test_the_policy_bounds_the_encoding(site: Site, pool: Pool, teacher: Linear)
         assert len(coarse.answer(question(site, pool, 0, 5, policy=policy, encoding=encoding)).data) == 5 * width
 
 
+def test_by_another_name_of_the_same_bytes_nothing_is_drawn_anew(site: Site, pool: Pool) -> None:
+    """A teacher that never says the same twice could be averaged over as many names as there are numbers."""
+    random = np.random.default_rng(0)
+
+    class Fickle(Linear):
+        def log_probs(self, images: np.ndarray) -> np.ndarray:
+            return np.asarray(log_softmax(random.normal(0, 1, (len(images), 3)), axis=1), np.float32)
+
+    fickle = Site(site.settings, Fickle())
+    told = {fickle.answer(question(fickle, pool, 0, 5, encoding=f"top-{many}")).data for many in (3, 4, 300, 3)}
+    assert len(told) == 1
+    assert fickle.ledger.spent.lifetime == 5
+    demand = fickle.demand("other", [pool], "top-7", coverage=False, summed=False)
+    assert fickle.new_of(demand) == [SIZE - 5]
+
+
 def test_class_priors_are_told_only_if_the_policy_says_so(site: Site, tmp_path: Path, teacher: Linear) -> None:
     assert site.card.class_priors is None
     labels = np.array([0, 1, 1, 2])

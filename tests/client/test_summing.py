@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from cryptography.hazmat.primitives import serialization
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_restart import restart
 from consilience.client.site import Site
-from consilience.common.errors import ProtocolError, StorageError
+from consilience.common.errors import LedgerError, ProtocolError, StorageError
 from consilience.common.identity import write_secret
 from consilience.common.pool import Pool
 from consilience.common.settings import SiteSettings
-from consilience.common.sums.messages import Member, RowsQuestion, Terms
+from consilience.common.sums.messages import Delivered, Member, RowsQuestion, Terms, Unmask
 from helpers.small_site import CLASSES, SIZE, Fickle, make_pool, make_site
 from helpers.summing import Sums, draw, identity, make_terms
 
@@ -69,9 +70,9 @@ def _settings(folder: Path) -> SiteSettings:
     return site.settings.model_copy(update={"key": key})
 
 
-def terms_of(pool: Pool, settings: SiteSettings, **changes: Any) -> Terms:
+def terms_of(pool: Pool, settings: SiteSettings, *, teacher: str = Fickle.fingerprint, **changes: Any) -> Terms:
     made = make_terms(SETS, SIZE, pool=pool.digest, labels=CLASSES, **changes)
-    own = {"teacher": Fickle.fingerprint, "policy": settings.policy.version}
+    own = {"teacher": teacher, "policy": settings.policy.version}
     members = tuple(Member(**{**member.model_dump(), **own}) for member in made.members)
     return Terms(**{**made.model_dump(exclude={"members"}), "members": members})
 
@@ -128,3 +129,45 @@ def test_no_ledger_begins_where_it_is_not_known_what_was_summed(tmp_path: Path, 
     with pytest.raises(StorageError, match="is gone, and sums are there"):
         restart(world.settings)
     assert Ledger.open(world.settings).spent.lifetime == SIZE
+
+
+def unmask(world: World, *names: str) -> Unmask:
+    held = [world.server._load(f"delivered/{site}", Delivered) for site in names]
+    signatures = tuple(delivered.signature for delivered in held if delivered is not None)
+    return Unmask(terms=world.terms.digest, survivors=names, signatures=signatures)
+
+
+def test_an_older_copy_of_state_opens_no_other_seed(tmp_path: Path, pool: Pool) -> None:
+    """Of one site it would tell its mask key after its own mask: both together unmask that site's rows."""
+    world, state = World(tmp_path, pool), tmp_path / "state"
+    world.up_to_rows()
+    world.whole.close()
+    shutil.copytree(state, tmp_path / "backup")
+    site = Site(world.settings, Fickle())
+    shares = site.summing.open(unmask(world, "site-1", "site-2", "site-3")).shares
+    assert {share.of: share.kind for share in shares}["site-2"] == "self"
+    assert site.ledger.spent.sums == {world.terms.digest: ("opened", Fickle.fingerprint)}
+    site.close()
+    shutil.rmtree(state)
+    shutil.copytree(tmp_path / "backup", state)
+    with pytest.raises(LedgerError, match="older copy"):
+        Site(world.settings, Fickle()).summing.open(unmask(world, "site-1", "site-3"))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_lost_record_of_sums_is_no_fresh_start(tmp_path: Path, pool: Pool, restarted: bool) -> None:
+    """The same images would be summed over other sites, and noise would be drawn anew and not be paid."""
+    world = World(tmp_path, pool)
+    world.up_to_rows()
+    world.whole.close()
+    shutil.rmtree(tmp_path / "state" / "sums")
+    if restarted:
+        restart(world.settings)
+    other = World(tmp_path, pool, threshold=3)
+    with pytest.raises(StorageError, match="the ledger tells of sums that it does not know"):
+        other.advertise_all()
+    assert other.whole.ledger.spent.sums == {world.terms.digest: ("given", Fickle.fingerprint)}
+    teacher = Fickle()
+    teacher.fingerprint = "e" * 64
+    another = Site(world.settings, teacher)
+    assert another.summing.keys(terms_of(pool, world.settings, teacher="e" * 64)).site == "site-1"

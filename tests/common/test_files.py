@@ -100,3 +100,29 @@ def test_a_written_file_has_the_rights_that_the_user_s_umask_gives(tmp_path: Pat
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_rows_are_written_to_their_places(tmp_path: Path) -> None:
+    array = files.create_array(tmp_path / "rows.npy", np.float32, (10, 3))
+    writer = files.RowWriter(tmp_path / "rows.npy", array)
+    rows = np.arange(15.0).reshape(5, 3)
+    ids = np.array([1, 2, 5, 8, 9])
+    writer.put(ids, rows)  # of another type, in three runs
+    writer.put(np.empty(0, np.int64), np.empty((0, 3)))
+    writer.close()
+    found = np.load(tmp_path / "rows.npy")
+    np.testing.assert_array_equal(found[ids], rows.astype(np.float32))
+    assert not found[[0, 3, 4, 6, 7]].any()
+
+
+def test_rows_that_the_disk_refuses_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = files.create_array(tmp_path / "rows.npy", np.float32, (4, 3))
+    writer = files.RowWriter(tmp_path / "rows.npy", array)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match=r"rows\.npy"):
+        writer.put(np.array([0]), np.zeros((1, 3), np.float32))
+    writer.close()

@@ -192,6 +192,7 @@ def test_every_field_of_the_policy_enters_its_version() -> None:
         "precision": "f32",
         "coverage": "u8",
         "features": {"taps": {"layer1": {}}},
+        "tail": {"allow": "questions"},
         "class_priors": True,
         "holdout_accuracy": True,
         "pools": ("0" * 64,),

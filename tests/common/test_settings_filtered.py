@@ -20,6 +20,7 @@ from consilience.common.settings.filtered import Filtered
         {"filters": "shortcut"},
         {"branches": "student"},
         {"target": "labels"},
+        {"tasks": "class"},
         {"tail": 1},
     ],
 )
@@ -28,11 +29,11 @@ def test_values_that_are_not_allowed(field: dict[str, Any]) -> None:
         Filtered.model_validate(field)
 
 
-def test_soft_answers_of_teachers_are_learnt_by_default() -> None:
+def test_soft_answers_are_learnt_by_default() -> None:
     settings = Filtered()
     assert (settings.hard, settings.target, settings.branches, settings.order) == (
         False,
-        "teachers",
+        None,
         "teacher",
         "in-turn",
     )

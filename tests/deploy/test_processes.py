@@ -48,6 +48,23 @@ LAYERS: dict[str, Any] = {
         "fit": {"epochs": 1, "precision": "f32"},
     },
 }
+ORDERED: dict[str, Any] = {
+    "name": "ordered",
+    "simulation": {
+        **JOB["simulation"],
+        "pool_share": 0.02,
+        "partition": {"kind": "class-lists", "classes": [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8, 9]]},
+        "teachers": [{"kind": "train", "architecture": "cnn3@0.25", "fit": {"epochs": 1, "precision": "f32"}}],
+        "policy": {"tail": {"allow": "questions"}},
+    },
+    "student": {
+        "architecture": "cnn3@0.25",
+        "learning": "filtered",
+        "classes": ["Bag", "Coat", "Sneaker"],
+        "filtered": {"epochs": 1},
+        "fit": {"epochs": 1, "precision": "f32", "batch_size": 32},
+    },
+}
 # Takes away every network but a fresh loopback, then becomes the command: no interface, no route, nothing to reach.
 ALONE = """
 import ctypes, fcntl, os, socket, struct, sys
@@ -80,10 +97,14 @@ def ours() -> set[str]:
     return found
 
 
+def job_in(settings: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
 def both_ways(settings: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Do a job with processes, which have no network but a loopback, and in one process; return the runs."""
-    job = folder / "job.yaml"
-    job.write_text(yaml.safe_dump(settings))
+    job = job_in(settings, folder / "job.yaml")
     before = ours()
     alone = simulate(job, folder / "processes", "--processes", alone=True)
     if alone.returncode == 77:
@@ -125,6 +146,26 @@ def test_layers_and_their_components_over_the_network_are_those_of_one_process(t
     assert len(sent) == 3 * len(sites)
     for name in (*sent, "labels/q.npy", "student/model.safetensors"):
         assert (runs["processes"] / name).read_bytes() == (runs["threads"] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_blocks_are_asked_over_the_network_as_in_one_process_and_teach_what_lent_ones_do(tmp_path: Path) -> None:
+    runs = both_ways(ORDERED, tmp_path)
+    reports = {name: comparable(read_json(run / "report.json")) for name, run in runs.items()}
+    assert reports["processes"] == reports["threads"]
+    asked = reports["processes"]["student"]["filtered"]
+    assert all(spent["rounds"] > 10 for spent in asked["asked"].values())
+    for name in ("student/filtered.json", "student/model.safetensors"):
+        assert (runs["processes"] / name).read_bytes() == (runs["threads"] / name).read_bytes()
+    lending = {**ORDERED["simulation"], "policy": {"tail": {"allow": "blocks"}}}
+    lent = simulate(job_in({**ORDERED, "simulation": lending}, tmp_path / "lent.yaml"), tmp_path / "lent")
+    assert lent.returncode == 0, lent.stderr
+    told = read_json(tmp_path / "lent" / "report.json")["student"]["filtered"]
+    assert sorted(told["lent"]) == sorted(asked["asked"])
+    for name, losses in asked["blocks"].items():
+        np.testing.assert_allclose(losses, told["blocks"][name], atol=1e-4)
+    for one, other in zip(asked["branches"], told["branches"], strict=True):
+        assert one["agreement"] == pytest.approx(other["agreement"], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from flwr.app import RecordDict
 from numpy.typing import NDArray
 from torch import nn
 
-from consilience.common.nets.blocks import Blocks
+from consilience.common.files import sha256
+from consilience.common.nets.blocks import Blocks, export_tail, rebuild_tail
 from consilience.common.preprocessing import preprocess
+from consilience.common.protocol import BlockCard, TailCard
+from consilience.common.tails import BlocksQuestion, Carried, asked, packed
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher
 from consilience.server.student.remote_tail import RemoteTail
 from consilience.server.student.tails import LocalTail
@@ -52,6 +56,49 @@ class StandIn:
             return _bytes(block, [outputs.detach().numpy()])
         (found,) = torch.autograd.grad(outputs, leaf, torch.from_numpy(arrays[1]))
         return _bytes(block, [found.numpy()])
+
+
+class TailSite:
+    """A site's tail behind messages, as the client's would be; `spoil` changes the n-th answer."""
+
+    def __init__(self, network: nn.Module, architecture: str, *, first: int = 1, allow: str = "questions") -> None:
+        self.lent = export_tail(network, architecture, first)
+        self.blocks = rebuild_tail(self.lent)
+        self.taps, self.allow = Blocks(network).taps, allow
+        self.asked = 0
+        self.spoil: Callable[[RecordDict, int], RecordDict] = lambda content, at: content
+
+    @property
+    def card(self) -> TailCard:
+        """What the site tells of it."""
+        blocks = tuple(BlockCard(name=tap.name, layout=tap.unit, channels=tap.channels) for tap in self.taps)
+        return TailCard(
+            allow="blocks" if self.allow == "blocks" else "questions",
+            architecture=self.lent.architecture,
+            first=self.lent.block,
+            blocks=blocks,
+            fingerprint=sha256(self.lent.tensors + bytes([self.lent.block])),
+            bytes=len(self.lent.tensors),
+            digest=sha256(self.lent.tensors),
+        )
+
+    def answer(self, content: RecordDict) -> RecordDict:
+        """Answer a question about features, or for a piece of the blocks."""
+        self.asked += 1
+        return self.spoil(self._answer(content), self.asked)
+
+    def _answer(self, content: RecordDict) -> RecordDict:
+        if self.allow == "blocks":
+            piece = BlocksQuestion.from_content(content)
+            return Carried(piece, self.lent.tensors[piece.start : piece.stop]).to_content()
+        question, given = asked(content)
+        leaf = torch.from_numpy(given[0]).requires_grad_()
+        with torch.enable_grad():
+            outputs = self.blocks.run(leaf, question.block, self.blocks.count + 1)
+        found = outputs
+        if question.gradient:
+            (found,) = torch.autograd.grad(outputs, leaf, torch.from_numpy(given[1]))
+        return Carried(question, packed([found.detach().numpy()])).to_content()
 
 
 def _bytes(block: int, arrays: Sequence[Floats]) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import tempfile
 import tracemalloc
 import zipfile
@@ -55,10 +56,13 @@ from consilience.common.errors import ConsilienceError, ProtocolError
 from consilience.common.files import sha256
 from consilience.common.identity import Kit, PrivateKey, Request, key_fingerprint, key_line
 from consilience.common.job_key import JobKey
+from consilience.common.nets import build
+from consilience.common.nets.blocks import LentTail, export_tail, rebuild_tail
 from consilience.common.pool import Pool
 from consilience.common.protocol import (
     Agreement,
     Answer,
+    BlockCard,
     CardRequest,
     ComponentsCard,
     Contract,
@@ -69,6 +73,8 @@ from consilience.common.protocol import (
     Refusal,
     SiteCard,
     SumNoiseCard,
+    TailCard,
+    TailDemand,
     TapCard,
     read_reply,
 )
@@ -91,6 +97,7 @@ from consilience.common.sums.messages import (
     Unmask,
 )
 from consilience.common.sums.shares import seal, unseal
+from consilience.common.tails import BlocksQuestion, TailQuestion, answered, asked
 from consilience.common.vouching import SALT_BYTES, KnownSigner, Signer, salted
 from consilience.server.signatures import (
     Signatures,
@@ -396,6 +403,48 @@ TO_SITES = _records(
     _plain(FOR_COMPONENTS),
     _plain(SEALED_COMPONENTS),
 )
+TAIL_QUESTION = TailQuestion(job="job", tail=DIGEST, policy=POLICY, block=1, samples=2, shape=(3, 1, 2), outputs=2)
+PULLING = TAIL_QUESTION.model_copy(update={"gradient": True})
+PIECE = BlocksQuestion(job="job", tail=DIGEST, policy=POLICY, start=4, stop=9)
+_TAIL = TailCard(allow="questions", architecture="cnn3@0.2", first=1, fingerprint=DIGEST, bytes=5, digest=DIGEST,
+                 blocks=(BlockCard(name="layer1", layout="conv3x3/1 norm", channels=6),
+                         BlockCard(name="scores", layout="relu mean flatten linear", channels=2)))  # fmt: skip
+
+
+def _tail_asked(text: bytes, data: bytes | None) -> None:
+    question, given = asked(_content("record", text, data))
+    if [each.shape for each in given] != list(question.sent) or not all(np.isfinite(each).all() for each in given):
+        raise DecoderError("what was taken are no numbers that go with the question")
+
+
+def _tail_answered(expected: TailQuestion | BlocksQuestion) -> tuple[Callable[[bytes, bytes | None], object], bytes]:
+    size = 4 * math.prod(expected.answered) if isinstance(expected, TailQuestion) else 5
+    seed = expected.model_dump_json().encode() + _TEXT_END + bytes(size)
+    return lambda text, data: answered(_content("record", text, data), expected), seed
+
+
+def _lent(data: bytes) -> bool:
+    """A file of lent blocks."""
+    try:
+        blocks = rebuild_tail(LentTail("cnn3@0.2", 2, 2, data))
+    except ProtocolError:
+        return False
+    if not all(bool(held.isfinite().all()) for held in blocks.state_dict().values()):
+        raise DecoderError("what was taken has weights that are not finite")
+    return True
+
+
+TAILS = _records(
+    (_tail_asked, TAIL_QUESTION.model_dump_json().encode() + _TEXT_END + bytes(48)),
+    (_tail_asked, PULLING.model_dump_json().encode() + _TEXT_END + bytes(64)),
+    _tail_answered(TAIL_QUESTION),
+    _tail_answered(PULLING),
+    _tail_answered(PIECE),
+    _plain(PIECE),
+    _plain(CARD.model_copy(update={"tail": _TAIL})),
+    _plain(CONTRACT.model_copy(update={"tail": TailDemand(rounds=3, samples=6, bytes=500)})),
+)
+LENT = export_tail(build("cnn3@0.2", classes=2, channels=1, seed=0), "cnn3@0.2", 2)
 SUMS_FROM_SITES = _records(
     _checked(ROSTER.adverts[0], lambda advert: advert.check(TERMS)),
     _checked(SealedShares(roster=ROSTER.digest, site="site-0", shares=_SEALED), lambda s: s.check(ROSTER, "site-0")),
@@ -626,6 +675,8 @@ TARGETS: dict[str, Target] = {
     "features": _features("f16", "u8"),
     "records-from-sites": FROM_SITES,
     "records-to-sites": TO_SITES,
+    "tails": TAILS,
+    "lent-blocks": Target(_lent, (LENT.tensors,)),
     "sums-from-sites": SUMS_FROM_SITES,
     "sums-to-sites": SUMS_TO_SITES,
     "sealed-share": Target(_unseal, (public_hex(_SEALS[0]).encode() + _TEXT_END + _BOX.encode(),)),

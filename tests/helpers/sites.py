@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
@@ -23,6 +23,7 @@ from consilience.common.protocol import (
     Question,
     Refusal,
     SiteCard,
+    TailCard,
 )
 from consilience.common.settings import ENCODINGS, CoverageEncoding, LabelKind
 from consilience.common.vouching import Signer
@@ -34,6 +35,19 @@ COVERAGE = "e" * 64
 Handler = Callable[[Question, int], RecordDict]
 Enclosing = Callable[[Contract], Enclosed | None]
 """What comes with a site's agreement."""
+
+
+class Tail(Protocol):
+    """A site's tail."""
+
+    @property
+    def card(self) -> TailCard:
+        """What the site's card tells of it."""
+        ...
+
+    def answer(self, content: RecordDict) -> RecordDict:
+        """Answer a question about features, or for a piece of the blocks."""
+        ...
 
 
 def rows(question: Question) -> np.ndarray:
@@ -70,10 +84,11 @@ class Sites:
         keys: dict[str, PrivateKey] | None = None,
         enclosing: dict[str, Enclosing] | None = None,
         labels: dict[str, LabelKind] | None = None,
+        tails: dict[str, Tail] | None = None,
     ) -> None:
         self.handlers, self.cards, self.classes = handlers, cards or {}, classes or {}
         self.coverage, self.features, self.keys = coverage or {}, features or {}, keys or {}
-        self.enclosing, self.labels = enclosing or {}, labels or {}
+        self.enclosing, self.labels, self.tails = enclosing or {}, labels or {}, tails or {}
         self.contracts: list[tuple[str, Contract]] = []
         self.attempts: dict[tuple[str, int], int] = {}
         self.asked_coverage: dict[tuple[str, int], int] = {}
@@ -83,6 +98,8 @@ class Sites:
         self.app.query("card")(self.card)
         self.app.query("contract")(self.contract)
         self.app.query("answer")(self.answer)
+        self.app.query("tail")(self.tail)
+        self.app.query("blocks")(self.tail)
 
     def card(self, message: Message, context: Context) -> Message:
         """Present the site."""
@@ -99,6 +116,7 @@ class Sites:
             if name in self.coverage
             else None,
             features=self.features.get(name),
+            tail=self.tails[name].card if name in self.tails else None,
             identity=key_fingerprint(self.keys[name].public_key()) if name in self.keys else None,
             public_key=key_line(self.keys[name].public_key()) if name in self.keys else None,
         )
@@ -129,6 +147,10 @@ class Sites:
             counts = self.asked_coverage if question.kind == "coverage" else self.attempts
             attempt = counts[name, question.start] = counts.get((name, question.start), 0) + 1
         return Message(self.signed(name, question, attempt), reply_to=message)
+
+    def tail(self, message: Message, context: Context) -> Message:
+        """Let the site's tail answer."""
+        return Message(self.tails[str(context.node_config["name"])].answer(message.content), reply_to=message)
 
     def signed(self, name: str, question: Question, attempt: int) -> RecordDict:
         """Return what the site's handler answers, with the site's signature where it has a key."""

@@ -242,3 +242,23 @@ def test_a_store_of_one_kind_is_not_opened_as_another(tmp_path: Path) -> None:
     AnswerStore(tmp_path, about_coverage())
     with pytest.raises(RunError, match="another kind"):
         AnswerStore(tmp_path, about(encoding="f16", classes=1))
+
+
+def test_numbers_come_as_they_are_stored(tmp_path: Path) -> None:
+    """Halves stay halves, in the pool's order; whatever else is stored comes as float32."""
+    for encoding, dtype in (("f16", np.float16), ("u8", np.float32)):
+        store = AnswerStore(tmp_path / encoding, about(encoding=encoding))
+        for start, stop in ((SIZE // 2, SIZE), (0, SIZE // 2)):
+            store.append(answer(start, stop, encoding))
+        found = store.read_numbers(1, SIZE - 1)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found.astype(np.float32), store.read(1, SIZE - 1))
+
+
+def test_what_was_sent_of_the_largest_is_read_back_across_records(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path / "store", about(encoding="top-2"))
+    for start, stop in ((SIZE // 2, SIZE), (0, SIZE // 2)):
+        store.append(answer(start, stop, "top-2"))
+    sent, full = store.read_sent(1, SIZE - 1), store.read(1, SIZE - 1)
+    np.testing.assert_array_equal(np.take_along_axis(full, sent.ids, axis=1), sent.values)
+    np.testing.assert_array_equal(np.sort(full, axis=1)[:, 0], sent.other)

@@ -703,3 +703,29 @@ def test_how_likely_samples_are_outside_goes_into_learning(home: Path, reporter:
     assert np.load(home / "run" / "labels" / "other.npy").shape == (SAMPLES,)
     do_with(home, covering(), reporter, run="plain", judge={"pool_labels": None})
     assert not (home / "plain" / "labels" / "other.npy").exists()
+
+
+def test_a_site_that_the_others_contradict_is_left_out_and_named(home: Path, reporter: Reporter) -> None:
+    def telling(step: int) -> Handler:
+        def answer(question: Question, attempt: int) -> RecordDict:
+            likely = np.arange(question.start, question.stop)[:, None] % 3 == (np.arange(3) + step) % 3
+            return Answer(question, encode(np.log(np.where(likely, 0.8, 0.1)), question.encoding), 0.1).to_content()
+
+        return answer
+
+    sites = {"liar": telling(1), "one": telling(0), "two": telling(0)}
+    report = do(home, sites, reporter, unify={"robust": True})
+    trust = report["unify"]["trust"]
+    assert {name: told["trust"] for name, told in trust["sites"].items()} == {"liar": 0.0, "one": 1.0, "two": 1.0}
+    assert trust["unjudged"] == ["a", "b", "c"]  # thirteen samples of each are too few
+    assert any("Site liar: its answers are left out" in warning for warning in report["warnings"])
+    events = [json.loads(line) for line in (home / "run" / "events.jsonl").read_text().splitlines()]
+    assert [e["site"] for e in events if e["event"] == "answers-left-out"] == ["liar"]
+    honestly = do(home, {"one": telling(0), "two": telling(0)}, reporter, run="honest", unify={"robust": True})
+    labels = [np.load(home / run / "labels" / "q.npy") for run in ("run", "honest")]
+    assert np.allclose(*labels, atol=1e-6)
+    assert report["baselines"]["unified_ensemble"] == honestly["baselines"]["unified_ensemble"]
+    # forty samples are too few to estimate anything
+    assert report["quality"]["accuracy"] is None
+    assert "40 samples" in report["quality"]["reason"]
+    assert do(home, sites, reporter, run="plain")["unify"]["trust"] is None

@@ -272,6 +272,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"labels": {"synonyms": {"other": ["f"]}}},
         "a class of the sites is called 'other'",
     ),
+    "alone": ({"classes": ["a"]}, {}, "names 'a' alone, so that there is nothing to tell apart"),
     "no odds": ({"classes": ["b", "d"], "learning": "direct-ce"}, {}, "no site knows two of those"),
     "no pairs": ({"classes": ["b", "d"], "learning": "direct-mf-lf"}, {}, "no site knows two of those"),
 }
@@ -292,7 +293,6 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_asked(home: Path, c
     ("student", "words"),
     [
         ({"classes": []}, "classes"),
-        ({"classes": ["a"]}, "names 'a' alone, so that there is nothing to tell apart"),
         ({"classes": ["a", 3]}, "classes"),
         ({"classes": ["a", "b"], "other": True, "learning": "direct-mf-lf"}, "direct-mf-lf"),
     ],

@@ -261,3 +261,21 @@ def test_an_architecture_without_a_place_is_refused_as_the_job_is_opened(home: P
     (home / "run").mkdir()
     with pytest.raises(SettingsError, match="ends in a linear layer"):
         Job(home / "run", chosen.model_copy(update={"student": student}), reporter)
+
+
+def test_sparse_answers_stay_sparse_until_the_student(home: Path, reporter: Reporter) -> None:
+    """From top-K no row over all classes is written, and the student is shown the same labels by the report."""
+    wanted, asked = {"target": "unified", "keep": 2, "verticals": TABLE}, {"encoding": "top-2", "question_size": 16}
+    report = do(home, sites_of(CHAIN, ()), reporter, wanted, ask=asked)
+    folder = home / "run" / "labels"
+    assert not (folder / "q.npy").exists()
+    assert not (folder / "target-classes.npy").exists()
+    classes, values, rest = (np.load(folder / f"top-{name}.npy") for name in ("classes", "values", "rest"))
+    assert classes.shape == values.shape == (SAMPLES, 2)
+    assert np.isin(classes, range(6)).all()
+    np.testing.assert_allclose(values.sum(axis=1) + rest, 1, atol=1e-6)
+    assert (classes[:, 0] == TRUTH).mean() > 0.9
+    assert report["student"]["accuracy"] > 0.9
+    before = (folder / "top-values.npy").stat().st_mtime_ns
+    do(home, sites_of(CHAIN, ()), reporter, wanted, ask=asked)
+    assert (folder / "top-values.npy").stat().st_mtime_ns == before

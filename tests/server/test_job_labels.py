@@ -167,7 +167,7 @@ def test_sites_of_both_kinds_are_refused_by_name(home: Path, reporter: Reporter)
         ({"unify": {"prior_correction": True}}, "unify.prior_correction"),
         ({"unify": {"other": 0.1}}, "unify.other"),
         ({"student": {"learning": "direct-ce"}}, "student.learning"),
-        ({"student": {"classes": ["a", "b"]}}, "student.classes"),
+        ({"student": {"classes": ["a", "b"], "other": True}}, "student.other"),
     ],
 )
 def test_what_takes_one_label_an_image_is_refused(

@@ -22,6 +22,7 @@ from consilience.server import plots, plots_amalgamation
 from consilience.server.card import card_markdown
 from consilience.server.judge import BASELINES, Bin, Judgement, agreement, judge
 from consilience.server.judge_coverage import coverage_figures
+from consilience.server.quality import ClassQuality, Estimate, Quality, SiteQuality
 from consilience.server.report import comparable, headline, render_html, report_dict
 from consilience.server.report_amalgamation import amalgamation_views
 from consilience.server.report_findings import (
@@ -38,6 +39,7 @@ from consilience.server.report_findings import (
 )
 from consilience.server.report_page import bars, classes, confusion, contenders, overlap
 from consilience.server.report_samples import LARGEST_SIDE, png_data_uri, sample_views
+from consilience.server.robust import SiteTrust, Trust
 
 CLASSES = ("coat", "bag", "boot", "dress")
 SETS = ((0, 1, 2), (2, 1, 3), (3, 2))
@@ -837,3 +839,52 @@ class TestAmalgamation:
         assert warned not in words(replace(findings, amalgamation=asked))
         page(findings)
         assert EVIL not in render_html(findings, report_dict(findings))
+
+
+def estimated(**changes: Any) -> Findings:
+    """Return findings with trust and an estimate: site s01 is left out about one class, s02 as a whole."""
+    share = Estimate(value=0.75, low=0.7, high=0.8)
+    told = {
+        name: ClassQuality(recall=share, labels=0.8, owners=3, samples=40, advice="more owners") for name in CLASSES[:3]
+    }
+    told[CLASSES[3]] = ClassQuality(recall=None, labels=None, owners=1, samples=2, advice="more pool")
+    own = SiteQuality(student=share, known=0.9, by="held-out", labels=0.6)
+    trust = {
+        "s00": SiteTrust(agreement=0.9, sites=2, samples=90.5),
+        "s01": SiteTrust(agreement=0.8, sites=2, samples=90.5, left_out=("<b>bag",)),
+        "s02": SiteTrust(agreement=-0.2, sites=2, samples=80, trust=0.0, left_out=("boot", "dress")),
+    }
+    sites = {"s00": own.model_copy(update={"advice": "recalibrate"}), "s01": own}
+    return make(
+        quality=Quality(accuracy=share, unsharpened=0.7, sharpening=1.2, samples=900, classes=told, sites=sites),
+        trust=Trust(sites=trust, unjudged=("dress",), divided=True),
+        **changes,
+    )
+
+
+def test_trust_and_the_estimate_without_labels_are_told() -> None:
+    findings = estimated()
+    report = strict(report_dict(findings))
+    assert report["quality"]["accuracy"] == {"value": 0.75, "low": 0.7, "high": 0.8}
+    assert report["unify"]["trust"]["sites"]["s02"]["trust"] == 0.0
+    warnings = "\n".join(report["warnings"]).replace("\u00a0", " ")
+    for words in (
+        "Site s01: what it says of <b>bag is left out",
+        "Site s02: its answers are left out",
+        "contradict one another without a majority",
+        "honesty of sites on dress",
+        "Site s00: by the unified labels it is right on 60.0",
+    ):
+        assert words in warnings
+    page = render_html(findings, report)
+    assert "What can be known without labels" in page
+    assert "<b>bag" not in page
+    assert "75.0" in card_markdown(findings, report)
+
+
+def test_without_a_test_set_the_headline_has_the_estimate() -> None:
+    assert "is estimated to be right on 75.0" in headline(estimated(judgement=None))
+    blind = make(judgement=None, quality=Quality(reason="nobody can tell"))
+    report = strict(report_dict(blind))
+    assert "nothing is known about its accuracy" in report["headline"]
+    assert "nobody can tell" in render_html(blind, report)

@@ -175,7 +175,7 @@ def test_explain_says_why_features_would_be_refused(file: Path) -> None:
     make_settings(file.parent, {"penultimate": {}})
     spaces = [{"sites": {"site-1": "layer2"}}]
     refusal = call("explain", job(file, learning="common-feature", common_feature={"spaces": spaces}), file)["refusal"]
-    assert "asks for features that the site does not tell" in refusal
+    assert "asks for what the site does not tell" in refusal
     assert "tells the features of: penultimate" in refusal
 
 
@@ -184,7 +184,7 @@ def test_a_job_whose_features_do_not_fit_is_not_approved(file: Path) -> None:
     spaces = [{"sites": {"site-1": "layer2"}}]
     wanted = job(file, learning="common-feature", common_feature={"spaces": spaces})
     error = call("approve", wanted, file, code=3)
-    assert "asks for features that site site-1 does not tell" in error["message"]
+    assert "asks for what site site-1 does not tell" in error["message"]
     with closing(Site.load(file)) as site:
         assert site.ledger.approved("clothes", site.settings.policy.version) is None
 

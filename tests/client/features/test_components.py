@@ -20,6 +20,7 @@ from consilience.client.ledger_head import head_path
 from consilience.client.ledger_restart import restart
 from consilience.client.ledger_rows import approval
 from consilience.client.policy import RefusedError
+from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
 from consilience.common.components import opened
@@ -30,6 +31,7 @@ from consilience.common.identity import make_key
 from consilience.common.pool import Pool
 from consilience.common.protocol import Agreement, Contract, Enclosed, TapCard
 from consilience.common.sealing import Secret
+from consilience.common.settings import OutputNoise
 from consilience.common.vouching import KnownSigner
 from consilience.deploy.simulation import NOWHERE, admit
 from consilience.server.authority import ensure_authority, make_job_key
@@ -142,6 +144,7 @@ def test_components_are_counted_once_for_job_and_lifetime(pool: Pool, opening: O
     assert len(sent(site, both)) == 2
     assert site.ledger.spent.features == {"job": LAYER2, "another": LAYER3}
     assert site.ledger.spent.lifetime == 0
+    assert "something left without a mechanism" in loss_of(site.settings, site.ledger).why
     site.close()
     file = tmp_path / "site.yaml"
     assert call("ledger", "verify", file)["rows"] == 2
@@ -158,6 +161,25 @@ def test_components_are_counted_once_for_job_and_lifetime(pool: Pool, opening: O
     assert (carried.samples, carried.features) == (0, LAYER2 + LAYER3)
     site.agree(contract(site, pool, job="third"))  # this ledger knows nothing of what left before
     assert site.ledger.spent.features == {"job": LAYER2, "another": LAYER3, "third": LAYER2}
+
+
+def test_components_behind_a_mechanism_are_an_event_of_it(pool: Pool, opening: Opening) -> None:
+    """What leaves of a network that was trained with noise is paid by that, also where no answer follows."""
+    held = opening()
+    behind = OutputNoise(mechanism="output-noise", sigma=100.0)  # any mechanism: it is the row that is looked at
+    site = Site(held.settings.model_copy(update={"privacy": behind}), held.teacher, None, held.taps)
+    site.agree(contract(site, pool))
+    first, second = (row.entry for row in site.ledger.rows())
+    assert (first.kind, first.body["behind"], second.kind, second.subject) == (
+        "features",
+        ["output-noise"],
+        "mechanism",
+        "output-noise",
+    )
+    loss = loss_of(site.settings, site.ledger)
+    assert loss.epsilon is not None
+    assert loss.epsilon > 0
+    site.close()
 
 
 def test_a_ledger_without_its_head_still_tells_of_components(pool: Pool, opening: Opening) -> None:

@@ -116,7 +116,7 @@ def test_what_left_behind_no_mechanism_leaves_no_guarantee(tmp_path: Path, pool:
     assert (spent.epsilon, spent.unit) == (None, None)
     with pytest.raises(RefusedError) as caught:
         site.answer(about(site, pool, 5, 6))
-    assert "answers left without a mechanism: no formal guarantee, so that it cannot be kept" in caught.value.told_here
+    assert "something left without a mechanism: no formal guarantee, so that it cannot" in caught.value.told_here
 
 
 def test_what_a_damaged_ledger_told_is_not_forgotten(tmp_path: Path, pool: Pool) -> None:

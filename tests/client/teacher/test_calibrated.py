@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.site import Site
-from consilience.client.teacher import calibrate_teacher, calibrated, load_teacher, train_teacher
+from consilience.client.teacher import calibrate_teacher, calibrated, kept_calibration, load_teacher, train_teacher
 from consilience.client.teacher.trained import split
 from consilience.common.errors import RunError, SettingsError, StorageError, TeacherError
 from consilience.common.files import lock
@@ -251,7 +251,7 @@ def test_an_interrupted_fit_leaves_nothing_and_is_done_again(make: Make, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibrated, "write_json", stop)
+        patched.setattr(kept_calibration, "write_json", stop)
         with pytest.raises(KeyboardInterrupt):
             calibrate_teacher(settings)
     assert load_teacher(settings).record is None

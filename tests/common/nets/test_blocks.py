@@ -76,6 +76,9 @@ def test_the_temperature_divides_the_scores() -> None:
     before = Blocks(whole).run(IMAGES, 0, 2).detach()
     tail = rebuild_tail(export_tail(whole, "resnet8", 2, temperature=2.5))
     assert torch.allclose(tail(before) * 2.5, whole(IMAGES), atol=1e-5)
+    each = 1.0 + torch.arange(whole(IMAGES).shape[1])
+    tail = rebuild_tail(export_tail(whole, "resnet8", 2, temperature=each.tolist()))
+    assert torch.allclose(tail(before) * each, whole(IMAGES), atol=1e-5)
 
 
 @pytest.mark.parametrize(

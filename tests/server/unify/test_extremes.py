@@ -264,5 +264,8 @@ def test_methods_that_are_not_convex_report_too(draw: Draw, method: Method, monk
 
 def test_memory_is_bounded_by_the_block() -> None:
     plan = make_plan([np.arange(400)] * 30, None, None, CPU)
-    assert Unifier(plan.class_sets).block * CE(plan).row_doubles * 8 <= 2**25
+    unifier, exact = Unifier(plan.class_sets), CE(plan)
+    assert exact.quick is not None
+    assert unifier.block * exact.quick.row_doubles * 8 <= 2**26
+    assert unifier._exact_block * exact.row_doubles * 8 <= 2**25
     assert Unifier([[0, 1]], method="sd").block <= 4096

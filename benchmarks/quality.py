@@ -1,0 +1,196 @@
+"""Claim: the accuracy of a student is estimated without a label to 3 points on average, and the interval holds it.
+
+Jobs of three to five sites over several data sets, overlaps and amounts of private data. Each is done once a seed, with
+small networks. Then the student's accuracy is estimated from the pool: by the mean confidence of the student and of the
+unified labels in the student's class, by the labels sharpened to what sites' answers claim, and to what sites tell of
+their held-out images. Errors are to the accuracy on labelled test images, which nothing else sees; an estimate that is
+refused has none. `by class` is the mean error of the recall of single classes, by held-out images.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from images import Source, add_data, folders_of, read, save, spread, write_pools
+
+from consilience.common.files import read_json, write_json
+from consilience.common.pool import Pool
+from consilience.common.settings import (
+    Ask,
+    Fit,
+    JobSettings,
+    Judge,
+    NpzData,
+    Policy,
+    SiteSettings,
+    Student,
+    TrainTeacher,
+)
+from consilience.common.settings_file import dump_settings
+from consilience.server.answered import usable
+from consilience.server.contract import RunContract
+from consilience.server.learning import StudentModel
+from consilience.server.publishing_quality import pool_quality
+from consilience.server.stores import stores_about
+from harness import options, show
+from jobs import do_job, train_quietly
+
+FIVE = tuple(tuple(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2)) for site in range(5))
+THREE = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
+ALL = (tuple(range(10)),) * 3
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Whose images, who knows what, and how many images a site has."""
+
+    data: str
+    classes: tuple[tuple[int, ...], ...]
+    private: int
+    epochs: int = 8
+    pool: int = 3_000
+    test: int = 3_000
+
+
+SCENARIOS = {
+    "fashion, five sites": Scenario("fashion_mnist", FIVE, 900),
+    "fashion, three sites": Scenario("fashion_mnist", THREE, 1_500),
+    "fashion, all classes": Scenario("fashion_mnist", ALL, 600),
+    "fashion, little data": Scenario("fashion_mnist", FIVE, 240),
+    "digits, five sites": Scenario("mnist", FIVE, 600),
+    "CIFAR, three sites": Scenario("cifar10", THREE, 2_500),
+}
+QUICK = {"embedded": Scenario("embedded", ALL, 120, 1, 300, 200)}
+WAYS = ("student's confidence", "labels' confidence", "claimed", "held-out")
+
+
+def prepare(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> list[Path]:
+    """Make the pool, the test set and the sites' folders; returns the sites' files."""
+    random, every = np.random.default_rng(seed), range(10)
+    images, labels, names = read(scenario.data, "train", folders)
+    source = Source(images, labels, random)
+    pool = source.take(every, scenario.pool)
+    order = random.permutation(len(pool[0]))
+    sites = [source.take(c, scenario.private) for c in scenario.classes]
+    images, labels, _ = read(scenario.data, "test", folders)
+    test = Source(images, labels, random).take(every, scenario.test)
+    write_pools(home, (pool[0][order], pool[1][order]), test, names)
+    paths = []
+    for k, part in enumerate(sites):
+        path = home / f"site-{k + 1}" / "site.yaml"
+        settings = SiteSettings(
+            name=f"site-{k + 1}",
+            data=save(path.parent / "private.npz", part, names),
+            teacher=TrainTeacher(
+                kind="train", architecture="cnn3@0.5", fit=Fit(epochs=scenario.epochs, precision="f32")
+            ),
+            policy=Policy(holdout_accuracy=True),
+            pools=(home / "pool",),
+            state=path.parent / "state",
+            seed=1000 * seed + k,
+        )
+        dump_settings(settings, path)
+        paths.append(path)
+    return paths
+
+
+def measure(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the figures of one scenario under one seed."""
+    home.mkdir(parents=True, exist_ok=True)
+    paths = prepare(scenario, seed, home, folders)
+    for path in paths:
+        train_quietly(path)
+    job = JobSettings(
+        name="quality",
+        seed=seed,
+        pool=home / "pool",
+        ask=Ask(coverage=False),
+        student=Student(architecture="cnn3@0.5", fit=Fit(epochs=scenario.epochs, precision="f32")),
+        judge=Judge(test=NpzData(kind="npz", path=home / "test.npz")),
+    )
+    run = home / "run"
+    report = do_job(job, run, paths)
+    contract, pool = RunContract.load(run / "contract.json"), Pool.open(home / "pool")
+    stores, _ = stores_about(run, job, contract.sites, pool)
+    labels, student = np.load(run / "labels" / "q.npy", mmap_mode="r"), StudentModel(run / "student")
+    silent = [card.model_copy(update={"holdout_accuracy": None}) for card in contract.sites]
+    scores = student.log_probs(pool.take(np.arange(len(pool))))
+    confidence = float(np.exp(scores.max(axis=1)).mean())
+    found: dict[str, Any] = {"accuracy": report["student"]["accuracy"], "student's confidence": confidence}
+    for way, cards in (("claimed", silent), ("held-out", contract.sites)):
+        told = pool_quality(
+            pool, contract.space, stores, cards, labels, student, usable(stores, contract.space), seed, joined=False
+        )
+        found[way] = told.model_dump(mode="json")
+    found["labels' confidence"] = float(labels[np.arange(len(pool)), scores.argmax(axis=1)].mean())
+    classes = {name: c["recall"]["value"] for name, c in found["held-out"]["classes"].items() if c["recall"]}
+    found["by class"] = [
+        abs(c["recall"] - classes[c["name"]])
+        for c in report["student"]["per_class"]
+        if c["recall"] is not None and c["name"] in classes
+    ]
+    return found
+
+
+def value(figures: dict[str, Any], way: str) -> float | None:
+    """Return what a way estimates; None where it says that nothing can be known."""
+    told = figures[way]
+    if isinstance(told, dict):
+        told = None if told["accuracy"] is None else told["accuracy"]["value"]
+    return None if told is None else float(told)
+
+
+def errors(figures: Sequence[dict[str, Any]], way: str) -> list[float]:
+    """Return the absolute errors of a way, where it estimates anything."""
+    return [abs(told - f["accuracy"]) for f in figures if (told := value(f, way)) is not None]
+
+
+def mean(values: Sequence[float]) -> str:
+    """Return the mean in points."""
+    return f"{100 * statistics.mean(values):.1f}" if values else "-"
+
+
+def main() -> None:
+    """Measure what is not measured yet, and show everything."""
+    arguments = options(__doc__, add_data)
+    scenarios = QUICK if arguments.quick else SCENARIOS
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (arguments.work or Path(temporary)).resolve()
+        for seed in range(1 if arguments.quick else arguments.seeds):  # seed by seed: a part says something of all
+            for number, (name, scenario) in enumerate(scenarios.items()):
+                done = work / f"quality-{number}-{seed}.json"
+                if not done.exists():
+                    home = work / f"quality-{number}-{seed}"
+                    write_json(done, measure(scenario, seed, home, folders_of(arguments)))
+                found[name].append(read_json(done))
+                last = {way: value(found[name][-1], way) for way in WAYS}
+                print(f"{name}, seed {seed}: {found[name][-1]['accuracy']:.3f}, {last}", file=sys.stderr)
+    every = {**found, "all": [f for figures in found.values() for f in figures]}
+    rows = []
+    for name, figures in every.items():
+        told = [(f["accuracy"], f[way]["accuracy"]) for way in WAYS[2:] for f in figures if f[way]["accuracy"]]
+        inside = [interval["low"] <= accuracy <= interval["high"] for accuracy, interval in told]
+        rows.append(
+            (
+                name,
+                spread([f["accuracy"] for f in figures]),
+                *(mean(errors(figures, way)) for way in WAYS),
+                f"{sum(inside)} of {len(inside)}",
+                mean([e for f in figures for e in f["by class"]]),
+            )
+        )
+    columns = ("job", "accuracy, %", *WAYS, "in interval", "by class")
+    title = "Mean absolute error of estimates of accuracy without labels, in points"
+    show(title, columns, rows, {"claim": __doc__, "jobs": found}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

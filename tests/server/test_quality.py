@@ -1,0 +1,147 @@
+"""The estimate without labels: exact where labels are calibrated, sharpened where they are not, refused where blind."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consilience.common.labels import LabelSpace
+from consilience.server.quality import FEWEST, HeldOut, Quality, Rows, estimate
+
+SPACE = LabelSpace.build({"one": ["a", "b", "c", "d"], "two": ["a", "b", "c", "d"], "three": ["a", "b"]})
+
+
+def world(
+    seed: int, n: int, softness: float = 1.0, spike: float = 0.4
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
+    """Return true posteriors, labels softened to the power 1 / softness, answers of perfect sites, true classes."""
+    random = np.random.default_rng(seed)
+    posterior = np.maximum(random.dirichlet(np.full(4, spike), n), 1e-9)
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    truth = (posterior.cumsum(axis=1) > random.random((n, 1))).argmax(axis=1)
+    labels = posterior ** (1 / softness)
+    answers = [np.log(posterior[:, list(classes)]) for classes in SPACE.class_sets]
+    return posterior, labels / labels.sum(axis=1, keepdims=True), answers, truth
+
+
+def accuracy(answers: list[np.ndarray], truth: np.ndarray) -> list[HeldOut]:
+    """Return what sites find on held-out images: samples of their classes."""
+    found = []
+    for classes, rows in zip(SPACE.class_sets, answers, strict=True):
+        mine = np.isin(truth, classes)
+        found.append(HeldOut(float((np.array(classes)[rows.argmax(1)] == truth)[mine].mean()), int(mine.sum())))
+    return found
+
+
+def cut(rows: Rows, places: list[int]) -> list[Rows]:
+    edges = [0, *sorted(places), len(rows.student)]
+    return [
+        Rows(rows.labels[a:b], rows.student[a:b], [None if r is None else r[a:b] for r in rows.answers])
+        for a, b in itertools.pairwise(edges)
+    ]
+
+
+@pytest.mark.parametrize("softness", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("told", [True, False])
+def test_labels_that_are_too_timid_or_too_bold_are_sharpened(softness: float, told: bool) -> None:
+    """Sites are calibrated; labels are the truth to a power: the estimate finds the power and the accuracy."""
+    posterior, labels, answers, truth = world(1, 20_000, softness)
+    student = np.where(np.arange(len(truth)) % 3 == 0, (posterior.argmax(1) + 1) % 4, posterior.argmax(1))
+    held = accuracy(answers, truth) if told else [None] * 3
+    found = estimate(SPACE, [Rows(labels, student, answers)], held)
+    assert found.accuracy is not None
+    assert found.accuracy.value == pytest.approx((student == truth).mean(), abs=0.015)
+    assert found.accuracy.low < (student == truth).mean() < found.accuracy.high
+    assert found.sharpening == pytest.approx(softness, rel=0.12)
+    for c, name in enumerate(SPACE.names):
+        mine, recall = truth == c, found.classes[name].recall
+        assert recall is not None
+        assert recall.value == pytest.approx((student == truth)[mine].mean(), abs=0.03)
+    for classes, name in zip(SPACE.class_sets, SPACE.sites, strict=True):
+        mine = np.isin(truth, classes)
+        student_there = found.sites[name].student
+        assert student_there is not None
+        assert student_there.value == pytest.approx((student == truth)[mine].mean(), abs=0.03)
+        assert found.sites[name].by == ("held-out" if told else "claimed")
+
+
+def test_by_hand_without_a_site_that_pulls() -> None:
+    """Labels that say 3/4 and a site that claims 3/4: nothing is sharpened, and a student that follows is right so."""
+    space = LabelSpace.build({"one": ["a", "b"]})
+    labels = np.tile([[0.75, 0.25], [0.25, 0.75]], (100, 1))
+    student = labels.argmax(1)
+    found = estimate(space, [Rows(labels, student, [np.log(labels)])], [None])
+    assert found.accuracy is not None
+    assert (found.accuracy.value, found.sharpening) == (pytest.approx(0.75), pytest.approx(1.0))
+    against = estimate(space, [Rows(labels, 1 - student, [np.log(labels)])], [None])
+    assert against.accuracy is not None
+    assert against.accuracy.value == pytest.approx(0.25)
+    assert [told.advice for told in against.classes.values()] == ["more pool"] * 2
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(1, 299), max_size=4, unique=True))
+@settings(max_examples=20, deadline=None)
+def test_blocks_do_not_matter_and_every_number_is_a_share(seed: int, places: list[int]) -> None:
+    _, labels, answers, _ = world(seed, 300)
+    rows = Rows(labels, np.random.default_rng(seed).integers(0, 4, 300), answers)
+    whole, parts = (estimate(SPACE, held, [None, HeldOut(0.9, 50), None]) for held in ([rows], cut(rows, places)))
+    assert (whole.accuracy is None) == (parts.accuracy is None) == bool(whole.reason)
+    if whole.accuracy is None or parts.accuracy is None:
+        return
+    assert whole.accuracy.value == pytest.approx(parts.accuracy.value, abs=1e-9)
+    told = [whole.accuracy, *(s.student for s in whole.sites.values() if s.student is not None)]
+    told += [c.recall for c in whole.classes.values() if c.recall is not None]
+    assert all(0 <= e.low <= e.value <= e.high <= 1 for e in told)
+
+
+@pytest.mark.parametrize("size", [1, FEWEST - 1])
+def test_a_few_samples_say_nothing(size: int) -> None:
+    _, labels, answers, _ = world(0, size)
+    found = estimate(SPACE, [Rows(labels, labels.argmax(1), answers)], [None] * 3)
+    assert found == Quality(reason=found.reason)
+    assert str(size) in found.reason
+
+
+def test_sites_of_one_class_say_nothing() -> None:
+    space = LabelSpace.build({"one": ["a"], "two": ["b"]})
+    labels = np.full((200, 2), 0.5)
+    found = estimate(space, [Rows(labels, labels.argmax(1), [np.zeros((200, 1))] * 2)], [None, None])
+    assert found.accuracy is None
+    assert found.reason
+
+
+def test_labels_without_doubt_stay_finite() -> None:
+    labels = np.tile(np.eye(4), (60, 1))
+    with np.errstate(divide="ignore"):
+        answers = [np.log(labels[:, list(c)] + (np.arange(240)[:, None] % 4 > 1)) for c in SPACE.class_sets]
+    found = estimate(SPACE, [Rows(labels, labels.argmax(1), answers)], [HeldOut(1.0, 10)] * 3)
+    assert found.accuracy is None  # no power of certainty is anything but certain
+    assert "cannot be reconciled" in found.reason
+
+
+def test_a_site_unlike_the_labels_is_to_recalibrate() -> None:
+    posterior, labels, answers, truth = world(2, 5000)
+    told = accuracy(answers, truth)
+    found = estimate(SPACE, [Rows(labels, posterior.argmax(1), answers)], told)
+    assert {name: site.advice for name, site in found.sites.items()} == dict.fromkeys(SPACE.sites, "")
+    space = LabelSpace.build({f"s{k}": ["a", "b", "c", "d"] for k in range(8)})
+    boast = [*[told[0]] * 7, HeldOut(told[0].accuracy - 0.25, 5000)]
+    found = estimate(space, [Rows(labels, posterior.argmax(1), [answers[0]] * 8)], boast)
+    assert [name for name, site in found.sites.items() if site.advice] == ["s7"]
+
+
+def test_where_sites_and_labels_say_otherwise_of_the_sites_nothing_is_estimated() -> None:
+    """Held-out images of other proportions: two sites boast, one is too modest, and no sharpening fits them all."""
+    posterior, labels, answers, truth = world(2, 5000)
+    told = accuracy(answers, truth)
+    boast = [HeldOut(told[0].accuracy - 0.4, 5000), HeldOut(0.99, 5000), HeldOut(0.99, 5000)]
+    found = estimate(SPACE, [Rows(labels, posterior.argmax(1), answers)], boast)
+    assert found.accuracy is None
+    assert not found.classes
+    assert "beyond chance" in found.reason
+    assert found.sites["one"].advice == "recalibrate"
+    assert all(site.student is None for site in found.sites.values())
