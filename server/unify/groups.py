@@ -71,7 +71,8 @@ class GroupUnifier:
         # To the reader each answer is of a class of its own.
         answers = [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
         self._reader = Reader(make_plan(answers, None, None, plan.device), 1.0, None)
-        self._plan, self._across, self._other = plan, across, check_other(other)
+        self._plan, self._other = plan, check_other(other)
+        self._across: Across = across
         self._strength = check_strength(strength, plan.num_sites)
         self._split = Split(plan, np.array([classes.size for held in options for classes in held]))
         self._asked_block = block
@@ -85,13 +86,19 @@ class GroupUnifier:
         return self._plan.components.copy()
 
     def __call__(
-        self, log_probs: Sequence[Answers], *, coverage: Coverage | None = None, first_row: int = 0
+        self,
+        log_probs: Sequence[Answers],
+        *,
+        coverage: Coverage | None = None,
+        first_row: int = 0,
+        alone: bool = False,
     ) -> UnifiedLabels:
         """Unify n samples.
 
         log_probs  one (n, len(class_sets[i])) floating array or tensor per site, as for `Unifier`
         coverage   (n,) floating per site or None, its estimate of P(class of x is in one of my groups or classes)
         first_row  added to row numbers in messages, for callers who hold a part of a larger whole
+        alone      work in the calling thread only, for callers who call from several
 
         `iterations` tells how often CE was solved, `residual` the largest change of a class's probability in the last
         step, or what is left of the solution in it if that is more. Raises UnifyError as `Unifier` does.
@@ -107,7 +114,7 @@ class GroupUnifier:
                 told = self._reader.read(log_probs, start, stop, first_row)
                 return self._split.maximise(told, lambda split, _: self._plain(split), fast=True)
 
-            return run_blocks(plan, n, self.block, plain, Combine(plan, self._across))
+            return run_blocks(plan, n, self.block, plain, Combine(plan, self._across), alone=alone)
         if pattern not in self._covered:
             self._covered[pattern] = CoveredCE(plan, pattern, self._strength, self._other, self._across)
         solver = self._covered[pattern]
@@ -118,7 +125,7 @@ class GroupUnifier:
             return self._split.maximise(told, lambda split, rows: solver(split, known[:, rows]), fast=False)
 
         block = block_rows(self._asked_block, self._row_doubles(solver))
-        labels = run_blocks(plan, n, block, covered, Combine(plan, None))
+        labels = run_blocks(plan, n, block, covered, Combine(plan, None), alone=alone)
         return replace(labels, components=solver.components.copy())
 
     def _row_doubles(self, solver: CE | CoveredCE) -> int:
@@ -172,9 +179,7 @@ class Split:
         terms = told.exp() * (whole.index_select(0, self._site_of_answer) - groups)
         return (terms * (self._weights * self._voting).index_select(0, self._site_of_answer)).sum(0)
 
-    def maximise(
-        self, told: torch.Tensor, solver: Solver, *, fast: bool, most: int = MOST_SOLUTIONS
-    ) -> Estimate:
+    def maximise(self, told: torch.Tensor, solver: Solver, *, fast: bool, most: int = MOST_SOLUTIONS) -> Estimate:
         """Split, solve, and so on, for answers (answers, b), until labels stand still or after `most` solutions.
 
         `fast`: try, after two steps, the one that they point to (squared extrapolation, Varadhan and Roland 2008), and
