@@ -321,6 +321,25 @@ def test_a_head_that_is_lost_or_damaged_is_noticed(settings: SiteSettings, conte
         Ledger.open(settings)
 
 
+def test_where_the_head_is_to_lie_elsewhere_the_user_is_told_to_move_it(settings: SiteSettings, tmp_path: Path) -> None:
+    ledger = filled(settings)
+    ledger.close()
+    moved = settings.model_copy(update={"ledger_head": tmp_path / "disk" / "site.head"})
+    with pytest.raises(LedgerError, match="is missing") as caught:
+        Ledger.open(moved)
+    assert f"move {ledger.head} there while the agent is stopped" in caught.value.hint
+    (tmp_path / "disk").mkdir()
+    ledger.head.rename(tmp_path / "disk" / "site.head")
+    assert Ledger.open(moved).count == 3
+
+
+@pytest.mark.parametrize("body", [{"state": "begun", "teacher": "x"}, {"teacher": "x"}, {}])
+def test_a_row_of_a_sum_that_is_not_as_ours_are_is_a_bad_row(settings: SiteSettings, body: dict[str, str]) -> None:
+    ledger = filled(settings)
+    with ledger.alone(), pytest.raises(LedgerError, match="row 4 is not as it was written"):
+        ledger.append(Entry("sum", "job", "a" * 64, body=body))
+
+
 def test_a_file_that_is_no_database_is_damaged(settings: SiteSettings) -> None:
     filled(settings).close()
     (settings.state / "ledger.db").write_bytes(b"x" * 8192)

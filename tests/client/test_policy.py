@@ -455,7 +455,9 @@ def test_the_ledger_is_shown_verified_and_exported(file: Path, pool: Pool, tmp_p
     assert "job another" in text
     assert "1,000,000" in text
     assert call("ledger", "verify", file, "--noted", noted)["noted_row"] == 1
+    assert f"{call('ledger', 'show', file)['chain']}\n" in text, "the hash is on one line, to be copied"
     assert "no row has the hash" in call("ledger", "verify", file, "--noted", "f" * 64, code=24)["message"]
+    assert "allowed: 64 digits" in call("ledger", "verify", file, "--noted", noted[:48], code=3)["message"]
     lines = tmp_path / "out.jsonl"
     call("ledger", "export", file, lines)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]

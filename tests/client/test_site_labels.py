@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from consilience.client.audit.auditing import check_audit
+from consilience.client.explain import explain
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.encoding import decode
 from consilience.common.errors import SettingsError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Contract, Question
-from consilience.common.settings import CallableTeacher, Policy, Preprocessing, SiteSettings
+from consilience.common.settings import CallableTeacher, JobSettings, Policy, Preprocessing, SiteSettings
 from helpers.small_site import CLASSES, SIZE, make_pool, make_site
 
 FINGERPRINT = "f" * 64
@@ -43,6 +44,11 @@ def multi(folder: Path, **policy: Any) -> Site:
     state, pools = folder / "state", (folder / "pool",)
     settings = SiteSettings(name="site-1", teacher=teacher, pools=pools, state=state, policy=Policy(**policy))
     return Site(settings, Labels())
+
+
+def test_explain_refuses_a_secure_sum_as_the_site_would(tmp_path: Path, pool: Pool) -> None:
+    summed = JobSettings.model_validate({"name": "job", "pool": pool.folder, "privacy": {"secure_sum": True}})
+    assert "the site's teacher is multi-label" in explain(summed, multi(tmp_path)).refusal
 
 
 def about(site: Site, pool: Pool, **changes: Any) -> Question:

@@ -20,7 +20,7 @@ from consilience.client.privacy.plan import alternatives
 from consilience.client.privacy.records import places
 from consilience.common.data import open_data
 from consilience.common.errors import SettingsError
-from consilience.common.settings import OutputNoise, Pate, SiteSettings
+from consilience.common.settings import NoPrivacy, OutputNoise, Pate, SiteSettings
 from helpers.private_site import Make, bars, settings_of, write_data
 
 VOTE: dict[str, Any] = {"mechanism": "pate", "parts": 3, "sigma": 0.5}
@@ -165,3 +165,5 @@ def test_the_settings_delta_is_taken_unless_another_is_asked_for() -> None:
     settings = SiteSettings.model_validate({"name": "s", "teacher": hosted, "privacy": privacy})
     assert {one.spent.delta for one in alternatives(settings, 3, 10)} == {1e-7}
     assert {one.spent.delta for one in alternatives(settings, 3, 10, 1e-3)} == {1e-3}
+    bare = settings.model_copy(update={"privacy": NoPrivacy()})
+    assert [one.settings.mechanism for one in alternatives(bare, 3, 10)] == ["output-noise", "none"]
