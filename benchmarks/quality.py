@@ -13,50 +13,27 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from images import Source, add_data, folders_of, read, save, spread, write_pools
+from images import add_data, folders_of, spread
+from small_sites import Scenario
 
 from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool
-from consilience.common.settings import (
-    Ask,
-    Fit,
-    JobSettings,
-    Judge,
-    NpzData,
-    Policy,
-    SiteSettings,
-    Student,
-    TrainTeacher,
-)
-from consilience.common.settings_file import dump_settings
+from consilience.common.settings import Ask, JobSettings, Judge, NpzData
 from consilience.server.answered import usable
 from consilience.server.contract import RunContract
 from consilience.server.learning import StudentModel
 from consilience.server.publishing_quality import pool_quality
 from consilience.server.stores import stores_about
 from harness import options, show
-from jobs import do_job, train_quietly
+from jobs import do_job
 
 FIVE = tuple(tuple(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2)) for site in range(5))
 THREE = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
 ALL = (tuple(range(10)),) * 3
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """Whose images, who knows what, and how many images a site has."""
-
-    data: str
-    classes: tuple[tuple[int, ...], ...]
-    private: int
-    epochs: int = 8
-    pool: int = 3_000
-    test: int = 3_000
 
 
 SCENARIOS = {
@@ -71,48 +48,15 @@ QUICK = {"embedded": Scenario("embedded", ALL, 120, 1, 300, 200)}
 WAYS = ("student's confidence", "labels' confidence", "claimed", "held-out")
 
 
-def prepare(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> list[Path]:
-    """Make the pool, the test set and the sites' folders; returns the sites' files."""
-    random, every = np.random.default_rng(seed), range(10)
-    images, labels, names = read(scenario.data, "train", folders)
-    source = Source(images, labels, random)
-    pool = source.take(every, scenario.pool)
-    order = random.permutation(len(pool[0]))
-    sites = [source.take(c, scenario.private) for c in scenario.classes]
-    images, labels, _ = read(scenario.data, "test", folders)
-    test = Source(images, labels, random).take(every, scenario.test)
-    write_pools(home, (pool[0][order], pool[1][order]), test, names)
-    paths = []
-    for k, part in enumerate(sites):
-        path = home / f"site-{k + 1}" / "site.yaml"
-        settings = SiteSettings(
-            name=f"site-{k + 1}",
-            data=save(path.parent / "private.npz", part, names),
-            teacher=TrainTeacher(
-                kind="train", architecture="cnn3@0.5", fit=Fit(epochs=scenario.epochs, precision="f32")
-            ),
-            policy=Policy(holdout_accuracy=True),
-            pools=(home / "pool",),
-            state=path.parent / "state",
-            seed=1000 * seed + k,
-        )
-        dump_settings(settings, path)
-        paths.append(path)
-    return paths
-
-
 def measure(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> dict[str, Any]:
     """Return the figures of one scenario under one seed."""
-    home.mkdir(parents=True, exist_ok=True)
-    paths = prepare(scenario, seed, home, folders)
-    for path in paths:
-        train_quietly(path)
+    paths = scenario.train(seed, home, folders)
     job = JobSettings(
         name="quality",
         seed=seed,
         pool=home / "pool",
         ask=Ask(coverage=False),
-        student=Student(architecture="cnn3@0.5", fit=Fit(epochs=scenario.epochs, precision="f32")),
+        student=scenario.student,
         judge=Judge(test=NpzData(kind="npz", path=home / "test.npz")),
     )
     run = home / "run"

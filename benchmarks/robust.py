@@ -16,37 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from images import Source, add_data, difference, folders_of, read, save, spread, write_pools
+from images import add_data, difference, folders_of, spread
 from numpy.typing import NDArray
+from small_sites import Scenario
 
 from consilience.common.encoding import encode
 from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool, PoolImages
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
-from consilience.common.settings import (
-    Ask,
-    Fit,
-    JobSettings,
-    Judge,
-    NpzData,
-    Policy,
-    SiteSettings,
-    Student,
-    TrainTeacher,
-    Unify,
-)
-from consilience.common.settings_file import dump_settings
+from consilience.common.settings import Ask, JobSettings, Judge, NpzData, Unify
 from consilience.server.answers import About, AnswerStore
 from consilience.server.contract import RunContract
 from consilience.server.labelling import unify_pool
 from consilience.server.learning import ByLoss, StudentModel, learn, soft_label_loss
 from consilience.server.stores import stores_about
 from harness import options, show
-from jobs import do_job, train_quietly
+from jobs import do_job
 
-CLASSES = [tuple(sorted(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2))) for site in range(5)]
+CLASSES = tuple(tuple(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2)) for site in range(5))
 """Site i knows three of five pairs of classes, so that each class has three owners."""
+SCENARIO = Scenario("fashion_mnist", CLASSES, 900, epochs=10, test=5_000)
+QUICK = Scenario("embedded", CLASSES, 120, epochs=1, pool=300, test=200)
 ATTACKS = ("none", "random", "flipped", "constant", "pair", "colluding")
 LIARS = (2, 3)
 SURE = 0.98
@@ -90,48 +81,9 @@ def replaced(stores: Sequence[AnswerStore], folder: Path, attack: str, seed: int
     return found
 
 
-def prepare(seed: int, home: Path, folders: Sequence[Path], quick: bool) -> list[Path]:
-    """Make the pool, the test set and the sites' folders; returns the sites' files."""
-    random = np.random.default_rng(seed)
-    data, private, size, test_size = ("embedded", 120, 300, 200) if quick else ("fashion_mnist", 900, 3_000, 5_000)
-    images, labels, names = read(data, "train", folders)
-    source = Source(images, labels, random)
-    pool = source.take(range(10), size)
-    order = random.permutation(len(pool[0]))
-    sites = [source.take(c, private) for c in CLASSES]
-    images, labels, _ = read(data, "test", folders)
-    write_pools(
-        home, (pool[0][order], pool[1][order]), Source(images, labels, random).take(range(10), test_size), names
-    )
-    paths = []
-    for k, part in enumerate(sites):
-        path = home / f"site-{k + 1}" / "site.yaml"
-        settings = SiteSettings(
-            name=f"site-{k + 1}",
-            data=save(path.parent / "private.npz", part, names),
-            teacher=TrainTeacher(kind="train", architecture="cnn3@0.5", fit=fit(quick)),
-            policy=Policy(holdout_accuracy=True),
-            pools=(home / "pool",),
-            state=path.parent / "state",
-            seed=1000 * seed + k,
-        )
-        dump_settings(settings, path)
-        paths.append(path)
-    return paths
-
-
-def fit(quick: bool) -> Fit:
-    """Return how teachers and students are trained."""
-    return Fit(epochs=1 if quick else 10, precision="f32")
-
-
-def measure(seed: int, home: Path, folders: Sequence[Path], quick: bool) -> dict[str, Any]:
+def measure(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> dict[str, Any]:
     """Return the figures of one seed."""
-    home.mkdir(parents=True, exist_ok=True)
-    paths = prepare(seed, home, folders, quick)
-    for path in paths:
-        train_quietly(path)
-    student = Student(architecture="cnn3@0.5", fit=fit(quick))
+    paths, student = scenario.train(seed, home, folders), scenario.student
     job = JobSettings(
         name="robust",
         seed=seed,
@@ -179,7 +131,8 @@ def main() -> None:
             done = work / f"robust-{seed}.json"
             if not done.exists():
                 home = work / f"robust-{seed}"
-                write_json(done, measure(seed, home, folders_of(arguments), arguments.quick))
+                scenario = QUICK if arguments.quick else SCENARIO
+                write_json(done, measure(scenario, seed, home, folders_of(arguments)))
             found.append(read_json(done))
             print(f"seed {seed}: { {k: round(v['student'], 3) for k, v in found[-1].items()} }", file=sys.stderr)
     rows = []

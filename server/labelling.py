@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from consilience.server.coverage_check import Verdict, believed, check_coverage
 from consilience.server.robust import Kept, Trust, cut, find_trust, kept
 from consilience.server.unify import Prior, UnifiedLabels, Unifier
 from consilience.server.unify.blocks import in_threads
+from consilience.server.unify.top import TopLabels
 
 
 class Diagnostics(BaseModel):
@@ -141,6 +143,42 @@ def labels_key(
     )
 
 
+def done_before(notes: Path, key: str, *files: Path) -> Diagnostics | None:
+    """Return the diagnostics of labels that are there, in `files`, for this key; else remove what tells of others."""
+    if notes.exists() and all(path.exists() for path in files):
+        done = Diagnostics.model_validate(read_json(notes))
+        if done.key == key:
+            return done
+    notes.unlink(missing_ok=True)
+    return None
+
+
+@dataclass
+class Tally:
+    """What the solutions of all blocks come to."""
+
+    failed: int = 0
+    largest: float = 0.0
+    steps: float = 0.0
+    apart: int = 0
+
+    def add(self, found: UnifiedLabels | TopLabels, samples: int, *, apart: bool) -> None:
+        """Count one block of so many samples; `apart`: its sites do not hang together as all of them do."""
+        self.failed += int(np.sum(~found.converged))
+        self.largest = max(self.largest, float(np.max(found.residual, initial=0.0)))
+        self.steps += float(np.sum(np.broadcast_to(found.iterations, (samples,))))
+        self.apart += samples if apart else 0
+
+    def told(self, samples: int) -> dict[str, Any]:
+        """Return the fields of `Diagnostics` for so many samples in all."""
+        return {
+            "not_converged": self.failed,
+            "largest_residual": self.largest,
+            "mean_iterations": self.steps / max(samples, 1),
+            "apart": self.apart,
+        }
+
+
 def load_other(folder: Path) -> NDArray[np.float32] | None:
     """Return `folder`/other.npy, (n,) memory-mapped: how likely a sample is outside the label space; None without it.
 
@@ -171,12 +209,10 @@ def unify_pool(
     """
     key = labels_key(space, stores, settings, coverage, seed)
     path, notes, outside = folder / "q.npy", folder / "diagnostics.json", folder / "other.npy"
-    if notes.exists() and path.exists() and outside.exists() == (settings.other > 0):
-        done = Diagnostics.model_validate(read_json(notes))
-        if done.key == key:
-            return np.load(path, mmap_mode="r"), done
-    for stale in (notes, outside):
-        stale.unlink(missing_ok=True)
+    if not settings.other:
+        outside.unlink(missing_ok=True)
+    if done := done_before(notes, key, path, *([outside] if settings.other else [])):
+        return np.load(path, mmap_mode="r"), done
     samples = samples or usable(stores, space)
     trust = find_trust(space, stores, samples) if settings.robust else None
     solvers = _Solvers(space, settings, cards, trust)
@@ -190,7 +226,7 @@ def unify_pool(
         plain = settings.model_copy(update={"temperature": 1.0, "other": 0.0})
         checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed)
         coverage = believed(space, coverage, checks)
-    failed, largest, steps, apart = 0, 0.0, 0.0, 0
+    tally = Tally()
     apart_from = max(space.components)
     task = reporter.start("unifying", samples.count)
     size = min(block_size(space), solvers(tuple(range(len(space.sites))), False).block)
@@ -218,19 +254,13 @@ def unify_pool(
         for block, unified, covering, more in in_threads(work, wanted):
             for i in covering:
                 covered[space.sites[i]] += len(block.ids)
-            failed += int(np.sum(~unified.converged))
-            largest = max(largest, float(np.max(unified.residual, initial=0.0)))
-            steps += float(np.sum(np.broadcast_to(unified.iterations, block.ids.shape)))
-            apart += len(block.ids) if more else 0
+            tally.add(unified, len(block.ids), apart=more)
             task.advance(len(block.ids))
     diagnostics = Diagnostics(
         key=key,
         samples=samples.count,
         seconds=time.perf_counter() - began,
-        not_converged=failed,
-        largest_residual=largest,
-        mean_iterations=steps / max(samples.count, 1),
-        apart=apart,
+        **tally.told(samples.count),
         coverage=covered,
         checks=checks,
         trust=trust,

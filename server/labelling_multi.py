@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.common.files import create_array, read_json, write_json
+from consilience.common.files import create_array, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.settings import Unify
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore
-from consilience.server.labelling import Diagnostics, labels_key
+from consilience.server.labelling import Diagnostics, done_before, labels_key
 from consilience.server.unify.multi import UnifiedLabels, unify_labels
 
 
@@ -60,11 +60,8 @@ def unify_pool_labels(
     """
     key = labels_key(space, stores, settings, coverage, seed)
     path, notes = folder / "q.npy", folder / "diagnostics.json"
-    if notes.exists() and path.exists():
-        done = Diagnostics.model_validate(read_json(notes))
-        if done.key == key:
-            return np.load(path, mmap_mode="r"), done
-    notes.unlink(missing_ok=True)
+    if done := done_before(notes, key, path):
+        return np.load(path, mmap_mode="r"), done
     samples = samples or usable(stores, space)
     labels = create_array(path, np.float32, (samples.size, len(space)))
     covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from consilience.common.encoding import Sent
 from consilience.common.errors import UnifyError
-from consilience.common.files import RowWriter, canonical_json, create_array, read_json, sha256, write_json
+from consilience.common.files import RowWriter, canonical_json, create_array, sha256, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings, Unify, largest_sent
 from consilience.server.answered import CoverageStores, Usable, block_size, patterns, read_rows, runs, usable
 from consilience.server.answers import AnswerStore
-from consilience.server.labelling import Diagnostics, labels_key, unifier
+from consilience.server.labelling import Diagnostics, Tally, done_before, labels_key, unifier
 from consilience.server.student.routing import highest
 from consilience.server.student.verticals import kept, verticals_of
 from consilience.server.unify import Unifier
@@ -94,16 +94,13 @@ def unify_pool_top(
     """
     key = sha256(canonical_json([labels_key(space, stores, settings), "top", keep]))
     paths, notes = [folder / name for name in (CLASSES, VALUES, REST)], folder / "diagnostics.json"
-    if notes.exists() and all(path.exists() for path in paths):
-        done = Diagnostics.model_validate(read_json(notes))
-        if done.key == key:
-            return TopRows(folder, len(space)), done
-    notes.unlink(missing_ok=True)
+    if done := done_before(notes, key, *paths):
+        return TopRows(folder, len(space)), done
     samples, total = samples or usable(stores, space), stores[0].about.size
     began, solvers = time.perf_counter(), _Solvers(space, settings)
     shapes = ((np.int32, (total, keep)), (np.float32, (total, keep)), (np.float32, (total,)))
     writers = [RowWriter(path, create_array(path, *shape)) for path, shape in zip(paths, shapes, strict=True)]
-    failed, largest, steps, apart = 0, 0.0, 0.0, 0
+    tally = Tally()
 
     def work(part: _Part) -> tuple[int, TopLabels, bool]:
         linked = isinstance(part.solve, TopUnifier)
@@ -115,10 +112,7 @@ def unify_pool_top(
     try:
         task = reporter.start("unifying", samples.count)
         for count, found, linked in in_threads(work, _parts(stores, samples, solvers)):
-            failed += int(np.sum(~found.converged))
-            largest = max(largest, float(np.max(found.residual, initial=0.0)))
-            steps += float(np.sum(found.iterations))
-            apart += 0 if linked else count
+            tally.add(found, count, apart=not linked)
             task.advance(count)
     finally:
         for writer in writers:
@@ -127,10 +121,7 @@ def unify_pool_top(
         key=key,
         samples=samples.count,
         seconds=time.perf_counter() - began,
-        not_converged=failed,
-        largest_residual=largest,
-        mean_iterations=steps / max(samples.count, 1),
-        apart=apart,
+        **tally.told(samples.count),
     )
     write_json(notes, diagnostics.model_dump(mode="json"))
     return TopRows(folder, len(space)), diagnostics
