@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from flwr.app import ConfigRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from consilience.common.bounded import bounded
 from consilience.common.encoding.features import basis_bytes
@@ -270,7 +270,7 @@ class TailCard(BaseModel):
     """By its name among ours."""
     first: int = Field(ge=1, le=1000)
     """The first block whose features it takes."""
-    blocks: tuple[BlockCard, ...] = Field(min_length=2, max_length=1001)
+    blocks: Annotated[tuple[BlockCard, ...], FailFast()] = Field(min_length=2, max_length=1001)
     """All of the teacher's, the head last."""
     fingerprint: Digest
     """Another teacher, calibration or `first` has another one; a question about the tail names it."""

@@ -510,12 +510,11 @@ def test_the_site_s_log_says_what_sums_tell_of_it(world: World, caplog: pytest.L
     world.sum()
     assert not [record for record in caplog.records if "own answers" in record.message]
     alone = Linear("ant")
-    alone.classes = ("owl", *CLASSES["ant"][1:])
+    alone.classes, alone.fingerprint = ("owl", *CLASSES["ant"][1:]), "9" * 64
     site = world.sites["ant"] = Site(world.sites["ant"].settings, alone)
     cards = [one.card for one in world.sites.values()]
     contract = RunContract.build(JobSettings(name="job"), cards, (world.pool.digest,))
     fields = {"labels": contract.labels, "members": members_of(contract, {}), "pool": world.pool.digest, "job": "other"}
     terms = Terms.model_validate_json(world.terms.model_copy(update=fields).model_dump_json())
-    (world.folder / "ant" / "state" / "sums").rename(world.folder / "away")
     site.summing.keys(terms)
     assert "tells this site's own answers for 1 of its 3 classes" in caplog.text
