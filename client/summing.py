@@ -116,24 +116,22 @@ class Summing:
 
     def open(self, unmask: Unmask) -> Opened:
         """Open shares, if the policy still allows the job. Raises as `keys` does."""
-        terms = self.sums.terms_of(unmask.terms)
-        self._check_job(terms.job)
+        self._check_job(self.sums.terms_of(unmask.terms).job)
         opened = self.sums.open(unmask)
-        self._note(terms, "opened")
+        self._note(unmask.terms, "opened")
         return opened
 
-    def _note(self, terms: Terms, state: SumState) -> None:
-        """Let the ledger tell how far a sum is, before what it is about leaves.
+    def _note(self, digest: str, state: SumState) -> None:
+        """Let the ledger, and its head, tell how far a sum is, before what it is about leaves.
 
         So an older copy of `state`, by which the site would open the other seeds or sum the same images anew, is an
         older copy of the ledger too. The sum's own record is written first: what is interrupted then did not leave.
         """
-        with self.site.lock:
-            ledger, teacher = self.site.ledger, terms.by_name[self.settings.name].teacher
-            ledger.refresh()
-            if ledger.spent.sums.get(terms.digest, ("", ""))[0] not in (state, "opened"):
-                with ledger.alone():
-                    ledger.append(summed(terms.job, terms.digest, state, teacher))
+        with self.site.lock, self.site.ledger.alone():
+            if self.site.ledger.spent.sums.get(digest, ("", ""))[0] not in (state, "opened"):
+                terms = self.sums.terms_of(digest)
+                teacher = terms.by_name[self.settings.name].teacher
+                self.site.ledger.append(summed(terms.job, digest, state, teacher))
 
     def _check_job(self, job: str, asked: Iterable[Asked] = ()) -> None:
         with self.site.lock:
@@ -167,7 +165,7 @@ class Summing:
             return share_of_noise(private, self._secret, terms, self.settings.name, images, rows.astype(np.float32))
 
         masked = self.sums.rows(question, answering, noise)
-        self._note(self.sums.terms_of(question.terms), "given")
+        self._note(question.terms, "given")
         return masked
 
     @cached_property

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 
+from consilience.client import ledger as module
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_restart import restart
 from consilience.client.site import Site
 from consilience.common.errors import LedgerError, ProtocolError, StorageError
+from consilience.common.files import read_json
 from consilience.common.identity import write_secret
 from consilience.common.pool import Pool
 from consilience.common.settings import SiteSettings
@@ -171,3 +173,23 @@ def test_a_lost_record_of_sums_is_no_fresh_start(tmp_path: Path, pool: Pool, res
     teacher.fingerprint = "e" * 64
     another = Site(world.settings, teacher)
     assert another.summing.keys(terms_of(pool, world.settings, teacher="e" * 64)).site == "site-1"
+
+
+def test_nothing_leaves_of_a_sum_until_the_head_tells_of_it(
+    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an older `state` would pass for the newest one."""
+    world = World(tmp_path, pool)
+    world.up_to_rows()
+    asked, ledger = unmask(world, "site-1", "site-2", "site-3"), world.whole.ledger
+
+    def full(path: Path, value: Any) -> None:
+        raise StorageError("Cannot write: No space left on device")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write_json", full)
+            with pytest.raises(StorageError):
+                world.whole.summing.open(asked)
+    assert world.whole.summing.open(asked).shares
+    assert read_json(ledger.head)["rows"] == ledger.count
