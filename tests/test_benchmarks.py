@@ -25,6 +25,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "amalgamation",
         "answer_encodings",
         "answering",
+        "audit",
         "canaries",
         "common_feature",
         "coverage",
