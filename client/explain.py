@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from consilience.client.components import not_released
 from consilience.client.features import OpenTap, tell_shape
 from consilience.client.policy import Demand, Limit, RefusedError, byte_limits, check_demand, check_sealed, limits
@@ -20,6 +23,7 @@ from consilience.common.errors import LabelError, PoolError, SettingsError, Stor
 from consilience.common.nets.tail_plan import check_tail, sides, tail_demand
 from consilience.common.pool import Pool
 from consilience.common.protocol import Kind, TailDemand, TapCard
+from consilience.common.samples_asked import drawn
 from consilience.common.settings import (
     EVERY_LAYER,
     Encoding,
@@ -42,6 +46,8 @@ class Part:
     encoding: Encoding
     samples: int
     new: int
+    of: int
+    """Samples of the pool."""
     tap: str = ""
     """Of features, the tap's name."""
     bytes_a_sample: int = 0
@@ -74,7 +80,8 @@ class Part:
         if self.summed:
             what = f"sums over sites of {what}, no single answer"
         known = "" if self.new == self.samples else f", {self.samples - self.new:,} of them released before"
-        return f"{what}, as {self.encoding}, of {self.samples:,} samples of pool {self.pool[:12]}{known}"
+        count = f"{self.samples:,}" if self.samples == self.of else f"{self.samples:,} of the {self.of:,}"
+        return f"{what}, as {self.encoding}, of {count} samples of pool {self.pool[:12]}{known}"
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,12 @@ class Explanation:
 
 
 def explain(job: JobSettings, site: Site) -> Explanation:
-    """Work out what `job` would take from `site` now. Raises `PoolError`, `LedgerError`, `StorageError`."""
+    """Work out what `job` would take from `site` now.
+
+    Raises `SettingsError` for more samples than the pool has, `PoolError`, `LedgerError`, `StorageError`.
+    """
     pools, here = _pools(job, site)
+    subsets = _subsets(job, pools, here=here and job.pool is not None)
     policy, summed, refusal = site.settings.policy, job.privacy.secure_sum, ""
     wanted, reduced, unfit = _taps(job, site)
     tail, no_tail = _tail(job, site, pools)
@@ -133,6 +144,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         components=reduced,
         first=here,
         tail=tail,
+        subsets=subsets,
     )
     fresh = site.new_of(demand)
     fresh_components = not_released(site.ledger, demand.components)
@@ -186,6 +198,19 @@ def _taps(job: JobSettings, site: Site) -> tuple[tuple[OpenTap, ...], tuple[Open
     return site.taps_named([tap.name for tap in asked]), site.taps_named([tap.name for tap in reduced]), ""
 
 
+def _subsets(job: JobSettings, pools: Sequence[Pool], *, here: bool) -> dict[str, NDArray[np.bool_]]:
+    """Return which samples (n,) a job would ask about of the pools any of which may be its own; whole ones are left
+    out. Raises `SettingsError` where the job's pool, which is `here`, has fewer than it wants."""
+    found = {}
+    for pool in pools[:1] if here else pools:
+        if not here and len(pool) < (job.ask.samples or 0):  # it is not the job's pool
+            continue
+        ids = drawn(job, len(pool))
+        if ids is not None:
+            found[pool.digest] = np.isin(np.arange(len(pool)), ids)
+    return found
+
+
 def _tail(job: JobSettings, site: Site, pools: Sequence[Pool]) -> tuple[TailDemand | None, str]:
     """Return what a job would ask of the teacher's last blocks at most, of whichever pool, and why it could not."""
     if job.student.learning != "filtered" or not pools:
@@ -196,7 +221,7 @@ def _tail(job: JobSettings, site: Site, pools: Sequence[Pool]) -> tuple[TailDema
         for pool in learned_from:
             shapes = sides(job, pool.shape)
             check_tail(job, site.card, shapes)
-            found.append(tail_demand(job, site.card, len(pool), shapes))
+            found.append(tail_demand(job, site.card, min(job.ask.samples or len(pool), len(pool)), shapes))
     except (SettingsError, StudentError, LabelError) as error:
         return None, error.message
     told = [each for each in found if each is not None]
@@ -206,9 +231,16 @@ def _tail(job: JobSettings, site: Site, pools: Sequence[Pool]) -> tuple[TailDema
 def _parts(demand: Demand, fresh: Sequence[int], taps: Sequence[OpenTap], *, summed: bool) -> tuple[Part, ...]:
     cards = {tap.card.fingerprint: tap.card for tap in taps}
     parts = []
-    for question, width, new in zip(demand.questions, demand.widths, fresh, strict=True):
+    for question, width, count, new in zip(demand.questions, demand.widths, demand.samples, fresh, strict=True):
         part = Part(
-            question.pool, question.kind, question.encoding, len(question), new, bytes_a_sample=width, summed=summed
+            question.pool,
+            question.kind,
+            question.encoding,
+            count,
+            new,
+            len(question),
+            bytes_a_sample=width,
+            summed=summed,
         )
         if question.kind == "features":
             card = cards[question.teacher]

@@ -7,8 +7,11 @@ Lives here: yes or no, with the constant reason that a stranger is told. Does no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked
@@ -54,7 +57,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Demand:
-    """All that a job would ask of a site: `questions`, each about all samples of a pool, and principal components.
+    """All that a job would ask of a site: `questions`, each about a pool, and principal components.
 
     `use`: what the answers leave for, as in `Asked`.
     """
@@ -68,6 +71,16 @@ class Demand:
     """Taps whose principal components are to come with the agreement."""
     tail: Asked | None = None
     """What of the teacher's last blocks is asked for; None: nothing."""
+    subsets: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """Pool -> which of its samples (n,) are asked about, of pools that are not asked about as a whole."""
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """How many samples each question asks about."""
+        return tuple(
+            len(question) if (subset := self.subsets.get(question.pool)) is None else int(subset.sum())
+            for question in self.questions
+        )
 
     def feature_bytes(self, samples: Sequence[int] | None = None, components: Sequence[TapCard] = ()) -> int:
         """Return the bytes of features, of so many `samples` of each question and the `components` of so many taps, or
@@ -75,7 +88,7 @@ class Demand:
 
         A job takes features of one pool: of several that it may be, those of which there are most.
         """
-        counts = [len(question) for question in self.questions] if samples is None else samples
+        counts = self.samples if samples is None else samples
         pools: Counter[str] = Counter()
         for question, width, count in zip(self.questions, self.widths, counts, strict=True):
             pools[question.pool] += width * count if question.kind == "features" else 0

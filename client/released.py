@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,14 @@ from consilience.client.ledger_rows import Entry, Row, behind
 from consilience.common.errors import LedgerError
 from consilience.common.files import storage_error, sync_folder
 from consilience.common.protocol import Question
+from consilience.common.subsets import runs
 
 BLOCK_BYTES = 2**20
 MOST_SHELVES = 16
 """Kinds of answers of which it is kept in memory which samples were released."""
 
 Score = Callable[[NDArray[np.bool_]], bytes]
-"""Encodes the asked samples that a mask (question's samples,) chooses, row after row."""
+"""Encodes the samples that a mask over the question's range chooses, row after row."""
 Permit = Callable[[int], None]
 """Raises `RefusedError` when an answer with so many samples more may not leave."""
 Costs = Callable[[int], Sequence[Entry]]
@@ -58,7 +58,7 @@ class Released:
         self._intact: set[int] = set()
 
     def missing(self, question: Question, size: int) -> NDArray[np.bool_]:
-        """Return (question's samples,) bool: which were not released yet. `size`: the pool's.
+        """Return a mask over the question's range: what it asks about and was not released yet. `size`: the pool's.
 
         Raises `LedgerError`, `StorageError`.
         """
@@ -95,7 +95,7 @@ class Released:
         costs: Sequence[Entry],
     ) -> None:
         """Keep the bytes first and the row of the ledger then: a crash in between leaves bytes that count as none."""
-        ranges = [(question.start + low, question.start + high) for low, high in _runs(still)]
+        ranges = [(question.start + low, question.start + high) for low, high in runs(still)]
         path, at = self.folder / subject, 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,8 @@ class Released:
         self._intact.add(seq)
 
     def _new(self, question: Question, size: int) -> NDArray[np.bool_]:
-        return np.asarray(self._owners(question, size)[question.start : question.stop] == 0)
+        free = np.asarray(self._owners(question, size)[question.start : question.stop] == 0)
+        return free if question.subset is None else free & question.mask
 
     def _subject(self, question: Question) -> str:
         """Return the name of the file that a question's answer is kept in: the short one where it was begun with that.
@@ -161,10 +162,12 @@ class Released:
         except OSError as error:
             raise _lost(path) from error
         try:
-            rows = np.unique(self._shelves[subject].rows[question.start : question.stop])
+            mask = question.mask
+            rows = np.unique(self._shelves[subject].rows[question.start : question.stop][mask])
             for seq in (int(row) for row in rows if int(row) not in self._intact):
                 self._check(self.ledger.row(seq), descriptor, path)
-            data = b"".join(_blocks(descriptor, question.start * width, question.stop * width))
+            ranges = [(question.start + low, question.start + high) for low, high in runs(mask)]
+            data = b"".join(block for low, high in ranges for block in _blocks(descriptor, low * width, high * width))
         except OSError as error:
             raise storage_error(error, path, "read") from error
         finally:
@@ -200,13 +203,6 @@ def _is_of(row: Row, question: Question) -> bool:
 
 def _lost(path: Path, which: str = "") -> LedgerError:
     return LedgerError(f"{path}: answers{which} that were released are lost or changed", hint=RESTORE)
-
-
-def _runs(mask: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges (start, stop) in which a mask is true."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    for low, high in list(pairwise(edges))[::2]:
-        yield int(low), int(high)
 
 
 def _write(descriptor: int, data: bytes, at: int) -> None:

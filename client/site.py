@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -78,6 +79,7 @@ from consilience.common.settings import (
     largest_sent,
 )
 from consilience.common.settings_file import load_settings
+from consilience.common.subsets import subset_mask
 from consilience.common.tails import BlocksQuestion, Carried, Floats, TailQuestion, packed
 from consilience.common.vouching import Signer
 
@@ -191,6 +193,7 @@ class Site:
             )
         pools = [self.pool(digest) for digest in dict.fromkeys(contract.pools)]
         tried = min(self.settings.batch_size, len(pools[0]))
+        subsets = {} if contract.subset is None else {pools[0].digest: _subset(contract.subset, len(pools[0]))}
         with self.lock:
             self.ledger.refresh()
             demand = self.demand(
@@ -203,6 +206,7 @@ class Site:
                 summed=contract.secure_sum,
                 components=reduced,
                 tail=contract.tail,
+                subsets=subsets,
             )
             check_demand(self.settings.policy, self.ledger, demand)
             fresh = self.new_of(demand)
@@ -263,13 +267,15 @@ class Site:
         components: Sequence[OpenTap] = (),
         first: bool = True,
         tail: TailDemand | None = None,
+        subsets: Mapping[str, NDArray[np.bool_]] = MappingProxyType({}),
     ) -> Demand:
         """Return all that a job would ask of this site about `pools`: `coverage`: that too, if the site offers it.
 
         `taps`: those whose features of the first pool it asks for too, as `features`; without `first`, of every pool,
         any of which may be the one. `components`: those of them whose principal components it asks for. `summed`: in
         secure sums, to which answers are added as precise as the policy allows, whatever `encoding` is. `tail`: what it
-        asks of the site's tail, which the policy must open. Raises `RefusedError` where it does not.
+        asks of the site's tail, which the policy must open. `subsets`: pool -> which of its samples (n,) are asked
+        about, where not all. Raises `RefusedError` where the policy does not open the tail.
         """
         policy = self.settings.policy
         kinds: list[tuple[Kind, Encoding]] = [(self.kind, policy.encodings[0] if summed else encoding)]
@@ -285,12 +291,18 @@ class Site:
         widths = tuple(self._width(question) for question in questions)
         cards = tuple(tap.card for tap in components)
         use = self.summed.use if summed else ""
-        return Demand(job, tuple(questions), use, widths, cards, None if tail is None else self.tail.need(job).asked)
+        opened = None if tail is None else self.tail.need(job).asked
+        return Demand(job, tuple(questions), use, widths, cards, opened, subsets)
 
     def new_of(self, demand: Demand) -> list[int]:
         """Return how many samples of each question were not released yet. Raises what `ledger` raises."""
         released = self.summed if demand.use else self.released
-        return [int(released.missing(self._kept_as(asked), len(asked)).sum()) for asked in demand.questions]
+        found = []
+        for asked in demand.questions:
+            missing = released.missing(self._kept_as(asked), len(asked))
+            subset = demand.subsets.get(asked.pool)
+            found.append(int((missing if subset is None else missing & subset).sum()))
+        return found
 
     def question(
         self,
@@ -430,7 +442,7 @@ class Site:
             self._allowance.check(self.ledger, job, self.costs(max(samples, 1)))
 
     def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
-        """Return the encoded rows of those samples of a question that the mask `new` chooses."""
+        """Return the encoded rows of those samples of a question's range that the mask `new` chooses."""
         if question.kind == "coverage":
             covered = self._score(pool, question.start, new, self._coverage_of, "coverage")
             return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in covered)
@@ -512,3 +524,14 @@ class Site:
         if damaged is not None:
             raise RefusedError("pool-damaged", "the site's copy of a pool is damaged") from damaged
         raise RefusedError("unknown-pool", "the site has no copy of this pool")
+
+
+def _subset(text: str, size: int) -> NDArray[np.bool_]:
+    """Return which of a pool's `size` samples a contract is about. Raises `RefusedError`."""
+    try:
+        mask = subset_mask(text, size)
+    except ValueError as error:
+        raise RefusedError("bad-question", "the contract's part of the pool does not fit the pool") from error
+    if not mask.any():
+        raise RefusedError("bad-question", "the contract's part of the pool has no sample")
+    return mask

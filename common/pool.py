@@ -173,9 +173,10 @@ class Pool:
 
     def read(self, start: int, stop: int) -> Images:
         """Return samples start..stop-1 as (stop - start, H, W, C) uint8. Raises `PoolError` out of range."""
-        if not 0 <= start <= stop <= len(self):
+        size = self.manifest.size
+        if not 0 <= start <= stop <= size:
             raise PoolError(
-                f"Samples {start} to {stop} are not all in the pool; allowed: 0 to {len(self)}",
+                f"Samples {start} to {stop} are not all in the pool; allowed: 0 to {size}",
                 hint="Ask for samples that exist",
             )
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -191,10 +192,10 @@ class Pool:
 
     def take(self, ids: Sequence[int] | NDArray[np.int64]) -> Images:
         """Return the samples with these ids, (len(ids), H, W, C) uint8, in their order. Raises `PoolError`."""
-        wanted = np.asarray(ids, np.int64)
-        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
+        wanted, size = np.asarray(ids, np.int64), self.manifest.size
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < size):
             raise PoolError(
-                f"Samples {wanted.min()} to {wanted.max()} are not all in the pool; allowed: 0 to {len(self) - 1}",
+                f"Samples {wanted.min()} to {wanted.max()} are not all in the pool; allowed: 0 to {size - 1}",
                 hint="Ask for samples that exist",
             )
         out = np.empty((len(wanted), *self.shape), np.uint8)

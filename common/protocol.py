@@ -2,8 +2,8 @@
 
 Three queries: `card` (the site speaks first: who it is and what its policy allows), `contract` (the server says
 which label space and pools the job is about; the site checks its copies, and what it gives beside answers comes with
-its agreement) and `answer` (a question about a range of pool samples). A site that will not or cannot answer sends a
-`Refusal`: a code and a short reason of ours, never exception text, paths or values.
+its agreement) and `answer` (a question about a range of pool samples, or a part of one). A site that will not or
+cannot answer sends a `Refusal`: a code and a short reason of ours, never exception text, paths or values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
+import numpy as np
 from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from consilience.common.bounded import bounded
@@ -30,6 +32,7 @@ from consilience.common.settings import (
     LabelKind,
     TapName,
 )
+from consilience.common.subsets import subset_mask, text_length
 
 CARD, CONTRACT, ANSWER = "query.card", "query.contract", "query.answer"
 MOST_CLASSES = 400_000
@@ -43,6 +46,10 @@ MOST_FEATURES = 2**22
 """Numbers that a sample's features of a tap may be: who learns from them holds a batch."""
 MOST_COMPONENTS = 8 * 2**20
 """Bytes of the principal components of all taps of a site, which one message holds."""
+MOST_SPAN = 2**20
+"""Samples from the first to the last of a question about a part of its range."""
+MOST_POOL = 2**27
+"""Samples of a pool of which a job asks about a part."""
 FINGERPRINT_SHOWN = 12
 """First digits of a fingerprint by which folders are named and people tell one from another."""
 MOST_VOUCH_BYTES = 200
@@ -118,9 +125,10 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    protocol: Literal[2] = 2
+    protocol: Literal[3] = 3
     """Another one where records say something else than before: both sides must be of one. Since 2 principal components
-    come with agreements, and cards tell no more of them than their digest."""
+    come with agreements, and cards tell no more of them than their digest. Since 3 questions, and contracts, may be
+    about a part of the pool."""
 
     def to_content(self) -> RecordDict:
         """Return the message content that carries this record. Raises `ProtocolError` for more than may be read."""
@@ -386,6 +394,8 @@ class Contract(Record):
     labels: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
     class_set: tuple[Annotated[int, Field(ge=0)], ...]
     pools: tuple[Digest, ...] = Field(min_length=1)
+    subset: Annotated[str, Field(min_length=4, max_length=text_length(MOST_POOL))] | None = None
+    """Which samples of the first of the pools will be asked about (`subsets.subset_text`); None: all."""
     teacher: Digest
     encoding: Encoding
     """In which log-probabilities will be asked for, where they are asked for openly."""
@@ -449,12 +459,14 @@ class Agreement(Record):
 
 
 class Question(Record):
-    """What the server asks about pool samples start..stop-1."""
+    """What the server asks about pool samples start..stop-1, or some of them."""
 
     job: SiteName
     pool: Digest
     start: int = Field(ge=0)
     stop: int = Field(ge=1)
+    subset: Annotated[str, Field(max_length=text_length(MOST_SPAN))] | None = None
+    """Which of these samples it is about, the first and the last among them (`subsets.subset_text`); None: all."""
     kind: Kind = "log-probs"
     encoding: Encoding
     """Of coverage only a `CoverageEncoding`, of features a `FeatureEncoding`."""
@@ -468,6 +480,12 @@ class Question(Record):
     def _range(self) -> Question:
         if self.stop <= self.start:
             raise ValueError("stop must be greater than start")
+        if self.subset is not None:
+            if self.stop - self.start > MOST_SPAN:
+                raise ValueError(f"stop is more than {MOST_SPAN:,} after start, with a subset")
+            mask = self.mask
+            if not (mask[0] and mask[-1]) or mask.all():
+                raise ValueError("subset lacks its first or last sample, or has them all")
         return self
 
     @model_validator(mode="after")
@@ -478,7 +496,18 @@ class Question(Record):
         return self
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.stop - self.start if self.subset is None else int(self.mask.sum())
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(stop - start,): which samples of its range it is about."""
+        span = self.stop - self.start
+        return np.ones(span, np.bool_) if self.subset is None else subset_mask(self.subset, span)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The samples that it is about, ascending."""
+        return np.flatnonzero(self.mask) + self.start
 
 
 @dataclass(frozen=True)

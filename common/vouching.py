@@ -1,10 +1,11 @@
 """What a site signs of each answer, so that anyone can check later which site vouched for what.
 
-A site signs job, pool, range, kind, encoding, teacher, policy version, its name, its class names in the order of its
-answers, and a digest of the answer's bytes. The digest is salted: signatures are published, and short answers, votes
-about a few samples, could else be guessed from them. Of principal components, whose digest its card tells, it signs
-job, teacher, its name, and each tap's name, fingerprint and digest; nobody publishes that. Does not live here: keys and
-fingerprints (common/identity), where signatures are kept (server/answers) and published (server/signatures).
+A site signs job, pool, range and what part of it, kind, encoding, teacher, policy version, its name, its class names in
+the order of its answers, and a digest of the answer's bytes. The digest is salted: signatures are published, and short
+answers, votes about a few samples, could else be guessed from them. Of principal components, whose digest its card
+tells, it signs job, teacher, its name, and each tap's name, fingerprint and digest; nobody publishes that. Does not
+live here: keys and fingerprints (common/identity), where signatures are kept (server/answers) and published
+(server/signatures).
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class KnownSigner:
 
 def _signed(site: str, classes: Sequence[str], question: Question, digest: str) -> bytes:
     about = question.model_dump(mode="json", exclude={"protocol", "job_key"})
+    if question.subset is None:  # signatures of whole ranges are those of before there were parts
+        del about["subset"]
     return b"consilience answer\n" + canonical_json({**about, "site": site, "classes": list(classes), "digest": digest})
 
 

@@ -1,10 +1,11 @@
 """The durable answer store: what one site answered about one pool.
 
-A folder with three files. `about.json`: what the answers are about (pool, teacher, policy, kind, encoding, classes).
-Each kind of answer (`protocol.Kind`) has a store of its own.
+A store is about a pool, or about the part of it that a job asks about (server/asked_pool): its samples are then those
+of the part. Each kind of answer (`protocol.Kind`) has a store of its own, a folder with three files.
+`about.json`: what the answers are about (pool, teacher, policy, kind, encoding, classes).
 `answers.bin`: encoded rows, one record after another, append-only. `index.jsonl`: one line a record, append-only:
-range of samples, offset, length, SHA-256, the teacher's seconds, and where the site signed it salt and signature
-(common/vouching). A record is stored when its index line is complete;
+range of samples, offset, length, SHA-256, the teacher's seconds, of a part of the pool what was asked about (`Range`),
+and where the site signed it salt and signature (common/vouching). A record is stored when its index line is complete;
 whatever a crash left behind it is cut off on opening. Rows are read by memory map, checked against the SHA-256 when
 first touched.
 """
@@ -17,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +39,10 @@ from consilience.common.encoding import (
 )
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
 from consilience.common.files import Resident, read_json, sha256, storage_error, sync_folder, write_json
-from consilience.common.protocol import Answer, Digest, Kind
+from consilience.common.protocol import Answer, Digest, Kind, Question
 from consilience.common.settings import CoverageEncoding, Encoding, FeatureEncoding
 from consilience.common.vouching import SALT_BYTES, KnownSigner, salted
+from consilience.server.asked_pool import reach, span
 
 
 class About(BaseModel):
@@ -51,6 +53,7 @@ class About(BaseModel):
     site: str
     pool: Digest
     size: int = Field(ge=0)
+    """Samples of the pool, or of the part of it that is asked about."""
     teacher: Digest
     """Fingerprint of what answers: of the teacher, of the coverage, or of the tap."""
     policy: str
@@ -70,6 +73,14 @@ class About(BaseModel):
         return row_bytes(self.classes, self.encoding, odds=self.kind == "log-odds")
 
 
+class Range(NamedTuple):
+    """What of a pool a question was about: `start`, `stop` and `subset` of `protocol.Question`."""
+
+    start: int
+    stop: int
+    subset: str | None = None
+
+
 class _Entry(BaseModel):
     """One line of the index."""
 
@@ -84,14 +95,22 @@ class _Entry(BaseModel):
     salt: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
     """None, as `signature`, in a record that no site signed."""
     signature: str | None = Field(default=None, pattern=r"^[0-9a-f]+$")
+    asked: Range | None = None
+    """What of the pool the question was about; None where that is start..stop-1."""
+
+    @property
+    def range(self) -> Range:
+        """What of the pool the question was about."""
+        return self.asked or Range(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a site vouched for in one record: samples start..stop-1, the salted digest of their rows, its signature."""
+    """What a site vouched for in one record: about which `samples` of the pool, the salted digest of their rows, its
+    signature."""
 
-    start: int
-    stop: int
+    range: Range
+    samples: int
     digest: str
     signature: str
 
@@ -99,12 +118,19 @@ class Shard:
 class AnswerStore:
     """One site's answers about one pool, on disk. Written by one thread of one process (the run's lock sees to it)."""
 
-    def __init__(self, folder: Path, about: About, signer: KnownSigner | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        about: About,
+        signer: KnownSigner | None = None,
+        ids: NDArray[np.int64] | None = None,
+    ) -> None:
         """Open or create the store in `folder`. Raises `RunError` when it is about something else, `StorageError`.
 
         `signer`: who must have signed what is stored from now on; None: signatures are neither asked for nor kept.
+        `ids` (size,): the pool's samples that the store's are, ascending; None: all of them.
         """
-        self.folder, self.about, self._signer = folder, about, signer
+        self.folder, self.about, self._signer, self.ids = folder, about, signer, ids
         self._entries: list[_Entry] = []  # sorted by start
         self._starts: list[int] = []
         self._checked: set[int] = set()  # offsets of records whose bytes were compared with their SHA-256
@@ -131,7 +157,13 @@ class AnswerStore:
             raw = index.read_bytes() if index.exists() else b""
             held = data.stat().st_size if data.exists() else 0
             for entry, length in _whole(index, raw, held, self.about.row_bytes):
-                self._insert(entry, self._place(entry))
+                place = self._place(entry)
+                if entry.range != self.range(entry.start, entry.stop):
+                    raise StorageError(
+                        f"{index}: holds answers about other samples of the pool than this run asks about",
+                        hint=f"Restore the run's folder from a copy, or start {NEW_RUN}",
+                    )
+                self._insert(entry, place)
                 self._index_end += length
             for path, size in ((index, self._index_end), (data, self._end)):
                 if path.exists() and path.stat().st_size > size:
@@ -150,6 +182,25 @@ class AnswerStore:
             )
         return place
 
+    def range(self, low: int, high: int) -> Range:
+        """Return what of the pool the store's samples low..high-1 are."""
+        return Range(*span(self.ids, low, high))
+
+    def reach(self, low: int, high: int) -> int:
+        """Return how far one question can go from the store's sample `low`, at most to `high`."""
+        return reach(self.ids, low, high)
+
+    def _asked(self, question: Question) -> tuple[int, int]:
+        """Return which of the store's samples a question is about. Raises `ProtocolError` where they are none of it."""
+        asked = Range(question.start, question.stop, question.subset)
+        if self.ids is None:
+            return question.start, question.stop
+        low = int(np.searchsorted(self.ids, question.start))
+        high = low + len(question)
+        if high > len(self.ids) or self.range(low, high) != asked:
+            raise ProtocolError(f"Site {self.about.site}: other samples were answered than the run asks about")
+        return low, high
+
     def _insert(self, entry: _Entry, place: int) -> None:
         self._entries.insert(place, entry)
         self._starts.insert(place, entry.start)
@@ -164,9 +215,12 @@ class AnswerStore:
         question = answer.question
         self._need_rows(answer.data, len(question))
         digest = sha256(answer.data)
+        low, high = self._asked(question)
+        asked = Range(question.start, question.stop, question.subset)
         entry = _Entry(
-            start=question.start,
-            stop=question.stop,
+            start=low,
+            stop=high,
+            asked=None if asked == Range(low, high) else asked,
             offset=self._end,
             bytes=len(answer.data),
             sha256=digest,
@@ -204,7 +258,7 @@ class AnswerStore:
         for entry in self._entries:
             if entry.salt is not None and entry.signature is not None:
                 digest = salted(bytes.fromhex(entry.salt), entry.sha256)
-                yield Shard(entry.start, entry.stop, digest, entry.signature)
+                yield Shard(entry.range, entry.stop - entry.start, digest, entry.signature)
 
     def __len__(self) -> int:
         """Samples answered."""
@@ -364,13 +418,14 @@ class AnswerStore:
         self._resident.note(0, [self._map], long=entry.bytes)
 
 
-def digests_in(folder: Path) -> dict[tuple[int, int], str | None]:
-    """Return (start, stop) -> salted digest of the bytes that lie in a store; None for a record without a signature.
+def digests_in(folder: Path) -> dict[Range, tuple[int, str | None]]:
+    """Return, by what of the pool each record is about, how many samples that are, and the salted digest of the bytes
+    that lie in the store; None for a record without a signature.
 
     Changes nothing there, and needs no store to be opened. What a crash left behind the last record does not count.
     Raises `StorageError`.
     """
-    found: dict[tuple[int, int], str | None] = {}
+    found: dict[Range, tuple[int, str | None]] = {}
     index = folder / "index.jsonl"
     if not index.exists():  # nothing was answered yet
         return found
@@ -379,7 +434,7 @@ def digests_in(folder: Path) -> dict[tuple[int, int], str | None]:
             for entry, _ in _whole(index, index.read_bytes(), os.fstat(data.fileno()).st_size):
                 held = sha256(data.read(entry.bytes))
                 salt = None if entry.salt is None or entry.signature is None else bytes.fromhex(entry.salt)
-                found[entry.start, entry.stop] = None if salt is None else salted(salt, held)
+                found[entry.range] = entry.stop - entry.start, None if salt is None else salted(salt, held)
     except OSError as error:
         raise storage_error(error, folder, "read") from error
     return found

@@ -100,7 +100,7 @@ class _Pending:
 
 @dataclass
 class _Span:
-    """Samples low..high-1 of a store's pool, not yet cut into questions."""
+    """Samples low..high-1 of a store, not yet cut into questions."""
 
     store: AnswerStore
     low: int
@@ -129,12 +129,15 @@ class _Site:
         if not self.spans:
             return self.last.popleft() if self.last else None
         span = self._next()
-        about, stop = span.store.about, self.size.end(span.low, span.high)
+        about = span.store.about
+        stop = span.store.reach(span.low, self.size.end(span.low, span.high))
+        asked = span.store.range(span.low, stop)
         question = Question(
             job=job,
             pool=about.pool,
-            start=span.low,
-            stop=stop,
+            start=asked.start,
+            stop=asked.stop,
+            subset=asked.subset,
             kind=about.kind,
             encoding=about.encoding,
             teacher=about.teacher,

@@ -159,7 +159,7 @@ def _made_of(findings: Findings, report: Mapping[str, Any]) -> str:
     head = ("Site", "Teacher", "Classes", "Teacher on its classes", "Student on the same images", "Calibration error")
     pool, unify = findings.pool, findings.unify
     facts = [
-        f"* Pool: {number_of(pool.size, 'unlabelled image')}, digest {code(pool.digest)}",
+        f"* Pool: {escape(pool.words)}, digest {code(pool.digest)}",
         "* Unification: each label by itself, the mean of the log-odds of the sites that know it"
         if findings.space.multi
         else f"* Unification: {escape(unify.method)}, {number_of(unify.components, 'component')}, across components: "

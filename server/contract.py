@@ -104,11 +104,12 @@ class RunContract(BaseModel):
         job_key: JobKey | None = None,
         components: tuple[str, ...] = (),
         tail: TailDemand | None = None,
+        subset: str | None = None,
     ) -> Contract:
         """Return the part that site `name` is asked to agree to, and how `job` will ask.
 
         `job_key`: what its answers are to be sealed for; `components`: taps whose principal components are lacking;
-        `tail`: what will be asked of its teacher's last blocks.
+        `tail`: what will be asked of its teacher's last blocks; `subset`: about which part of the pool, where not all.
         """
         at = [card.name for card in self.sites].index(name)
         return Contract(
@@ -116,6 +117,7 @@ class RunContract(BaseModel):
             labels=self.labels,
             class_set=self.class_sets[at],
             pools=self.pools,
+            subset=subset,
             teacher=self.sites[at].teacher,
             encoding=job.ask.encoding,
             coverage=coverage_encoding(job, self.sites[at]) is not None,

@@ -29,6 +29,7 @@ from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
 from consilience.server.answered import CoverageStores, Usable, usable
 from consilience.server.answers import AnswerStore
+from consilience.server.asked_pool import AskedPool, asked_of, check_apart
 from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
 from consilience.server.chosen import Chosen
@@ -76,9 +77,10 @@ class Job:
             )
         self.run, self.settings, self.reporter, self.home = run, settings, reporter, home
         self.events = Events(run / "events.jsonl")
-        self.pool = Pool.open(settings.pool)
+        self.pool = asked_of(run, settings, Pool.open(settings.pool))
         self.test = open_data(settings.judge.test) if settings.judge.test else None
         self.test_pool = Pool.open(settings.judge.test_pool) if settings.judge.test_pool else None
+        check_apart(self.pool, self.test_pool)
         check_test(self.test, self.test_pool, self.pool)
         check_student(settings.student, self.pool.shape)
         self.needs = student_needs(settings, self.pool)
@@ -176,7 +178,7 @@ class Job:
             )
             answers = self._all_answers(contract)
             findings = gather(outcome, answers)
-        Signatures.collect(self.settings.name, contract.sites, answers).write(self.run / "student")
+        Signatures.collect(self.settings.name, contract.sites, answers, self._pools()).write(self.run / "student")
         publish(self.run, findings, self.timing)
         self.progress.stage("done")
         self.events.add("end", job=self.settings.name)
@@ -239,6 +241,7 @@ class Job:
             home=self.home,
             unsealing=self.unsealing,
             needs=self.needs,
+            subset=self.pool.subset if isinstance(self.pool, AskedPool) else None,
         )
 
     def _complete(self, contract: RunContract) -> set[str]:
@@ -398,7 +401,7 @@ class Job:
         judge = self.settings.judge
         if judge.pool_labels is None or self.test is None:
             return None
-        about = (judge.pool_labels, len(self.pool), self.test, chosen.space, self.settings.labels.synonyms)
+        about = (judge.pool_labels, self.pool, self.test, chosen.space, self.settings.labels.synonyms)
         if chosen.space.multi:
             many = chosen.truth_labels(pool_truth_labels(*about))
             known = np.flatnonzero((many >= 0).any(axis=1))

@@ -26,6 +26,7 @@ from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
+from consilience.server.asked_pool import asked_ids, numbers_in
 from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
 from consilience.server.chosen import Chosen
@@ -144,6 +145,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             outcome.pool.shape,
             len(outcome.pool) - outcome.samples.count,
             outcome.samples.unknown,
+            None if asked_ids(outcome.pool) is None else outcome.pool.manifest.size,
         ),
         space=space,
         sites=[
@@ -282,7 +284,7 @@ def _site(
         coverage_auroc=coverage_auroc,
         features=_features([store for store in held if store.about.kind == "features"], card),
         guarantee=None if guarantee is None else guarantee.model_dump(),
-        signed=sum(shard.stop - shard.start for store in held for shard in store.shards()),
+        signed=sum(shard.samples for store in held for shard in store.shards()),
         key=None if card.public_key is None else card.identity,
     )
 
@@ -335,7 +337,7 @@ def _pool_truth(outcome: Outcome) -> NDArray[np.int64] | None:
     path, synonyms = outcome.settings.judge.pool_labels, outcome.settings.labels.synonyms
     if path is None or outcome.test is None:
         return None
-    return pool_truth(path, len(outcome.pool), outcome.test, outcome.space, synonyms)
+    return pool_truth(path, outcome.pool, outcome.test, outcome.space, synonyms)
 
 
 def _coverage_aurocs(
@@ -444,7 +446,7 @@ def _samples(
     images, chosen = outcome.pool.take(ids), outcome.chosen
     other = load_other(outcome.run / "labels")
     return Samples(
-        ids=ids,
+        ids=numbers_in(outcome.pool, ids),
         images=images,
         soft_labels=chosen.labels(np.asarray(outcome.labels[ids]), None if other is None else other[ids]),
         answers=[chosen.answers(i, _rows(outcome.stores[i], ids)) for i in chosen.sites],

@@ -15,6 +15,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
 from consilience.server.answered import CoverageStores, block_size
 from consilience.server.answers import AnswerStore
+from consilience.server.asked_pool import numbers_in
 from consilience.server.coverage_check import Verdict
 from consilience.server.judge import softmax
 from consilience.server.judge_coverage import coverage_figures, ends
@@ -58,7 +59,7 @@ def coverage_findings(
 def _examples(
     pool: Pool, ids: NDArray[np.int64], values: NDArray[np.float32], truth: NDArray[np.int64] | None
 ) -> CoverageExamples:
-    return CoverageExamples(ids, values, pool.take(ids), None if truth is None else truth[ids])
+    return CoverageExamples(numbers_in(pool, ids), values, pool.take(ids), None if truth is None else truth[ids])
 
 
 def _confidence(store: AnswerStore, size: int) -> NDArray[np.float32]:

@@ -61,7 +61,7 @@ def pool_labels(outcome: Outcome) -> NDArray[np.int8] | None:
     path = outcome.settings.judge.pool_labels
     if path is None or outcome.test is None:
         return None
-    return pool_truth_labels(path, len(outcome.pool), outcome.test, outcome.space, outcome.settings.labels.synonyms)
+    return pool_truth_labels(path, outcome.pool, outcome.test, outcome.space, outcome.settings.labels.synonyms)
 
 
 def any_applies(truth: NDArray[np.int8], classes: tuple[int, ...]) -> NDArray[np.int64]:

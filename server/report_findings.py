@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.common.labels import LabelSpace
+from consilience.common.pages.numbers import number_of
 from consilience.server.audits import SiteAudit
 from consilience.server.judge import Judgement
 from consilience.server.judge_coverage import CoverageFigures
@@ -27,10 +28,12 @@ Curve = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class PoolFindings:
-    """The public pool: digest, number of samples, shape (H, W, C) of one.
+    """The public pool, or the part of it that was asked about: digest of the whole, number of samples, shape (H, W, C)
+    of one.
 
-    `left_out` samples were not learnt from, because no site that answered them knows some class; `unknown` says
-    class -> for how many samples it was such a class.
+    `whole`: samples of the whole pool, where a part was asked about. `left_out` samples were not learnt from,
+    because no site that answered them knows some class; `unknown` says class -> for how many samples it was such a
+    class.
     """
 
     digest: str
@@ -38,6 +41,13 @@ class PoolFindings:
     shape: tuple[int, ...]
     left_out: int = 0
     unknown: Mapping[str, int] = field(default_factory=dict)
+    whole: int | None = None
+
+    @property
+    def words(self) -> str:
+        """How many samples, and which."""
+        part = "" if self.whole is None else f" of the pool’s {self.whole:,}, drawn at random"
+        return f"{number_of(self.size, 'unlabelled image')}{part}"
 
 
 @dataclass(frozen=True)

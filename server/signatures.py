@@ -7,7 +7,7 @@ anybody: every field is checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,10 +18,12 @@ from consilience.common.bounded import bounded
 from consilience.common.errors import ConsilienceError, IdentityError, ProtocolError, StorageError, StudentError
 from consilience.common.files import read_bytes, storage_error, write_json
 from consilience.common.identity import key_fingerprint, read_key_line
-from consilience.common.protocol import MOST_CLASSES, Digest, Kind, Question, SiteCard, SiteName
+from consilience.common.pool import Pool
+from consilience.common.protocol import MOST_CLASSES, MOST_SPAN, Digest, Kind, Question, SiteCard, SiteName
 from consilience.common.settings import ClassName, Encoding
+from consilience.common.subsets import text_length
 from consilience.common.vouching import KnownSigner
-from consilience.server.answers import AnswerStore, digests_in
+from consilience.server.answers import AnswerStore, Range, digests_in
 from consilience.server.stores import store_folder
 
 FILE = "signatures.json"
@@ -38,17 +40,20 @@ class _Part(BaseModel):
 
 
 class Signed(_Part):
-    """One answer that a site vouched for: samples start..stop-1."""
+    """One answer that a site vouched for: samples start..stop-1, or some of them."""
 
     start: Count
     stop: Count
+    subset: Annotated[str, Field(max_length=text_length(MOST_SPAN))] | None = None
+    """Which of these samples, as `protocol.Question` says; None: all."""
     digest: Digest
     """Salted, so that nobody can guess the answer from it."""
     signature: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=400)]
 
 
 class SignedAnswers(_Part):
-    """A site's answers of one kind about one pool; of `answers` samples there are some, signed or not."""
+    """A site's answers of one kind about one pool of `size` samples; of `answers` of them there are some, signed or
+    not."""
 
     pool: Digest
     size: Count
@@ -89,8 +94,11 @@ class Signatures(_Part):
         return self
 
     @classmethod
-    def collect(cls, job: str, cards: Sequence[SiteCard], stores: Mapping[str, Sequence[AnswerStore]]) -> Signatures:
-        """Return what the sites signed of the answers in these stores."""
+    def collect(
+        cls, job: str, cards: Sequence[SiteCard], stores: Mapping[str, Sequence[AnswerStore]], pools: Sequence[Pool]
+    ) -> Signatures:
+        """Return what the sites signed of the answers in these stores, which are about `pools`."""
+        sizes = {pool.digest: pool.manifest.size for pool in pools}
         return cls(
             job=job,
             sites=tuple(
@@ -98,7 +106,9 @@ class Signatures(_Part):
                     site=card.name,
                     classes=card.classes,
                     public_key=card.public_key,
-                    answers=tuple(_answers(store) for store in stores[card.name] if len(store)),
+                    answers=tuple(
+                        _answers(store, sizes[store.about.pool]) for store in stores[card.name] if len(store)
+                    ),
                 )
                 for card in cards
             ),
@@ -191,7 +201,7 @@ class _Held:
     """What lies in a site's folder of RUN/answers; nothing where there is no such folder."""
 
     def __init__(self, place: Path | None) -> None:
-        self.stores: dict[str, Mapping[tuple[int, int], str | None]] = {}
+        self.stores: dict[str, Mapping[Range, tuple[int, str | None]]] = {}
         self.damage: StorageError | None = None
         for store in () if place is None or not place.exists() else _folders(place):
             try:
@@ -213,14 +223,15 @@ def _check_site(job: str, site: SignedSite, folder: Path | None) -> Verdict:
     for part in site.answers:
         good, bad = _check_part(job, part, signer, problems)
         here = held.stores.pop(_place(site.site, part).name, {})
-        for start, stop in sorted(good.keys() & here.keys()):
-            if here[start, stop] == good[start, stop]:
-                compared += stop - start
+        for asked in sorted(good.keys() & here.keys()):
+            if here[asked] == good[asked]:
+                compared += good[asked][0]
             else:
-                problems.append(f"{_where(part, start, stop)}: the answer here is not the one that was signed")
+                problems.append(f"{_where(part, asked)}: the answer here is not the one that was signed")
         vouched += _samples(good)
-        claimed = part.answers - _samples(good) - _samples(bad)
-        unsigned += max(0, claimed, _samples(here.keys() - good.keys() - bad))
+        claimed = part.answers - _samples(good) - sum(bad.values())
+        unclaimed = {asked: held for asked, held in here.items() if asked not in good and asked not in bad}
+        unsigned += max(0, claimed, _samples(unclaimed))
     return Verdict(
         site=site.site,
         key=None if signer is None else key_fingerprint(signer.key),
@@ -234,28 +245,31 @@ def _check_site(job: str, site: SignedSite, folder: Path | None) -> Verdict:
 
 def _check_part(
     job: str, part: SignedAnswers, signer: KnownSigner | None, problems: list[str]
-) -> tuple[dict[tuple[int, int], str], set[tuple[int, int]]]:
-    """Return the ranges with a good signature, with their digests, and those with a wrong one."""
-    good: dict[tuple[int, int], str] = {}
-    bad: set[tuple[int, int]] = set()
+) -> tuple[dict[Range, tuple[int, str | None]], dict[Range, int]]:
+    """Return how many samples, and the digest, of each answer with a good signature; and the samples of wrong ones."""
+    good: dict[Range, tuple[int, str | None]] = {}
+    bad: dict[Range, int] = {}
     if signer is None:
         if part.signed:
             problems.append(f"{part.kind} of pool {part.pool[:12]}: they are signed, and there is no key to check with")
         return good, bad
     at = 0
     for signed in sorted(part.signed, key=lambda each: each.start):
-        where = _where(part, signed.start, signed.stop)
+        asked = Range(signed.start, signed.stop, signed.subset)
+        where = _where(part, asked)
         if not at <= signed.start < signed.stop <= part.size:
             problems.append(f"{where}: they are signed twice, or do not exist")
             continue
-        at = signed.stop
+        at, samples = signed.stop, signed.stop - signed.start
         try:
-            signer.check(_question(job, part, signed), signed.digest, bytes.fromhex(signed.signature))
+            question = _question(job, part, signed)
+            samples = len(question)
+            signer.check(question, signed.digest, bytes.fromhex(signed.signature))
         except (ProtocolError, ValidationError):
             problems.append(f"{where}: the signature is not the site's")
-            bad.add((signed.start, signed.stop))
+            bad[asked] = samples
         else:
-            good[signed.start, signed.stop] = signed.digest
+            good[asked] = samples, signed.digest
     return good, bad
 
 
@@ -280,8 +294,8 @@ def _folders(place: Path) -> list[Path]:
         raise storage_error(error, place, "read") from error
 
 
-def _samples(ranges: Iterable[tuple[int, int]]) -> int:
-    return sum(stop - start for start, stop in ranges)
+def _samples(held: Mapping[Range, tuple[int, str | None]]) -> int:
+    return sum(samples for samples, _ in held.values())
 
 
 def _place(site: str, part: SignedAnswers) -> Path:
@@ -289,8 +303,8 @@ def _place(site: str, part: SignedAnswers) -> Path:
     return store_folder(Path(), site, part.pool, part.kind, part.teacher)
 
 
-def _where(part: SignedAnswers, start: int, stop: int) -> str:
-    return f"{part.kind} of samples {start} to {stop} of pool {part.pool[:12]}"
+def _where(part: SignedAnswers, asked: Range) -> str:
+    return f"{part.kind} of samples {asked.start} to {asked.stop} of pool {part.pool[:12]}"
 
 
 def _question(job: str, part: SignedAnswers, signed: Signed) -> Question:
@@ -299,6 +313,7 @@ def _question(job: str, part: SignedAnswers, signed: Signed) -> Question:
         pool=part.pool,
         start=signed.start,
         stop=signed.stop,
+        subset=signed.subset,
         kind=part.kind,
         encoding=part.encoding,
         teacher=part.teacher,
@@ -306,11 +321,11 @@ def _question(job: str, part: SignedAnswers, signed: Signed) -> Question:
     )
 
 
-def _answers(store: AnswerStore) -> SignedAnswers:
+def _answers(store: AnswerStore, size: int) -> SignedAnswers:
     about = store.about
     return SignedAnswers(
         pool=about.pool,
-        size=about.size,
+        size=size,
         kind=about.kind,
         encoding=about.encoding,
         teacher=about.teacher,
@@ -322,4 +337,11 @@ def _answers(store: AnswerStore) -> SignedAnswers:
 
 def _signed(store: AnswerStore) -> Iterator[Signed]:
     for shard in store.shards():
-        yield Signed(start=shard.start, stop=shard.stop, digest=shard.digest, signature=shard.signature)
+        asked = shard.range
+        yield Signed(
+            start=asked.start,
+            stop=asked.stop,
+            subset=asked.subset,
+            digest=shard.digest,
+            signature=shard.signature,
+        )

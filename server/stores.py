@@ -13,6 +13,7 @@ from consilience.common.protocol import FINGERPRINT_SHOWN, LABEL_KINDS, Kind, Si
 from consilience.common.settings import JobSettings
 from consilience.common.taps_asked import taps_asked
 from consilience.server.answers import About, AnswerStore
+from consilience.server.asked_pool import asked_ids
 from consilience.server.contract import coverage_encoding
 from consilience.server.trust import signer_of
 
@@ -59,7 +60,7 @@ def feature_stores(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> d
             encoding=job.ask.features,
             classes=tap.values,
         )
-        stores[tap.name] = _store(run, card, about)
+        stores[tap.name] = _store(run, card, about, pool)
     return stores
 
 
@@ -94,7 +95,7 @@ def _answers(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> AnswerS
         encoding=job.ask.encoding,
         classes=len(card.classes),
     )
-    return _store(run, card, about)
+    return _store(run, card, about, pool)
 
 
 def _coverage(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> AnswerStore | None:
@@ -111,9 +112,9 @@ def _coverage(run: Path, job: JobSettings, card: SiteCard, pool: Pool) -> Answer
         encoding=encoding,
         classes=1,
     )
-    return _store(run, card, about)
+    return _store(run, card, about, pool)
 
 
-def _store(run: Path, card: SiteCard, about: About) -> AnswerStore:
+def _store(run: Path, card: SiteCard, about: About, pool: Pool) -> AnswerStore:
     folder = store_folder(run / "answers", card.name, about.pool, about.kind, about.teacher)
-    return AnswerStore(folder, about, signer_of(card))
+    return AnswerStore(folder, about, signer_of(card), asked_ids(pool))

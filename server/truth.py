@@ -16,6 +16,7 @@ from consilience.common.data import ImageData, check_many
 from consilience.common.errors import DataError, PoolError
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
+from consilience.server.asked_pool import asked_ids
 
 Synonyms = Mapping[str, Sequence[str]]
 
@@ -53,12 +54,13 @@ def test_truth(test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArra
     return _to_space(test.need_labels("judge.test"), test, space, synonyms)
 
 
-def pool_truth(path: Path, size: int, test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int64]:
-    """Read the pool's true labels (size,), numbered by the test data's class names, into the label space.
+def pool_truth(path: Path, pool: Pool, test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int64]:
+    """Read the pool's true labels, numbered by the test data's class names, into the label space: (m,) of `pool`.
 
-    Raises `DataError` for another length or type, or a label out of range.
+    The file is about all samples of the pool, also where the job asks about a part. Raises `DataError` for another
+    length or type, or a label out of range.
     """
-    raw = _read(path)
+    raw, size = _read(path), pool.manifest.size
     if raw.shape != (size,) or not np.issubdtype(raw.dtype, np.integer):
         raise DataError(
             f"{path}: has shape {raw.shape} and type {raw.dtype}; allowed: ({size},) integers",
@@ -71,7 +73,8 @@ def pool_truth(path: Path, size: int, test: ImageData, space: LabelSpace, synony
             f"allowed: 0 to {len(test.class_names) - 1}",
             hint="Number the labels by the test data's class names",
         )
-    return _to_space(raw, test, space, synonyms)
+    ids = asked_ids(pool)
+    return _to_space(raw if ids is None else raw[ids], test, space, synonyms)
 
 
 def test_truth_labels(test: ImageData, space: LabelSpace, synonyms: Synonyms) -> NDArray[np.int8]:
@@ -80,13 +83,14 @@ def test_truth_labels(test: ImageData, space: LabelSpace, synonyms: Synonyms) ->
 
 
 def pool_truth_labels(
-    path: Path, size: int, test: ImageData, space: LabelSpace, synonyms: Synonyms
+    path: Path, pool: Pool, test: ImageData, space: LabelSpace, synonyms: Synonyms
 ) -> NDArray[np.int8]:
-    """Read the pool's true labels (size, labels of the test data) into the label space, (size, L) int8.
+    """Read the pool's true labels (n, labels of the test data) into the label space, (m, L) int8 of `pool`.
 
-    Raises `DataError` for another shape or type, or a value that is no label.
+    The file is as for `pool_truth`. Raises `DataError` for another shape or type, or a value that is no label.
     """
-    many = check_many(_read(path), size, test.class_names, str(path))
+    many, ids = check_many(_read(path), pool.manifest.size, test.class_names, str(path)), asked_ids(pool)
+    many = many if ids is None else many[ids]
     return _columns(many, test, space, synonyms)
 
 

@@ -44,6 +44,9 @@ class Labels(Settings):
 class Ask(Settings):
     """How the pool is asked about."""
 
+    samples: int | None = Field(default=None, ge=1, le=2**27)
+    """How many samples of the pool are asked about, drawn by `seed`; by default all. The student learns from these
+    alone ([which samples](choosing.md)). The test pool is always asked about as a whole."""
     encoding: Encoding = "f16"
     """How sites' log-probabilities come: `f32`, `f16`, `u8`, `top-K` such as `top-3`, or `votes`; every site's policy
     must allow it. [Encodings](encodings.md) says what each costs and loses."""
@@ -428,6 +431,11 @@ class JobSettings(Settings):
                         f"{field} is {value!r}, which needs single answers; with privacy.secure_sum it must be "
                         f"{allowed!r}"
                     )
+            if self.ask.samples is not None:
+                raise ValueError(
+                    f"ask.samples is {self.ask.samples}, and privacy.secure_sum is true: sums are made of the whole "
+                    "pool; leave ask.samples out, or set privacy.secure_sum to false"
+                )
         if learning == "filtered" and self.privacy.sealed:
             raise ValueError(
                 "student.learning is 'filtered', and privacy.sealed is true: blocks and what is asked of them are not "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from consilience.__main__ import app
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
+from consilience.client.site import Site
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, SettingsError
 from consilience.common.files import canonical_json, read_json
@@ -211,6 +213,22 @@ def once(change: Callable[[Fields], Fields], kind: str = ANSWER) -> Change:
         return change(fields)
 
     return changing
+
+
+def test_a_sealed_job_about_a_part_of_the_pool_opens_and_is_vouched_for(world: World) -> None:
+    """Real sites: what they sign, seal, keep and count is the part."""
+    world.run("part", privacy={"sealed": True}, ask={"question_size": 25, "samples": 40}, whole=True)
+    ids = np.load(world.folder / "part" / "asked.npy")
+    assert [site["answers"] for site in world.report("part")["sites"]] == [40, 40]
+    code, said = verify(world.folder / "part" / "student")
+    assert code == 0, said
+    for site in said["data"]["sites"]:
+        assert (site["vouched"], site["compared"], site["unsigned"]) == (40, 40, 0)
+    for path in sorted((world.folder / "part" / "simulation" / "sites").glob("*/site.yaml")):
+        with contextlib.closing(Site.load(path)) as held_by:
+            told = [tuple(held) for row in held_by.ledger.rows() for held in row.entry.body["ranges"]]
+            assert held_by.ledger.spent.lifetime == 40
+        assert [sample for low, high in sorted(told) for sample in range(low, high)] == ids.tolist()
 
 
 def test_a_changed_answer_is_refused_and_asked_for_again(world: World) -> None:

@@ -299,7 +299,7 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     release(file, pool, 0, 8, job="earlier")
     found = call("explain", job, file)
     part = {"pool": pool.digest, "kind": "log-probs", "encoding": "f32", "samples": SIZE, "new": SIZE - 8}
-    assert found["parts"] == [part | {"tap": "", "bytes_a_sample": ROW, "shape": [], "summed": False}]
+    assert found["parts"] == [part | {"of": SIZE, "tap": "", "bytes_a_sample": ROW, "shape": [], "summed": False}]
     assert (found["new"], found["refusal"], found["pools_are_the_job_s"]) == (42, None, True)
     (month,) = (name for name in found["left"] if name.startswith("month"))
     assert found["left"] == {

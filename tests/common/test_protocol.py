@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from consilience.common.encoding.features import basis_bytes
 from consilience.common.errors import ProtocolError
 from consilience.common.protocol import (
+    MOST_SPAN,
     Agreement,
     Answer,
     CardRequest,
@@ -26,6 +27,7 @@ from consilience.common.protocol import (
     SiteCard,
     read_reply,
 )
+from consilience.common.subsets import subset_text
 
 DIGEST, OTHER, POLICY = "a" * 64, "b" * 64, "c" * 16
 TAP: dict[str, Any] = {
@@ -73,7 +75,39 @@ RECORDS: list[Record] = [
     ),
     question(kind="features", encoding="f16"),
     question(kind="features", encoding="u8"),
+    question(stop=16, subset=subset_text(np.array([True, False] * 6 + [True]))),
+    question(stop=3 + MOST_SPAN, subset=subset_text(np.arange(MOST_SPAN) % (MOST_SPAN - 1) == 0)),
+    Contract(
+        job="job", labels=("cat",), class_set=(0,), pools=(DIGEST,), teacher=OTHER, encoding="f16", subset="gAA="
+    ),
 ]  # fmt: skip
+
+
+SUBSETS = (
+    "//4=",  # 16 bits, for a range of 10 samples
+    "//A=",  # as many bits as samples, and some beyond
+    "/8A=",  # all of them
+    "gAA=",  # without the last
+    "AEA=",  # without the first
+    "AAA=",
+    "gEA",
+    "gEA==",
+    "gEB=",  # the same bytes as gEA=, written otherwise
+    "gEA=gEA=",
+    "gE A=",
+    "gé==",
+    "gEAA",
+    "A" * 200_000,
+)
+"""None of them is a part of samples 3 to 12, of which `gEA=` is the first and the last."""
+
+
+def test_a_question_about_a_part_has_its_first_and_last_sample_and_counts_what_it_asks() -> None:
+    asked = question(stop=13, subset="gEA=")
+    assert len(asked) == 2
+    assert asked.ids.tolist() == [3, 12]
+    assert len(question(stop=13)) == 10
+    assert question(stop=13).ids.tolist() == list(range(3, 13))
 
 
 def reduced(number: int, channels: int) -> dict[str, Any]:
@@ -98,7 +132,7 @@ def test_the_largest_taps_are_taken() -> None:
 def test_a_record_of_another_protocol_is_refused_in_so_many_words() -> None:
     """A card of protocol 1 told what components are; what it says is not looked at."""
     text = json.dumps({**card(), "protocol": 1, "features": {"taps": [{**TAP, "basis": "AAAA"}]}})
-    with pytest.raises(ProtocolError, match=r"SiteCard is of another protocol than this version's, 2: site and server"):
+    with pytest.raises(ProtocolError, match=r"SiteCard is of another protocol than this version's, 3: site and server"):
         SiteCard.from_content(RecordDict({"record": ConfigRecord({"json": text})}))
 
 
@@ -249,6 +283,10 @@ def test_a_card_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None
         {"kind": "coverage", "encoding": "votes"},
         {"kind": "features", "encoding": "f32"},
         {"kind": "features", "encoding": "votes"},
+        {"subset": ""},
+        {"subset": 5},
+        *({"stop": 13, "subset": subset} for subset in SUBSETS),
+        {"start": 0, "stop": MOST_SPAN + 8, "subset": subset_text(np.arange(MOST_SPAN + 8) % (MOST_SPAN + 7) == 0)},
     ],
 )
 def test_a_question_with_one_wrong_field_is_refused(changes: dict[str, Any]) -> None:
@@ -275,6 +313,7 @@ def test_an_answer_comes_back_as_it_was() -> None:
         {"teacher": DIGEST},
         {"policy": "d" * 16},
         {"kind": "coverage"},
+        {"stop": 13, "subset": "gEA="},
     ],
 )
 def test_an_answer_to_another_question_is_refused(changes: dict[str, Any]) -> None:

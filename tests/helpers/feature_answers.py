@@ -144,7 +144,7 @@ def telling(
         told[name] = np.ascontiguousarray(np.moveaxis(centred @ directions.T, -1, 1), np.float32)
 
     def handler(question: Question, attempt: int) -> RecordDict:
-        rows = slice(question.start, question.stop)
+        rows = question.ids
         if question.kind == "features":
             card = next(card for card in cards if card.fingerprint == question.teacher)
             values = told[card.name][rows].reshape(len(question), -1)

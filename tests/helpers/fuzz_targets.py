@@ -357,6 +357,22 @@ def _checked(example: Any, check_it: Callable[[Any], object]) -> tuple[Callable[
     return lambda text, data: check_it(read(text, data)), seed
 
 
+def _part_asked() -> tuple[Callable[[bytes, bytes | None], object], bytes]:
+    """A question about a part of its range, as a site reads it."""
+
+    def check_it(question: Question) -> None:
+        if question.subset is None:  # of a whole range, however long, a site compares the end with its pool first
+            return
+        ids = question.ids
+        if not len(ids) == len(question) == question.mask.sum() or [ids[0], ids[-1] + 1] != [
+            question.start,
+            question.stop,
+        ]:
+            raise DecoderError("what was taken is no part of its range")
+
+    return _checked(QUESTION.model_copy(update={"stop": 10, "subset": "gEA="}), check_it)
+
+
 def _refusal(text: bytes, data: bytes | None) -> object:
     return Refusal.find(_content("refusal", text, data))
 
@@ -402,6 +418,8 @@ TO_SITES = _records(
     _plain(QUESTION),
     _plain(FOR_COMPONENTS),
     _plain(SEALED_COMPONENTS),
+    _part_asked(),
+    _plain(CONTRACT.model_copy(update={"subset": "gEA="})),
 )
 TAIL_QUESTION = TailQuestion(job="job", tail=DIGEST, policy=POLICY, block=1, samples=2, shape=(3, 1, 2), outputs=2)
 PULLING = TAIL_QUESTION.model_copy(update={"gradient": True})
@@ -537,7 +555,8 @@ def _signatures_file() -> bytes:
         start=0, stop=2, digest=salted(_VOUCH[:SALT_BYTES], sha256(b"rows")), signature=_VOUCH[SALT_BYTES:].hex()
     )
     about = QUESTION.model_dump(include={"pool", "kind", "encoding", "teacher", "policy"})
-    part = SignedAnswers(**about, size=4, answers=3, signed=(signed,))
+    several = signed.model_copy(update={"start": 3, "stop": 13, "subset": "gEA="})  # not what was signed
+    part = SignedAnswers(**about, size=20, answers=5, signed=(signed, several))
     first = SignedSite(
         site="site-0", classes=("a", "b", "c"), public_key=key_line(_key(0).public_key()), answers=(part,)
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question, TapCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.server.asked_pool import span
 from consilience.server.job import Job
 from helpers.feature_answers import features_card, images, tap_cards, teacher, telling
-from helpers.sites import Sites, grid_of, refusing
+from helpers.sites import Handler, Sites, grid_of, refusing
 
 SAMPLES, TEST = 48, 12
 PIXELS = images(SAMPLES)
@@ -91,6 +94,30 @@ def do(home: Path, sites: Sites, reporter: Reporter, learning: str, run: str = "
 
 def weights(home: Path, run: str = "run") -> bytes:
     return (home / run / "student" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+def test_features_of_a_part_of_the_pool_are_those_of_its_samples(home: Path, reporter: Reporter, learning: str) -> None:
+    part, cards = SAMPLES // 2, cards_of(LAYERS, ("east", "west"))
+    do(home, sites_of(CHAIN, LAYERS, cards), reporter, learning, ask={"samples": part})
+    ids = np.load(home / "run" / "asked.npy")
+    shutil.rmtree(home / "pool")
+    Pool.build(from_arrays(PIXELS[ids][..., 0], None, (), where="test"), home / "pool")
+    sites = sites_of(CHAIN, LAYERS, cards)
+
+    def renumbered(handler: Handler) -> Handler:
+        def handle(question: Question, attempt: int) -> RecordDict:
+            start, stop, subset = span(ids, question.start, question.stop)
+            asked = question.model_copy(update={"start": start, "stop": stop, "subset": subset})
+            return dataclasses.replace(
+                Answer.from_content(handler(asked, attempt), asked), question=question
+            ).to_content()
+
+        return handle
+
+    sites.handlers = {name: renumbered(handler) for name, handler in sites.handlers.items()}
+    do(home, sites, reporter, learning, run="small")
+    assert weights(home) == weights(home, "small")
 
 
 def test_layers_are_amalgamated_and_everything_is_told(home: Path, reporter: Reporter) -> None:

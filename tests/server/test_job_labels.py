@@ -93,6 +93,17 @@ def odds(start: int, stop: int) -> np.ndarray:
     return rows(question).astype(np.float64)
 
 
+def test_labels_of_a_part_of_the_pool_are_those_of_its_samples(home: Path, reporter: Reporter) -> None:
+    do(home, reporter)
+    whole = np.load(home / "run" / "labels" / "q.npy")
+    shutil.rmtree(home / "run")
+    report = do(home, reporter, ask={"samples": 15})
+    ids = np.load(home / "run" / "asked.npy")
+    assert np.array_equal(np.load(home / "run" / "labels" / "q.npy"), whole[ids])
+    assert report["pool"]["size"] == 15
+    assert report["multi_label"]["baselines"]["oracle"] is not None
+
+
 def test_labels_are_unified_each_by_itself_and_judged_by_average_precision(home: Path, reporter: Reporter) -> None:
     report = do(home, reporter)
     told = odds(0, SAMPLES)
