@@ -10,11 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from consilience.client.components import not_released
 from consilience.client.features import OpenTap, tell_shape
-from consilience.client.policy import Demand, Limit, RefusedError, byte_limits, check_demand, check_sealed, limits
+from consilience.client.policy import (
+    Demand,
+    Limit,
+    RefusedError,
+    Subset,
+    byte_limits,
+    check_demand,
+    check_sealed,
+    limits,
+)
 from consilience.client.privacy import Spent, account, describe_privacy
 from consilience.client.privacy.spending import loss_limits, loss_of
 from consilience.client.site import Site
@@ -23,7 +31,7 @@ from consilience.common.errors import LabelError, PoolError, SettingsError, Stor
 from consilience.common.nets.tail_plan import check_tail, sides, tail_demand
 from consilience.common.pool import Pool
 from consilience.common.protocol import Kind, TailDemand, TapCard
-from consilience.common.samples_asked import drawn
+from consilience.common.samples_asked import drawn, samples_asked
 from consilience.common.settings import (
     EVERY_LAYER,
     Encoding,
@@ -198,16 +206,20 @@ def _taps(job: JobSettings, site: Site) -> tuple[tuple[OpenTap, ...], tuple[Open
     return site.taps_named([tap.name for tap in asked]), site.taps_named([tap.name for tap in reduced]), ""
 
 
-def _subsets(job: JobSettings, pools: Sequence[Pool], *, here: bool) -> dict[str, NDArray[np.bool_]]:
-    """Return which samples (n,) a job would ask about of the pools any of which may be its own; whole ones are left
-    out. Raises `SettingsError` where the job's pool, which is `here`, has fewer than it wants."""
+def _subsets(job: JobSettings, pools: Sequence[Pool], *, here: bool) -> dict[str, Subset]:
+    """Return which samples a job would ask about of the pools any of which may be its own; whole ones are left out.
+
+    Of samples that are chosen later only the number is known. Raises `SettingsError` where the job's pool, which is
+    `here`, has fewer than it wants.
+    """
     found = {}
     for pool in pools[:1] if here else pools:
         if not here and len(pool) < (job.ask.samples or 0):  # it is not the job's pool
             continue
         ids = drawn(job, len(pool))
         if ids is not None:
-            found[pool.digest] = np.isin(np.arange(len(pool)), ids)
+            mask = np.isin(np.arange(len(pool)), ids)
+            found[pool.digest] = Subset(mask, samples_asked(job, len(pool)) - len(ids))
     return found
 
 

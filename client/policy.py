@@ -56,6 +56,23 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Subset:
+    """A part of a pool that a job asks about: the samples of `mask` (n,), and `more` others, not chosen yet."""
+
+    mask: NDArray[np.bool_]
+    more: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many samples they are."""
+        return min(int(self.mask.sum()) + self.more, len(self.mask))
+
+    def new(self, missing: NDArray[np.bool_]) -> int:
+        """Return how many of them are newly released at most, where the samples `missing` (n,) were not yet."""
+        return int((missing & self.mask).sum()) + min(self.more, int((missing & ~self.mask).sum()))
+
+
+@dataclass(frozen=True)
 class Demand:
     """All that a job would ask of a site: `questions`, each about a pool, and principal components.
 
@@ -71,14 +88,14 @@ class Demand:
     """Taps whose principal components are to come with the agreement."""
     tail: Asked | None = None
     """What of the teacher's last blocks is asked for; None: nothing."""
-    subsets: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
-    """Pool -> which of its samples (n,) are asked about, of pools that are not asked about as a whole."""
+    subsets: Mapping[str, Subset] = field(default_factory=dict)
+    """Pool -> which of its samples are asked about, of pools that are not asked about as a whole."""
 
     @property
     def samples(self) -> tuple[int, ...]:
         """How many samples each question asks about."""
         return tuple(
-            len(question) if (subset := self.subsets.get(question.pool)) is None else int(subset.sum())
+            len(question) if (subset := self.subsets.get(question.pool)) is None else subset.count
             for question in self.questions
         )
 

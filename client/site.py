@@ -27,6 +27,7 @@ from consilience.client.ledger_rows import Asked
 from consilience.client.policy import (
     Demand,
     RefusedError,
+    Subset,
     asked_by,
     check_budget,
     check_bytes,
@@ -193,7 +194,7 @@ class Site:
             )
         pools = [self.pool(digest) for digest in dict.fromkeys(contract.pools)]
         tried = min(self.settings.batch_size, len(pools[0]))
-        subsets = {} if contract.subset is None else {pools[0].digest: _subset(contract.subset, len(pools[0]))}
+        subsets = {} if contract.subset is None else {pools[0].digest: _subset(contract, len(pools[0]))}
         with self.lock:
             self.ledger.refresh()
             demand = self.demand(
@@ -267,15 +268,15 @@ class Site:
         components: Sequence[OpenTap] = (),
         first: bool = True,
         tail: TailDemand | None = None,
-        subsets: Mapping[str, NDArray[np.bool_]] = MappingProxyType({}),
+        subsets: Mapping[str, Subset] = MappingProxyType({}),
     ) -> Demand:
         """Return all that a job would ask of this site about `pools`: `coverage`: that too, if the site offers it.
 
         `taps`: those whose features of the first pool it asks for too, as `features`; without `first`, of every pool,
         any of which may be the one. `components`: those of them whose principal components it asks for. `summed`: in
         secure sums, to which answers are added as precise as the policy allows, whatever `encoding` is. `tail`: what it
-        asks of the site's tail, which the policy must open. `subsets`: pool -> which of its samples (n,) are asked
-        about, where not all. Raises `RefusedError` where the policy does not open the tail.
+        asks of the site's tail, which the policy must open. `subsets`: pool -> which of its samples are asked about,
+        where not all. Raises `RefusedError` where the policy does not open the tail.
         """
         policy = self.settings.policy
         kinds: list[tuple[Kind, Encoding]] = [(self.kind, policy.encodings[0] if summed else encoding)]
@@ -301,7 +302,7 @@ class Site:
         for asked in demand.questions:
             missing = released.missing(self._kept_as(asked), len(asked))
             subset = demand.subsets.get(asked.pool)
-            found.append(int((missing if subset is None else missing & subset).sum()))
+            found.append(int(missing.sum()) if subset is None else subset.new(missing))
         return found
 
     def question(
@@ -526,12 +527,12 @@ class Site:
         raise RefusedError("unknown-pool", "the site has no copy of this pool")
 
 
-def _subset(text: str, size: int) -> NDArray[np.bool_]:
-    """Return which of a pool's `size` samples a contract is about. Raises `RefusedError`."""
+def _subset(contract: Contract, size: int) -> Subset:
+    """Return the part of a pool of `size` samples that a contract is about. Raises `RefusedError`."""
     try:
-        mask = subset_mask(text, size)
+        mask = subset_mask(contract.subset or "", size)
     except ValueError as error:
         raise RefusedError("bad-question", "the contract's part of the pool does not fit the pool") from error
     if not mask.any():
         raise RefusedError("bad-question", "the contract's part of the pool has no sample")
-    return mask
+    return Subset(mask, contract.more)

@@ -396,6 +396,8 @@ class Contract(Record):
     pools: tuple[Digest, ...] = Field(min_length=1)
     subset: Annotated[str, Field(min_length=4, max_length=text_length(MOST_POOL))] | None = None
     """Which samples of the first of the pools will be asked about (`subsets.subset_text`); None: all."""
+    more: int = Field(default=0, ge=0, le=MOST_POOL)
+    """Of how many other samples of that pool answers will be asked for, which are not chosen yet."""
     teacher: Digest
     encoding: Encoding
     """In which log-probabilities will be asked for, where they are asked for openly."""
@@ -413,6 +415,12 @@ class Contract(Record):
     """Whether answers will be asked for in secure sums alone; these are about the first of the pools."""
     job_key: JobKey | None = None
     """What answers, and what comes with the agreement, are to be sealed for; None: they are not."""
+
+    @model_validator(mode="after")
+    def _more_than_some(self) -> Contract:
+        if self.more and self.subset is None:
+            raise ValueError("more are to be chosen, and all are asked about")
+        return self
 
     @model_validator(mode="after")
     def _components_of_features(self) -> Contract:

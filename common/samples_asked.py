@@ -25,10 +25,18 @@ def samples_asked(job: JobSettings, size: int) -> int:
     return size if wanted is None else wanted
 
 
+def round_ends(job: JobSettings, size: int) -> tuple[int, ...]:
+    """Return how many of a pool's samples have been chosen after each round, ascending. Raises as `samples_asked`."""
+    count, rounds = samples_asked(job, size), job.ask.parts
+    return tuple(count * (k + 1) // rounds for k in range(rounds))
+
+
 def drawn(job: JobSettings, size: int) -> NDArray[np.int64] | None:
-    """Return the samples (m,), ascending, that a job draws by its seed; None for all. Raises as `samples_asked`."""
-    count = samples_asked(job, size)
-    if count == size:
+    """Return the samples (m,), ascending, that a job draws by its seed: those of its first round. None for all.
+
+    Raises as `samples_asked`.
+    """
+    if samples_asked(job, size) == size:
         return None
     random = np.random.default_rng(derive(job.seed, "samples asked"))
-    return np.sort(random.choice(size, count, replace=False)).astype(np.int64)
+    return np.sort(random.choice(size, round_ends(job, size)[0], replace=False)).astype(np.int64)

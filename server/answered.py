@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from consilience.common.errors import AskingError
 from consilience.common.labels import LabelSpace
 from consilience.server.answers import AnswerStore
 
@@ -137,6 +138,18 @@ def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
             if not mask[start + rows[0]]:
                 lacking.update(dict.fromkeys(unknown, len(rows)))
     return Usable(total, None if mask.all() else mask, {space.names[i]: lacking[i] for i in sorted(lacking)})
+
+
+def need_usable(samples: Usable) -> Usable:
+    """Return `samples`. Raises `AskingError` where there is none that can be learnt from."""
+    if samples.unknown and not samples.count:
+        listed = ", ".join(list(samples.unknown)[:5])
+        raise AskingError(
+            f"No pool sample was answered by sites that together know every class; for all {samples.size:,} no "
+            f"such site knows one of: {listed}",
+            hint="Run the same command again to ask for the rest",
+        )
+    return samples
 
 
 def _cuts(stores: Sequence[AnswerStore], size: int) -> Iterator[tuple[int, int]]:

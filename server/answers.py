@@ -17,6 +17,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -128,7 +129,8 @@ class AnswerStore:
         """Open or create the store in `folder`. Raises `RunError` when it is about something else, `StorageError`.
 
         `signer`: who must have signed what is stored from now on; None: signatures are neither asked for nor kept.
-        `ids` (size,): the pool's samples that the store's are, ascending; None: all of them.
+        `ids` (size,): the pool's samples that the store's are, -1 for those that are not chosen yet, at the end; None:
+        all of them.
         """
         self.folder, self.about, self._signer, self.ids = folder, about, signer, ids
         self._entries: list[_Entry] = []  # sorted by start
@@ -158,7 +160,7 @@ class AnswerStore:
             held = data.stat().st_size if data.exists() else 0
             for entry, length in _whole(index, raw, held, self.about.row_bytes):
                 place = self._place(entry)
-                if entry.range != self.range(entry.start, entry.stop):
+                if entry.stop > self.known or entry.range != self.range(entry.start, entry.stop):
                     raise StorageError(
                         f"{index}: holds answers about other samples of the pool than this run asks about",
                         hint=f"Restore the run's folder from a copy, or start {NEW_RUN}",
@@ -190,14 +192,24 @@ class AnswerStore:
         """Return how far one question can go from the store's sample `low`, at most to `high`."""
         return reach(self.ids, low, high)
 
+    @cached_property
+    def known(self) -> int:
+        """How many of its samples are chosen, and can be asked about."""
+        return self.about.size if self.ids is None else int((self.ids >= 0).sum())
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return np.argsort(np.empty(0, np.int64) if self.ids is None else self.ids)
+
     def _asked(self, question: Question) -> tuple[int, int]:
         """Return which of the store's samples a question is about. Raises `ProtocolError` where they are none of it."""
         asked = Range(question.start, question.stop, question.subset)
         if self.ids is None:
             return question.start, question.stop
-        low = int(np.searchsorted(self.ids, question.start))
+        place = int(np.searchsorted(self.ids, question.start, sorter=self._order))
+        low = int(self._order[min(place, len(self.ids) - 1)])
         high = low + len(question)
-        if high > len(self.ids) or self.range(low, high) != asked:
+        if high > self.known or self.range(low, high) != asked:
             raise ProtocolError(f"Site {self.about.site}: other samples were answered than the run asks about")
         return low, high
 
@@ -268,6 +280,11 @@ class AnswerStore:
     def complete(self) -> bool:
         """Whether every sample of the pool is answered."""
         return len(self) == self.about.size
+
+    @property
+    def done(self) -> bool:
+        """Whether all that is chosen so far is answered."""
+        return len(self) == self.known
 
     @property
     def bytes(self) -> int:

@@ -1,8 +1,9 @@
 """The part of the pool that a job asks about, as a pool of its own: RUN/asked.npy.
 
-Lives here: which samples they are, kept from the first moment of a run on, and the question that a span of them makes.
-Does not live here: how they are drawn (common/samples_asked). To all stages after asking this is the pool: sample j is
-the whole pool's sample ids[j], and answers, labels and features are kept by j.
+Lives here: which samples they are, kept from the first moment of a run on and from round to round, and the question
+that a span of them makes. Does not live here: how they are drawn (common/samples_asked) or chosen (server/choosing). To
+all stages after asking this is the pool: sample j is the whole pool's sample ids[j], and answers, labels and features
+are kept by j. Samples of one round ascend; those of a later round come after them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from consilience.common.files import storage_error, write_bytes
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import MOST_SPAN
-from consilience.common.samples_asked import drawn
+from consilience.common.samples_asked import drawn, round_ends
 from consilience.common.settings import JobSettings
 from consilience.common.subsets import subset_text
 
@@ -29,12 +31,22 @@ FILE = "asked.npy"
 
 @dataclass(frozen=True, eq=False)
 class AskedPool(Pool):
-    """Samples `ids` (m,) int64, ascending, of a pool. Its digest, and what is verified, are those of the whole."""
+    """Samples `ids` (m,) int64 of a pool, -1 for those that are not chosen yet, at the end. Its digest, and what is
+    verified, are those of the whole.
+
+    `first`: how many of them were drawn at random; the others were chosen after some answers.
+    """
 
     ids: NDArray[np.int64]
+    first: int
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def known(self) -> int:
+        """How many are chosen."""
+        return int((self.ids >= 0).sum())
 
     def read(self, start: int, stop: int) -> Images:
         """Return samples start..stop-1 of these, (stop - start, H, W, C) uint8. Raises `PoolError` out of range."""
@@ -57,29 +69,39 @@ class AskedPool(Pool):
         return super().take(self.ids[wanted])
 
     @property
-    def subset(self) -> str:
-        """Which samples of the whole pool these are, as contracts name them."""
+    def mask(self) -> NDArray[np.bool_]:
+        """Which samples of the whole pool are chosen, (n,)."""
         mask = np.zeros(self.manifest.size, np.bool_)
-        mask[self.ids] = True
-        return subset_text(mask)
+        mask[self.ids[: self.known]] = True
+        return mask
 
 
 def asked_of(run: Path, job: JobSettings, pool: Pool) -> Pool:
-    """Return what a run asks about of the pool: all of it, or the part that was drawn when the run began.
+    """Return what a run asks about of the pool: all of it, or the part that is chosen so far.
 
-    Raises `SettingsError` where the job wants more samples than there are, `StorageError`, also where RUN/asked.npy is
-    damaged.
+    The first round is drawn when the run begins. Raises `SettingsError` where the job wants more samples than there
+    are, `StorageError`, also where RUN/asked.npy is damaged.
     """
-    ids, path = drawn(job, len(pool)), run / FILE
+    ids, ends, path = drawn(job, len(pool)), round_ends(job, len(pool)), run / FILE
     if ids is None:
         return pool
     if path.exists():
-        ids = _load(path, len(ids), len(pool))
+        ids = _load(path, ends, len(pool))
     else:
-        held = io.BytesIO()
-        np.save(held, ids)
-        write_bytes(path, held.getvalue())
-    return AskedPool(pool.folder, pool.manifest, ids)
+        _write(path, ids)
+    padded = np.concatenate([ids, np.full(ends[-1] - len(ids), -1, np.int64)])
+    return AskedPool(pool.folder, pool.manifest, padded, ends[0])
+
+
+def with_more(run: Path, pool: AskedPool, chosen: NDArray[np.int64]) -> AskedPool:
+    """Return the part of the pool with the samples `chosen`, ascending, of another round, which RUN/asked.npy keeps.
+
+    Raises `StorageError`.
+    """
+    ids = np.concatenate([pool.ids[: pool.known], chosen])
+    _write(run / FILE, ids)
+    padded = np.concatenate([ids, np.full(len(pool) - len(ids), -1, np.int64)])
+    return AskedPool(pool.folder, pool.manifest, padded, pool.first)
 
 
 def check_apart(pool: Pool, test_pool: Pool | None) -> None:
@@ -118,28 +140,39 @@ def span(ids: NDArray[np.int64] | None, low: int, high: int) -> tuple[int, int, 
 
 
 def reach(ids: NDArray[np.int64] | None, low: int, high: int) -> int:
-    """Return how far a question from place `low` on can go, at most to `high`: over a bounded part of the pool."""
+    """Return how far a question from place `low` on can go, at most to `high`.
+
+    It is about samples of one round, over a bounded part of the pool.
+    """
     if ids is None:
         return high
-    return low + int(np.searchsorted(ids[low:high], ids[low] + MOST_SPAN))
+    wanted = ids[low:high]
+    falls = np.flatnonzero(np.diff(wanted) < 1)
+    wanted = wanted[: falls[0] + 1] if len(falls) else wanted
+    return low + int(np.searchsorted(wanted, ids[low] + MOST_SPAN))
 
 
-def _load(path: Path, count: int, size: int) -> NDArray[np.int64]:
-    """Read the samples that a run asks about. Raises `StorageError`."""
+def _write(path: Path, ids: NDArray[np.int64]) -> None:
+    held = io.BytesIO()
+    np.save(held, ids)
+    write_bytes(path, held.getvalue())
+
+
+def _load(path: Path, ends: Sequence[int], size: int) -> NDArray[np.int64]:
+    """Read the samples that a run asks about, those of its first rounds. Raises `StorageError`."""
     try:
         ids = np.load(path, allow_pickle=False)
     except OSError as error:
         raise storage_error(error, path, "read") from error
     except ValueError:
         ids = None
-    if (
-        ids is None
-        or (ids.shape, ids.dtype) != ((count,), np.int64)
-        or (np.diff(ids, prepend=-1) < 1).any()
-        or ids[-1] >= size
-    ):
-        raise StorageError(
-            f"{path}: is not {count:,} samples of a pool of {size:,}, ascending",
-            hint=f"Restore it from a copy, or start {NEW_RUN}",
-        )
-    return np.asarray(ids)
+    if ids is not None and ids.dtype == np.int64 and ids.ndim == 1 and len(ids) in ends:
+        rounds = np.split(ids, [end for end in ends if end < len(ids)])
+        if all((np.diff(part, prepend=-1) > 0).all() and part[-1] < size for part in rounds) and (
+            len(np.unique(ids)) == len(ids)
+        ):
+            return np.asarray(ids)
+    raise StorageError(
+        f"{path}: is not {' or '.join(f'{end:,}' for end in ends)} samples of a pool of {size:,}, each once, ascending",
+        hint=f"Restore it from a copy, or start {NEW_RUN}",
+    )

@@ -64,7 +64,7 @@ def ask(
     passed: float = 0.0,
     unsealing: Unsealing | None = None,
 ) -> list[SiteState]:
-    """Ask until every store is complete, its site is given up, or `settings.deadline` has passed.
+    """Ask until every store has all that is chosen, its site is given up, or `settings.deadline` has passed.
 
     `stores` pairs a node id with a store; a node may stand in several pairs (pools, kinds). Questions to one node
     keep at most `settings.in_flight` on their way; answers are stored as they arrive. A question that fails is sent
@@ -200,6 +200,9 @@ class _Asking:
         site = self.sites[node] = _Site(SiteState(name, node), progress, size, time.monotonic())
         for store in stores:
             for low, high in store.missing():
+                high = min(high, store.known)
+                if low >= high:
+                    continue
                 site.spans.append(_Span(store, low, high))
                 site.state.asked += high - low
 

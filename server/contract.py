@@ -19,7 +19,9 @@ from consilience.common.job_key import JobKey
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import Contract, SiteCard, TailDemand
 from consilience.common.settings import CoverageEncoding, JobSettings, LabelKind, allowed_by, encoding_names
+from consilience.common.subsets import subset_text
 from consilience.common.taps_asked import taps_asked
+from consilience.server.asked_pool import AskedPool
 from consilience.server.chosen import Chosen
 from consilience.server.multi_label import check_multi, kind_of
 
@@ -104,12 +106,13 @@ class RunContract(BaseModel):
         job_key: JobKey | None = None,
         components: tuple[str, ...] = (),
         tail: TailDemand | None = None,
-        subset: str | None = None,
+        part: AskedPool | None = None,
     ) -> Contract:
         """Return the part that site `name` is asked to agree to, and how `job` will ask.
 
         `job_key`: what its answers are to be sealed for; `components`: taps whose principal components are lacking;
-        `tail`: what will be asked of its teacher's last blocks; `subset`: about which part of the pool, where not all.
+        `tail`: what will be asked of its teacher's last blocks; `part`: what of the pool it will be asked about, where
+        not all.
         """
         at = [card.name for card in self.sites].index(name)
         return Contract(
@@ -117,7 +120,8 @@ class RunContract(BaseModel):
             labels=self.labels,
             class_set=self.class_sets[at],
             pools=self.pools,
-            subset=subset,
+            subset=None if part is None else subset_text(part.mask),
+            more=0 if part is None else len(part) - part.known,
             teacher=self.sites[at].teacher,
             encoding=job.ask.encoding,
             coverage=coverage_encoding(job, self.sites[at]) is not None,

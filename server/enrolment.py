@@ -30,6 +30,7 @@ from consilience.common.protocol import (
     read_reply,
 )
 from consilience.common.settings import Ask, JobSettings
+from consilience.server.asked_pool import AskedPool
 from consilience.server.components import Taking, lacking_components
 from consilience.server.contract import RunContract, objection
 from consilience.server.events import Events
@@ -250,15 +251,15 @@ def enrol(
     home: Home | None = None,
     unsealing: Unsealing | None = None,
     needs: StudentNeeds | None = None,
-    subset: str | None = None,
+    part: AskedPool | None = None,
 ) -> Enrolment:
     """Make, resume or (with `fold_in`) grow the contract in the file `path`.
 
     `complete` names the sites of a contract whose stores are complete: they need not be there. A resumed run needs
     as many of its sites, complete or there, as `min_sites` says, by default all. `wait_for_new`: a run that folds in
     has nothing else to do, so it waits for a new site. `home`: as for `collect_cards`; `unsealing`: what sites are to
-    seal their answers for; `needs`: what the student needs of them beside answers; `subset`: the part of the pool that
-    they will be asked about, where not all. Raises `AskingError`,
+    seal their answers for; `needs`: what the student needs of them beside answers; `part`: what of the pool they will
+    be asked about, where not all. Raises `AskingError`,
     `RunError`, `LabelError`, `SettingsError`.
     """
     asking = settings.ask
@@ -310,7 +311,7 @@ def enrol(
                 job_key,
                 lacking_components(path.parent, settings, card),
                 None if needs is None else needs.tail(card),
-                subset,
+                part,
             )
             for node, card in asked.items()
         }

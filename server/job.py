@@ -27,11 +27,12 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
-from consilience.server.answered import CoverageStores, Usable, usable
+from consilience.server.answered import CoverageStores, Usable, need_usable, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.asked_pool import AskedPool, asked_of, check_apart
 from consilience.server.asking import ask
 from consilience.server.asking_record import AskingRecord
+from consilience.server.choosing import check_choice, check_pairs
 from consilience.server.chosen import Chosen
 from consilience.server.components import lacking_components
 from consilience.server.concentration import check_concentration, head_plan
@@ -54,6 +55,7 @@ from consilience.server.learning import (
 from consilience.server.lessons import Learnt, lesson_of, student_needs
 from consilience.server.multi_label import check_test_kind
 from consilience.server.progress import Progress
+from consilience.server.rounds import choose_more
 from consilience.server.settings import Home
 from consilience.server.signatures import Signatures
 from consilience.server.stores import all_stores, lacked, stores_about
@@ -83,6 +85,7 @@ class Job:
         check_apart(self.pool, self.test_pool)
         check_test(self.test, self.test_pool, self.pool)
         check_student(settings.student, self.pool.shape)
+        check_choice(settings.ask, settings.student, self.pool.shape)
         self.needs = student_needs(settings, self.pool)
         timing = run / "timing.json"
         self.timing: dict[str, float] = dict(read_json(timing)) if timing.exists() else {}
@@ -200,13 +203,26 @@ class Job:
         else:
             enrolment = self.enrol(grid, fold_in)
             check_concentration(self.settings, enrolment.contract.space, enrolment.contract.sites)
+            check_pairs(self.settings.ask, enrolment.contract.space)
             note_guarantees(self.run, enrolment.guarantees)
         check_test_kind(self.test, enrolment.contract.kind)
         Chosen.of(self.settings, enrolment.contract.space).check_test(self.test, self.settings.labels.synonyms)
         record = AskingRecord.begin(path, submission)
         reasons = enrolment.away | self.ask(grid, enrolment, record.passed)
+        while isinstance(self.pool, AskedPool) and self._next_round_is_due(self.pool, enrolment.contract):
+            space, cards = self.participants(enrolment.contract, reasons)
+            stores, coverage = stores_about(self.run, self.settings, cards, self.pool)
+            about = (self.pool, space, cards, stores, coverage, self.reporter)
+            self.pool = choose_more(self.run, self.settings, *about)
+            self.events.add("chosen", samples=self.pool.known, of=len(self.pool))
+            reasons = enrolment.away | self.ask(grid, enrolment, record.passed)
         record.end(path, reasons)
         return enrolment.contract, reasons
+
+    def _next_round_is_due(self, pool: AskedPool, contract: RunContract) -> bool:
+        """Whether samples are still to be chosen, and enough sites answered about all that are chosen."""
+        needed = self.settings.ask.min_sites or len(contract.sites)
+        return pool.known < len(pool) and len(self._complete(contract, so_far=True)) >= needed
 
     def _contract(self) -> RunContract:
         """Return the contract of a run that has one. Raises `PoolError` when it is about other pools."""
@@ -241,16 +257,20 @@ class Job:
             home=self.home,
             unsealing=self.unsealing,
             needs=self.needs,
-            subset=self.pool.subset if isinstance(self.pool, AskedPool) else None,
+            part=self.pool if isinstance(self.pool, AskedPool) else None,
         )
 
-    def _complete(self, contract: RunContract) -> set[str]:
-        """Return the sites that answered everything, and whose principal components are here if the job needs them."""
+    def _complete(self, contract: RunContract, *, so_far: bool = False) -> set[str]:
+        """Return the sites that answered everything, and whose principal components are here if the job needs them.
+
+        `so_far`: everything that is chosen.
+        """
         if (summed := self._summed(contract)) is not None:
             return set(summed.survivors)
         lacking = {card.name for card in contract.sites if lacking_components(self.run, self.settings, card)}
         held = self._all_answers(contract)
-        return {name for name, stores in held.items() if name not in lacking and all(s.complete for s in stores)}
+        told = {name for name, stores in held.items() if all(s.done if so_far else s.complete for s in stores)}
+        return told - lacking
 
     def _reported(self, contract: RunContract) -> bool:
         """Whether the report speaks of just these sites: a run that was folding in others may have been stopped."""
@@ -272,7 +292,7 @@ class Job:
             (enrolment.nodes[name], store)
             for name, stores in held.items()
             for store in stores
-            if name in enrolment.nodes and not store.complete
+            if name in enrolment.nodes and not store.done
         ]
         if not to_ask:
             return {}
@@ -295,7 +315,7 @@ class Job:
 
         Raises `AskingError` when fewer than `ask.min_sites` (by default all) answered everything.
         """
-        complete = self._complete(contract)
+        complete = self._complete(contract, so_far=True)
         needed = self.settings.ask.min_sites or len(contract.sites)
         if len(complete) < needed:
             lacking = [
@@ -323,14 +343,7 @@ class Job:
 
     def _usable(self, stores: list[AnswerStore], space: LabelSpace) -> Usable:
         """Return the samples that can be learnt from. Raises `AskingError` when there is none."""
-        samples = usable(stores, space)
-        if samples.unknown and not samples.count:
-            listed = ", ".join(list(samples.unknown)[:5])
-            raise AskingError(
-                f"No pool sample was answered by sites that together know every class; for all {samples.size:,} no "
-                f"such site knows one of: {listed}",
-                hint="Run the same command again to ask for the rest",
-            )
+        samples = need_usable(usable(stores, space))
         if samples.mask is not None:
             left_out = samples.size - samples.count
             self.reporter.say(f"Warning: {left_out:,} of {samples.size:,} samples are left out of learning")

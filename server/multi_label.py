@@ -33,6 +33,7 @@ def check_multi(job: JobSettings) -> None:
         ("unify.prior_correction", job.unify.prior_correction, False, "labels have no priors that sum to 1"),
         ("unify.other", job.unify.other, 0.0, "an image to which no label applies is no exception"),
         ("unify.robust", job.unify.robust, False, "answers about labels are not compared with one another"),
+        ("ask.choose", job.ask.choose, "random", "what is uncertain, or where sites differ, is told of one label"),
         ("student.other", job.student.other, False, "an image of no wanted label has none of them"),
         ("privacy.secure_sum", job.privacy.secure_sum, False, "secure sums are of one label an image"),
     )

@@ -26,7 +26,7 @@ from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
-from consilience.server.asked_pool import asked_ids, numbers_in
+from consilience.server.asked_pool import AskedPool, numbers_in
 from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
 from consilience.server.chosen import Chosen
@@ -145,7 +145,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             outcome.pool.shape,
             len(outcome.pool) - outcome.samples.count,
             outcome.samples.unknown,
-            None if asked_ids(outcome.pool) is None else outcome.pool.manifest.size,
+            *_chosen_from(outcome),
         ),
         space=space,
         sites=[
@@ -219,6 +219,15 @@ def versions() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def _chosen_from(outcome: Outcome) -> tuple[int | None, str | None]:
+    """Return how many samples the whole pool has, where a part was asked about, and how that was chosen."""
+    asking = outcome.settings.ask
+    if not isinstance(outcome.pool, AskedPool):
+        return None, None
+    later = f"chosen by {asking.choose} in {asking.parts} rounds, the first drawn at random"
+    return outcome.pool.manifest.size, "drawn at random" if asking.choose == "random" else later
 
 
 def _joined(outcome: Outcome) -> bool:
@@ -307,7 +316,12 @@ def _quality(outcome: Outcome, student: StudentModel, *, joined: bool) -> Qualit
     """Return what is estimated without labels; None where single answers or whole classes are not to be had."""
     if outcome.space.multi or outcome.summed is not None or not outcome.chosen.everything:
         return None
-    about = (outcome.pool, outcome.space, outcome.stores, outcome.cards, outcome.labels, student, outcome.samples)
+    samples = outcome.samples
+    if isinstance(outcome.pool, AskedPool) and outcome.pool.first < len(outcome.pool):
+        # samples that were chosen are not like the pool's: they are the hard ones, or the rare ones
+        drawn = np.arange(samples.size) < outcome.pool.first
+        samples = replace(samples, mask=drawn if samples.mask is None else drawn & samples.mask)
+    about = (outcome.pool, outcome.space, outcome.stores, outcome.cards, outcome.labels, student, samples)
     return pool_quality(*about, outcome.settings.seed, outcome.diagnostics.trust, joined=joined)
 
 

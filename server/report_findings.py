@@ -31,9 +31,9 @@ class PoolFindings:
     """The public pool, or the part of it that was asked about: digest of the whole, number of samples, shape (H, W, C)
     of one.
 
-    `whole`: samples of the whole pool, where a part was asked about. `left_out` samples were not learnt from,
-    because no site that answered them knows some class; `unknown` says class -> for how many samples it was such a
-    class.
+    `whole`: samples of the whole pool, where a part was asked about, and `choice`, how its samples were chosen.
+    `left_out` samples were not learnt from, because no site that answered them knows some class; `unknown` says
+    class -> for how many samples it was such a class.
     """
 
     digest: str
@@ -42,11 +42,12 @@ class PoolFindings:
     left_out: int = 0
     unknown: Mapping[str, int] = field(default_factory=dict)
     whole: int | None = None
+    choice: str | None = None
 
     @property
     def words(self) -> str:
         """How many samples, and which."""
-        part = "" if self.whole is None else f" of the pool’s {self.whole:,}, drawn at random"
+        part = "" if self.whole is None else f" of the pool’s {self.whole:,}, {self.choice}"
         return f"{number_of(self.size, 'unlabelled image')}{part}"
 
 

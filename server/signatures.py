@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from consilience.common.bounded import bounded
@@ -20,8 +22,8 @@ from consilience.common.files import read_bytes, storage_error, write_json
 from consilience.common.identity import key_fingerprint, read_key_line
 from consilience.common.pool import Pool
 from consilience.common.protocol import MOST_CLASSES, MOST_SPAN, Digest, Kind, Question, SiteCard, SiteName
-from consilience.common.settings import ClassName, Encoding
-from consilience.common.subsets import text_length
+from consilience.common.settings import MOST_ROUNDS, ClassName, Encoding
+from consilience.common.subsets import subset_mask, text_length
 from consilience.common.vouching import KnownSigner
 from consilience.server.answers import AnswerStore, Range, digests_in
 from consilience.server.stores import store_folder
@@ -253,14 +255,19 @@ def _check_part(
         if part.signed:
             problems.append(f"{part.kind} of pool {part.pool[:12]}: they are signed, and there is no key to check with")
         return good, bad
-    at = 0
+    open_ones: list[Range] = []  # those that reach beyond the start of the next: of other rounds of a job
     for signed in sorted(part.signed, key=lambda each: each.start):
-        asked = Range(signed.start, signed.stop, signed.subset)
+        asked, samples = Range(signed.start, signed.stop, signed.subset), signed.stop - signed.start
         where = _where(part, asked)
-        if not at <= signed.start < signed.stop <= part.size:
+        open_ones = [other for other in open_ones if other.stop > asked.start]
+        if (
+            not asked.start < asked.stop <= part.size
+            or len(open_ones) >= MOST_ROUNDS
+            or any(_overlap(asked, other) for other in open_ones)
+        ):
             problems.append(f"{where}: they are signed twice, or do not exist")
             continue
-        at, samples = signed.stop, signed.stop - signed.start
+        open_ones.append(asked)
         try:
             question = _question(job, part, signed)
             samples = len(question)
@@ -271,6 +278,26 @@ def _check_part(
         else:
             good[asked] = samples, signed.digest
     return good, bad
+
+
+def _overlap(one: Range, other: Range) -> bool:
+    """Whether two ranges have a sample in common; one whose subset cannot be read has all of its range."""
+    start, stop = max(one.start, other.start), min(one.stop, other.stop)
+    if start >= stop:
+        return False
+    if one.subset is None and other.subset is None:
+        return True
+    return bool((_within(one, start, stop) & _within(other, start, stop)).any())
+
+
+def _within(asked: Range, start: int, stop: int) -> NDArray[np.bool_]:
+    """Return which of the samples start..stop-1 of its range, at most `MOST_SPAN`, it has."""
+    try:
+        if asked.subset is not None and asked.stop - asked.start <= MOST_SPAN:
+            return subset_mask(asked.subset, asked.stop - asked.start)[start - asked.start : stop - asked.start]
+    except ValueError:
+        pass
+    return np.ones(min(stop - start, MOST_SPAN), np.bool_)
 
 
 def _stranger(place: Path) -> Verdict:

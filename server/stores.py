@@ -79,7 +79,7 @@ def lacked(stores: Sequence[AnswerStore]) -> str:
     words: dict[Kind, str] = {"log-probs": "", "log-odds": "", "coverage": "coverage of ", "features": "features of "}
     parts = []
     for kind, what in words.items():
-        missing = sum(store.about.size - len(store) for store in stores if store.about.kind == kind)
+        missing = sum(store.known - len(store) for store in stores if store.about.kind == kind)
         parts += [f"{what}{missing:,} samples"] if missing else []
     return " and ".join(parts)
 

@@ -27,6 +27,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "answering",
         "audit",
         "canaries",
+        "choosing",
         "common_feature",
         "coverage",
         "feature_memory",

@@ -33,9 +33,11 @@ from consilience.common.settings.data import (
 )
 from consilience.common.settings.filtered import Filtered
 from consilience.common.settings.job import (
+    MOST_ROUNDS,
     PATIENCE_FIELDS,
     Across,
     Ask,
+    Choose,
     ClassLists,
     CommonFeature,
     CommonSpace,
@@ -83,11 +85,13 @@ __all__ = [
     "ENCODINGS",
     "EPSILON_LIMITS",
     "EVERY_LAYER",
+    "MOST_ROUNDS",
     "NAME_PATTERN",
     "PATIENCE_FIELDS",
     "Across",
     "Ask",
     "CallableTeacher",
+    "Choose",
     "ClassLists",
     "ClassName",
     "CommonFeature",

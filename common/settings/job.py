@@ -32,6 +32,12 @@ Method = Literal["sd", "ce", "mf-p", "mf-lv", "mf-lf"]
 Across = Literal["centred", "equal", "proportional"]
 
 
+Choose = Literal["random", "uncertainty", "disagreement", "k-centre"]
+"""How samples of the pool are chosen."""
+MOST_ROUNDS = 20
+"""In which samples are chosen."""
+
+
 class Labels(Settings):
     """How sites' class names become one label space."""
 
@@ -45,8 +51,14 @@ class Ask(Settings):
     """How the pool is asked about."""
 
     samples: int | None = Field(default=None, ge=1, le=2**27)
-    """How many samples of the pool are asked about, drawn by `seed`; by default all. The student learns from these
-    alone ([which samples](choosing.md)). The test pool is always asked about as a whole."""
+    """How many samples of the pool are asked about; by default all. The student learns from these alone
+    ([which samples](choosing.md)). The test pool is always asked about as a whole."""
+    choose: Choose = "random"
+    """Which samples: drawn by `seed`, or, after a first round that is, in each further round those of which a student
+    that learnt from the answers so far is least certain (`uncertainty`), on which sites are expected to differ most
+    (`disagreement`), or which lie farthest in its features from all that were asked about (`k-centre`)."""
+    rounds: int | None = Field(default=None, ge=1, le=MOST_ROUNDS)
+    """In how many rounds of about equal size they are chosen: 1 where they are drawn, else 2 or more; by default 2."""
     encoding: Encoding = "f16"
     """How sites' log-probabilities come: `f32`, `f16`, `u8`, `top-K` such as `top-3`, or `votes`; every site's policy
     must allow it. [Encodings](encodings.md) says what each costs and loses."""
@@ -80,6 +92,34 @@ class Ask(Settings):
     """With fewer sites that answered every question the job stops; by default it needs them all. With this or
     `wait_for`, a site that cannot present itself, does not fit the job or does not agree to the contract is left out
     as long as enough others remain; with neither it stops the job."""
+
+    @property
+    def parts(self) -> int:
+        """In how many rounds samples are chosen."""
+        return self.rounds or (1 if self.choose == "random" else 2)
+
+    @model_validator(mode="after")
+    def _choice_fits(self) -> Ask:
+        if self.choose == "random" and self.parts > 1:
+            raise ValueError(
+                f"rounds is {self.rounds}, and choose is 'random', which draws all samples at once; leave rounds out, "
+                "or set choose to uncertainty, disagreement or k-centre"
+            )
+        if self.choose != "random" and self.samples is None:
+            raise ValueError(
+                f"choose is {self.choose!r}, and samples is not given: all of the pool is asked about; give samples, "
+                "or leave choose out"
+            )
+        if self.choose != "random" and self.parts < 2:
+            raise ValueError(
+                f"rounds is 1, and choose is {self.choose!r}, whose first round is drawn at random; set rounds to 2 or "
+                "more, or choose to random"
+            )
+        if self.samples is not None and self.samples < self.parts:
+            raise ValueError(
+                f"samples is {self.samples}, fewer than rounds, {self.parts}; raise samples, or lower rounds"
+            )
+        return self
 
 
 PATIENCE_FIELDS = frozenset({"wait_for", "wait", "deadline", "min_sites", "retries", "in_flight", "question_size"})
@@ -407,6 +447,11 @@ class JobSettings(Settings):
             )
         if learning == "concentration":
             self._concentration_fits()
+        if self.ask.choose != "random" and learning != "soft-labels":
+            raise ValueError(
+                f"ask.choose is {self.ask.choose!r}, for which students learn from unified labels between rounds; "
+                f"student.learning is {learning!r}; set ask.choose to random, or student.learning to soft-labels"
+            )
         if self.privacy.secure_sum:
             weights = [1.0, *self.unify.weights.values()]
             if max(weights) > 2 * min(weights):

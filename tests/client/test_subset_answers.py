@@ -111,6 +111,24 @@ def test_limits_count_the_samples_that_are_asked_about(tmp_path: Path, pool: Poo
         assert site.ledger.spent.lifetime == 20
 
 
+def test_limits_count_samples_that_are_chosen_later(tmp_path: Path, pool: Pool) -> None:
+    """Which they are is not known yet: as many as can be new count, of those that are left."""
+    with contextlib.closing(make_site(tmp_path, limits={"per_job": 20})) as site:
+        ids = list(range(12))
+        site.agree(contract(pool, ids, more=8))
+        with pytest.raises(RefusedError, match="limits"):
+            site.agree(contract(pool, ids, more=9))
+    make_pool(tmp_path / "other")
+    with contextlib.closing(make_site(tmp_path / "other", limits={"per_job": 36})) as site:
+        site.answer(chosen(site, pool, [*ids[:6], *range(20, SIZE)], job="earlier"))
+        site.agree(contract(pool, ids, more=SIZE))  # 6 of these, and the 8 that are left, are new
+
+
+def test_more_samples_than_a_part_are_of_no_whole_pool(pool: Pool) -> None:
+    with pytest.raises(ValueError, match="all are asked about"):
+        contract(pool, None, more=1)
+
+
 @pytest.mark.parametrize(
     ("subset", "words"),
     [
@@ -152,3 +170,17 @@ def test_a_person_is_told_how_much_of_the_pool_a_job_asks_about(tmp_path: Path, 
         assert (whole.parts[0].samples, whole.refusal[:17]) == (SIZE, "the site's limits")
         with pytest.raises(SettingsError, match=r"'ask\.samples' is 51; the pool has 50 samples; allowed: 1 to 50"):
             explain(job(tmp_path, samples=51), site)
+
+
+def test_of_samples_that_are_chosen_later_a_person_is_told_how_many(tmp_path: Path, pool: Pool) -> None:
+    asking = job(tmp_path, samples=20, choose="uncertainty", rounds=4)
+    first = drawn(asking, SIZE)
+    assert first is not None
+    assert len(first) == 5
+    with contextlib.closing(make_site(tmp_path, limits={"per_job": 45})) as site:
+        site.answer(chosen(site, pool, sorted({*first.tolist(), *range(40)})[:45], job="earlier"))
+        left = SIZE - site.ledger.spent.lifetime
+        found = explain(asking, site)
+        assert (found.parts[0].samples, found.parts[0].of) == (20, SIZE)
+        assert found.new == min(15, left)
+        assert found.refusal == ""

@@ -34,6 +34,10 @@ class Kept(Frozen):
         return self
 
 
+def convolutions(classes: int, channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, classes, 5, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def frozen(classes: int, channels: int) -> nn.Module:
     return Frozen(classes, channels)
 

@@ -254,7 +254,7 @@ def test_sums_are_made_of_the_whole_pool(home: Path) -> None:
 def test_a_damaged_record_of_the_samples_is_refused(home: Path, reporter: Reporter, held: np.ndarray) -> None:
     (home / "run").mkdir()
     np.save(home / "run" / "asked.npy", held, allow_pickle=True)
-    with pytest.raises(StorageError, match=r"asked\.npy: is not 25 samples of a pool of 60, ascending"):
+    with pytest.raises(StorageError, match=r"asked\.npy: is not 25 samples of a pool of 60, each once, ascending"):
         do(home, Sites({"one": honest}), reporter)
 
 
@@ -287,7 +287,7 @@ def test_a_long_gap_is_bridged_by_no_question(tmp_path: Path) -> None:
 
 def test_places_out_of_the_part_are_refused(home: Path) -> None:
     pool = Pool.open(home / "pool")
-    part = AskedPool(pool.folder, pool.manifest, np.array([4, 9, 30]))
+    part = AskedPool(pool.folder, pool.manifest, np.array([4, 9, 30]), 3)
     assert len(part) == 3
     assert np.array_equal(part.read(1, 3), pool.take([9, 30]))
     assert np.array_equal(part.take([2, 0]), pool.take([30, 4]))

@@ -239,7 +239,7 @@ class TestReportDict:
         assert report["unify"]["components"] == 1
         assert report["unify"]["seconds"] == findings.unify.seconds
         assert report["timing"] == {"ask": 1.5, "learn": 75.0}
-        everything = {"left_out": 0, "unknown": {}, "whole": None}
+        everything = {"left_out": 0, "unknown": {}, "whole": None, "choice": None}
         assert report["pool"] == {"digest": "ab" * 32, "size": 1234, "shape": [8, 8, 1], **everything}
         assert report["seed"] == 7
         assert report["versions"] == {"consilience": "0.1.0", "python": "3.11"}
