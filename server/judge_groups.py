@@ -67,7 +67,7 @@ def meeting(space: LabelSpace, i: int, j: int) -> tuple[Floats, Floats] | None:
     An event is a class that both know alone, or the least set of classes that both know as a whole. None where there
     are fewer than two.
     """
-    held, sets = set(space.shared(i, j)), [space.entries(i), space.entries(j)]
+    held, sets = set(space.shared(i, j)), (space.entries(i), space.entries(j))
     whole = False
     while not whole:
         inside = [[e for e in entries if held.issuperset(e)] for entries in sets]
@@ -76,8 +76,8 @@ def meeting(space: LabelSpace, i: int, j: int) -> tuple[Floats, Floats] | None:
     event = {c: c for c in held}  # the least class of its event
     for _ in range(len(held)):
         before = dict(event)
-        for entries in inside:
-            for entry in entries:
+        for within in inside:
+            for entry in within:
                 least = min(event[c] for c in entry)
                 event.update(dict.fromkeys(entry, least))
         if event == before:

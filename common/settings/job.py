@@ -284,7 +284,8 @@ class Judge(Settings):
 
 
 class ClassLists(Settings):
-    """Each site gets the listed classes; classes are names of the data set or their indices."""
+    """Each site gets the listed classes; classes are names of the data set or their indices, or names of
+    `labels.groups`: such a site's images are labelled by the group."""
 
     kind: Literal["class-lists"] = "class-lists"
     classes: tuple[tuple[str | int, ...], ...] = Field(min_length=1)
