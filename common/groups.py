@@ -66,7 +66,7 @@ def read_groups(
             held[label] = member
         if len(held) < 2:
             raise LabelError(
-                f"labels.groups: {given!r} holds {len(held)} classes; allowed: two or more",
+                f"labels.groups: {given!r} holds {len(held)} class{'es' * (len(held) != 1)}; allowed: two or more",
                 hint="Name all classes that the group stands for; another name of one class goes to labels.synonyms",
             )
         found[name] = tuple(held)
