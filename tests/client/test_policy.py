@@ -341,6 +341,28 @@ def test_explain_says_whether_the_job_s_answers_would_be_sealed(
 
 
 @pytest.mark.parametrize(
+    ("groups", "told", "words"),
+    [
+        ({}, {}, ""),
+        ({"cow": ["calf", "bull"]}, {"cow": ["calf", "bull"]}, "the class cow for the group of calf, bull"),
+        ({"cow": ["cat", "bull"]}, {}, "leave the site out: Site site-1 names 'cat' and 'cow'"),
+    ],
+)
+def test_explain_says_which_classes_a_job_takes_for_groups(
+    file: Path, groups: dict[str, list[str]], told: dict[str, list[str]], words: str
+) -> None:
+    write(file)
+    job = file.with_name("job.yaml")
+    raw = {"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}, "labels": {"groups": groups}}
+    job.write_text(yaml.safe_dump(raw))
+    found, text = call("explain", job, file), said("explain", job, file)
+    assert found["groups"] == told
+    assert bool(found["misfit"]) == ("leave the site out" in words)
+    assert words in text
+    assert ("group" in text) == bool(groups)
+
+
+@pytest.mark.parametrize(
     ("changes", "kinds"),
     [
         ({}, ["log-probs", "coverage"]),

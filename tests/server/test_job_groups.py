@@ -224,13 +224,13 @@ def test_a_run_goes_on_with_its_groups_and_with_no_others(home: Path) -> None:
     path = home / "run" / "contract.json"
     held = RunContract.load(path)
     held.check_same(RunContract.build(settings(home), held.sites, held.pools), path)
-    other = settings(home, labels={"groups": {**GROUPS, "pet": ["cow", "cat"]}})
-    changed = [
-        card if card.name != "mixed" else card.model_copy(update={"classes": ("bus", "pet", "car", "dog")})
-        for card in held.sites
-    ]
+    larger = settings(home, labels={"groups": {**GROUPS, "animal": ["cat", "dog", "cow", "car"]}})
     with pytest.raises(RunError, match="began under another contract; changed: "):
-        held.check_same(RunContract.build(other, changed, held.pools), path)
+        held.check_same(RunContract.build(larger, held.sites, held.pools), path)
+    # Alike in all else: the same classes of the same sites, in other groups.
+    turned = held.model_copy(update={"grouped": (((0, 1), (2,)), *held.grouped[1:])})
+    with pytest.raises(RunError, match="changed: grouped"):
+        held.check_same(turned, path)
 
 
 def test_a_coarse_site_is_folded_in(home: Path) -> None:
