@@ -2,8 +2,8 @@
 
 Three fine sites know single classes and have 600 private images each: `specialists` know four tops, three kinds of
 shoes, and the three classes that are left, and share none; `overlapping` ones know five or six of the ten classes each.
-Two more sites have 1,800 images of all ten classes, for such labels are cheap, but label them by groups: `upper` for
-the tops, `shoes`, and the three classes as they are. Per seed the same pool, student and order of batches, from: the
+Two more sites have 1,800 images of all ten classes, for such labels are cheap (`small` ones 600), but label them by
+groups: `upper` for the tops, `shoes`, and the three classes as they are. Per seed the same pool, student and order of batches, from: the
 fine sites alone; the coarse ones beside them; the same with the coarse sites' images labelled finely; and the pool's
 true labels. `labels` is the accuracy of unified labels on the pool.
 """
@@ -35,9 +35,11 @@ FINE = {
     "overlapping": ((0, 1, 2, 3, 4, 6), (3, 5, 7, 8, 9), (0, 2, 4, 5, 6, 8)),
 }
 """What fine sites know; the coarse ones come after them."""
-SIZES = (600, 600, 600, 1_800, 1_800)
 SCENARIOS = {
-    name: Scenario("fashion_mnist", (*fine, ALL, ALL), SIZES, epochs=10, test=5_000) for name, fine in FINE.items()
+    name if coarse > 600 else f"{name}, small coarse ones": Scenario(
+        "fashion_mnist", (*FINE[name], ALL, ALL), (600, 600, 600, coarse, coarse), epochs=10, test=5_000
+    )
+    for name, coarse in (("specialists", 1_800), ("overlapping", 1_800), ("overlapping", 600))
 }
 QUICK = {"specialists": Scenario("embedded", (*FINE["specialists"], ALL, ALL), 120, epochs=1, pool=300, test=200)}
 ALONE, BESIDE, LABELLED, TRUE = "fine sites alone", "coarse sites beside", "these with fine labels", "true labels"
