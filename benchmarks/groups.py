@@ -1,11 +1,12 @@
 """Claim: sites that answer on groups of classes make the student of fine sites better.
 
 Three fine sites know single classes and have 600 private images each: `specialists` know four tops, three kinds of
-shoes, and the three classes that are left, and share none; `overlapping` ones know five or six of the ten classes each.
-Two more sites have 1,800 images of all ten classes, for such labels are cheap (`small` ones 600), but label them by
-groups: `upper` for the tops, `shoes`, and the three classes as they are. Per seed the same pool, student and order of batches, from: the
-fine sites alone; the coarse ones beside them; the same with the coarse sites' images labelled finely; and the pool's
-true labels. `labels` is the accuracy of unified labels on the pool.
+shoes, and the three classes that are left, and share none; `overlapping` ones know five or six of the ten classes
+each. Two more sites have 1,800 images of all ten classes, for such labels are cheap (`small` ones 600), but label them
+by groups: `upper` for the tops, `shoes`, and the three classes as they are. Per seed the same pool, student and order
+of batches, from: the fine sites alone; the coarse ones beside them; the same with the coarse sites' images labelled
+finely; and the pool's true labels. `labels` is the accuracy of unified labels on the pool, `estimated` the student's
+accuracy as reports tell it without labels.
 """
 
 from __future__ import annotations
@@ -88,8 +89,11 @@ def measure(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) 
         report = do_job(job, run, sites)
         order = [report["labels"]["names"].index(each) for each in names]
         right = np.load(run / "labels" / "q.npy").argmax(axis=1) == np.asarray(order)[truth]
+        estimated = report["quality"]["accuracy"]
         found[name] = {
             "student": report["student"]["accuracy"],
+            "estimated": None if estimated is None else estimated["value"],
+            "interval": None if estimated is None else [estimated["low"], estimated["high"]],
             "labels": float(right.mean()),
             "sites": {site["name"]: site["teacher_accuracy"] for site in report["sites"]},
             "converged": report["unify"]["converged"],
@@ -122,12 +126,13 @@ def main() -> None:
             who,
             spread([f[who]["student"] for f in figures]),
             "" if who == ALONE else difference([f[who]["student"] - f[ALONE]["student"] for f in figures]),
+            spread([f[who].get("estimated") for f in figures]),
             spread([f[who]["labels"] for f in figures]),
         )
         for name, figures in found.items()
         for who in (ALONE, BESIDE, LABELLED, TRUE)
     ]
-    columns = ("fine sites", "student of", "student", "more than fine sites alone", "labels")
+    columns = ("fine sites", "student of", "student", "more than fine sites alone", "estimated", "labels")
     title = "Students of fine and coarse sites, accuracy in %, mean ± standard deviation over seeds"
     show(title, columns, rows, {"claim": __doc__, "scenarios": found}, arguments.json)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+from consilience.common.errors import UnifyError
 from consilience.common.labels import LabelSpace, check_groups
 from consilience.common.pages.numbers import listing
 from consilience.common.protocol import SiteCard
@@ -27,7 +28,15 @@ def align(
 
 
 def group_unifier(space: LabelSpace, settings: Unify, sites: Sequence[int], *, covered: bool) -> GroupUnifier:
-    """Return what unifies the answers of `sites`, some of which are on groups. Settings are as jobs may have them."""
+    """Return what unifies the answers of `sites`, some of which are on groups.
+
+    Raises `UnifyError` for settings that jobs with groups may not have.
+    """
+    if settings.method != "ce" or settings.temperature != 1 or settings.prior_correction:
+        raise UnifyError(
+            "answers on groups are unified by method 'ce', at temperature 1 and without correction for priors",
+            hint="Set unify.method to ce, and leave temperature and prior_correction out",
+        )
     return GroupUnifier(
         [space.entries(i) for i in sites],
         len(space),

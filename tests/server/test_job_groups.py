@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from consilience.common.data import from_arrays
 from consilience.common.encoding import encode, encode_coverage
-from consilience.common.errors import AskingError, LabelError, RunError, SettingsError
+from consilience.common.errors import AskingError, LabelError, RunError, SettingsError, UnifyError
 from consilience.common.files import read_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
@@ -379,6 +379,14 @@ def test_labels_are_kept_for_their_groups_alone(tmp_path: Path) -> None:
             answers_ = [rows[name] for name in space.sites]
             assert about.key == (one if space is spaces[0] else two)
             assert np.allclose(q, GroupUnifier([space.entries(i) for i in range(3)], 5)(answers_).probs, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"method": "sd"}, {"temperature": 2.0}, {"prior_correction": True}])
+def test_labels_of_groups_are_made_in_one_way_alone(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    space, rows, _ = world(CLASSES)
+    held, chosen = stores(tmp_path, rows), Unify(**wrong)
+    with Reporter(quiet=True) as reporter, pytest.raises(UnifyError, match="on groups are unified by method 'ce'"):
+        unify_pool(tmp_path / "q", space, held, cards_of(CLASSES), chosen, reporter)
 
 
 def test_coverage_that_is_inverted_is_noticed_among_sites_with_groups(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_baselines_share_a_group_out_evenly_against_loops() -> None:
         least = min(sure, key=lambda each: each[0])[1]
         chosen["naive"].append(int(summed.argmax()))
         for name, among in (("hard_vote", tied), ("max_confidence", top), ("least_uncertain", least)):
-            chosen[name].append(max(among, key=lambda c: (summed[c], -c)))
+            chosen[name].append(int(max(among, key=lambda c: (summed[c], -c))))
     found = judge(truth, SPACE, [np.log(p) for p in probs], None, student, None).baselines
     for name, labels in chosen.items():
         assert found[name] == score(labels, truth), name
