@@ -19,7 +19,7 @@ from consilience.common.sums import masks
 from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, public_hex, self_key
 from consilience.common.sums.messages import RowsQuestion, Terms
 from consilience.common.sums.shares import combine
-from helpers.summing import Sums, make_terms
+from helpers.summing import Sums, draw, make_terms
 
 SETS = {"ant": [0, 1, 2, 3], "bee": [3, 2, 1, 0], "cat": [0, 1, 2, 3], "dog": [0, 2, 1]}
 HONEST, COLLUDING = ("ant", "bee"), ("cat", "dog")  # threshold - 1 collude
@@ -194,6 +194,23 @@ def test_fewer_shares_than_the_threshold_give_no_seed(tmp_path: Path) -> None:
     shares[roster.places["bee"]] = bytes.fromhex(sums.sites["bee"]._load(path).holds["ant"][0])
     seed = combine(shares, 3)  # and one more gives it
     assert roster.by_name["ant"].mask_key == public_hex(mask_key(seed, sums.terms.digest, "ant"))
+
+
+@pytest.mark.parametrize(("honest", "owners"), [(("ant", "bee"), 1), (("ant", "bee", "eel"), 4)])
+def test_what_is_left_of_a_sum_is_over_the_honest_that_stay_and_a_policy_says_how_many_these_are(
+    tmp_path: Path, honest: tuple[str, ...], owners: int
+) -> None:
+    """Two of the sites tell all they know, and `bee` is lost by itself: of four sites only `ant` is left."""
+    sets = {site: [0, 1, 2, 3] for site in (*honest, *COLLUDING)}
+    terms, answers = make_terms(sets, SAMPLES), draw(sets, SAMPLES)
+    found = Sums(tmp_path, terms, answers, piece=SAMPLES // 2).run(lost=["bee"], owners=owners)
+    probs = {site: np.exp(answers[site].astype(np.float64)) for site in sets}
+    left = found.sums - sum(probs[site] / probs[site].sum(axis=1, keepdims=True) for site in COLLUDING)
+    alone = np.abs(left - probs["ant"]).max(axis=1)
+    assert (alone < 1e-6).all() if owners == 1 else (alone > 1e-3).all()
+    if owners == 1:
+        with pytest.raises(ProtocolError, match="sure to be summed over 3 sites; the policy wants 4"):
+            Sums(tmp_path / "other", make_terms(sets, SAMPLES, job="other"), answers).advertise(owners=4)
 
 
 def late_rows(tmp_path: Path) -> list[NDArray[np.uint32]]:
