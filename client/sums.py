@@ -40,6 +40,7 @@ from consilience.common.sums.masks import (
     pair_key,
     pair_sign,
     public_hex,
+    put_on,
     self_key,
 )
 from consilience.common.sums.messages import (
@@ -241,8 +242,7 @@ class SumSite:
             held, given = self._need_row_keys(index, question)
             if not given:
                 index.bind(terms, own.teacher, images, "given")
-        for mask in self._masks(held):
-            mask.put_on(rows, question.start - terms.start)
+        put_on(self._masks(held), rows, question.start - terms.start)
         return MaskedRows(question, rows.astype("<u4", copy=False).tobytes())
 
     def _need_row_keys(self, index: SumIndex, question: RowsQuestion) -> tuple[_Held, bool]:

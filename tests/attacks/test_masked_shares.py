@@ -16,7 +16,7 @@ from scipy.stats import chisquare, ks_2samp, kstest
 
 from consilience.common.errors import ProtocolError
 from consilience.common.sums import masks
-from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, public_hex, self_key
+from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, public_hex, self_key, take_off
 from consilience.common.sums.messages import RowsQuestion, Terms
 from consilience.common.sums.shares import combine
 from helpers.summing import Sums, draw, make_terms
@@ -72,8 +72,7 @@ def without_known_masks(sums: Sums) -> dict[str, NDArray[np.uint32]]:
             if share.of == site
         }
         own = Mask(self_key(combine(shares, terms.threshold), terms.digest, site), np.arange(4))
-        for mask in (own, *known_pairs(sums, terms, site)):
-            mask.take_off(rows[site], 0)
+        take_off([own, *known_pairs(sums, terms, site)], rows[site], 0)
     return rows
 
 
@@ -234,7 +233,7 @@ def late_rows(tmp_path: Path) -> list[NDArray[np.uint32]]:
                 labels = sorted(set(SETS["ant"]) & set(SETS[other]))
                 pair = pair_key(key, roster.by_name[other].mask_key, terms.digest, ("ant", other))
                 columns = np.array([SETS["ant"].index(label) for label in labels])
-                Mask(pair, columns, pair_sign("ant", other)).take_off(late, 0)
+                take_off([Mask(pair, columns, pair_sign("ant", other))], late, 0)
             rows.append(late)
         found.append(np.concatenate(rows))
     return found
