@@ -37,7 +37,7 @@ FINE = {
 }
 """What fine sites know; the coarse ones come after them."""
 SCENARIOS = {
-    name if coarse > 600 else f"{name}, small coarse ones": Scenario(
+    name if coarse > 600 else f"{name}, small": Scenario(
         "fashion_mnist", (*FINE[name], ALL, ALL), (600, 600, 600, coarse, coarse), epochs=10, test=5_000
     )
     for name, coarse in (("specialists", 1_800), ("overlapping", 1_800), ("overlapping", 600))

@@ -371,13 +371,13 @@ class Job:
         `share` of their mass is on the student's classes. `grid` reaches the sites of `contract`, where some are asked
         while it learns.
         """
-        settings, space = self.settings.student, chosen.space
+        settings = self.settings.student
         lesson = lesson_of(
             Learnt(self.run, self.settings, self.pool, chosen, share, cards, stores, coverage, labels, key, samples),
             lambda: self._tails(grid, contract),
         )
         rest = None if chosen.everything else chosen.other
-        about = (lesson, settings, self.settings.seed, self.reporter, "student", rest, head_plan(self.settings, space))
+        about = (lesson, settings, self.settings.seed, self.reporter, "student", rest, head_plan(self.settings, chosen))
         return learn(self.run / "student", PoolImages(self.pool, samples), chosen.taught, *about)
 
     def _tails(self, grid: Grid, contract: RunContract) -> Tails:
@@ -419,7 +419,7 @@ class Job:
             self.reporter,
             "oracle (true labels)",
             None if chosen.everything else chosen.other,
-            head_plan(self.settings, chosen.space),
+            head_plan(self.settings, chosen),
         )
 
     def _pools(self) -> list[Pool]:

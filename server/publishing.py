@@ -322,7 +322,7 @@ def _concentration(outcome: Outcome, student: StudentModel) -> dict[str, Any] | 
     told: dict[str, Any] = read_json(outcome.run / "student" / CONCENTRATION)
     if outcome.test is None:
         return told
-    truth = test_truth(outcome.test, outcome.space, outcome.settings.labels.synonyms)
+    truth = outcome.chosen.truth(test_truth(outcome.test, outcome.space, outcome.settings.labels.synonyms))
     every = np.arange(len(outcome.test))
     judged = judge_verticals(truth, _predictions(student, outcome.test, every), list(student.head.verticals.values()))
     for held, within, against in zip(told["verticals"], judged.within, judged.against_all, strict=True):

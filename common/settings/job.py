@@ -228,10 +228,10 @@ class Student(Settings):
 
     @model_validator(mode="after")
     def _classes_can_be_learnt(self) -> Student:
-        if self.learning == "concentration" and (self.classes is not None or self.other):
+        if self.other and self.learning == "concentration":
             raise ValueError(
-                "classes or other is given, and learning is 'concentration', which learns every class of its "
-                "verticals; leave both out, or set learning to soft-labels"
+                "other is true, and learning is 'concentration', whose verticals share out wanted classes alone; set "
+                "other to false, or learning to soft-labels"
             )
         if self.other and self.learning == "filtered":
             raise ValueError(
