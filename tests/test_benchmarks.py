@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     "name",
     [
+        "accounting",
         "amalgamation",
         "answer_encodings",
         "answering",
