@@ -515,3 +515,4 @@ def test_a_restart_asks_for_a_word_and_says_what_it_carried_over(file: Path, poo
     assert (
         "begins with 22 samples spent. Of 22 samples no row tells the job any more: they count for the month" in words
     )
+    assert "the site takes part in no secure sum until it has another one" in words
