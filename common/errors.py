@@ -77,8 +77,9 @@ class LabelError(ConsilienceError):
     name = "labels"
     explanation = (
         "The class names of the sites do not fit together: a class is named twice, a synonym points to two "
-        "classes, or a class is asked for that no site knows. Correct the names in the site's or the job's "
-        "settings; `labels.synonyms` in the job joins different names of one class."
+        "classes, a class is asked for that no site knows, or a group of classes (`labels.groups`) does not fit the "
+        "classes. Correct the names in the site's or the job's settings; `labels.synonyms` in the job joins different "
+        "names of one class."
     )
 
 
@@ -290,7 +291,8 @@ class LedgerError(ConsilienceError):
         "was put back, or the record, or an answer that was given before, is lost. The site answers nothing until it "
         "is in order, for it could release more than its policy allows. The message names the row or the file. Put the "
         "newest copy back; if there is none, `consilience site ledger restart` puts the ledger aside and begins "
-        "another, which counts everything spent so far as spent."
+        "another, which counts as spent all that its head and rows still tell of; where the head is lost, say with "
+        "--spent how much there was at most."
     )
 
 

@@ -117,10 +117,14 @@ def disagreement(space: LabelSpace, answers: Sequence[NDArray[Any] | None]) -> N
 
 
 def _pairs(space: LabelSpace) -> list[tuple[int, int, list[int], list[int]]]:
-    """Return each two sites that share two classes or more, and the columns of these in either's answers."""
+    """Return each two sites that share two classes or more, and the columns of these in either's answers.
+
+    A group counts where both answer on it.
+    """
     found = []
-    for (i, one), (j, two) in combinations(enumerate(space.class_sets), 2):
-        shared = sorted(set(one) & set(two))
+    told = [[frozenset(entry) for entry in space.entries(site)] for site in range(len(space.sites))]
+    for (i, one), (j, two) in combinations(enumerate(told), 2):
+        shared = [entry for entry in one if entry in two]
         if len(shared) > 1:
             found.append((i, j, [one.index(c) for c in shared], [two.index(c) for c in shared]))
     return found

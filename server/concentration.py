@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -27,6 +28,7 @@ from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, largest_sent
 from consilience.server.answered import Block, CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
+from consilience.server.chosen import Chosen
 from consilience.server.labelling_top import Labels, TopRows
 from consilience.server.learning import BuildStudent, ByLoss
 from consilience.server.student.concentrated_head import HeadPlan, head_of
@@ -39,6 +41,7 @@ from consilience.server.student.routing import (
 )
 from consilience.server.student.sparse_loss import SparseSigmoid, SparseSoftmax, SparseTargets
 from consilience.server.student.verticals import Verticals, kept, verticals_of
+from consilience.server.student.wanted import Wanted
 
 FILE = "concentration.json"
 """In the student's folder: what the report tells of verticals."""
@@ -63,19 +66,20 @@ def check_concentration(job: JobSettings, space: LabelSpace, cards: Sequence[Sit
         )
 
 
-def head_plan(job: JobSettings, space: LabelSpace) -> HeadPlan | None:
+def head_plan(job: JobSettings, chosen: Chosen) -> HeadPlan | None:
     """Return the plan of the student's head; None where it has none of verticals. Raises `SettingsError`."""
     if job.student.learning != "concentration":
         return None
     settings = job.student.concentration
-    verticals = verticals_of(space, settings, job.labels.synonyms)
+    verticals = verticals_of(chosen.space, settings, job.labels.synonyms).among(chosen.classes)
     return HeadPlan(head=settings.head, verticals=verticals.table)
 
 
 def concentration_lesson(
     folder: Path,
     job: JobSettings,
-    space: LabelSpace,
+    chosen: Chosen,
+    wanted: Wanted | None,
     stores: Sequence[AnswerStore],
     coverage: CoverageStores,
     labels: Labels,
@@ -85,13 +89,18 @@ def concentration_lesson(
 ) -> Concentrating:
     """Return the lesson of a job; the targets are written to `folder`, a few numbers a sample.
 
+    `wanted` cuts to the student's classes, None where it has all: a specialist's target is what it was, without the
+    classes that nobody wants, for a sigmoid each asks nothing of the others; unified labels are cut as any loss of the
+    scores cuts them. Which specialist teaches a sample is decided over all classes.
     `labels` (n, L) unified soft labels, memory-mapped, or those of which `keep` classes were kept.
     `other` (n,): how likely each sample is outside the label space.
     Raises `SettingsError`, `StorageError`.
     """
-    settings, device = job.student.concentration, default_device()
+    settings, device, space = job.student.concentration, default_device(), chosen.space
     verticals = verticals_of(space, settings, job.labels.synonyms)
-    keep = kept(verticals, settings)
+    taught = verticals.among(chosen.classes)
+    most = max(taught.sizes) if settings.target == "specialist" else len(chosen.classes)
+    keep = min(kept(verticals, settings), most)
     sent = largest_sent(job.ask.encoding)
     if sent is not None and settings.target == "specialist":
         keep = min(keep, sent)
@@ -112,38 +121,63 @@ def concentration_lesson(
         "verticals": [
             {
                 "name": name,
-                "classes": [space.names[label] for label in classes],
+                "classes": [space.names[chosen.classes[output]] for output in classes],
                 "specialists": [space.sites[i] for i in sites],
                 "kept": min(keep, len(classes)),
             }
-            for name, classes, sites in zip(verticals.names, verticals.classes, verticals.specialists, strict=True)
+            for name, classes, sites in zip(taught.names, taught.classes, taught.specialists, strict=True)
         ],
         "samples": count,
     }
-    key = sha256(canonical_json([fingerprint, settings.model_dump(mode="json"), verticals.table, keep]))
+    cut = None if wanted is None else wanted.fingerprint
+    key = sha256(canonical_json([fingerprint, settings.model_dump(mode="json"), verticals.table, keep, cut]))
     if settings.target == "unified":
+        weights = None if wanted is None and other is None else np.ones(total, np.float32)
         for block in () if isinstance(labels, TopRows) else blocks(stores, block_size(space)):
-            targets.labels[block.ids], targets.values[block.ids] = highest(labels[block.ids], keep)
-        softmax = SparseSoftmax(targets, device, job.unify.temperature, key, samples, other)
+            ids = block.ids
+            rows, counts = _cut(labels[ids], None if other is None else np.asarray(other[ids], np.float32), wanted)
+            targets.labels[ids], targets.values[ids] = highest(rows, keep)
+            if weights is not None:
+                weights[ids] = counts
+        softmax = SparseSoftmax(targets, device, job.unify.temperature, key, samples, weights)
         return Concentrating(softmax, job.student, job.seed, told)
     assert not isinstance(labels, TopRows)  # those are for unified targets alone
-    wanted = np.ones(total, np.bool_) if samples is None else np.isin(np.arange(total), samples)
+    usable = np.ones(total, np.bool_) if samples is None else np.isin(np.arange(total), samples)
     routed = np.zeros((len(_BY), len(verticals)), np.int64)
+    learnt, output = np.zeros(len(space), np.bool_), np.zeros(len(space), np.int32)
+    learnt[list(chosen.classes)], output[list(chosen.classes)] = True, np.arange(len(chosen.classes))
     for block in blocks(stores, block_size(space), coverage):
-        use = wanted[block.ids]
+        use = usable[block.ids]
         if not use.any():
             continue
         by, vertical, sites = _route(block, labels, space, verticals, settings.routing)
         routed[by] += np.bincount(vertical[use], minlength=len(verticals))
-        targets.labels[block.ids], targets.values[block.ids] = specialist_targets(
-            block.answers, space.class_sets, verticals, vertical, sites, keep, job.unify.temperature
+        found, targets.values[block.ids] = specialist_targets(
+            block.answers, space.class_sets, verticals, vertical, sites, keep, job.unify.temperature, learnt
         )
-    for held, counts in zip(told["verticals"], routed.T, strict=True):
-        held["samples"] = int(counts.sum())
-    told["routed_by"] = {by: int(counts.sum()) for by, counts in zip(_BY, routed, strict=True)}
+        targets.labels[block.ids] = output[found]
+    counts = dict(zip(verticals.names, (int(count) for count in routed.sum(axis=0)), strict=True))
+    for held in told["verticals"]:
+        held["samples"] = counts.pop(held["name"])
+    told["samples_elsewhere"] = sum(counts.values())
+    told["routed_by"] = {by: int(count.sum()) for by, count in zip(_BY, routed, strict=True)}
     key = sha256(canonical_json([key, job.unify.temperature, [c is not None for c in coverage]]))
-    loss = SparseSigmoid(targets, verticals.classes, device, key, samples, settings.drawn, job.seed)
+    loss = SparseSigmoid(targets, taught.classes, device, key, samples, settings.drawn, job.seed)
     return Concentrating(loss, job.student, job.seed, told)
+
+
+def _cut(
+    rows: NDArray[np.float32], outside: NDArray[np.float32] | None, wanted: Wanted | None
+) -> tuple[NDArray[np.floating], Any]:
+    """Return unified labels (b, L) of the wanted classes, and how much each sample counts.
+
+    `outside` (b,): how likely each sample is outside the label space.
+    """
+    if wanted is None:
+        return rows, 1 if outside is None else 1 - outside
+    told = torch.from_numpy(rows[:, list(wanted.classes)])
+    cut, counts = wanted.labels(told, None if outside is None else torch.from_numpy(outside))
+    return cut.numpy(), counts
 
 
 def _route(

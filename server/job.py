@@ -41,6 +41,7 @@ from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
 from consilience.server.filtered import owners
+from consilience.server.grouped import align
 from consilience.server.guarantees import note_guarantees
 from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
 from consilience.server.labelling_multi import unify_pool_labels
@@ -333,12 +334,11 @@ class Job:
         cards = [c for c, store in zip(contract.sites, stores, strict=True) if c.name in complete or len(store)]
         if len(cards) == len(contract.sites):
             return contract.space, cards
-        labels, classes = self.settings.labels, {card.name: card.classes for card in cards}
-        multi = contract.kind == "multi"
-        space = LabelSpace.build(classes, labels.synonyms, multi=multi)
+        labels, multi = self.settings.labels, contract.kind == "multi"
+        space = align(labels, cards, multi=multi)
         if labels.classes is not None:
             order = [name for name in contract.labels if name in space.names]
-            space = LabelSpace.build(classes, labels.synonyms, order, multi=multi)
+            space = align(labels, cards, order, multi=multi)
         return space, cards
 
     def _usable(self, stores: list[AnswerStore], space: LabelSpace) -> Usable:
@@ -387,13 +387,13 @@ class Job:
         `share` of their mass is on the student's classes. `grid` reaches the sites of `contract`, where some are asked
         while it learns.
         """
-        settings, space = self.settings.student, chosen.space
+        settings = self.settings.student
         lesson = lesson_of(
             Learnt(self.run, self.settings, self.pool, chosen, share, cards, stores, coverage, labels, key, samples),
             lambda: self._tails(grid, contract),
         )
         rest = None if chosen.everything else chosen.other
-        about = (lesson, settings, self.settings.seed, self.reporter, "student", rest, head_plan(self.settings, space))
+        about = (lesson, settings, self.settings.seed, self.reporter, "student", rest, head_plan(self.settings, chosen))
         return learn(self.run / "student", PoolImages(self.pool, samples), chosen.taught, *about)
 
     def _tails(self, grid: Grid, contract: RunContract) -> Tails:
@@ -435,7 +435,7 @@ class Job:
             self.reporter,
             "oracle (true labels)",
             None if chosen.everything else chosen.other,
-            head_plan(self.settings, chosen.space),
+            head_plan(self.settings, chosen),
         )
 
     def _pools(self) -> list[Pool]:

@@ -33,6 +33,7 @@ from consilience.server.learning import (
     soft_label_loss,
     soft_multi_loss,
 )
+from consilience.server.student.wanted import Wanted
 from consilience.server.student_taps import StudentTaps
 from consilience.server.tails import Tails
 
@@ -70,11 +71,12 @@ def lesson_of(learnt: Learnt, tails: Callable[[], Tails]) -> Lesson:
 
     Raises what the lesson does that the settings name.
     """
-    job, space, files = learnt.job, learnt.chosen.space, learnt.run / "labels"
+    job, files = learnt.job, learnt.run / "labels"
     settings, stores, key, samples = job.student, learnt.stores, learnt.key, learnt.samples
     if settings.learning == "concentration":
         other = load_other(files)
-        return concentration_lesson(files, job, space, stores, learnt.coverage, learnt.labels, key, samples, other)
+        rest = (learnt.coverage, learnt.labels, key, samples, other)
+        return concentration_lesson(files, job, learnt.chosen, _wanted(learnt), stores, *rest)
     loss = _loss(learnt)
     if settings.learning == "filtered":
         about = (learnt.chosen, learnt.cards, stores, tails(), learnt.pool, loss, samples, key)
@@ -84,11 +86,15 @@ def lesson_of(learnt: Learnt, tails: Callable[[], Tails]) -> Lesson:
     return ByLoss(loss, settings, job.seed)
 
 
+def _wanted(learnt: Learnt) -> Wanted | None:
+    return learnt.chosen.wanted(learnt.share, learnt.job.student.fit.batch_size)
+
+
 def _loss(learnt: Learnt) -> FingerprintedLoss:
     """Return the loss of the scores. A student of branches has that of unified labels, if it has one at all."""
     job, space, files = learnt.job, learnt.chosen.space, learnt.run / "labels"
     settings, unify, stores, key, samples = job.student, job.unify, learnt.stores, learnt.key, learnt.samples
-    wanted = learnt.chosen.wanted(learnt.share, settings.fit.batch_size)
+    wanted = _wanted(learnt)
     labels = learnt.labels
     assert not isinstance(labels, TopRows)  # made for concentration alone
     if space.multi:

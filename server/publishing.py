@@ -338,7 +338,7 @@ def _concentration(outcome: Outcome, student: StudentModel) -> dict[str, Any] | 
     told: dict[str, Any] = read_json(outcome.run / "student" / CONCENTRATION)
     if outcome.test is None:
         return told
-    truth = test_truth(outcome.test, outcome.space, outcome.settings.labels.synonyms)
+    truth = outcome.chosen.truth(test_truth(outcome.test, outcome.space, outcome.settings.labels.synonyms))
     every = np.arange(len(outcome.test))
     judged = judge_verticals(truth, _predictions(student, outcome.test, every), list(student.head.verticals.values()))
     for held, within, against in zip(told["verticals"], judged.within, judged.against_all, strict=True):
@@ -399,7 +399,7 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
         if len(whole) < len(answers):
             absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
             warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
-        if len({label for i in whole for label in space.class_sets[i]}) == len(space):
+        if len(frozenset[int]().union(*(space.tells(i) for i in whole))) == len(space):
             used = believed(space, outcome.test_coverage, outcome.diagnostics.checks)
             covers = [used[i] for i in whole]
             told = {c.about.site: c.read(0, len(test))[:, 0] for c in covers if c is not None and c.complete}
@@ -420,7 +420,7 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
                 )
         else:
             warnings.append(
-                "There is no unified ensemble: the sites that answered the whole test pool do not know every class."
+                "There is no unified ensemble: the sites that answered the whole test pool do not tell every class."
             )
     oracle = StudentModel(outcome.run / "oracle") if "oracle" in outcome.curves else None
     whole_truth = test_truth(test, space, settings.labels.synonyms)

@@ -30,6 +30,8 @@ def concentration_summary(findings: Findings) -> str:
     if told["target"] == "specialist":
         by = [f"{number_of(count, 'sample')} by {what}" for what, count in told["routed_by"].items() if count]
         text += f"each sample from one specialist: {listing(by)}. "
+        if elsewhere := told.get("samples_elsewhere"):
+            text += f"{number_of(elsewhere, 'sample')} went to verticals without a wanted class. "
     else:
         text += "from unified soft labels. "
     text += f"Kept of each sample: at most {number_of(told['keep'], 'probability', 'probabilities')}"

@@ -81,26 +81,31 @@ def specialist_targets(
     sites: Ints,
     keep: int,
     temperature: float = 1.0,
+    wanted: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return (b, keep) classes and probabilities: the highest that (b,) `sites` give within (b,) `vertical`, in turn.
 
     `answers[i]` (b, k_i) log-probabilities of site i. Probabilities are softened by `temperature` and are those of a
-    specialist that knows nothing but the vertical: they sum to 1 over it. A vertical with fewer than `keep` classes
-    leaves zeros behind its own, at its first class.
+    specialist that knows nothing but the vertical: they sum to 1 over it. Of `wanted` classes (L,) alone, where that is
+    given, they are kept, as they are. A vertical with fewer of these than `keep` leaves zeros behind its own, at its
+    first class, and at class 0 where it has none.
     """
     labels = np.zeros((len(vertical), keep), np.int32)
     values = np.zeros((len(vertical), keep), np.float32)
     for v in np.unique(vertical):
         classes = np.asarray(verticals.classes[v])
-        most = min(keep, len(classes))
+        picked = np.arange(len(classes)) if wanted is None else np.flatnonzero(wanted[classes])
+        if not len(picked):
+            continue
+        most = min(keep, len(picked))
         for i in np.unique(sites[vertical == v]):
             rows = np.flatnonzero((vertical == v) & (sites == i))
             given = answers[i]
             assert given is not None
             own = np.asarray(given, np.float64)[np.ix_(rows, _columns(class_sets[i], classes))]
-            at, top = highest(_probs(own / temperature), most)
-            labels[rows] = classes[0]
-            labels[rows, :most], values[rows, :most] = classes[at], top
+            at, top = highest(_probs(own / temperature)[:, picked], most)
+            labels[rows] = classes[picked[0]]
+            labels[rows, :most], values[rows, :most] = classes[picked[at]], top
     return labels, values
 
 

@@ -103,8 +103,8 @@ class SparseSoftmax:
 
     The rest of a sample's mass is spread evenly over the other classes: the K are as they were, and nothing is said of
     the order of the rest. With f a class's part of the rest, the loss is logsumexp(x) - f sum_j x_j -
-    sum_k (z_k - f) x_{j_k}, x = scores / T. `other` (n,): how likely each sample is outside the label space, by which
-    it counts less. The rest as `SparseSigmoid`; scores alone are taken.
+    sum_k (z_k - f) x_{j_k}, x = scores / T. `weights` (n,): how much each sample counts; None: all alike. The rest as
+    `SparseSigmoid`; scores alone are taken.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class SparseSoftmax:
         temperature: float = 1.0,
         fingerprint: str = "",
         samples: NDArray[np.int64] | None = None,
-        other: NDArray[np.floating] | None = None,
+        weights: NDArray[np.floating] | None = None,
     ) -> None:
         self.fingerprint = f"sparse-softmax {targets.labels.shape} {temperature} {fingerprint}"
         self._targets, self._samples, self._device, self._temperature = targets, samples, device, temperature
-        self._other, self._resident = other, Resident()
+        self._weights, self._resident = weights, Resident()
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar loss of (b, L) logits for the samples `ids` (b,)."""
@@ -129,9 +129,9 @@ class SparseSoftmax:
         flat = (1 - z.sum(dim=1)).clamp_min(0) / rest if rest else z.new_zeros(len(z))
         terms = torch.logsumexp(x, dim=1) * (z.sum(dim=1) + flat * rest)
         terms = terms - flat * x.sum(dim=1) - ((z - flat[:, None]) * x.gather(1, at)).sum(dim=1)
-        if self._other is not None:
+        if self._weights is not None:
             rows = ids.cpu().numpy() if self._samples is None else self._samples[ids.cpu().numpy()]
-            terms = terms * torch.from_numpy(1 - np.asarray(self._other[rows], np.float32)).to(self._device)
+            terms = terms * torch.from_numpy(np.asarray(self._weights[rows], np.float32)).to(self._device)
         return terms.mean() * self._temperature**2
 
 

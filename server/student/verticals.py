@@ -52,6 +52,20 @@ class Verticals:
         """Vertical -> its classes."""
         return dict(zip(self.names, self.classes, strict=True))
 
+    def among(self, classes: Sequence[int]) -> Verticals:
+        """Return the verticals of a student of these `classes` alone, numbered as its outputs.
+
+        A vertical without any is left out; its specialists stay those of the whole vertical.
+        """
+        place = {label: at for at, label in enumerate(classes)}
+        cut = [tuple(place[label] for label in held if label in place) for held in self.classes]
+        left = [v for v, held in enumerate(cut) if held]
+        return Verticals(
+            tuple(self.names[v] for v in left),
+            tuple(cut[v] for v in left),
+            tuple(self.specialists[v] for v in left),
+        )
+
 
 def verticals_of(
     space: LabelSpace, settings: Concentration, synonyms: Mapping[str, Sequence[str]] | None = None

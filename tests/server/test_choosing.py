@@ -156,6 +156,18 @@ def test_disagreement_is_that_of_pairs_on_what_they_share(space: LabelSpace) -> 
     assert np.isnan(disagreement(space, [rows[0], None, None])).all()
 
 
+def test_sites_differ_on_groups_that_both_answer_on() -> None:
+    sites = {"east": ("pet", "cow", "hen"), "north": ("cat", "dog", "cow"), "west": ("hen", "pet")}
+    groups = {"pet": ("cat", "dog")}
+    space = LabelSpace.build(sites, groups=groups)
+    rng = np.random.default_rng(0)
+    answers = [log_softmax(rng.normal(0, 2, (6, len(held))), axis=1).astype(np.float32) for held in sites.values()]
+    east, _, west = (rows.astype(np.float64) for rows in answers)  # north shares the cow alone
+    p, q = softmax(east[:, [0, 2]], axis=1), softmax(west[:, [1, 0]], axis=1)
+    expected = np.sqrt(np.exp(east[:, [0, 2]]).sum(axis=1)) * jensenshannon(p, q, axis=1) ** 2
+    assert np.allclose(disagreement(space, answers), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["uncertainty", "disagreement", "k-centre"])
 def test_blocks_change_nothing(
     tmp_path: Path, pool: Pool, student: StudentModel, space: LabelSpace, how: str, monkeypatch: pytest.MonkeyPatch

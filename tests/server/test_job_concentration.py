@@ -20,9 +20,11 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import CoverageEncoding, JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.server import concentration as server_concentration
 from consilience.server.export import export_student
 from consilience.server.job import Job
 from consilience.server.learning import StudentModel
+from consilience.server.student.sparse_loss import SparseSoftmax
 from helpers.sites import Handler, Sites, grid_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
@@ -92,6 +94,7 @@ def settings(home: Path, concentration: dict[str, Any], **more: Any) -> JobSetti
             "learning": "concentration",
             "concentration": {**concentration, "head": head},
             "fit": {"epochs": 12, "batch_size": 12, "precision": "f32", "learning_rate": 0.05, "augment": False},
+            **more.pop("student", {}),
         },
         "judge": {"test": {"kind": "npz", "path": "test.npz"}},
         **more,
@@ -204,6 +207,55 @@ def test_the_oracle_has_the_same_head(home: Path, reporter: Reporter) -> None:
     assert StudentModel(home / "run" / "oracle").head == StudentModel(home / "run" / "student").head
 
 
+def test_a_student_of_chosen_classes_is_routed_over_all_and_has_no_block_for_the_rest(
+    home: Path, reporter: Reporter
+) -> None:
+    more = {"verticals": {"birds": ["a", "b"], "cars": ["c", "d"], "plants": ["e", "f"]}}
+    report = do(home, sites_of(APART, tuple(APART)), reporter, more, student={"classes": ["e", "a", "b"]})
+    student, told = StudentModel(home / "run" / "student"), report["student"]["concentration"]
+    assert student.labels == ("a", "b", "e")
+    assert student.head is not None
+    assert student.head.verticals == {"birds": (0, 1), "plants": (2,)}
+    assert [(v["name"], v["classes"], v["samples"]) for v in told["verticals"]] == [
+        ("birds", ["a", "b"], SAMPLES // 3),
+        ("plants", ["e"], SAMPLES // 3),
+    ]
+    assert told["samples_elsewhere"] == SAMPLES // 3
+    labels, values = (np.load(home / "run" / "labels" / f"target-{name}.npy") for name in ("classes", "values"))
+    sure, unsure = 0.9 / 0.95, 0.05 / 0.95
+    expected = np.array([[sure, unsure, 0], [unsure, sure, 0], [0] * 3, [0] * 3, [0, 0, sure], [0, 0, unsure]])
+    dense = np.zeros((SAMPLES, 3))
+    np.add.at(dense, (np.arange(SAMPLES)[:, None], labels), values)
+    np.testing.assert_allclose(dense, expected[TRUTH], atol=1e-6)
+    assert report["student"]["accuracy"] > 0.9
+    assert "20 samples went to verticals without a wanted class" in (home / "run" / "card.md").read_text().replace(
+        "\xa0", " "
+    )
+
+
+def test_unified_labels_of_chosen_classes_are_cut_as_for_any_loss(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = list[Any]()
+
+    def noted(*args: Any) -> SparseSoftmax:
+        counts.append(args[-1])
+        return SparseSoftmax(*args)
+
+    monkeypatch.setattr(server_concentration, "SparseSoftmax", noted)
+    more = {"target": "unified", "verticals": TABLE}
+    report = do(home, sites_of(APART, tuple(APART)), reporter, more, student={"classes": ["a", "b", "d"]})
+    unified = np.load(home / "run" / "labels" / "q.npy")[:, [0, 1, 3]].astype(np.float64)
+    labels, values = (np.load(home / "run" / "labels" / f"target-{name}.npy") for name in ("classes", "values"))
+    assert report["student"]["concentration"]["keep"] == 3
+    dense = np.zeros((SAMPLES, 3))
+    np.put_along_axis(dense, labels.astype(np.int64), values, axis=1)
+    mass = unified.sum(axis=1)
+    np.testing.assert_allclose(dense, unified / mass[:, None], atol=1e-6)
+    np.testing.assert_allclose(counts[0], mass / mass.mean(), rtol=1e-5)
+    assert report["student"]["accuracy"] > 0.9
+
+
 @pytest.mark.parametrize(
     ("classes", "covering", "concentration", "said"),
     [
@@ -243,6 +295,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(
         ({"routing": "coverage"}, {"unify": {"method": "mf-p"}}, "for which no site is asked"),
         ({"keep": 4}, {"ask": {"encoding": "top-3"}}, "brings 3 of a sample's classes"),
         ({}, {"privacy": {"secure_sum": True}}, "student.learning is 'concentration'"),
+        ({}, {"student": {"classes": ["a", "b"], "other": True}}, "whose verticals share out wanted classes alone"),
         ({}, {"unify": {"prior_correction": True}}, "prior_correction corrects soft labels"),
     ],
 )

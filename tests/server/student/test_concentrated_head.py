@@ -212,7 +212,7 @@ def test_the_softmax_spreads_the_rest_evenly(temperature: float) -> None:
     weights = torch.from_numpy(1 - other)
     terms = -(torch.from_numpy(target) * torch.log_softmax(logits / temperature, dim=1)).sum(dim=1)
     expected = (terms * weights).mean() * temperature**2
-    found = SparseSoftmax(SparseTargets(labels, VALUES), CPU, temperature, other=other)(logits, torch.arange(4))
+    found = SparseSoftmax(SparseTargets(labels, VALUES), CPU, temperature, weights=1 - other)(logits, torch.arange(4))
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     for a, b in zip(torch.autograd.grad(expected, logits), torch.autograd.grad(found, logits), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -147,6 +147,24 @@ def test_targets_are_the_highest_of_the_specialist_within_its_vertical(seed: int
         assert set(labels[row].tolist()) <= set(verticals.classes[vertical[row]])
 
 
+def test_of_wanted_classes_the_highest_are_kept_as_they_are() -> None:
+    space = LabelSpace(NAMES, ("east",), (tuple(range(6)),))
+    verticals = verticals_of(space, chosen(verticals=TABLE))
+    random, vertical = np.random.default_rng(3), np.array([0, 1, 2, 2])
+    answers, sites = [np.log(random.dirichlet(np.ones(6), 4))], np.zeros(4, np.int64)
+    wanted = np.isin(np.arange(6), [verticals.classes[0][1], *verticals.classes[2]])
+    whole, part = (
+        specialist_targets(answers, space.class_sets, verticals, vertical, sites, 6, wanted=mask)
+        for mask in (None, wanted)
+    )
+    dense = [np.zeros((4, 6)), np.zeros((4, 6))]
+    for held, (labels, values) in zip(dense, (whole, part), strict=True):
+        np.add.at(held, (np.arange(4)[:, None], labels), values)
+    np.testing.assert_allclose(dense[1], dense[0] * wanted)
+    assert not part[1][1].any()
+    assert verticals.among([verticals.classes[0][1], *verticals.classes[2]]).classes == ((0,), (1, 2))
+
+
 def test_ties_go_to_the_first() -> None:
     at, values = highest(np.array([[0.25, 0.5, 0.25]]), 2)
     assert at.tolist() == [[1, 0]]
