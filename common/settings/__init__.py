@@ -54,6 +54,8 @@ from consilience.common.settings.job import (
 )
 from consilience.common.settings.policy import EPSILON_LIMITS, EVERY_LAYER, Features, Limits, Policy, Reduction, Tail
 from consilience.common.settings.privacy import (
+    LEAST_NOISE,
+    MOST_NOISE,
     Delta,
     DpSgd,
     Mechanism,
@@ -83,6 +85,8 @@ __all__ = [
     "ENCODINGS",
     "EPSILON_LIMITS",
     "EVERY_LAYER",
+    "LEAST_NOISE",
+    "MOST_NOISE",
     "NAME_PATTERN",
     "PATIENCE_FIELDS",
     "Across",
