@@ -102,6 +102,8 @@ def noise_for(events: Callable[[float], Iterable[Event]], epsilon: float, delta:
         return _composed(_together(events(noise)), library)
 
     def enough(noise: float) -> bool:
+        if library.rdp.RdpAccountant(WHOLE_ORDERS).compose(composed(noise)).get_epsilon(delta) >= LARGEST:
+            return False  # a distribution of such losses would fill the memory
         return bool(fresh().compose(composed(noise)).get_epsilon(delta) <= epsilon)
 
     guess = min(max(guess, LEAST_NOISE), MOST_NOISE)
