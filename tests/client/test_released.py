@@ -30,6 +30,7 @@ from consilience.common.errors import ConsilienceError, LedgerError, StorageErro
 from consilience.common.pool import Pool
 from consilience.common.protocol import MOST_ANSWER_BYTES
 from consilience.common.settings import NoPrivacy, OutputNoise
+from helpers.disk import Disk
 from helpers.small_site import ROW, SIZE, Fickle, about, make_pool, make_site
 
 
@@ -295,6 +296,30 @@ def made(folder: Path, *, noisy: bool, **policy: Any) -> Site:
     settings = make_site(folder, **policy).settings
     noise = OutputNoise(mechanism="output-noise", sigma=40.0) if noisy else NoPrivacy()
     return Site(settings.model_copy(update={"privacy": noise}), Fickle())
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_power_takes_no_answer_that_was_counted(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    disk, unsure = Disk(monkeypatch), list[set[Path]]()
+    commit = Ledger._commit
+
+    def committing(self: Ledger, *given: Any) -> Any:
+        unsure.append(set(disk.unsure))
+        return commit(self, *given)
+
+    monkeypatch.setattr(Ledger, "_commit", committing)
+    site = make_site(tmp_path)
+    if killed:  # a process that made the folders and had no time to say so
+        site.ledger.refresh()
+        (tmp_path / "state" / "released" / pool.digest).mkdir(parents=True)
+        assert len(disk.unsure) == 2
+    site.answer(about(site, pool, 0, 5))
+    assert unsure[-1] == disk.unsure == set()
+    path = tmp_path / "state" / "released" / subject_of(about(site, pool, 0, 5))
+    assert path.stat().st_size == 5 * ROW
+    site.close()
 
 
 def uses(site: Site) -> dict[str, int]:
