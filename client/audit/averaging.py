@@ -4,9 +4,9 @@ Lives here: the attack, and a copy of the site that can be asked without anythin
 keeps it from working (client/released, client/privacy/noise).
 
 The copy is the site's own code over a ledger and a folder of released answers that are thrown away afterwards, with
-the policy's limits and gates open: the attack is given every question that it could ever be allowed. What is remembered
-by pool and encoding cannot help there: it asks in another pool too, whose images are scored one at a time as the last of
-a pool may be, and in every encoding that tells a number a class.
+the policy's limits and gates open: the attack is given every question that it could ever be allowed. What a site
+remembers, it remembers by pool and encoding; so the attack asks in another pool too, whose images are scored one at a
+time, as the last of a pool may be, and in every encoding that tells a number a class.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ RESTARTS = 4
 ROUNDING = 1e-6
 """An error of no more is none."""
 NOTICEABLY = 0.01
-"""An error that shrinks by no more than this share of it does not shrink: encodings round in their own ways. Noise that is
-drawn twice takes away more, be it for one image in ten."""
+"""An error that shrinks by no more than this share of it does not shrink: encodings round in their own ways. Noise that
+is drawn twice takes away more, be it for one image in ten."""
 WHOLE = ("f32", "f16", "u8")
 """Encodings that tell a number a class, so that the mean of two of them is another such answer."""
 

@@ -110,7 +110,8 @@ def noise_for(events: Callable[[float], Iterable[Event]], epsilon: float, delta:
     while not enough(guess):
         if guess == MOST_NOISE:
             raise SettingsError(
-                f"Epsilon {epsilon:g} at delta {delta:g} needs more noise than {MOST_NOISE:g}, the most that settings take",
+                f"Epsilon {epsilon:g} at delta {delta:g} needs more noise than {MOST_NOISE:g}, the most that settings "
+                "take",
                 hint="Raise --epsilon, or lower --samples",
             )
         guess = min(guess * 2, MOST_NOISE)
