@@ -52,8 +52,8 @@ def card(message: Message, context: Context) -> Message:
     """Answer with the site card."""
 
     def handle() -> RecordDict:
-        CardRequest.from_content(message.content)
-        return site_of(context).card.to_content()
+        request = CardRequest.from_content(message.content)
+        return site_of(context).tell_card(request.job).to_content()
 
     return _reply(message, handle)
 

@@ -6,6 +6,7 @@ Does not live here: the record (common/protocol.SiteCard), what is told beside i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from consilience.common.identity import key_fingerprint, key_line
 from consilience.common.protocol import CalibrationCard, CoverageCard, FeaturesCard, SiteCard
 from consilience.common.settings import Policy, SiteSettings
 from consilience.common.vouching import Signer
+
+PRIVATE = {"holdout_accuracy", "holdout_ap", "calibration", "class_priors"}
+"""Fields of a card that are figures of private data."""
 
 
 def card_of(
@@ -65,6 +69,11 @@ def card_of(
         identity=None if signer is None else key_fingerprint(signer.key.public_key()),
         public_key=None if signer is None else key_line(signer.key.public_key()),
     )
+
+
+def private_figures(card: SiteCard) -> dict[str, Any]:
+    """Return what of a card was counted on private data, by the names of its fields; empty where nothing was."""
+    return card.model_dump(mode="json", include=PRIVATE, exclude_none=True)
 
 
 def _coverage(policy: Policy, coverage: Coverage | None) -> CoverageCard | None:

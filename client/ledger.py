@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Self, get_args
 
 from consilience.client.ledger_head import RESTORE, former_path, head_path, missing_head, read_head, trace_of
-from consilience.client.ledger_rows import Asked, Entry, Row, Spent, SumState, approved_by, chain_of
+from consilience.client.ledger_rows import UNKNOWN, Asked, Entry, Row, Spent, SumState, approved_by, chain_of
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.files import canonical_json, make_private, storage_error, sync_folder, write_json
 from consilience.common.settings import SiteSettings
@@ -246,19 +246,23 @@ class Ledger:
                 self.spent.features[entry.job] += entry.samples * entry.body["width"]
             if not entry.body.get("behind"):
                 self.spent.mechanisms[entry.job, row.month, "none", "{}"] += entry.samples
-        if entry.kind in ("features", "tail") and not entry.body.get("behind"):
+        if entry.kind in ("card", "features", "tail") and not entry.body.get("behind"):
             self.spent.mechanisms[entry.job, row.month, "none", "{}"] += 1
         if entry.kind == "sum":
-            if entry.body["state"] not in get_args(SumState):
+            state, teacher = entry.body["state"], str(entry.body["teacher"])
+            if state == UNKNOWN:
+                self.spent.unsummable = (self.spent.unsummable - {""}) | {teacher}
+            elif state in get_args(SumState):
+                self.spent.sums[entry.subject] = state, teacher
+            else:
                 raise self._bad(row.seq, CHANGED)
-            self.spent.sums[entry.subject] = entry.body["state"], str(entry.body["teacher"])
         if entry.kind == "carried":
             carried, asked = entry.body.get("features", 0), entry.body.get("tail", 0)
             if min(carried, asked) < 0:
                 raise self._bad(row.seq, CHANGED)
             self.spent.features.update({entry.job: carried} if carried else {})
             self.spent.tails.update({(entry.job, "samples"): asked} if asked else {})
-            if not entry.samples and carried + asked:
+            if not entry.samples and carried + asked + entry.body.get("rows", 0):  # what these tell of is not known
                 self.spent.mechanisms[entry.job, row.month, "none", "{}"] += 1
         if entry.kind == "features":
             if entry.body["bytes"] < 1:
@@ -283,7 +287,7 @@ class Ledger:
         asked = sum(count for (_, name), count in self.spent.tails.items() if name == "samples")
         told = {"samples": self.spent.lifetime, "features": self.spent.features.total(), "tail": asked}
         try:
-            write_json(self.head, {"rows": self.count, "chain": self.chain, **told})
+            write_json(self.head, {"rows": self.count, "chain": self.chain, "last": self.last, **told})
         except StorageError as error:
             raise StorageError(
                 error.message,

@@ -80,6 +80,10 @@ def show(site: SiteFile, as_json: AsJson = False) -> None:
                 if row.entry.kind == "tail" and row.entry.body["what"] == "blocks":
                     told = f"{row.entry.body['bytes']:,} bytes"
                     table.add_row(Text(f"the last blocks themselves, to job {row.entry.job}"), told, "")
+            for row in ledger.rows():
+                if row.entry.kind == "card":
+                    told = ", ".join(row.entry.body["told"])
+                    table.add_row(Text(f"on the site card, to job {row.entry.job} first"), told, "")
             if sums := spent.sums.values():
                 opened = sum(state == "opened" for state, _ in sums)
                 data["sums"] = {"given": len(sums), "opened": opened}
@@ -189,10 +193,16 @@ def restart(
             "aside": str(carried.aside),
             "carried": carried.samples,
             "carried_bytes": carried.features,
+            "sums_known": carried.sums_known,
             "of_no_job": samples,
             "of_no_job_bytes": size,
         }
         told = f"A new ledger begins with {_amount(carried.samples, carried.features)} spent. "
+        if not carried.sums_known:
+            told += (
+                "It is not known what was summed with this classifier: the site takes part in no secure sum until it "
+                "has another one (train it with another seed). "
+            )
         if samples or size:
             told += (
                 f"Of {_amount(samples, size)} no row tells the job any more: they count for the month and the "

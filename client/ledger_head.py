@@ -56,8 +56,8 @@ def comes_back_with_state(settings: SiteSettings) -> bool:
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
-    """Return rows, chain, samples, bytes of features and samples sent to the tail as the head tells them; None where
-    there is none.
+    """Return rows, chain, the last row's time, samples, bytes of features and samples sent to the tail as the head
+    tells them; None where there is none. `jobs` and `sums` are in one that a stopped restart left.
 
     Raises `LedgerError`.
     """
@@ -68,7 +68,8 @@ def read_head(path: Path) -> dict[str, Any] | None:
         told = {name: int(held[name]) for name in ("rows", "samples")}
         features, tail = int(held.get("features", 0)), int(held.get("tail", 0))  # once it told none
         jobs = {str(job): (int(samples), int(size)) for job, (samples, size) in held.get("jobs", {}).items()}
-        return {**told, "chain": str(held["chain"]), "features": features, "tail": tail, "jobs": jobs}
+        more = {"chain": str(held["chain"]), "last": str(held.get("last", "")), "sums": bool(held.get("sums", False))}
+        return {**told, **more, "features": features, "tail": tail, "jobs": jobs}
     except (StorageError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise LedgerError(f"{path} is damaged", hint=RESTORE) from error
 

@@ -8,18 +8,24 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
-from consilience.client.ledger import Ledger, locked, paths, utc_now
-from consilience.client.ledger_head import former_path, read_head, trace_of
-from consilience.client.ledger_rows import Entry, summed
-from consilience.client.sum_index import forget_given
-from consilience.common.errors import LedgerError, RunError
+from consilience.client.ledger import FIRST, Ledger, locked, paths, utc_now
+from consilience.client.ledger_head import former_path, read_head
+from consilience.client.ledger_rows import UNKNOWN, Entry, SumState, chain_of, summed, unsummable
+from consilience.client.sum_index import forget_unopened
+from consilience.client.teacher import load_any
+from consilience.common.errors import ConsilienceError, LedgerError, RunError
 from consilience.common.files import lock, storage_error, sync_folder, write_json
 from consilience.common.settings import SiteSettings
+
+STOPPED = "restarting"
+"""Stands for the chain in the head while another ledger begins."""
 
 
 class Carried(NamedTuple):
@@ -31,6 +37,8 @@ class Carried(NamedTuple):
     """Bytes of features."""
     of_no_job: tuple[int, int]
     """Samples, and bytes of features, of which no row tells the job any more: they count towards no job's limit."""
+    sums_known: bool
+    """Whether it is known what was summed; else the present classifier takes part in no secure sum."""
 
 
 def restart(settings: SiteSettings, least: int | None = None, least_bytes: int | None = None) -> Carried:
@@ -38,25 +46,23 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
 
     Samples, bytes of features and samples sent to the tail are the most that the head or the rows still tell of, and
     `least` and `least_bytes` where a person knows of more. They count for this month and for the lifetime, and for the
-    job that their rows name. Sums that are not opened are given up (`forget_given`). Stopped in between, the next call
-    goes on. Raises
-    `RunError` while an agent runs, `LedgerError` when neither head nor rows tell anything and `least` is not given,
+    job that their rows name. No row's time will be before that of the last one. Sums that are not opened are given up
+    (`forget_unopened`); where rows may be lost, no teacher that may have been summed is summed again. Stopped in
+    between, the next call goes on. Raises `RunError` while an agent runs, `LedgerError` when no head tells how much was
+    released, for rows may be those of an older copy, and `least` (with features `least_bytes`) is not given,
     `StorageError`.
     """
     path, head = paths(settings)
     with lock(settings.state / "agent"), locked(path):
         known = _known(settings)
-        if least is None and not known.told:
-            raise LedgerError(
-                f"Neither {path} nor {head} tells how many samples were released",
-                hint="Say how many there were at most with --spent, for example by the coordinator's reports",
-            )
+        _check_told(known, path, head, least, least_bytes)
         spent, features = max(known.samples, least or 0), max(known.features, least_bytes or 0)
         rows, by_job, tails = known.rows, known.jobs, known.tails
-        forget_given(settings.state / "sums")
+        forget_unopened(settings.state / "sums")
         # from here on and until the end, whatever is stopped leaves a ledger that is refused and knows what was spent
         told = {"samples": spent, "features": features, "tail": sum(tails.values()), "jobs": by_job}
-        write_json(head, {"rows": rows + 1, "chain": "restarting", **told})
+        told |= {"last": known.last, "sums": known.sums_known}
+        write_json(head, {"rows": rows + 1, "chain": STOPPED, **told})
         aside = _aside(settings.state)
         fresh, fresh_head = path.with_name("ledger.fresh.db"), path.with_name("ledger.fresh.head")
         try:
@@ -72,6 +78,7 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
                 left.unlink(missing_ok=True)
             ledger = Ledger(fresh, fresh_head)
             with closing(ledger), ledger.alone():
+                ledger.last = known.last  # no row's time is before
                 # behind what mechanisms it left is not certain any more: it counts as behind none
                 rest = spent - sum(n for n, _ in by_job.values()), features - sum(size for _, size in by_job.values())
                 parts = {job: told for job, told in {"": rest, **by_job}.items() if any(told)} or {"": rest}
@@ -83,6 +90,7 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
                         for job, (n, size) in parts.items()
                     ),
                     *known.sums.values(),
+                    *(unsummable(teacher) for teacher in _not_to_be_summed(settings, known)),
                 )
             fresh.rename(path)
             sync_folder(path.parent)
@@ -91,7 +99,7 @@ def restart(settings: SiteSettings, least: int | None = None, least_bytes: int |
                 left.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(error, path, "write") from error
-    return Carried(aside, spent, features, rest)
+    return Carried(aside, spent, features, rest, known.sums_known)
 
 
 @dataclass
@@ -101,31 +109,80 @@ class _Known:
     samples: int = 0
     features: int = 0
     rows: int = 0
+    last: str = ""
+    """The time of the last row, as far as rows verify and heads tell."""
     jobs: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Samples and bytes of features by job, as far as they are known."""
     tails: dict[str, int] = field(default_factory=dict)
     """Samples of features that were sent to the tail, by job; those of no known job under ""."""
     sums: dict[str, Entry] = field(default_factory=dict)
     """The last row's entry of each secure sum, by its terms' digest."""
+    teachers: set[str] = field(default_factory=set)
+    """Fingerprints that rows name."""
+    unsummable: set[str] = field(default_factory=set)
+    """Of teachers of which it was not known before what was summed with them."""
+    sums_known: bool = False
+    """Whether every row that a head tells of is there and as it was written, so that the rows tell of all sums."""
     told: bool = False
-    """Whether one of them tells."""
+    """Whether a head tells how much was released."""
+
+
+def _check_told(known: _Known, path: Path, head: Path, least: int | None, least_bytes: int | None) -> None:
+    """Raise `LedgerError` where a person has to say what was spent, and has not."""
+    if known.told:
+        return
+    if least is None and not known.rows:
+        raise LedgerError(
+            f"Neither {path} nor {head} tells how many samples were released",
+            hint="Say how many there were at most with --spent, for example by the coordinator's reports",
+        )
+    missing = [("samples", "--spent", known.samples)] if least is None else []
+    if known.features and least_bytes is None:
+        missing.append(("bytes of features", "--spent-bytes", known.features))
+    if missing:
+        what, option, count = missing[0]
+        raise LedgerError(
+            f"{head} does not tell how many {what} were released, and {path} may be an older copy: it tells of "
+            f"{count:,}",
+            hint=f"Say how many there were at most with {option}, for example by the coordinator's reports",
+        )
+
+
+def _not_to_be_summed(settings: SiteSettings, known: _Known) -> list[str]:
+    """Return the fingerprints of teachers of which it is not known what was summed with them.
+
+    "" stands for the one that is asked for a sum next, where the present one cannot be loaded.
+    """
+    if known.sums_known:
+        return sorted(known.unsummable)
+    try:
+        present = load_any(settings).fingerprint
+    except ConsilienceError:
+        present = ""
+    return sorted({*known.unsummable, *known.teachers, present}, reverse=True)  # "" last: a later row takes it away
 
 
 def _known(settings: SiteSettings) -> _Known:
     path, head = paths(settings)
     known = _Known()
-    jobs, head_tail = _by_job(path, known), 0
+    chains = _rows(path, known)
+    jobs, head_tail = known.jobs, 0
     for place in (head, former_path(settings)):
         held = None
         with suppress(LedgerError):  # a damaged head tells nothing
             held = None if place is None else read_head(place)
-        if held is not None:
-            known.told, known.rows = True, max(known.rows, held["rows"])
-            head_tail = max(head_tail, held["tail"])
-            known.samples, known.features = max(known.samples, held["samples"]), max(known.features, held["features"])
-            for job, (samples, size) in held["jobs"].items():  # as a restart that was stopped leaves them
-                before = jobs.get(job, (0, 0))
-                jobs[job] = max(before[0], samples), max(before[1], size)
+        if held is None:
+            continue
+        # a stopped restart's head is one row ahead, and knows itself
+        known.sums_known = held["sums"] if held["chain"] == STOPPED else chains.get(held["rows"]) == held["chain"]
+        known.told, known.rows = True, max(known.rows, held["rows"])
+        with suppress(ValueError):  # of a head that was written by hand
+            known.last = max(known.last, datetime.fromisoformat(held["last"]).isoformat(timespec="seconds"))
+        head_tail = max(head_tail, held["tail"])
+        known.samples, known.features = max(known.samples, held["samples"]), max(known.features, held["features"])
+        for job, (samples, size) in held["jobs"].items():  # as a restart that was stopped leaves them
+            before = jobs.get(job, (0, 0))
+            jobs[job] = max(before[0], samples), max(before[1], size)
     known.samples = max(known.samples, sum(samples for samples, _ in jobs.values()))
     known.features = max(known.features, sum(size for _, size in jobs.values()))
     if (rest := head_tail - sum(known.tails.values())) > 0:
@@ -134,46 +191,60 @@ def _known(settings: SiteSettings) -> _Known:
     return known
 
 
-def _by_job(path: Path, known: _Known) -> dict[str, tuple[int, int]]:
-    """Return samples and bytes of features by job, as the rows tell of them up to where they cannot be read."""
-    samples, features = Counter[str](), Counter[str]()
+def _rows(path: Path, known: _Known) -> dict[int, str]:
+    """Take in what the rows tell of, up to where they cannot be read; return the chains of those that verify."""
+    samples, features, chains, before = Counter[str](), Counter[str](), {0: FIRST}, FIRST
     if path.exists():
         with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:
             database.text_factory = lambda raw: raw.decode(errors="replace")
-            kinds = "('carried', 'features', 'tail')"
-            query = f"SELECT job, samples, kind, body FROM rows WHERE samples > 0 OR kind IN {kinds}"
-            for job, count, kind, body in database.execute(query):
-                if asked := _tail_samples(kind, body):
-                    known.tails[job] = known.tails.get(job, 0) + asked
+            query = "SELECT seq, time, kind, job, samples, subject, body, chain FROM rows ORDER BY seq"
+            for seq, when, kind, job, count, subject, text, chain in database.execute(query):
+                body, known.rows = _body(text), known.rows + 1
                 samples[job] += max(0, count)
                 features[job] += _feature_bytes(count, kind, body)
-                known.rows += count > 0
-            query = "SELECT job, subject, body FROM rows WHERE kind = 'sum' ORDER BY seq"
-            for job, terms, body in database.execute(query):
-                with suppress(ValueError, TypeError, KeyError):
-                    held = json.loads(body)
-                    known.sums[terms] = summed(job, terms, held["state"], held["teacher"])
-            # one without rows tells that nothing was released only where nothing else says that something was
-            known.told = database.execute("SELECT 1 FROM rows").fetchone() is not None or trace_of(path.parent) is None
-    return {job: (samples[job], features[job]) for job in sorted(samples)}
+                if asked := _tail_samples(kind, body):
+                    known.tails[job] = known.tails.get(job, 0) + asked
+                _sums(kind, job, subject, body, known)
+                before = chain_of(before, seq, when, Entry(kind, job, subject, count), text)
+                if before == chain and seq - 1 in chains:
+                    chains[seq], known.last = chain, max(known.last, when)
+    known.jobs = {job: (samples[job], features[job]) for job in sorted(samples)}
+    return chains
 
 
-def _feature_bytes(samples: int, kind: str, body: str) -> int:
+def _body(text: str) -> Mapping[str, Any]:
+    """Return a row's body; an empty one where it is not as ours are."""
+    with suppress(ValueError):
+        held = json.loads(text)
+        return held if isinstance(held, dict) else {}
+    return {}
+
+
+def _sums(kind: str, job: str, subject: str, body: Mapping[str, Any], known: _Known) -> None:
+    """Take in how far a sum is, and with which teacher something left."""
+    teacher, state = str(body.get("teacher", "")), str(body.get("state", ""))
+    if kind == "sum" and state in get_args(SumState):
+        known.sums[subject] = summed(job, subject, cast(SumState, state), teacher)
+    if kind == "sum" and state == UNKNOWN:
+        known.unsummable = (known.unsummable - {""}) | {teacher}
+    if teacher and state != UNKNOWN:
+        known.teachers.add(teacher)
+
+
+def _feature_bytes(samples: int, kind: str, body: Mapping[str, Any]) -> int:
     """Return the bytes of features that a row tells of; none of one that is not as ours are."""
-    with suppress(ValueError, TypeError, KeyError, AttributeError):
-        held = json.loads(body)
+    with suppress(ValueError, TypeError, KeyError):
         if kind == "features":
-            return max(0, int(held["bytes"]))
-        return max(0, samples * int(held["width"]) if held.get("kind") == "features" else int(held.get("features", 0)))
+            return max(0, int(body["bytes"]))
+        return max(0, samples * int(body["width"]) if body.get("kind") == "features" else int(body.get("features", 0)))
     return 0
 
 
-def _tail_samples(kind: str, body: str) -> int:
+def _tail_samples(kind: str, body: Mapping[str, Any]) -> int:
     """Return the samples sent to the tail that a row tells of; none of one that is not as ours are."""
-    with suppress(ValueError, TypeError, KeyError, AttributeError):
-        held = json.loads(body)
+    with suppress(ValueError, TypeError):
         if kind in ("tail", "carried"):
-            return max(0, int(held.get("samples" if kind == "tail" else "tail", 0)))
+            return max(0, int(body.get("samples" if kind == "tail" else "tail", 0)))
     return 0
 
 

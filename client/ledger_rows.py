@@ -14,9 +14,11 @@ from consilience.common.files import canonical_json, sha256
 from consilience.common.protocol import TailCard, TapCard
 from consilience.common.tails import TailQuestion
 
-EntryKind = Literal["answer", "features", "tail", "sum", "mechanism", "approval", "carried"]
+EntryKind = Literal["answer", "card", "features", "tail", "sum", "mechanism", "approval", "carried"]
 SumState = Literal["given", "opened"]
 """Masked rows of a secure sum left; shares of other sites' seeds left."""
+UNKNOWN = "unknown"
+"""State, and subject, of the row that tells that it is not known what was summed with a teacher."""
 
 
 class Asked(NamedTuple):
@@ -34,11 +36,13 @@ class Asked(NamedTuple):
 @dataclass(frozen=True)
 class Entry:
     """What a row tells: of an answer, of principal components of features, of a tail that was asked or lent, of a
-    secure sum, of a mechanism that added noise, of a person's approval, or of what was carried over.
+    secure sum, of a card that told of private data, of a mechanism that added noise, of a person's approval, or of what
+    was carried over.
 
     `subject`: of an answer the name of the released bytes' file; of components `components_subject`; of a tail its
     fingerprint, of one that was lent `blocks_subject`; of a sum its terms' digest; of a mechanism its name; of an
-    approval the policy version. `body`: the particulars, JSON values; `behind` the mechanisms behind which it left.
+    approval the policy version; of a card the digest of what it told. `body`: the particulars, JSON values; `behind`
+    the mechanisms behind which it left.
     """
 
     kind: EntryKind
@@ -83,6 +87,8 @@ class Spent:
     samples."""
     sums: dict[str, tuple[SumState, str]] = field(default_factory=dict)
     """How far each secure sum is, by its terms' digest, and with which teacher."""
+    unsummable: set[str] = field(default_factory=set)
+    """Fingerprints of teachers of which it is not known what was summed with them; "" for that of the next sum."""
     mechanisms: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     """Uses by job, month, name and parameters, these as JSON; `none` for what left behind no mechanism."""
 
@@ -116,6 +122,17 @@ def components(job: str, policy: str, tap: TapCard, costs: Sequence[Entry]) -> E
 def summed(job: str, terms: str, state: SumState, teacher: str) -> Entry:
     """Return the entry of a secure sum: that its rows, or shares of its seeds, leave now."""
     return Entry("sum", job, terms, body={"state": state, "teacher": teacher})
+
+
+def unsummable(teacher: str) -> Entry:
+    """Return the entry that tells that it is not known what was summed with a teacher; "": with whichever is next."""
+    return Entry("sum", "", UNKNOWN, body={"state": UNKNOWN, "teacher": teacher})
+
+
+def card_told(job: str, teacher: str, policy: str, told: Mapping[str, Any]) -> Entry:
+    """Return the entry of a site card that tells figures of private data, by name, under a policy version."""
+    subject = f"card-{sha256(canonical_json([teacher, dict(told)]))}"
+    return Entry("card", job, subject, body={"told": sorted(told), "teacher": teacher, "policy": policy})
 
 
 def blocks_subject(digest: str) -> str:

@@ -17,12 +17,12 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.card import card_of
+from consilience.client.card import card_of, private_figures
 from consilience.client.components import not_released, release
 from consilience.client.coverage import Coverage, load_coverage
 from consilience.client.features import OpenTap, Together, open_taps
 from consilience.client.ledger import Ledger
-from consilience.client.ledger_rows import Asked
+from consilience.client.ledger_rows import Asked, card_told
 from consilience.client.policy import (
     Demand,
     RefusedError,
@@ -161,6 +161,19 @@ class Site:
     def card(self) -> SiteCard:
         """What the site says of itself first. Raises `DataError`, `TeacherError`, `IdentityError`, `StorageError`."""
         return card_of(self.settings, self.teacher, self.coverage, self.taps, self.tail.tail, self.signer)
+
+    def tell_card(self, job: str) -> SiteCard:
+        """Return the card for a server: what it tells of private data is in the ledger, once, before it leaves.
+
+        Raises what `card` and `ledger` raise.
+        """
+        card = self.card
+        if told := private_figures(card):
+            entry = card_told(job, card.teacher, card.policy, told)
+            with self.lock, self.ledger.alone():
+                if next(self.ledger.rows(0, entry.subject), None) is None:
+                    self.ledger.append(entry)
+        return card
 
     @cached_property
     def signer(self) -> Signer | None:

@@ -55,11 +55,12 @@ def image_digests(pool: Pool) -> bytes:
     )
 
 
-def forget_given(folder: Path) -> None:
-    """Give up the sums of a folder that rows were given for and that are not opened: the answers are put aside.
+def forget_unopened(folder: Path) -> None:
+    """Give up the sums of a folder that are not opened: the answers are put aside.
 
     A classifier that never says the same twice would else put other answers under the same masks, or into another
-    attempt at the same sum: the difference tells of them. Raises `RunError` while another process works in the folder,
+    attempt at the same sum: the difference tells of them. Sums with keys alone are given up too, since rows may have
+    left under them of which an older copy does not tell. Raises `RunError` while another process works in the folder,
     `StorageError` when the index is gone or damaged.
     """
     if not (folder / _FILE).exists() and next(folder.glob("*.json"), None) is None:
@@ -142,9 +143,9 @@ class SumIndex:
             self._database.execute("DELETE FROM sums WHERE terms = ?", (terms,))
 
     def give_up(self) -> list[str]:
-        """Let no image of a sum that is not opened be summed again; return the digests of those with rows and keys."""
+        """Let no image of a sum that is not opened be summed again; return the digests of those that have keys."""
         self._database.execute("UPDATE images SET ground = ? WHERE opened = 0", (_NO_GROUND,))
-        query = "SELECT terms FROM sums WHERE state = 'given'"
+        query = "SELECT terms FROM sums WHERE state IN ('keys', 'given')"
         return [row[0] for row in self._database.execute(query).fetchall()]
 
     def refuse_second(self, terms: Terms, teacher: str, images: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.client.ledger_rows import Asked, SumState, summed
+from consilience.client.ledger_rows import Asked, SumState, summed, unsummable
 from consilience.client.policy import RefusedError, asked_by, check_job, check_peers, check_sealed
 from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.sum_noise import share_of_noise
@@ -85,6 +85,7 @@ class Summing:
         whole = self.site.question(terms.job, terms.pool, size, "log-probs", policy.encodings[0])
         self._check_job(terms.job, (asked_by(whole, self.site.summed.use),))
         own, sums = self.site.teacher, self.site.ledger.spent.sums
+        self._need_known(own.fingerprint)
         self.sums.need({digest: state for digest, (state, teacher) in sums.items() if teacher == own.fingerprint})
         advert = self.sums.advertise(
             terms,
@@ -106,17 +107,17 @@ class Summing:
 
     def share(self, roster: Roster) -> SealedShares:
         """Share the site's seeds, if the policy still allows the job. Raises as `keys` does."""
-        self._check_job(self.sums.terms_of(roster.terms).job)
+        self._begun(roster.terms)
         return self.sums.share(roster)
 
     def deliver(self, delivery: Delivery) -> Delivered:
         """Take the others' shares, if the policy still allows the job. Raises as `keys` does."""
-        self._check_job(self.sums.terms_of(delivery.terms).job)
+        self._begun(delivery.terms)
         return self.sums.deliver(delivery)
 
     def open(self, unmask: Unmask) -> Opened:
         """Open shares, if the policy still allows the job. Raises as `keys` does."""
-        self._check_job(self.sums.terms_of(unmask.terms).job)
+        self._begun(unmask.terms)
         opened = self.sums.open(unmask)
         self._note(unmask.terms, "opened")
         return opened
@@ -132,6 +133,30 @@ class Summing:
                 terms = self.sums.terms_of(digest)
                 teacher = terms.by_name[self.settings.name].teacher
                 self.site.ledger.append(summed(terms.job, digest, state, teacher))
+
+    def _begun(self, digest: str) -> None:
+        """See that the policy still allows a sum's job, and that the record of it knows all that the ledger tells.
+
+        So an older copy of the record alone opens no other seeds. Raises as `keys` does, and `StorageError`.
+        """
+        self._check_job(self.sums.terms_of(digest).job)
+        if (told := self.site.ledger.spent.sums.get(digest)) is not None:
+            self.sums.need({digest: told[0]})
+
+    def _need_known(self, teacher: str) -> None:
+        """Refuse where it is not known what was summed with a teacher: the same images could be summed twice."""
+        with self.site.lock, self.site.ledger.alone():
+            unknown = self.site.ledger.spent.unsummable
+            if "" in unknown:  # with whichever is asked for a sum first
+                self.site.ledger.append(unsummable(teacher))
+                unknown = self.site.ledger.spent.unsummable
+        if teacher in unknown:
+            raise RefusedError(
+                "sum-refused",
+                "the site's rules for secure sums do not allow it",
+                "the ledger was begun anew where rows may be lost, and it is not known what was summed with this "
+                "classifier: train another one, with another seed (docs/secure_sums.md)",
+            )
 
     def _check_job(self, job: str, asked: Iterable[Asked] = ()) -> None:
         with self.site.lock:
@@ -164,6 +189,7 @@ class Summing:
             images = self.site.pool(terms.pool).read(start, stop)
             return share_of_noise(private, self._secret, terms, self.settings.name, images, rows.astype(np.float32))
 
+        self._begun(question.terms)
         masked = self.sums.rows(question, answering, noise)
         self._note(question.terms, "given")
         return masked

@@ -40,9 +40,11 @@ from consilience.common.sums.masks import (
     pair_key,
     pair_sign,
     public_hex,
+    put_on,
     self_key,
 )
 from consilience.common.sums.messages import (
+    LEAST_SITES,
     Advert,
     Delivered,
     Delivery,
@@ -195,8 +197,7 @@ class SumSite:
                 if held.roster is None or delivery.roster != held.roster.digest:
                     raise ProtocolError("Shares were delivered for another roster than the site has shared with")
                 holds = self._unsealed(held, held.roster, delivery)
-                if len(holds) < held.terms.threshold:
-                    raise ProtocolError(f"{len(holds)} sites have shared; needed: {held.terms.threshold}")
+                _need_sites(len(holds), held.terms, "have shared")
                 self._write(held.model_copy(update={"delivery": delivery, "holds": holds}))
             elif held.delivery != delivery:
                 raise ProtocolError("A secure sum delivers shares once, and these are others")
@@ -241,8 +242,7 @@ class SumSite:
             held, given = self._need_row_keys(index, question)
             if not given:
                 index.bind(terms, own.teacher, images, "given")
-        for mask in self._masks(held):
-            mask.put_on(rows, question.start - terms.start)
+        put_on(self._masks(held), rows, question.start - terms.start)
         return MaskedRows(question, rows.astype("<u4", copy=False).tobytes())
 
     def _need_row_keys(self, index: SumIndex, question: RowsQuestion) -> tuple[_Held, bool]:
@@ -286,8 +286,7 @@ class SumSite:
             names = list(unmask.survivors)
             if held.delivery is None or names != sorted(set(names)) or not set(names) <= set(held.holds):
                 raise ProtocolError("The survivors of a secure sum are not some of the sites that shared")
-            if len(names) < held.terms.threshold:
-                raise ProtocolError(f"{len(names)} sites survived; needed: {held.terms.threshold}")
+            _need_sites(len(names), held.terms, "survived")
             self._need_the_same_masks(held, unmask)
             index.bind(terms, terms.by_name[self._name].teacher, images, "opened")
             shares = [
@@ -355,6 +354,12 @@ class SumSite:
 
     def _write(self, held: _Held) -> None:
         write_bytes(self._path(held.terms.digest), held.model_dump_json().encode())
+
+
+def _need_sites(count: int, terms: Terms, what: str) -> None:
+    """Raise `ProtocolError` for too few sites: of two, one that helps the server tells it the other's answer."""
+    if count < (needed := max(terms.threshold, LEAST_SITES)):
+        raise ProtocolError(f"{count} sites {what}; needed: {needed}")
 
 
 def shared_columns(own: tuple[int, ...], other: tuple[int, ...]) -> NDArray[np.int64]:

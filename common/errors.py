@@ -290,7 +290,8 @@ class LedgerError(ConsilienceError):
         "was put back, or the record, or an answer that was given before, is lost. The site answers nothing until it "
         "is in order, for it could release more than its policy allows. The message names the row or the file. Put the "
         "newest copy back; if there is none, `consilience site ledger restart` puts the ledger aside and begins "
-        "another, which counts everything spent so far as spent."
+        "another, which counts as spent all that its head and rows still tell of; where the head is lost, say with "
+        "--spent how much there was at most."
     )
 
 

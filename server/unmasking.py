@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from consilience.common.errors import ProtocolError
 from consilience.common.files import create_array, read_json, write_json
-from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, public_hex, self_key
+from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, public_hex, self_key, take_off
 from consilience.common.sums.messages import Member, Roster, SeedKind, Terms, commit
 from consilience.common.sums.ring import NoisyRing, Words
 from consilience.common.sums.shares import combine
@@ -70,8 +70,7 @@ def unmask_sums(secure: SecureSum) -> Summed:
             total = np.zeros((stop - start, len(terms.labels)), dtype=np.uint32)
             for member in survivors:
                 total[:, list(member.classes)] += secure.store(member.site).read(start, stop)
-            for mask in masks:
-                mask.take_off(total, start)
+            take_off(masks, total, start)
             _check_cancelled(terms, survivors, total, terms.start + start)
             sums[start:stop] = terms.ring().decode(total)
         sums.flush()

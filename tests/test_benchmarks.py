@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     "name",
     [
+        "accounting",
         "amalgamation",
         "answer_encodings",
         "answering",
@@ -61,7 +62,7 @@ def test_secure_sums_that_miss_a_bar_are_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(str(FOLDER))
     missed = importlib.import_module("secure_sums").missed
     good = {"median_seconds": 4.0, "bytes": 3.0, "largest_difference": 1e-4, "same_arg_max": 0.9999}
-    paths = {"open f16": {"median_seconds": 1.0, "bytes": 1.0}, "secure": good, "secure, 3 lost": good}
+    paths = {"open": {"median_seconds": 1.0, "bytes": 1.0}, "secure": good, "secure, 3 lost": good}
     assert missed(paths) == []
     for worse in ({"median_seconds": 4.1}, {"bytes": 3.1}, {"largest_difference": float("nan")}, {"same_arg_max": 0.9}):
         (told,) = missed({**paths, "secure, 3 lost": {**good, **worse}})

@@ -11,6 +11,7 @@ sample is fixed by the terms.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,18 +86,32 @@ class Mask:
     """Which columns, in the order of their classes: both sides of a pair must take the same order."""
     sign: int = 1
 
-    def put_on(self, rows: Words, first: int) -> None:
-        """Mask (b, k) rows of samples first..first+b-1 in place, modulo 2^32."""
-        self._apply(rows, first, self.sign)
-
-    def take_off(self, rows: Words, first: int) -> None:
-        """Undo `put_on`."""
-        self._apply(rows, first, -self.sign)
-
-    def _apply(self, rows: Words, first: int, sign: int) -> None:
+    def words(self, first: int, count: int) -> Words:
+        """Return (count, columns) the mask of samples first..first+count-1, its sign aside."""
         width = len(self.columns)
-        stream = words(self.key, first * width, len(rows) * width).reshape(len(rows), width)
-        rows[:, self.columns] = rows[:, self.columns] + stream if sign > 0 else rows[:, self.columns] - stream
+        return words(self.key, first * width, count * width).reshape(count, width)
+
+
+def put_on(masks: Iterable[Mask], rows: Words, first: int) -> None:
+    """Mask (b, k) rows of samples first..first+b-1 in place, modulo 2^32."""
+    for columns, total in _by_columns(masks, len(rows), first):
+        rows[:, columns] += total
+
+
+def take_off(masks: Iterable[Mask], rows: Words, first: int) -> None:
+    """Undo `put_on`."""
+    for columns, total in _by_columns(masks, len(rows), first):
+        rows[:, columns] -= total
+
+
+def _by_columns(masks: Iterable[Mask], count: int, first: int) -> Iterable[tuple[NDArray[np.int64], Words]]:
+    """Return sums of the masks over the same columns: reaching these takes longer than adding masks up."""
+    sums = dict[bytes, tuple[NDArray[np.int64], Words]]()
+    for mask in masks:
+        empty = np.zeros((count, len(mask.columns)), np.uint32)
+        _, total = sums.setdefault(mask.columns.tobytes(), (mask.columns, empty))
+        (np.add if mask.sign > 0 else np.subtract)(total, mask.words(first, count), out=total)
+    return sums.values()
 
 
 def pair_sign(site: str, other: str) -> int:

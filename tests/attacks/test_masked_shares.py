@@ -16,10 +16,10 @@ from scipy.stats import chisquare, ks_2samp, kstest
 
 from consilience.common.errors import ProtocolError
 from consilience.common.sums import masks
-from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, public_hex, self_key
+from consilience.common.sums.masks import Mask, mask_key, pair_key, pair_sign, public_hex, self_key, take_off
 from consilience.common.sums.messages import RowsQuestion, Terms
 from consilience.common.sums.shares import combine
-from helpers.summing import Sums, make_terms
+from helpers.summing import Sums, draw, make_terms
 
 SETS = {"ant": [0, 1, 2, 3], "bee": [3, 2, 1, 0], "cat": [0, 1, 2, 3], "dog": [0, 2, 1]}
 HONEST, COLLUDING = ("ant", "bee"), ("cat", "dog")  # threshold - 1 collude
@@ -72,8 +72,7 @@ def without_known_masks(sums: Sums) -> dict[str, NDArray[np.uint32]]:
             if share.of == site
         }
         own = Mask(self_key(combine(shares, terms.threshold), terms.digest, site), np.arange(4))
-        for mask in (own, *known_pairs(sums, terms, site)):
-            mask.take_off(rows[site], 0)
+        take_off([own, *known_pairs(sums, terms, site)], rows[site], 0)
     return rows
 
 
@@ -196,6 +195,23 @@ def test_fewer_shares_than_the_threshold_give_no_seed(tmp_path: Path) -> None:
     assert roster.by_name["ant"].mask_key == public_hex(mask_key(seed, sums.terms.digest, "ant"))
 
 
+@pytest.mark.parametrize(("honest", "owners"), [(("ant", "bee"), 1), (("ant", "bee", "eel"), 4)])
+def test_what_is_left_of_a_sum_is_over_the_honest_that_stay_and_a_policy_says_how_many_these_are(
+    tmp_path: Path, honest: tuple[str, ...], owners: int
+) -> None:
+    """Two of the sites tell all they know, and `bee` is lost by itself: of four sites only `ant` is left."""
+    sets = {site: [0, 1, 2, 3] for site in (*honest, *COLLUDING)}
+    terms, answers = make_terms(sets, SAMPLES), draw(sets, SAMPLES)
+    found = Sums(tmp_path, terms, answers, piece=SAMPLES // 2).run(lost=["bee"], owners=owners)
+    probs = {site: np.exp(answers[site].astype(np.float64)) for site in sets}
+    left = found.sums - sum(probs[site] / probs[site].sum(axis=1, keepdims=True) for site in COLLUDING)
+    alone = np.abs(left - probs["ant"]).max(axis=1)
+    assert (alone < 1e-6).all() if owners == 1 else (alone > 1e-3).all()
+    if owners == 1:
+        with pytest.raises(ProtocolError, match="sure to be summed over 3 sites; the policy wants 4"):
+            Sums(tmp_path / "other", make_terms(sets, SAMPLES, job="other"), answers).advertise(owners=4)
+
+
 def late_rows(tmp_path: Path) -> list[NDArray[np.uint32]]:
     """`ant` counts as lost, its mask key is opened, and then its rows arrive: its own mask is still on."""
     found = []
@@ -217,7 +233,7 @@ def late_rows(tmp_path: Path) -> list[NDArray[np.uint32]]:
                 labels = sorted(set(SETS["ant"]) & set(SETS[other]))
                 pair = pair_key(key, roster.by_name[other].mask_key, terms.digest, ("ant", other))
                 columns = np.array([SETS["ant"].index(label) for label in labels])
-                Mask(pair, columns, pair_sign("ant", other)).take_off(late, 0)
+                take_off([Mask(pair, columns, pair_sign("ant", other))], late, 0)
             rows.append(late)
         found.append(np.concatenate(rows))
     return found

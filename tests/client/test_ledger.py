@@ -414,7 +414,8 @@ def test_a_head_that_could_not_be_written_is_written_before_anything_else_leaves
     assert (read_json(ledger.head)["rows"], ledger.count) == (3, 4)
     with ledger.alone():
         pass
-    assert read_json(ledger.head) == {"rows": 4, "chain": ledger.chain, "samples": 13, "features": 0, "tail": 0}
+    told = {"rows": 4, "chain": ledger.chain, "last": ledger.last, "samples": 13, "features": 0, "tail": 0}
+    assert read_json(ledger.head) == told
 
 
 def in_processes(count: int, work: Callable[[int], None]) -> None:
@@ -457,32 +458,101 @@ def test_who_waits_too_long_for_the_ledger_is_told(settings: SiteSettings, monke
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "whole"),
     [
-        lambda ledger: ledger.path.write_bytes(b"x" * 5000),
-        lambda ledger: ledger.path.unlink(),
-        lambda ledger: ledger.head.unlink(),
-        lambda ledger: ledger.head.write_text("x"),
-        lambda ledger: None,
+        (lambda ledger: ledger.path.write_bytes(b"x" * 5000), False),
+        (lambda ledger: ledger.path.unlink(), False),
+        (lambda ledger: ledger.head.unlink(), False),
+        (lambda ledger: ledger.head.write_text("x"), False),
+        (lambda ledger: None, True),
     ],
 )
-def test_another_ledger_begins_with_all_that_was_spent(settings: SiteSettings, damage: Any) -> None:
+def test_another_ledger_begins_with_all_that_was_spent(settings: SiteSettings, damage: Any, whole: bool) -> None:
     ledger = filled(settings)
     ledger.close()
     (settings.state / "released").mkdir()
     damage(ledger)
     rows_tell = ledger.path.exists() and ledger.path.read_bytes()[:6] == b"SQLite"
-    aside, carried, _, of_no_job = restart(settings)
+    if not ledger.head.exists() or ledger.head.read_text() == "x":  # the rows may be those of an older copy
+        with pytest.raises(LedgerError, match="may be an older copy: it tells of 12") as caught:
+            restart(settings)
+        assert "--spent" in caught.value.hint
+        aside, carried, _, of_no_job, sums_known = restart(settings, 12)
+    else:
+        aside, carried, _, of_no_job, sums_known = restart(settings)
+    assert sums_known == whole
     assert (carried, of_no_job) == (12, (0 if rows_tell else 12, 0))
     again = Ledger.open(settings)
     assert again.spent.lifetime == sum(again.spent.months.values()) == 12
-    assert [row.entry.kind for row in again.rows()] == ["carried"]
+    assert [row.entry.kind for row in again.rows()] == ["carried"] + ["sum"] * (not sums_known)
     assert again.spent.jobs == {"job" if rows_tell else "": 12}
     assert (aside / "released").exists()
     assert not (settings.state / "released").exists()
     add(again, answer(1))
     again.close()
     assert Ledger.open(settings).spent.lifetime == 13
+
+
+def test_rows_without_a_head_may_be_an_older_copy_and_do_not_say_how_much_was_spent(
+    settings: SiteSettings, tmp_path: Path
+) -> None:
+    """A disk is lost, head and all, and the copy of a night before is put back."""
+    filled(settings).close()
+    shutil.copytree(settings.state, tmp_path / "backup")
+    ledger = Ledger.open(settings)
+    add(ledger, answer(30), Entry("answer", "job", "taps", 3, {"ranges": [[0, 3]], "kind": "features", "width": 10}))
+    ledger.close()
+    put_back(tmp_path / "backup", settings.state)
+    head_path(settings).unlink()
+    for spent in (None, 45):
+        if spent is None:
+            with pytest.raises(LedgerError, match="may be an older copy: it tells of 12"):
+                restart(settings)
+        else:
+            assert restart(settings, spent)[1:3] == (45, 0)
+    set_aside(settings)
+    ledger = Ledger.open(settings)
+    add(ledger, Entry("answer", "job", "taps", 3, {"ranges": [[0, 3]], "kind": "features", "width": 10}))
+    ledger.close()
+    head_path(settings).unlink()
+    with pytest.raises(LedgerError, match="how many bytes of features were released") as caught:
+        restart(settings, 48)
+    assert "--spent-bytes" in caught.value.hint
+    assert restart(settings, 48, 30)[1:3] == (48, 30)
+
+
+def test_a_clock_that_was_set_back_is_held_against_another_ledger_too(
+    settings: SiteSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clock(monkeypatch, "2040-06-15T00:00:00+00:00")
+    filled(settings).close()
+    set_clock(monkeypatch, "2040-05-01T00:00:00+00:00")
+    restart(settings)
+    ledger = Ledger.open(settings)
+    assert ledger.now == "2040-06-15T00:00:00+00:00"
+    assert ledger.spent.months == {"2040-06": 12}
+    ledger.close()
+    set_aside(settings)
+    (settings.state / "ledger.db").unlink()  # now the head alone tells
+    restart(settings)
+    assert Ledger.open(settings).now == "2040-06-15T00:00:00+00:00"
+
+
+@pytest.mark.parametrize("kind", ["tail", "sum", "card"])
+def test_another_ledger_knows_of_no_mechanism_whatever_left(settings: SiteSettings, kind: str) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "tail": {"what": "blocks", "teacher": "f" * 64, "policy": "c" * 16, "first": 1, "bytes": 9},
+        "sum": {"state": "given", "teacher": "f" * 64},
+        "card": {"told": ["class_priors"], "teacher": "f" * 64, "policy": "c" * 16},
+    }
+    ledger = Ledger.open(settings)
+    add(ledger, Entry(kind, "job", "x" * 64, body=bodies[kind]))  # type: ignore[arg-type]
+    ledger.close()
+    restart(settings)
+    again = Ledger.open(settings)
+    assert again.spent.lifetime == 0
+    assert [key[2] for key in again.spent.mechanisms] == ["none"]
+    again.close()
 
 
 def test_where_nothing_tells_what_was_spent_a_person_must(settings: SiteSettings) -> None:
@@ -553,14 +623,14 @@ def test_a_job_takes_no_more_than_before_from_another_ledger(settings: SiteSetti
     add(ledger, answer(2, "other"), mechanism("other", "gaussian", {"sigma": 2.5, "sensitivity": 1}, 2))
     add(ledger, Entry("answer", "other", "taps", 3, {"ranges": [[0, 3]], "kind": "features", "width": 10}))
     ledger.close()
-    assert restart(settings, 20, 35)[1:] == (20, 35, (3, 5))  # a person knows of more than the rows
+    assert restart(settings, 20, 35)[1:4] == (20, 35, (3, 5))  # a person knows of more than the rows
     again = Ledger.open(settings)
     assert (again.spent.jobs, again.spent.features) == ({"": 3, "job": 12, "other": 5}, {"": 5, "other": 30})
     assert {key[2]: n for key, n in again.spent.mechanisms.items() if key[0] == "other"} == {"none": 5}
     add(again, answer(1, "other"))
     again.close()
     set_aside(settings)
-    assert restart(settings)[1:] == (21, 35, (3, 5))  # what was carried over is carried on
+    assert restart(settings)[1:4] == (21, 35, (3, 5))  # what was carried over is carried on
     assert Ledger.open(settings).spent.jobs == {"": 3, "job": 12, "other": 6}
 
 

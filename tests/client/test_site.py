@@ -16,6 +16,7 @@ from scipy.special import log_softmax
 
 from consilience.client import app as app_module
 from consilience.client.policy import RefusedError
+from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
 from consilience.common.data import from_arrays
 from consilience.common.encoding import decode, decode_coverage, encode, encode_coverage, row_bytes
@@ -159,6 +160,35 @@ def test_class_priors_are_told_only_if_the_policy_says_so(site: Site, tmp_path: 
         update={"policy": Policy(class_priors=True), "data": NpzData(kind="npz", path=tmp_path / "d.npz")}
     )
     assert Site(open_minded, teacher).card.class_priors == (0.5, 0.25, 0.25)
+
+
+def test_what_a_card_tells_of_private_data_is_in_the_ledger_before_it_leaves(
+    ask_app: Any, site: Site, tmp_path: Path, teacher: Linear
+) -> None:
+    """So that a site that takes a mechanism later does not tell a guarantee for all that left."""
+    ask = CardRequest(job="job").to_content()
+    ask_app("query.card", ask)
+    assert site.ledger.count == 0
+    labels = np.array([0, 1, 1, 2])
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 2, 2), np.uint8), y=labels, names=np.array(["cow", "cat", "dog"]))
+    site.settings = site.settings.model_copy(
+        update={"policy": Policy(class_priors=True), "data": NpzData(kind="npz", path=tmp_path / "d.npz")}
+    )
+    del site.card
+    for job in ("job", "other"):
+        assert SiteCard.from_content(ask_app("query.card", CardRequest(job=job).to_content())).class_priors
+    (row,) = site.ledger.rows()
+    assert (row.entry.kind, row.entry.job, row.entry.body["told"]) == ("card", "job", ["class_priors"])
+    assert loss_of(site.settings, site.ledger).epsilon is None
+    np.savez(
+        tmp_path / "d.npz",
+        x=np.zeros((4, 2, 2), np.uint8),
+        y=np.array([0, 1, 2, 2]),
+        names=np.array(["cow", "cat", "dog"]),
+    )
+    del site.card
+    ask_app("query.card", ask)
+    assert site.ledger.count == 2
 
 
 def test_priors_of_other_names_are_an_error_and_accuracy_is_told_only_if_allowed(

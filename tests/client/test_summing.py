@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from consilience.client import ledger as module
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_restart import restart
+from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.errors import LedgerError, ProtocolError, StorageError
 from consilience.common.files import read_json
@@ -112,7 +113,8 @@ def test_no_other_rows_are_put_under_a_mask_after_another_ledger_began(tmp_path:
         again.advertise_all()
 
 
-def test_a_sum_without_rows_goes_on_after_another_ledger_began(tmp_path: Path, pool: Pool) -> None:
+def test_a_sum_without_rows_is_given_up_too_when_another_ledger_begins(tmp_path: Path, pool: Pool) -> None:
+    """Rows may have left under its masks, of which an older copy does not tell."""
     world = World(tmp_path, pool)
     world.advertise_all()
     world.share()
@@ -120,7 +122,62 @@ def test_a_sum_without_rows_goes_on_after_another_ledger_began(tmp_path: Path, p
     world.whole.close()
     restart(world.settings)
     world.whole = Site(world.settings, Fickle())
-    assert len(world.rows()) == SIZE * len(CLASSES)
+    with pytest.raises(ProtocolError, match="no keys for this"):
+        world.rows()
+    again = World(tmp_path, pool, attempt=2)
+    assert len(again.up_to_rows()) == SIZE * len(CLASSES)
+
+
+def test_over_an_older_copy_another_ledger_lets_the_classifier_into_no_sum(tmp_path: Path, pool: Pool) -> None:
+    """A copy made between the rounds of a sum gave rows twice under the same masks, and both seeds of another site."""
+    world, state = World(tmp_path, pool), tmp_path / "state"
+    world.advertise_all()
+    world.share()
+    world.deliver()
+    assert world.whole.ledger.count == 0
+    world.whole.close()
+    shutil.copytree(state, tmp_path / "backup")
+    world.whole = Site(world.settings, Fickle())
+    world.rows()
+    world.whole.summing.open(unmask(world, "site-1", "site-2", "site-3"))
+    world.whole.close()
+    shutil.rmtree(state)
+    shutil.copytree(tmp_path / "backup", state)
+    carried = restart(world.settings)
+    assert (carried.samples, carried.sums_known) == (SIZE, False)
+    world.whole = Site(world.settings, Fickle())
+    with pytest.raises(ProtocolError, match="no keys for this"):
+        world.rows()
+    for _ in range(2):  # from the first time on the ledger names the classifier
+        with pytest.raises(RefusedError, match="do not allow it"):
+            World(tmp_path, pool, threshold=3).advertise_all()
+    other, teacher = "e" * 64, Fickle()
+    teacher.fingerprint = other
+    assert Site(world.settings, teacher).summing.keys(terms_of(pool, world.settings, teacher=other)).site == "site-1"
+    world.whole.close()
+    (state / "ledger.db").rename(tmp_path / "gone.db")  # and so it is carried on
+    for folder in state.glob("ledger-*T*"):
+        folder.rename(folder.with_name("ledger-1"))
+    restart(world.settings)
+    with pytest.raises(RefusedError, match="do not allow it"):
+        World(tmp_path, pool, threshold=3).advertise_all()
+
+
+def test_an_older_record_of_sums_alone_opens_no_other_seed_and_gives_no_rows(tmp_path: Path, pool: Pool) -> None:
+    world, sums = World(tmp_path, pool), tmp_path / "state" / "sums"
+    world.up_to_rows()
+    world.whole.close()
+    shutil.copytree(sums, tmp_path / "backup")
+    site = Site(world.settings, Fickle())
+    site.summing.open(unmask(world, "site-1", "site-2", "site-3"))
+    site.close()
+    shutil.rmtree(sums)
+    shutil.copytree(tmp_path / "backup", sums)
+    world.whole = Site(world.settings, Fickle())
+    with pytest.raises(StorageError, match="the ledger tells of sums that it does not know"):
+        world.whole.summing.open(unmask(world, "site-1", "site-3"))
+    with pytest.raises(StorageError, match="the ledger tells of sums that it does not know"):
+        world.rows()
 
 
 def test_no_ledger_begins_where_it_is_not_known_what_was_summed(tmp_path: Path, pool: Pool) -> None:
@@ -164,7 +221,7 @@ def test_a_lost_record_of_sums_is_no_fresh_start(tmp_path: Path, pool: Pool, res
     world.whole.close()
     shutil.rmtree(tmp_path / "state" / "sums")
     if restarted:
-        restart(world.settings)
+        assert restart(world.settings).sums_known  # by the ledger, which is whole
     other = World(tmp_path, pool, threshold=3)
     with pytest.raises(StorageError, match="the ledger tells of sums that it does not know"):
         other.advertise_all()

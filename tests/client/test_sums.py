@@ -559,3 +559,22 @@ def test_fields_that_a_record_has_not_are_not_listed_by_the_thousand(sums: Sums)
     content = RecordDict({"record": ConfigRecord({"json": sums.terms.model_dump_json()[:-1] + fields + "}"})})
     with pytest.raises(ProtocolError, match="many fields"):
         Terms.from_content(content)
+
+
+def test_two_sites_make_no_sum_whatever_the_server_says(tmp_path: Path) -> None:
+    """One of them could tell the server the other's answer: it leaves out a third, and threshold 2 allows it."""
+    sets = {name: [0, 1, 2] for name in ("ant", "bee", "cat")}
+    sums = Sums(tmp_path, make_terms(sets, SAMPLES), draw(sets, SAMPLES))
+    assert sums.terms.threshold == 2
+    sums.advertise()
+    sums.share()
+    whole = sums.server.delivery("ant")
+    with pytest.raises(ProtocolError, match="2 sites have shared; needed: 3"):
+        sums.sites["ant"].deliver(whole.model_copy(update={"shares": whole.shares[:1]}))
+    sums.deliver()
+    for site in sets:
+        sums.send(site)
+    unmask = sums.server.unmask()
+    fewer = {"survivors": unmask.survivors[:2], "signatures": unmask.signatures[:2]}
+    with pytest.raises(ProtocolError, match="2 sites survived; needed: 3"):
+        sums.sites["ant"].open(unmask.model_copy(update=fewer))

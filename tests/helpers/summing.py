@@ -91,13 +91,12 @@ class Sums:
         self.sites = {m.site: new_site(folder / "sites" / m.site, m.site) for m in terms.members}
         self.bytes = 0
 
-    def advertise(self, without: Collection[str] = ()) -> None:
-        """Round 0."""
+    def advertise(self, without: Collection[str] = (), owners: int = 1) -> None:
+        """Round 0. `owners`: of how many sites each wants its classes to be."""
         for member in self.terms.members:
             if member.site not in without:
-                advert = self.sites[member.site].advertise(
-                    self.terms, teacher=DIGEST, policy=POLICY, classes=names_of(member.classes), noise=member.noise
-                )
+                own: dict[str, Any] = {"teacher": DIGEST, "policy": POLICY, "classes": names_of(member.classes)}
+                advert = self.sites[member.site].advertise(self.terms, **own, noise=member.noise, owners=owners)
                 self.server.add_advert(member.site, advert)
 
     def share(self, without: Collection[str] = ()) -> None:
@@ -131,9 +130,9 @@ class Sums:
             if site not in without:
                 self.server.add_opened(site, self.sites[site].open(unmask))
 
-    def run(self, lost: Collection[str] = ()) -> Summed:
-        """All rounds; the sites `lost` go away in the middle of sending their rows."""
-        self.advertise()
+    def run(self, lost: Collection[str] = (), owners: int = 1) -> Summed:
+        """All rounds; the sites `lost` go away in the middle of sending their rows. `owners`: see `advertise`."""
+        self.advertise(owners=owners)
         self.share()
         self.deliver()
         for member in self.terms.members:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilience.common.errors import ProtocolError
-from consilience.common.sums.masks import Mask, pair_key, pair_sign, public_hex, self_key, words
+from consilience.common.sums.masks import Mask, pair_key, pair_sign, public_hex, put_on, self_key, take_off, words
 
 KEY = bytes(range(32))
 ONE, TWO = (X25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
@@ -67,19 +67,34 @@ def test_pieces_of_rows_are_masked_as_the_whole(piece: int, rows: int) -> None:
     mask = Mask(KEY, np.array([2, 0]), -1)
     before = np.random.default_rng(0).integers(0, 2**32, (rows, 3), dtype=np.uint32)
     whole = before.copy()
-    mask.put_on(whole, 10)
+    put_on([mask], whole, 10)
     np.testing.assert_array_equal(whole[:, 1], before[:, 1])  # not one of the columns
     assert not np.array_equal(whole, before)
     pieces = before.copy()
     for start in range(0, rows, piece):
-        mask.put_on(pieces[start : start + piece], 10 + start)
+        put_on([mask], pieces[start : start + piece], 10 + start)
     np.testing.assert_array_equal(pieces, whole)
-    mask.take_off(whole, 10)
+    take_off([mask], whole, 10)
     np.testing.assert_array_equal(whole, before)
 
 
 def test_one_adds_what_the_other_subtracts() -> None:
     rows = np.array([[1, 2]], np.uint32), np.array([[30, 40]], np.uint32)
-    Mask(KEY, np.array([0, 1]), 1).put_on(rows[0], 5)
-    Mask(KEY, np.array([0, 1]), -1).put_on(rows[1], 5)
+    put_on([Mask(KEY, np.array([0, 1]), 1)], rows[0], 5)
+    put_on([Mask(KEY, np.array([0, 1]), -1)], rows[1], 5)
     np.testing.assert_array_equal(rows[0] + rows[1], [[31, 42]])
+
+
+def test_masks_together_are_each_after_the_other() -> None:
+    masks = [
+        Mask(bytes([number]) * 32, np.array(columns), sign)
+        for number, (columns, sign) in enumerate([((2, 0), 1), ((0, 2), -1), ((2, 0), -1), ((1,), 1), ((2, 0), 1)])
+    ]
+    before = np.random.default_rng(0).integers(0, 2**32, (5, 3), dtype=np.uint32)
+    together, one = before.copy(), before.copy()
+    put_on(iter(masks), together, 3)
+    for mask in masks:
+        put_on([mask], one, 3)
+    np.testing.assert_array_equal(together, one)
+    take_off(masks, together, 3)
+    np.testing.assert_array_equal(together, before)
