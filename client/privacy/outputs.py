@@ -64,7 +64,8 @@ def in_steps(rows: NDArray[np.float32]) -> NDArray[np.uint16]:
     are put on the simplex again, so that no two of them lie further apart than sqrt(2).
     """
     probs = np.exp(rows.astype(np.float64))
-    return np.rint(probs / probs.sum(axis=1, keepdims=True) * STEPS).astype(np.uint16)
+    steps: NDArray[np.uint16] = np.rint(probs / probs.sum(axis=1, keepdims=True) * STEPS).astype(np.uint16)
+    return steps
 
 
 def beside(images: Images, answers: NDArray[np.uint16] | NDArray[np.float32]) -> NDArray[np.uint8]:
