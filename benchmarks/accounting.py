@@ -47,7 +47,7 @@ def formula(sensitivity: float, sigma: float, count: int) -> float:
 
 def by_opacus(noise: float, rate: float, steps: int) -> float:
     """Return epsilon of a training by opacus, at the orders that ours takes."""
-    orders = list(WHOLE_ORDERS)
+    orders: list[float] = [*WHOLE_ORDERS]
     curve = opacus_rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=orders)
     return float(opacus_rdp.get_privacy_spent(orders=orders, rdp=curve, delta=DELTA)[0])
 
@@ -60,7 +60,9 @@ def cases(*, quick: bool) -> Iterator[tuple[str, list[Event], Any, float]]:
         for sigma in sigmas:
             for count in counts:
                 fields: dict[str, Any] = {"sigma": sigma, "count": count}
-                event = kind(**fields, **({"honest": 3} if kind is SumNoiseOutputs else {}))
+                if kind is SumNoiseOutputs:
+                    fields["honest"] = 3
+                event = kind(**fields)
                 once = dp_accounting.GaussianDpEvent(sigma / sensitivity)
                 theirs = dp_accounting.SelfComposedDpEvent(once, count)
                 yield event.name, [event], theirs, formula(sensitivity, sigma, count)

@@ -54,7 +54,7 @@ def names_of(task: Task) -> list[str]:
 
 def rounded(task: Task) -> Task:
     """The task with answers as f16 has them."""
-    answers = [decode(encode(rows, "f16"), *rows.shape, "f16") for rows in task.answers]
+    answers = [decode(encode(rows, "f16"), len(rows), rows.shape[1], "f16") for rows in task.answers]
     return Task(answers, task.coverage, task.class_sets, task.num_classes)
 
 

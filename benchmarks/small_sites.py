@@ -18,11 +18,11 @@ NETWORK = "cnn3@0.5"
 
 @dataclass(frozen=True)
 class Scenario:
-    """Whose images, who knows what, how many images a site has, and how long all networks are trained."""
+    """Whose images, who knows what, how many images a site, or each site, has, and how long networks are trained."""
 
     data: str
     classes: tuple[tuple[int, ...], ...]
-    private: int
+    private: int | tuple[int, ...]
     epochs: int = 8
     pool: int = 3_000
     test: int = 3_000
@@ -44,7 +44,8 @@ class Scenario:
         source = Source(images, labels, random)
         pool = source.take(every, self.pool)
         order = random.permutation(len(pool[0]))
-        sites = [source.take(classes, self.private) for classes in self.classes]
+        counts = (self.private,) * len(self.classes) if isinstance(self.private, int) else self.private
+        sites = [source.take(classes, count) for classes, count in zip(self.classes, counts, strict=True)]
         images, labels, _ = read(self.data, "test", folders)
         test = Source(images, labels, random).take(every, self.test)
         write_pools(home, (pool[0][order], pool[1][order]), test, names)

@@ -198,15 +198,15 @@ def restart(
             "of_no_job_bytes": size,
         }
         told = f"A new ledger begins with {_amount(carried.samples, carried.features)} spent. "
-        if not carried.sums_known:
-            told += (
-                "It is not known what was summed with this classifier: the site takes part in no secure sum until it "
-                "has another one (train it with another seed). "
-            )
         if samples or size:
             told += (
                 f"Of {_amount(samples, size)} no row tells the job any more: they count for the month and the "
                 "lifetime, and towards no job's limit. "
+            )
+        if not carried.sums_known:
+            told += (
+                "It is not known what was summed with this classifier: the site takes part in no secure sum until it "
+                "has another one (train it with another seed). "
             )
         return data, f"{told}The old one is in {carried.aside}: keep it."
 

@@ -20,7 +20,8 @@ from consilience.client.policy import component_bytes
 from consilience.client.privacy import Spent
 from consilience.client.site import Site
 from consilience.common.cli import AsJson, Result, emit
-from consilience.common.errors import PoolError, SettingsError
+from consilience.common.errors import LabelError, PoolError, SettingsError
+from consilience.common.labels import LabelSpace
 from consilience.common.protocol import TailDemand
 from consilience.common.settings import JobSettings, Name, SiteSettings
 from consilience.common.settings_file import load_settings
@@ -135,10 +136,16 @@ def explain(
         wanted, held = load_settings(job, JobSettings), Site.load(site)
         try:
             found = explain_job(wanted, held)
+            groups, misfit = _groups(wanted, held)
         finally:
             held.close()
         lines = [f"Job {wanted.name} would take from {held.settings.name}:"]
         lines += _parts(found)
+        lines += [
+            f"It takes the class {own} for the group of {', '.join(classes)}: answers on it are about these together."
+            for own, classes in groups.items()
+        ]
+        lines += [f"The coordinator would have to leave the site out: {misfit}."] if misfit else []
         lines.append(_sealing(wanted))
         if told := found.demand.feature_bytes():
             lines.append(
@@ -173,6 +180,8 @@ def explain(
             },
             "tail": None if found.tail is None else found.tail.model_dump(),
             "tail_left": {name: {"before": was, "after": then} for name, (was, then) in found.tail_left.items()},
+            "groups": groups,
+            "misfit": misfit or None,
             "sealed": wanted.privacy.sealed,
             "new": found.new,
             "left": {name: {"before": before, "after": after} for name, (before, after) in found.left.items()},
@@ -183,6 +192,17 @@ def explain(
         return data, "\n".join(lines)
 
     emit(as_json, action)
+
+
+def _groups(job: JobSettings, site: Site) -> tuple[dict[str, list[str]], str]:
+    """Return the site's class names that the job takes for groups, with their classes, and why they do not fit."""
+    name, classes = site.settings.name, site.teacher.classes
+    try:
+        space = LabelSpace.build({name: classes}, job.labels.synonyms, groups=job.labels.groups)
+    except LabelError as error:
+        return {}, error.message
+    entries = zip(classes, space.entries(0), strict=True)
+    return {own: [space.names[c] for c in entry] for own, entry in entries if len(entry) > 1}, ""
 
 
 def _components(found: Explanation) -> str:

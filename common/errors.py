@@ -77,8 +77,9 @@ class LabelError(ConsilienceError):
     name = "labels"
     explanation = (
         "The class names of the sites do not fit together: a class is named twice, a synonym points to two "
-        "classes, or a class is asked for that no site knows. Correct the names in the site's or the job's "
-        "settings; `labels.synonyms` in the job joins different names of one class."
+        "classes, a class is asked for that no site knows, or a group of classes (`labels.groups`) does not fit the "
+        "classes. Correct the names in the site's or the job's settings; `labels.synonyms` in the job joins different "
+        "names of one class."
     )
 
 

@@ -1,6 +1,7 @@
 """Class names to one label space: alignment by name, synonyms, owner sets, overlap graph, components.
 
-Lives here: which classes are the same and which sites know them. Does not live here: anything about answers.
+Lives here: which classes are the same and which sites know them. Does not live here: what a group is (groups), anything
+about answers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from consilience.common.errors import LabelError
+from consilience.common.groups import Groups, entries_of, read_groups
+
+Entries = tuple[tuple[int, ...], ...]
+"""What each of a site's answers is about: one class, or the classes of a group."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +25,15 @@ class LabelSpace:
 
     `names` are the L canonical class names. `sites` are the sites' names and `class_sets[i]` the indices into
     `names` of site i's classes, in the order its teacher declares them. `multi`: the classes are labels that do not
-    exclude one another; else an image is of one class.
+    exclude one another; else an image is of one class. `grouped`, where a site answers on groups: for each such site
+    what its answers are about, one after another its `class_sets[i]`; None for the others.
     """
 
     names: tuple[str, ...]
     sites: tuple[str, ...]
     class_sets: tuple[tuple[int, ...], ...]
     multi: bool = False
+    grouped: tuple[Entries | None, ...] = ()
 
     @classmethod
     def build(
@@ -36,15 +43,18 @@ class LabelSpace:
         order: Sequence[str] | None = None,
         *,
         multi: bool = False,
+        groups: Mapping[str, Sequence[str]] | None = None,
     ) -> LabelSpace:
         """Align the sites' class names.
 
         `site_classes`: site -> its class names. `synonyms`: canonical name -> other names of that class.
         `order`: canonical names in the wanted order; by default as sites, sorted by name, bring them.
+        `groups`: name -> classes; a site's class of that name stands for all of these, which count as known to it.
         Names are compared after Unicode NFC and trimming of outer spaces; case counts.
 
         Raises `LabelError`: no site, a site without classes, a class named twice (also through synonyms), a
-        synonym of two classes, or an `order` that lacks a class or names one that no site knows.
+        synonym of two classes, or an `order` that lacks a class or names one that no site knows; what is wrong about
+        `groups`, and a site that names a class beside a group that holds it, or knows one group alone.
         """
         if not site_classes:
             raise LabelError("There are no sites, so there is no label space", hint="Add at least one site")
@@ -52,11 +62,17 @@ class LabelSpace:
         known: dict[str, dict[str, str]] = {}
         for site in sorted(site_classes):
             known[site] = _site_names(f"Site {site}", site_classes[site], canonical)
-        found = list(dict.fromkeys(name for names in known.values() for name in names))
+        named = read_groups(groups or {}, _clean, canonical)
+        entries = {site: entries_of(f"Site {site}", names, named) for site, names in known.items()} if named else {}
+        flat = {
+            site: [name for entry in entries[site] for name in entry] if named else list(known[site]) for site in known
+        }
+        found = list(dict.fromkeys(name for names in flat.values() for name in names))
         names = _ordered(found, order)
         index = {name: i for i, name in enumerate(names)}
-        sets = tuple(tuple(index[name] for name in known[site]) for site in known)
-        return cls(tuple(names), tuple(known), sets, multi)
+        sets = tuple(tuple(index[name] for name in flat[site]) for site in known)
+        grouped = tuple(_numbered(entries[site], index) for site in known) if named else ()
+        return cls(tuple(names), tuple(known), sets, multi, grouped if any(grouped) else ())
 
     def __len__(self) -> int:
         return len(self.names)
@@ -81,6 +97,45 @@ class LabelSpace:
         canonical = _canonical_names(synonyms or {})
         index = {name: i for i, name in enumerate(self.names)}
         return [index.get(name, -1) for name in _site_names(who, names, canonical)]
+
+    def entries(self, site: int) -> Entries:
+        """Return what each answer of a site is about."""
+        held = self.grouped[site] if self.grouped else None
+        return tuple((label,) for label in self.class_sets[site]) if held is None else held
+
+    def tells(self, site: int) -> frozenset[int]:
+        """Return the classes of a site, without those that another tells alone and this one in a group only."""
+        held = self.grouped[site] if self.grouped else None
+        if held is None:
+            return frozenset(self.class_sets[site])
+        return frozenset(c for entry in held for c in entry if len(entry) == 1 or not self.tellers[c])
+
+    @cached_property
+    def tellers(self) -> tuple[tuple[int, ...], ...]:
+        """For each class the sites that answer on it alone, and not on a group that holds it."""
+        if not self.grouped:
+            return self.owners
+        told: list[list[int]] = [[] for _ in self.names]
+        for site in range(len(self.sites)):
+            for entry in self.entries(site):
+                if len(entry) == 1:
+                    told[entry[0]].append(site)
+        return tuple(map(tuple, told))
+
+    @cached_property
+    def lumped(self) -> tuple[tuple[int, ...], ...]:
+        """The sets of classes that no site tells apart: all that know one know all, each in one group."""
+        if not self.grouped:
+            return ()
+        places: list[list[tuple[int, int]]] = [[] for _ in self.names]
+        for site in range(len(self.sites)):
+            for place, entry in enumerate(self.entries(site)):
+                for label in entry:
+                    places[label].append((site, place))
+        alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for label, held in enumerate(places):
+            alike.setdefault(tuple(held), []).append(label)
+        return tuple(tuple(labels) for labels in alike.values() if len(labels) > 1)
 
     @cached_property
     def owners(self) -> tuple[tuple[int, ...], ...]:
@@ -126,19 +181,49 @@ class LabelSpace:
         return tuple(sorted(set(self.class_sets[site]) & set(self.class_sets[other])))
 
     def warnings(self) -> list[str]:
-        """Say in plain words what the overlap leaves open; empty when the overlap graph is connected."""
+        """Say in plain words what overlap and groups leave open; empty where nothing is."""
+        found = [
+            f"No site tells {', '.join(self.names[c] for c in labels[:20])} apart: they are known as a group alone, "
+            "and get equal shares of it. A site that answers on each of them would tell."
+            for labels in self.lumped
+        ]
+        apart = {label for labels in self.lumped for label in labels}
+        unsaid = [self.names[c] for c, sites in enumerate(self.tellers) if not sites and c not in apart]
+        if unsaid:
+            found.append(
+                f"No site answers on {', '.join(unsaid[:20])} alone: all that is known comes from groups, by what they "
+                "leave for it. If that is a slip in labels.groups, correct the name."
+            )
         count = max(self.components) + 1
         if count == 1:
-            return []
+            return found
         groups = [
             "{" + ", ".join(n for n, c in zip(self.names, self.components, strict=True) if c == k) + "}"
             for k in range(count)
         ]
         return [
+            *found,
             f"The class sets fall apart into {count} components that share no class: {'; '.join(groups)}. "
             "Answers say nothing about the odds between components: the rule `unify.across` decides them. "
-            "A site that knows a class of each would join them."
+            "A site that knows a class of each would join them.",
         ]
+
+
+def check_groups(
+    groups: Mapping[str, Sequence[str]], synonyms: Mapping[str, Sequence[str]], order: Sequence[str] | None
+) -> Groups:
+    """Return groups by name, their classes by canonical name, checked against what the job says of class names.
+
+    Raises `LabelError`.
+    """
+    return read_groups(groups, _clean, _canonical_names(synonyms), order)
+
+
+def _numbered(entries: Sequence[Sequence[str]], index: Mapping[str, int]) -> Entries | None:
+    """Return entries as indices; None where all are single classes."""
+    if all(len(entry) == 1 for entry in entries):
+        return None
+    return tuple(tuple(index[name] for name in entry) for entry in entries)
 
 
 def _clean(name: str) -> str:

@@ -35,6 +35,7 @@ from consilience.common.settings import JobSettings, Judge, NpzData, Simulation,
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.local_grid import SERVER_NODE, LocalGrid
 from consilience.deploy.partition import Partition, partition
+from consilience.deploy.partition_groups import Coarse, coarsened, without_groups
 from consilience.deploy.partition_labels import partition_labels
 from consilience.server.admission import Register
 from consilience.server.app import app as server_app
@@ -156,6 +157,7 @@ def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Repor
         raise DataError(
             "simulation.data and simulation.test differ in image shape or class names", hint="Use one data set's splits"
         )
+    simulation, coarse = without_groups(simulation, job.labels, data.class_names)
     labels, parts = _shared_out(data, simulation, job.seed)
     reporter.say(f"Making {len(parts.sites)} sites and a pool of {len(parts.pool)} images in {home}")
     Pool.build(replace(data.subset(parts.pool), labels=None, many=None), home / "pool")
@@ -163,7 +165,8 @@ def prepare(simulation: Simulation, job: JobSettings, run: Path, reporter: Repor
         np.save(file, labels[parts.pool])
     Pool.build(test, home / "test-pool")
     _write_npz(home / "test.npz", test)
-    paths = [_make_site(home, simulation, job, data, parts, i) for i in range(len(parts.sites))]
+    about = (home, simulation, job, data, parts)
+    paths = [_make_site(*about, i, coarse[i] if coarse else {}) for i in range(len(parts.sites))]
     write_json(
         done,
         {
@@ -192,11 +195,17 @@ def _shared_out(data: ImageData, simulation: Simulation, seed: int) -> tuple[NDA
 
 
 def _make_site(
-    home: Path, simulation: Simulation, job: JobSettings, data: ImageData, parts: Partition, index: int
+    home: Path,
+    simulation: Simulation,
+    job: JobSettings,
+    data: ImageData,
+    parts: Partition,
+    index: int,
+    groups: Coarse,
 ) -> Path:
     name = f"site-{index + 1:0{len(str(len(parts.sites)))}d}"
     folder = home / "sites" / name
-    own = data.subset(parts.sites[index])
+    own = coarsened(data.subset(parts.sites[index]), groups)
     if own.many is not None:
         known = list(parts.classes[index])
         own = replace(own, many=own.many[:, known], class_names=tuple(data.class_names[k] for k in known))

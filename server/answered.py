@@ -47,8 +47,9 @@ class Usable:
     """The pool samples that labels are made for and the student learns from.
 
     A sample can be used when every class of the label space is known to a site that answered the sample: else its
-    label would deny a class that nobody was asked about. Of labels that do not exclude one another those that somebody
-    told are enough. `mask` (n,) bool, None when all can. `unknown`: class ->
+    label would deny a class that nobody was asked about. A class that some site tells alone must be told alone, and not
+    in a group only. Of labels that do not exclude one another those that somebody told are enough. `mask` (n,) bool,
+    None when all can. `unknown`: class ->
     samples that are left out because no site that answered them knows the class.
     """
 
@@ -129,10 +130,10 @@ def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
     if all(store.complete for store in stores):
         return Usable(total, None, {})
     mask, lacking = np.zeros(total, np.bool_), Counter[int]()
-    everything = set(range(len(space)))
+    everything, told = set(range(len(space))), [space.tells(i) for i in range(len(space.sites))]
     for start, stop in _cuts(stores, block_size(space)):
         for pattern, rows in patterns(stores, np.arange(start, stop)):
-            unknown = everything.difference(*(space.class_sets[i] for i in np.flatnonzero(pattern)))
+            unknown = everything.difference(*(told[i] for i in np.flatnonzero(pattern)))
             mask[start + rows] = bool(pattern.any()) if space.multi else not unknown
             if not mask[start + rows[0]]:
                 lacking.update(dict.fromkeys(unknown, len(rows)))

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consilience.common.identity import words
+from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import MISSING, count, decimal, number_of, percent, size
 from consilience.common.settings import largest_sent
+from consilience.server.grouped import groups_summary
 from consilience.server.judge_labels import LabelJudgement
 from consilience.server.report_amalgamation import amalgamation_summary
 from consilience.server.report_chosen import chosen_summary, unwanted_words
@@ -110,11 +112,13 @@ def _labels(findings: Findings) -> str:
     rows = []
     for index, (name, owners) in enumerate(zip(space.names, space.owners, strict=True)):
         others = sorted(set(synonyms.get(name, {}).values()))
-        known = ", ".join(escape(space.sites[i]) for i in owners[:6])
+        known = ", ".join(_knower(space, i, index) for i in owners[:6])
         more = f" and {len(owners) - 6:,} more" if len(owners) > 6 else ""
         rows.append([str(index), escape(name), ", ".join(map(escape, others)), known + more])
     components = max(space.components) + 1
     text = f"## Labels\n\n{table(('Index', 'Class', 'Also called', 'Known by'), rows)}"
+    if told := groups_summary(findings.groups()):
+        text += f"\n\n{escape(told)}"
     if components > 1:
         rule = f"the rule {code(findings.unify.across)}, not by answers"
         by = "the sites' coverage" if findings.unify.joined else rule
@@ -123,6 +127,11 @@ def _labels(findings: Findings) -> str:
             f"one is against a class of another was settled by {by}."
         )
     return text
+
+
+def _knower(space: LabelSpace, site: int, label: int) -> str:
+    """Return a site's name in the list of those that know a class, with a word where it does so in a group alone."""
+    return escape(space.sites[site]) + ("" if site in space.tellers[label] else " (in a group)")
 
 
 def _use(findings: Findings) -> str:

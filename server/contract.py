@@ -16,11 +16,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.job_key import JobKey
-from consilience.common.labels import LabelSpace
+from consilience.common.labels import Entries, LabelSpace
 from consilience.common.protocol import Contract, SiteCard, TailDemand
 from consilience.common.settings import CoverageEncoding, JobSettings, LabelKind, allowed_by, encoding_names
 from consilience.common.taps_asked import taps_asked
 from consilience.server.chosen import Chosen
+from consilience.server.grouped import align, group_warnings
 from consilience.server.multi_label import check_multi, kind_of
 
 
@@ -32,6 +33,8 @@ class RunContract(BaseModel):
     job: str
     labels: tuple[str, ...]
     class_sets: tuple[tuple[int, ...], ...]
+    grouped: tuple[Entries | None, ...] = ()
+    """For each site that answers on groups what its answers are about, as in `LabelSpace`."""
     sites: tuple[SiteCard, ...]
     pools: tuple[str, ...]
     """Digests: the pool, then the test pool where there is one."""
@@ -51,10 +54,9 @@ class RunContract(BaseModel):
         """
         sites = sorted(cards, key=lambda card: card.name)
         multi = kind_of(sites) == "multi"
-        classes = {card.name: card.classes for card in sites}
-        space = LabelSpace.build(classes, job.labels.synonyms, job.labels.classes, multi=multi)
         if multi:
             check_multi(job)
+        space = align(job.labels, sites, job.labels.classes, multi=multi)
         fields: list[tuple[str, Mapping[str, object]]] = [
             ("unify.weights", job.unify.weights),
             ("unify.strengths", job.unify.strengths),
@@ -80,17 +82,19 @@ class RunContract(BaseModel):
             job=job.name,
             labels=space.names,
             class_sets=space.class_sets,
+            grouped=space.grouped,
             sites=tuple(sites),
             pools=pools,
             owners=owners,
             components=space.components,
-            warnings=tuple(space.warnings()),
+            warnings=(*space.warnings(), *group_warnings(job.labels, space)),
         )
 
     @property
     def space(self) -> LabelSpace:
         """The label space."""
-        return LabelSpace(self.labels, tuple(card.name for card in self.sites), self.class_sets, self.kind == "multi")
+        names = tuple(card.name for card in self.sites)
+        return LabelSpace(self.labels, names, self.class_sets, self.kind == "multi", self.grouped)
 
     @property
     def kind(self) -> LabelKind:
@@ -108,13 +112,20 @@ class RunContract(BaseModel):
         """Return the part that site `name` is asked to agree to, and how `job` will ask.
 
         `job_key`: what its answers are to be sealed for; `components`: taps whose principal components are lacking;
-        `tail`: what will be asked of its teacher's last blocks.
+        `tail`: what will be asked of its teacher's last blocks. Groups that the site answers on, by its own names, come
+        after the classes, so that each of its answers has one place.
         """
         at = [card.name for card in self.sites].index(name)
+        labels, class_set = list(self.labels), list(self.class_sets[at])
+        if self.grouped and (entries := self.grouped[at]) is not None:
+            class_set = []
+            for own, entry in zip(self.sites[at].classes, entries, strict=True):
+                class_set.append(entry[0] if len(entry) == 1 else len(labels))
+                labels += [own] * (len(entry) > 1)
         return Contract(
             job=self.job,
-            labels=self.labels,
-            class_set=self.class_sets[at],
+            labels=tuple(labels),
+            class_set=tuple(class_set),
             pools=self.pools,
             teacher=self.sites[at].teacher,
             encoding=job.ask.encoding,
@@ -171,7 +182,7 @@ class RunContract(BaseModel):
 def objection(job: JobSettings, card: SiteCard) -> str:
     """Say why a site cannot take part in a job whoever else does: its classes or its policy; empty when it can."""
     try:
-        space = LabelSpace.build({card.name: card.classes}, job.labels.synonyms)
+        space = align(job.labels, [card])
         _check_policy(job, card)
     except (LabelError, SettingsError) as error:
         return error.message

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from consilience.common.labels import LabelSpace
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
-from consilience.server.unify import Unifier, recalibrate
+from consilience.server.grouped import AnyUnifier
+from consilience.server.unify import recalibrate
 
 MOST = 4000
 """Samples looked at: enough to know the agreement to about 0.01."""
@@ -25,7 +26,7 @@ CLEARLY = 3.0
 FEWEST = 200
 """With fewer samples no verdict is given: by chance alone, the agreement of good coverage may then be low."""
 
-Solvers = Callable[[tuple[int, ...], bool], Unifier]
+Solvers = Callable[[tuple[int, ...], bool], AnyUnifier]
 """A unifier for the answers of certain sites, with coverage or without; of a closed world, at temperature 1."""
 
 

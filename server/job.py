@@ -39,6 +39,7 @@ from consilience.server.coverage_check import believed
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
 from consilience.server.filtered import owners
+from consilience.server.grouped import align
 from consilience.server.guarantees import note_guarantees
 from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
 from consilience.server.labelling_multi import unify_pool_labels
@@ -310,12 +311,11 @@ class Job:
         cards = [c for c, store in zip(contract.sites, stores, strict=True) if c.name in complete or len(store)]
         if len(cards) == len(contract.sites):
             return contract.space, cards
-        labels, classes = self.settings.labels, {card.name: card.classes for card in cards}
-        multi = contract.kind == "multi"
-        space = LabelSpace.build(classes, labels.synonyms, multi=multi)
+        labels, multi = self.settings.labels, contract.kind == "multi"
+        space = align(labels, cards, multi=multi)
         if labels.classes is not None:
             order = [name for name in contract.labels if name in space.names]
-            space = LabelSpace.build(classes, labels.synonyms, order, multi=multi)
+            space = align(labels, cards, order, multi=multi)
         return space, cards
 
     def _usable(self, stores: list[AnswerStore], space: LabelSpace) -> Usable:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from consilience.common.labels import LabelSpace
+from consilience.server.judge_groups import Columns, meeting
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -70,7 +71,8 @@ class SiteScore:
     all classes. `student_accuracy_restricted`: the student's with only the site's classes to choose from.
     `accuracy`: the site's own arg-max on all test images, those of other sites' classes included.
     `confidence_auroc`: AUROC of the site's top probability as a score for "this image is of one of my classes", over
-    all test images: what its coverage has to beat. 0.5 says nothing.
+    all test images: what its coverage has to beat. 0.5 says nothing. In all of these a site that answers on groups, and
+    the student beside it, is right where it names the true class or another of its group.
     """
 
     name: str
@@ -121,8 +123,9 @@ def judge(
     """Judge the student and the baselines on one test set of m images and a label space of L classes.
 
     `truth` (m,) integer: indices into the label space, -1 where no site knows the class (always wrong).
-    `answers[i]` (m, k_i) floating: site i's log-probabilities in the order of `space.class_sets[i]`; None where
-    the site did not answer. `unified` (m, L): unified soft labels, as probabilities or log-probabilities.
+    `answers[i]` (m, k_i) floating: site i's log-probabilities in the order of `space.entries(i)`; None where the site
+    did not answer. Baselines share out what is on a group evenly; the best site is wrong where it names one.
+    `unified` (m, L): unified soft labels, as probabilities or log-probabilities.
     `student`, `oracle` (m, L): log-probabilities. `mine[i]` (m,): which images are of site i's classes; by default
     those of `space.class_sets[i]`, which does not say it where one class stands for several.
 
@@ -136,18 +139,19 @@ def judge(
     m, width = len(labels), len(space)
     if len(answers) != len(space.sites):
         raise ValueError(f"{len(answers)} sites' answers for {len(space.sites)} sites")
+    columns = [Columns.of(space, site) for site in range(len(space.sites))]
     probs = [
-        None if a is None else softmax(_matrix(a, m, len(classes), f"answers of {site}"))
-        for a, classes, site in zip(answers, space.class_sets, space.sites, strict=True)
+        None if a is None else softmax(_matrix(a, m, len(held.sole), f"answers of {site}"))
+        for a, held, site in zip(answers, columns, space.sites, strict=True)
     ]
     scores = _matrix(student, m, width, "student")
     predicted = scores.argmax(1)
     unified_top = None if unified is None else _matrix(unified, m, width, "unified").argmax(1)
     oracle_top = None if oracle is None else _matrix(oracle, m, width, "oracle").argmax(1)
 
-    tops = [None if p is None else np.asarray(c)[p.argmax(1)] for p, c in zip(probs, space.class_sets, strict=True)]
+    tops = [None if p is None else held.sole[p.argmax(1)] for p, held in zip(probs, columns, strict=True)]
     best = _best_site(labels, space, tops)
-    ensembles = _ensembles(space, probs, m)
+    ensembles = _ensembles(space, columns, probs, m)
     contenders = {
         **ensembles,
         "best_site": None if best is None else tops[best],
@@ -169,8 +173,8 @@ def judge(
         confusion=tuple(tuple(map(int, row)) for row in counts[:width]),
         confusion_outside=tuple(map(int, counts[width])),
         sites=tuple(
-            _site_score(site, np.asarray(classes), labels, p, scores, known)
-            for site, classes, p, known in zip(space.sites, space.class_sets, probs, own, strict=True)
+            _site_score(site, held, labels, p, scores, known)
+            for site, held, p, known in zip(space.sites, columns, probs, own, strict=True)
         ),
     )
 
@@ -230,14 +234,20 @@ def bin_of(told: Floats) -> Ints:
 def agreement(blocks: Iterable[Sequence[ArrayLike | None]], space: LabelSpace) -> Floats:
     """Return how often sites agree about the pool: (N, N) float64, symmetric.
 
-    Entry (i, j) is the share of samples for which sites i and j have the same arg-max among the classes both know;
-    NaN on the diagonal, for pairs that share fewer than two classes, and where there was no sample to compare.
+    Entry (i, j) is the share of samples for which sites i and j have the same arg-max among the classes both know, or,
+    where one answers on groups, among the least sets of classes that both tell of as a whole; NaN on the diagonal, for
+    pairs with fewer than two of these, and where there was no sample to compare.
     `blocks` yields, in turn, one (b, k_i) array of scores a site (None where it has none); one pass, nothing kept.
     """
     n = len(space.sites)
     columns: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    sums: dict[tuple[int, int], tuple[Floats, Floats]] = {}
     for i in range(n):
         for j in range(i + 1, n):
+            if space.grouped and (space.grouped[i] or space.grouped[j]):
+                if (events := meeting(space, i, j)) is not None:
+                    sums[i, j] = events
+                continue
             shared = space.shared(i, j)
             if len(shared) >= 2:
                 own, other = space.class_sets[i], space.class_sets[j]
@@ -245,11 +255,19 @@ def agreement(blocks: Iterable[Sequence[ArrayLike | None]], space: LabelSpace) -
     same, seen = np.zeros((n, n)), np.zeros((n, n))
     for block in blocks:
         arrays = [None if a is None else np.asarray(a) for a in block]
-        for (i, j), (left, right) in columns.items():
+        for i, j in (*columns, *sums):
             a, b = arrays[i], arrays[j]
-            if a is not None and b is not None:
-                same[i, j] += np.count_nonzero(a[:, left].argmax(1) == b[:, right].argmax(1))
-                seen[i, j] += len(a)
+            if a is None or b is None:
+                continue
+            if (i, j) in sums:
+                first, second = (
+                    softmax(np.asarray(x, np.float64)) @ s for x, s in zip((a, b), sums[i, j], strict=True)
+                )
+            else:
+                left, right = columns[i, j]
+                first, second = a[:, left], b[:, right]
+            same[i, j] += np.count_nonzero(first.argmax(1) == second.argmax(1))
+            seen[i, j] += len(a)
     same, seen = same + same.T, seen + seen.T
     return np.asarray(np.divide(same, seen, out=np.full((n, n), np.nan), where=seen > 0))
 
@@ -296,7 +314,9 @@ def _best_site(truth: Ints, space: LabelSpace, tops: Sequence[Ints | None]) -> i
     return min(correct, key=lambda site: (-correct[site], space.sites[site]), default=None)
 
 
-def _ensembles(space: LabelSpace, probs: Sequence[Floats | None], m: int) -> dict[str, Ints | None]:
+def _ensembles(
+    space: LabelSpace, columns: Sequence[Columns], probs: Sequence[Floats | None], m: int
+) -> dict[str, Ints | None]:
     """Return the arg-max labels (m,) of the four ways to combine answers without unifying them."""
     names = ("naive", "hard_vote", "max_confidence", "least_uncertain")
     if all(p is None for p in probs):
@@ -305,19 +325,19 @@ def _ensembles(space: LabelSpace, probs: Sequence[Floats | None], m: int) -> dic
     votes = np.zeros_like(summed)
     largest = np.zeros_like(summed)
     certain, least = np.zeros_like(summed), np.full(m, np.inf)
-    rows = np.arange(m)
     for site in sorted(range(len(probs)), key=lambda i: space.sites[i]):
-        p, classes = probs[site], np.asarray(space.class_sets[site])
+        p, held = probs[site], columns[site]
         if p is None:
             continue
-        summed[:, classes] += p
-        top, doubt = classes[p.argmax(1)], uncertainty(p)
-        votes[rows, top] += 1
+        classes, told = held.classes, held.spread(p)
+        picked, doubt = held.column == p.argmax(1)[:, None], uncertainty(told)
+        summed[:, classes] += told
+        votes[:, classes] += picked * held.share
         certain[doubt < least] = 0.0
-        no_worse = doubt <= least
-        certain[rows[no_worse], top[no_worse]] = 1.0
+        no_worse = (doubt <= least)[:, None]
+        certain[:, classes] = np.maximum(certain[:, classes], picked & no_worse)
         least = np.minimum(least, doubt)
-        largest[:, classes] = np.maximum(largest[:, classes], p)
+        largest[:, classes] = np.maximum(largest[:, classes], told)
     # The zero-padded mean differs from the sum by a factor only.
     chosen = (summed.argmax(1), *(_first(values, summed) for values in (votes, largest, certain)))
     return dict(zip(names, chosen, strict=True))
@@ -358,16 +378,20 @@ def _auroc(scores: ArrayLike, mine: NDArray[np.bool_]) -> float | None:
 
 
 def _site_score(
-    name: str, classes: Ints, truth: Ints, probs: Floats | None, student: Floats, mine: NDArray[np.bool_]
+    name: str, held: Columns, truth: Ints, probs: Floats | None, student: Floats, mine: NDArray[np.bool_]
 ) -> SiteScore:
-    own, count = truth[mine], int(mine.sum())
-    restricted = classes[student[:, classes].argmax(1)]
+    count, own = int(mine.sum()), held.place[truth]
+    known = own >= 0
+    said = None if probs is None else (probs.argmax(1) == own) & known
+    whole = (held.place[student.argmax(1)] == own) & known
+    among = student[:, held.classes]
+    restricted = ((among if held.plain else held.summed(softmax(among))).argmax(1) == own) & known
     return SiteScore(
         name=name,
         count=count,
-        teacher_accuracy=None if probs is None else _share((classes[probs.argmax(1)][mine] == own).sum(), count),
-        student_accuracy=_share((student.argmax(1)[mine] == own).sum(), count),
-        student_accuracy_restricted=_share((restricted[mine] == own).sum(), count),
-        accuracy=None if probs is None else _share((classes[probs.argmax(1)] == truth).sum(), len(truth)),
+        teacher_accuracy=None if said is None else _share(said[mine].sum(), count),
+        student_accuracy=_share(whole[mine].sum(), count),
+        student_accuracy_restricted=_share(restricted[mine].sum(), count),
+        accuracy=None if said is None else _share(said.sum(), len(truth)),
         confidence_auroc=None if probs is None else _auroc(probs.max(1), mine),
     )

@@ -26,6 +26,7 @@ from consilience.common.settings import Unify
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.coverage_check import Verdict, believed, check_coverage
+from consilience.server.grouped import AnyUnifier, group_unifier
 from consilience.server.robust import Kept, Trust, cut, find_trust, kept
 from consilience.server.unify import Prior, UnifiedLabels, Unifier
 from consilience.server.unify.blocks import in_threads
@@ -68,7 +69,7 @@ def unifier(
     *,
     covered: bool = True,
     keep: Kept | None = None,
-) -> Unifier:
+) -> AnyUnifier:
     """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`.
 
     `covered`: coverage comes with the answers; without it nothing says that a sample is outside the label space.
@@ -76,6 +77,8 @@ def unifier(
     """
     keep = keep or kept(space, None, range(len(space.sites)) if sites is None else sites)
     chosen, class_sets = keep.sites, keep.class_sets(space)
+    if space.grouped and any(space.grouped[i] is not None for i in chosen):
+        return group_unifier(space, settings, chosen, covered=covered)
     prior = None
     if settings.prior_correction:
         target = np.full(len(space), 1 / len(space))
@@ -105,7 +108,7 @@ def usable_coverage(settings: Unify, told: list[NDArray[np.float32] | None]) -> 
     return told if enough(values is not None for values in told) else None
 
 
-def anchored(solve: Unifier, class_sets: Sequence[Sequence[int]], told: Sequence[object | None] | None) -> bool:
+def anchored(solve: AnyUnifier, class_sets: Sequence[Sequence[int]], told: Sequence[object | None] | None) -> bool:
     """Whether some site of every component gives coverage: else nothing says that a sample is outside of all classes.
 
     `class_sets` are those of the sites that `solve` is for, `told` their coverage, None for a site that gives none.
@@ -133,6 +136,7 @@ def labels_key(
             {
                 "settings": settings.model_dump(mode="json"),
                 "labels": space.names,
+                **({"groups": space.grouped} if space.grouped else {}),
                 "stores": [store.about.model_dump(mode="json") for store in stores],
                 "missing": [list(store.missing()) for store in stores],
                 "coverage": [None if store is None else store.about.model_dump(mode="json") for store in covers],
@@ -294,7 +298,7 @@ class _Solvers:
         self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard], trust: Trust | None = None
     ) -> None:
         self._space, self._settings, self._cards, self._trust = space, settings, cards, trust
-        self._made: dict[tuple[tuple[int, ...], bool], Unifier] = {}
+        self._made: dict[tuple[tuple[int, ...], bool], AnyUnifier] = {}
         self._kept: dict[tuple[int, ...], Kept] = {}
         self._lock = threading.RLock()
 
@@ -307,7 +311,7 @@ class _Solvers:
                 self._kept[sites] = kept(self._space, self._trust, sites)
             return self._kept[sites]
 
-    def __call__(self, sites: tuple[int, ...], covered: bool) -> Unifier:
+    def __call__(self, sites: tuple[int, ...], covered: bool) -> AnyUnifier:
         key = sites, covered
         with self._lock:
             if key not in self._made:

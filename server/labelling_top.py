@@ -164,7 +164,9 @@ class _Solvers:
                 weights=[settings.weights.get(space.sites[i], 1.0) for i in sites],
                 temperature=settings.temperature,
             )
-        return unifier(space, settings, (), sites)
+        found = unifier(space, settings, (), sites)
+        assert isinstance(found, Unifier)  # sites that answer on groups have labels over all classes
+        return found
 
 
 def _parts(stores: Sequence[AnswerStore], samples: Usable, solvers: _Solvers) -> Iterator[_Part]:

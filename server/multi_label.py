@@ -29,6 +29,7 @@ def kind_of(cards: Sequence[SiteCard]) -> LabelKind:
 def check_multi(job: JobSettings) -> None:
     """Raise `SettingsError` for the first setting that takes one label an image."""
     wanted: tuple[tuple[str, object, object, str], ...] = (
+        ("labels.groups", job.labels.groups, {}, "a group of labels has no probability of its own"),
         ("unify.method", job.unify.method, "ce", "labels are unified each by itself"),
         ("unify.prior_correction", job.unify.prior_correction, False, "labels have no priors that sum to 1"),
         ("unify.other", job.unify.other, 0.0, "an image to which no label applies is no exception"),

@@ -383,7 +383,7 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
         if len(whole) < len(answers):
             absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
             warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
-        if len({label for i in whole for label in space.class_sets[i]}) == len(space):
+        if len(frozenset[int]().union(*(space.tells(i) for i in whole))) == len(space):
             used = believed(space, outcome.test_coverage, outcome.diagnostics.checks)
             covers = [used[i] for i in whole]
             told = {c.about.site: c.read(0, len(test))[:, 0] for c in covers if c is not None and c.complete}
@@ -404,7 +404,7 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
                 )
         else:
             warnings.append(
-                "There is no unified ensemble: the sites that answered the whole test pool do not know every class."
+                "There is no unified ensemble: the sites that answered the whole test pool do not tell every class."
             )
     oracle = StudentModel(outcome.run / "oracle") if "oracle" in outcome.curves else None
     whole_truth = test_truth(test, space, settings.labels.synonyms)

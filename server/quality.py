@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from consilience.common.labels import LabelSpace
+from consilience.server.judge_groups import Columns
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -57,8 +58,8 @@ class Estimate(BaseModel):
 class ClassQuality(BaseModel):
     """One class: how often the student recognises it; None where the pool shows too few of it.
 
-    `labels`: how often the unified labels do. `owners`: sites that know it: of a class of one site alone, its own word
-    is all there is. `advice`: what would mend a weak class.
+    `labels`: how often the unified labels do. `owners`: sites that tell it from others: of a class of one site alone,
+    its own word is all there is. `advice`: what would mend a weak class.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +73,8 @@ class ClassQuality(BaseModel):
 
 class SiteQuality(BaseModel):
     """One site: how often the student is right on samples of its classes, `student`, and what the site itself is.
+
+    A site is right on a group where it holds the sample's class; the student has to name the class.
 
     `student` is None where nothing can be estimated.
 
@@ -105,6 +108,8 @@ class Quality(BaseModel):
 @dataclass(frozen=True)
 class Rows:
     """b samples: unified labels (b, L), the student's classes (b,), and by site its answers (b, k_i), None for none.
+
+    A site's answers are in the order of `LabelSpace.entries`.
 
     Answers are log-probabilities; labels need not be normalised, but no row may be 0 throughout.
     """
@@ -142,6 +147,7 @@ class _Sums:
         sites, size, tried = len(space.sites), len(space), len(SHARPENINGS)
         self.space, self.samples = space, 0
         self._sets = [np.array(classes) for classes in space.class_sets]
+        self._columns = [Columns.of(space, site) for site in range(sites)]
         self._mass, self._right, self._best = (np.zeros((tried, size)) for _ in range(3))
         self._site_right, self._site_mass = np.zeros((tried, sites)), np.zeros((tried, sites))
         self._claimed, self._claims = np.zeros(sites), np.zeros(sites)
@@ -160,8 +166,7 @@ class _Sums:
                 tops.append(None)
                 continue
             rows = np.asarray(answers, np.float64)
-            place = rows.argmax(axis=1)
-            tops.append(self._sets[i][place])
+            tops.append(rows.argmax(axis=1))
             claims = np.exp(rows.max(axis=1) - np.logaddexp.reduce(rows, axis=1))
             mine = np.exp(logs[:, self._sets[i]]).sum(axis=1) / np.exp(logs).sum(axis=1)
             self._claimed[i] += float(mine @ claims)
@@ -176,8 +181,9 @@ class _Sums:
             self._whole[k] += right.sum()
             for i, top in enumerate(tops):
                 if top is not None:
-                    self._site_right[k, i] += probs[n, top].sum()
-                    self._site_mass[k, i] += probs[:, self._sets[i]].sum()
+                    own = self._columns[i].summed(probs[:, self._sets[i]])
+                    self._site_right[k, i] += own[n, top].sum()
+                    self._site_mass[k, i] += own.sum()
 
     def quality(self, held_out: Sequence[HeldOut | None]) -> Quality:
         space, present = self.space, [i for i, m in enumerate(self._claims) if m > 0 and len(self._sets[i]) > 1]
@@ -216,7 +222,7 @@ class _Sums:
         shares = np.array([_at(self._mass[:, c], at) for c in range(len(space))])
         classes = {}
         for c, name in enumerate(space.names):
-            owners, value = len(space.owners[c]), _at(labels[:, c], at)
+            owners, value = len(space.tellers[c]), _at(labels[:, c], at)
             enough = shares[c] >= FEWEST_OF_CLASS
             found = told(recall[:, c], shares[c]) if enough else None
             classes[name] = ClassQuality(

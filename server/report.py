@@ -60,6 +60,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             },
             "components": space.components,
             "synonyms": findings.synonyms(),
+            "groups": findings.groups(),
         },
         "warnings": [*findings.warnings, *derived_warnings(findings)],
         "student": _student(findings),

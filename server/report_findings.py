@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from consilience.common.labels import LabelSpace
 from consilience.server.audits import SiteAudit
+from consilience.server.grouped import told_groups
 from consilience.server.judge import Judgement
 from consilience.server.judge_coverage import CoverageFigures
 from consilience.server.judge_labels import LabelJudgement
@@ -182,7 +183,7 @@ class Samples:
     """A few pool samples to look at.
 
     `ids` (k,) their numbers in the pool; `images` (k, H, W, C) or (k, H, W) uint8; `soft_labels` (k, L) unified
-    probabilities; `answers[i]` (k, k_i) log-probabilities of site i of the label space, None where it has none,
+    probabilities; `answers[i]` (k, k_i) log-probabilities of site i's `entries` of the label space, None for none,
     NaN in the rows of samples it did not answer;
     `student` (k, L) log-probabilities; `truth` (k,) indices into the label space, -1 unknown, or None. The label space
     is here that of the student's outputs, `Findings.taught`. Of a multi-label run soft labels are NaN where nobody told
@@ -260,8 +261,12 @@ class Findings:
         """Return class -> site -> the site's own name of it, where that is another one."""
         own = {site.name: site.classes for site in self.sites}
         found: dict[str, dict[str, str]] = {}
-        for site, classes in zip(self.space.sites, self.space.class_sets, strict=True):
-            for label, name in zip(classes, own.get(site, ()), strict=False):
-                if name != self.space.names[label]:
-                    found.setdefault(self.space.names[label], {})[site] = name
+        for i, site in enumerate(self.space.sites):
+            for entry, name in zip(self.space.entries(i), own.get(site, ()), strict=False):
+                if len(entry) == 1 and name != (label := self.space.names[entry[0]]):
+                    found.setdefault(label, {})[site] = name
         return {name: found[name] for name in self.space.names if name in found}
+
+    def groups(self) -> dict[str, dict[str, list[str]]]:
+        """Return site -> its own name of a group -> the group's classes, for the sites that answer on any."""
+        return told_groups(self.space, {site.name: site.classes for site in self.sites})

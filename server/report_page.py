@@ -20,6 +20,7 @@ from consilience.common.pages import page_templates
 from consilience.common.pages.figures import BLUE, GREY, SITE_COLOURS, legend, site_colour
 from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server import plots
+from consilience.server.grouped import groups_summary
 from consilience.server.judge import Judgement
 from consilience.server.report_amalgamation import amalgamation_views
 from consilience.server.report_chosen import chosen_summary, unwanted_words
@@ -49,6 +50,7 @@ LOWEST_CLASSES = 20
 MOST_DRAWN = 150
 """Columns up to which a matrix of classes is drawn; sites are drawn up to `MOST_SITES`."""
 MOST_CONFUSIONS = 10
+_KNOWN = "Who knows which class"
 
 
 def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
@@ -79,6 +81,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "coloured": len(findings.space.sites) <= len(SITE_COLOURS),
         "colours": {site: site_colour(i) for i, site in enumerate(findings.space.sites)},
         "chosen": chosen_summary(findings),
+        "groups": groups_summary(report["labels"]["groups"]),
         "unwanted": unwanted_words(findings),
         "sealing": sealing_line(findings),
         "settings": yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True),
@@ -146,7 +149,10 @@ def overlap(findings: Findings) -> dict[str, Any]:
 
 
 def partition(findings: Findings) -> dict[str, Any]:
-    """Return the matrix of sites and classes: private images where a simulation counted them, else who knows what."""
+    """Return the matrix of sites and classes: private images where a simulation counted them, else who knows what.
+
+    A class that a site knows in a group alone has its tick in brackets.
+    """
     space, part = findings.space, findings.partition
     if part is not None:
         counts = np.asarray(part.counts, np.int64)
@@ -160,7 +166,10 @@ def partition(findings: Findings) -> dict[str, Any]:
         counts = np.zeros((len(space.sites), len(space)), np.int64)
         for site, known in enumerate(space.class_sets):
             counts[site, list(known)] = 1
-        sites, names, total, values, title = space.sites, space.names, None, counts * 0.7, "Who knows which class"
+            for entry in space.entries(site):
+                counts[site, list(entry)] += len(entry) > 1
+        names, total, values, title = space.names, None, np.where(counts == 1, 0.7, counts * 0.15), _KNOWN
+        sites = space.sites
     rows, columns = min(len(sites), MOST_SITES), min(len(names), MOST_DRAWN)
     figure = plots.matrix(
         values[:rows, :columns],
@@ -168,7 +177,7 @@ def partition(findings: Findings) -> dict[str, Any]:
         names[:columns],
         title,
         shown=counts[:rows, :columns],
-        text=(lambda v: f"{v:,.0f}") if part is not None else (lambda v: "✓"),
+        text=(lambda v: f"{v:,.0f}") if part is not None else (lambda v: "✓" if v == 1 else "(✓)"),
     )
     left_out = [number_of(len(sites) - rows, "site")] if rows < len(sites) else []
     left_out += [number_of(len(names) - columns, "class", "classes")] if columns < len(names) else []

@@ -93,16 +93,20 @@ def _view(findings: Findings, samples: Samples, k: int) -> dict[str, Any]:
     truth = None if samples.truth is None or samples.truth[k] < 0 else int(samples.truth[k])
     said: dict[int, list[dict[str, str]]] = {}
     few = len(sites) <= len(SITE_COLOURS)
-    for site, (answers, known) in enumerate(zip(samples.answers, space.class_sets, strict=True)):
+    for site, answers in enumerate(samples.answers):
         if answers is None or not np.isfinite(answers[k]).any():
             continue
-        for value, c in zip(softmax(np.asarray(answers[k : k + 1], np.float64))[0], known, strict=True):
+        for value, entry in zip(
+            softmax(np.asarray(answers[k : k + 1], np.float64))[0], space.entries(site), strict=True
+        ):
+            together = f" on {listing([space.names[c] for c in entry], 8)} together" if len(entry) > 1 else ""
             dot = {
-                "at": f"{value * 100:.1f}",
+                "at": f"{value / len(entry) * 100:.1f}",
                 "colour": site_colour(sites.index(space.sites[site])) if few else BLUE,
-                "title": f"{space.sites[site]}: {percent(float(value))}",
+                "title": f"{space.sites[site]}: {percent(float(value))}{together}",
             }
-            said.setdefault(c, []).append(dot)
+            for c in entry:
+                said.setdefault(c, []).append(dot)
     must = {predicted} | (set() if truth is None else {truth})
     # The largest soft labels, but never without the student's class and the true one.
     order = [int(c) for c in np.argsort(-label, kind="stable")]

@@ -32,6 +32,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "coverage",
         "feature_memory",
         "fuzz_decoders",
+        "groups",
         "hundred_thousand",
         "ledger",
         "privacy",

@@ -23,6 +23,7 @@ from consilience.common.settings.base import (
 from consilience.common.settings.concentration import Concentration
 from consilience.common.settings.data import DataSource, Preprocessing
 from consilience.common.settings.filtered import Filtered
+from consilience.common.settings.grouped import refuse_for_groups
 from consilience.common.settings.multi_label import refuse_for_labels
 from consilience.common.settings.policy import Policy
 from consilience.common.settings.privacy import NoPrivacy, Privacy, refuse_what_passes_by
@@ -37,6 +38,9 @@ class Labels(Settings):
 
     synonyms: dict[str, tuple[str, ...]] = Field(default={})
     """Canonical name -> other names of the same class."""
+    groups: dict[str, tuple[str, ...]] = Field(default={})
+    """Name of a group -> the classes that it stands for, two or more: a site whose class is called so answers on the
+    group, and does not say which of its classes ([groups](groups.md)). The name is of no class."""
     classes: tuple[str, ...] | None = None
     """Order of the label space; by default the order in which sites, sorted by name, bring their classes."""
 
@@ -280,7 +284,8 @@ class Judge(Settings):
 
 
 class ClassLists(Settings):
-    """Each site gets the listed classes; classes are names of the data set or their indices."""
+    """Each site gets the listed classes; classes are names of the data set or their indices, or names of
+    `labels.groups`: such a site's images are labelled by the group."""
 
     kind: Literal["class-lists"] = "class-lists"
     classes: tuple[tuple[str | int, ...], ...] = Field(min_length=1)
@@ -402,6 +407,8 @@ class JobSettings(Settings):
                 f"unify.robust is True, which student.learning {learning!r} cannot follow: it learns from the answers "
                 "as they are; set it to false, or student.learning to soft-labels"
             )
+        if self.labels.groups:
+            refuse_for_groups(self)
         if learning == "concentration":
             self._concentration_fits()
         if self.privacy.secure_sum:

@@ -341,6 +341,28 @@ def test_explain_says_whether_the_job_s_answers_would_be_sealed(
 
 
 @pytest.mark.parametrize(
+    ("groups", "told", "words"),
+    [
+        ({}, {}, ""),
+        ({"cow": ["calf", "bull"]}, {"cow": ["calf", "bull"]}, "the class cow for the group of calf, bull"),
+        ({"cow": ["cat", "bull"]}, {}, "leave the site out: Site site-1 names 'cat' and 'cow'"),
+    ],
+)
+def test_explain_says_which_classes_a_job_takes_for_groups(
+    file: Path, groups: dict[str, list[str]], told: dict[str, list[str]], words: str
+) -> None:
+    write(file)
+    job = file.with_name("job.yaml")
+    raw = {"name": "clothes", "pool": "pool", "ask": {"encoding": "f32"}, "labels": {"groups": groups}}
+    job.write_text(yaml.safe_dump(raw))
+    found, text = call("explain", job, file), said("explain", job, file)
+    assert found["groups"] == told
+    assert bool(found["misfit"]) == ("leave the site out" in words)
+    assert words in text
+    assert ("group" in text) == bool(groups)
+
+
+@pytest.mark.parametrize(
     ("changes", "kinds"),
     [
         ({}, ["log-probs", "coverage"]),
@@ -493,3 +515,4 @@ def test_a_restart_asks_for_a_word_and_says_what_it_carried_over(file: Path, poo
     assert (
         "begins with 22 samples spent. Of 22 samples no row tells the job any more: they count for the month" in words
     )
+    assert "the site takes part in no secure sum until it has another one" in words

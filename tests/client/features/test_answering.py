@@ -257,7 +257,7 @@ def test_another_ledger_carries_over_the_bytes_of_features(pool: Pool, opening: 
     assert (head["samples"], head["features"]) == (35, 35 * width)
 
     def again(*least: int) -> tuple[int, int]:
-        aside, samples, features, _ = restart(site.settings, *least)
+        aside, samples, features, *_ = restart(site.settings, *least)
         aside.rename(aside.with_name(f"aside-{samples}-{len(least)}"))  # one second has room for one
         return samples, features
 
