@@ -47,7 +47,7 @@ from consilience.common.errors import (
 from consilience.common.files import lock, make_private, storage_error
 from consilience.common.identity import Kit, PrivateKey, key_fingerprint, load_key, words
 from consilience.common.pool import Pool
-from consilience.common.settings import SiteSettings, encoding_names
+from consilience.common.settings import DpSgd, Pate, SiteSettings, encoding_names
 from consilience.common.settings_file import load_settings
 
 LEAST_SPACE = 100 * 2**20
@@ -164,7 +164,13 @@ class Preflight:
         if self._settings.teacher.kind == "train":
             need = data.need_many if self._settings.teacher.labels == "multi" else data.need_labels
             need("Training the teacher")
-        return f"{len(data):,} images of {len(data.class_names)} classes"
+        told, private = f"{len(data):,} images of {len(data.class_names)} classes", self._settings.privacy
+        if isinstance(private, Pate | DpSgd) and private.delta * len(data) >= 1:
+            raise WarnedError(
+                f"{told}; privacy.delta is {private.delta:g}: with that chance or less a record may be given away whole",
+                f"Set privacy.delta well below {1 / len(data):.2g}, one in the number of records",
+            )
+        return told
 
     def _load_teacher(self) -> str:
         self._teacher = load_any(self._settings)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import IdentityError, SettingsError
-from consilience.common.files import storage_error, sync_folder, write_bytes
+from consilience.common.files import make_private, storage_error, sync_folder, write_bytes
 from consilience.common.identity import Line, PrivateKey, Request, key_fingerprint, load_key, make_key
 from consilience.common.settings import Name, SiteSettings
 from consilience.common.settings_file import load_settings
@@ -103,10 +103,7 @@ def _settings(path: Path, name: str | None) -> SiteSettings:
         if name is None:
             raise SettingsError(f"{path} does not exist yet, and --name is missing", hint="Add --name NAME")
         _validate("--name", Name, name, "lower-case letters, digits and hyphens, at most 63, no hyphen first")
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(error, path.parent, "write") from error
+        make_private(path.parent)
         write_bytes(path, TEMPLATE.format(name=name).encode())
     settings = load_settings(path, SiteSettings)
     if name not in (None, settings.name):

@@ -20,7 +20,7 @@ from consilience.client.ledger import Ledger
 from consilience.client.ledger_head import RESTORE
 from consilience.client.ledger_rows import Entry, Row, behind
 from consilience.common.errors import LedgerError
-from consilience.common.files import storage_error, sync_folder
+from consilience.common.files import make_folder, storage_error, sync_folder
 from consilience.common.protocol import Question
 from consilience.common.subsets import runs
 
@@ -56,6 +56,8 @@ class Released:
         self._shelves: dict[str, _Shelf] = {}
         self._subjects: dict[str, str] = {}
         self._intact: set[int] = set()
+        self._named = set[str]()
+        """Files whose names, with those of their folders, are on the disk for sure."""
 
     def missing(self, question: Question, size: int) -> NDArray[np.bool_]:
         """Return a mask over the question's range: what it asks about and was not released yet. `size`: the pool's.
@@ -98,8 +100,7 @@ class Released:
         ranges = [(question.start + low, question.start + high) for low, high in runs(still)]
         path, at = self.folder / subject, 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            known = path.exists()
+            make_folder(path.parent)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 for start, stop in ranges:
@@ -108,8 +109,10 @@ class Released:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            if not known:
-                sync_folder(path.parent)
+            if subject not in self._named:  # a process that was killed may have made it, or its folders
+                for folder in (path.parent, self.folder, self.folder.parent):
+                    sync_folder(folder)
+                self._named.add(subject)
         except OSError as error:
             raise storage_error(error, path, "write") from error
         about = question.model_dump(mode="json", include={"pool", "kind", "encoding", "teacher", "policy"})

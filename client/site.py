@@ -456,17 +456,23 @@ class Site:
             self._allowance.check(self.ledger, job, self.costs(max(samples, 1)))
 
     def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
-        """Return the encoded rows of those samples of a question's range that the mask `new` chooses."""
+        """Return the encoded rows of those samples of a question's range that the mask `new` chooses.
+
+        An encoding is made of what the finest one allowed says, and tells nothing more.
+        """
+        policy = self.settings.policy
         if question.kind == "coverage":
             covered = self._score(pool, question.start, new, self._coverage_of, "coverage")
-            return b"".join(encode_coverage(rows, cast(CoverageEncoding, question.encoding)) for rows in covered)
+            wanted, most = cast(CoverageEncoding, question.encoding), policy.coverage_encodings[0]
+            return b"".join(encode_coverage(rows, wanted, within=most) for rows in covered)
         if question.kind == "features":
             tap = self._tap(question)
             told = self._score(pool, question.start, new, partial(self._together.values, tap), f"tap {tap.card.name}")
-            return b"".join(encode_features(rows, cast(FeatureEncoding, question.encoding)) for rows in told)
+            form, finest = cast(FeatureEncoding, question.encoding), policy.features.encodings[0]
+            return b"".join(encode_features(rows, form, within=finest) for rows in told)
         scored = self._score(pool, question.start, new, self._told, "teacher")
         odds = question.kind == "log-odds"
-        return b"".join(encode(rows, question.encoding, odds=odds) for rows in scored)
+        return b"".join(encode(rows, question.encoding, odds=odds, within=policy.encodings[0]) for rows in scored)
 
     @cached_property
     def summing(self) -> Summing:

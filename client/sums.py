@@ -30,7 +30,7 @@ from consilience.client.ledger_rows import SumState
 from consilience.client.sum_index import SumIndex
 from consilience.client.sum_terms import Own, check_terms
 from consilience.common.errors import ProtocolError, StorageError
-from consilience.common.files import lock, storage_error, write_bytes
+from consilience.common.files import lock, make_private, storage_error, write_bytes
 from consilience.common.identity import PrivateKey, key_fingerprint
 from consilience.common.protocol import SumNoiseCard
 from consilience.common.sums.masks import (
@@ -97,8 +97,8 @@ class SumSite:
         """Keep the records in `folder`, which only its owner may read. Raises `StorageError`."""
         self._folder, self._name, self._identity, self._digests = folder, name, identity, digests
         self._thread = threading.Lock()
+        make_private(folder)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
         except OSError as error:
             raise storage_error(error, folder, "write") from error

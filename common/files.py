@@ -39,7 +39,7 @@ def atomic(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             yield file
@@ -89,7 +89,7 @@ def create_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.mem
     The disk space is taken at once, so that a full disk is a `StorageError` here and not a crash at a later write.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
@@ -130,10 +130,22 @@ class RowWriter:
             self._file.close()
 
 
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make `folder` with these rights, unless it is there, and its parents as they always are; each of them durably.
+
+    A file's own folder is not enough: if the power goes, a folder whose name never came to the disk is lost with all
+    that is in it. Raises `OSError`.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(mode, parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_folder(made.parent)
+
+
 def make_private(folder: Path) -> None:
-    """Make `folder`, for its owner alone, unless it is there; its parents as they always are. Raises `StorageError`."""
+    """Make `folder` durably, for its owner alone, unless it is there; its parents as always. Raises `StorageError`."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder, 0o700)
     except OSError as error:
         raise storage_error(error, folder, "write") from error
 
@@ -210,7 +222,7 @@ def lock(folder: Path, hint: str = f"Wait for it, or start {NEW_RUN}") -> Iterat
     Raises `RunError`, with this `hint`, when another process holds it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         file = (folder / ".lock").open("ab")
     except OSError as error:
         raise storage_error(error, folder, "write") from error

@@ -24,7 +24,7 @@ from mnemonic import Mnemonic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.common.errors import IdentityError
-from consilience.common.files import canonical_json, storage_error, sync_folder, write_bytes
+from consilience.common.files import canonical_json, make_folder, storage_error, sync_folder, write_bytes
 from consilience.common.settings import NAME_PATTERN
 
 WORDS = 8
@@ -60,7 +60,7 @@ def _word_list() -> list[str]:
 def write_secret(path: Path, data: bytes) -> None:
     """Create `path` with mode 0600, durably. Raises `IdentityError` when it exists, `StorageError`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

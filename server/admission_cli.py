@@ -17,7 +17,7 @@ from rich.text import Text
 
 from consilience.common.cli import AsJson, Result, emit
 from consilience.common.errors import IdentityError, SettingsError
-from consilience.common.files import storage_error, write_bytes
+from consilience.common.files import make_folder, storage_error, write_bytes
 from consilience.common.identity import Request, certificate_fingerprint, words
 from consilience.common.settings_file import parse_settings
 from consilience.server.admission import Record, Register
@@ -112,10 +112,10 @@ def _first_settings(home: Home, address: str | None, names: list[str]) -> Server
 def _make_folders(home: Home) -> None:
     """Make the server's folder, for its owner alone. Raises `StorageError`."""
     try:
-        home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(home.folder, 0o700)
         home.folder.chmod(0o700)  # it may have been there
-        home.sites.mkdir(mode=0o700, exist_ok=True)
-        home.runs.mkdir(exist_ok=True)
+        make_folder(home.sites, 0o700)
+        make_folder(home.runs)
     except OSError as error:
         raise storage_error(error, home.folder, "write") from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from consilience.common.errors import ProtocolError, StorageError
-from consilience.common.files import sha256, storage_error
+from consilience.common.files import make_folder, sha256, storage_error
 from consilience.common.sums.ring import WORD, Words
 
 
@@ -26,7 +26,7 @@ class MaskedStore:
         self._there = np.zeros(rows, dtype=np.bool_)
         size = rows * width * WORD.itemsize
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             with self._path.open("ab+") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
             self._rows = np.memmap(self._path, WORD, "r", shape=(rows, width))

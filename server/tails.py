@@ -177,7 +177,6 @@ class Tails:
                     hint="Have that site restart its agent, then run the same command again",
                 )
             self._rebuilt(card, card.tail, data)
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_bytes(self._path(card.name), data)
 
     def tail(self, card: SiteCard, sides: Sequence[tuple[int, int]]) -> TeacherTail:
@@ -214,7 +213,6 @@ class Tails:
         with self._saving:
             if self._spent and (now or time.monotonic() - self._saved >= SAVE_EVERY):
                 self._saved = time.monotonic()
-                self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / ASKED, {site: asdict(spent) for site, spent in self._spent.items()})
 
     def _rebuilt(self, card: SiteCard, told: TailCard, data: bytes) -> LocalTail:

@@ -64,8 +64,9 @@ def audit_secret(settings: SiteSettings, purpose: str = "answers") -> Secret:
 def told(teacher: Teacher, images: Images, policy: Policy, encoding: Encoding | None = None) -> NDArray[np.float32]:
     """Return (n, K) log-probabilities of images as `policy` lets a teacher's leave, by default as finely as it does."""
     rows = shape(teacher.log_probs(images), policy)
-    chosen = policy.encodings[0] if encoding is None else encoding
-    return decode(encode(rows, chosen), len(rows), rows.shape[1], chosen)
+    finest = policy.encodings[0]
+    chosen = finest if encoding is None else encoding
+    return decode(encode(rows, chosen, within=finest), len(rows), rows.shape[1], chosen)
 
 
 def in_batches(

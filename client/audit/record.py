@@ -170,7 +170,8 @@ def _averaging(found: Averaging) -> str:
     if found.works:
         return (
             f"Asking the same {found.repetitions:,} times and averaging brings an attacker nearer to what the teacher "
-            f"says without noise: the error falls from {first:.4f} to {last:.4f}. This must not be: report it."
+            f"says without noise: the error falls from {first:.4f} to {last:.4f}. This must not be: report it, unless "
+            "the teacher draws its answers at random, by dropout say; then switch that off."
         )
     if not found.noisy:
         return f"Asking the same {found.repetitions:,} times gives the same answer; there is no noise to average away."

@@ -75,7 +75,6 @@ def _settings(settings: SiteSettings, number: int, folder: Path) -> SiteSettings
     )
     path = shadow.state / "privacy" / "noise.key"
     if settings.privacy.mechanism != "none" and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_secret(path, _secret(settings, number).key)
     return shadow
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from consilience.client.privacy.events import DpSgdTraining, Event, PateThreshold, Unit
 from consilience.common.errors import MissingExtraError, SettingsError
-from consilience.common.settings import Settings
+from consilience.common.settings import LEAST_NOISE, MOST_NOISE, Settings
 
 EXTRA = "pip install 'consilience[privacy]'"
 APART = math.sqrt(2)
@@ -85,9 +85,10 @@ def account(events: Iterable[Event], delta: float) -> Spent:
 def noise_for(events: Callable[[float], Iterable[Event]], epsilon: float, delta: float, guess: float) -> float:
     """Return about the least noise with which `events` of that noise come to at most `epsilon`, above 0, at `delta`.
 
-    `guess` says where to look first. It is found by privacy loss distributions, or by Rényi's divergence for what
-    samples records, where that is quicker, and is a little more than `account` would ask for. Raises
-    `MissingExtraError` without dp-accounting.
+    `guess` says where to look first, from `LEAST_NOISE` to `MOST_NOISE`: settings take no other. It is found by privacy
+    loss distributions, or by Rényi's divergence for what samples records, where that is quicker, and is a little more
+    than `account` would ask for. Raises `SettingsError` where `MOST_NOISE` is not enough, `MissingExtraError` without
+    dp-accounting.
     """
     library = accountant_library()
     sampled = _samples(events(guess))
@@ -101,13 +102,24 @@ def noise_for(events: Callable[[float], Iterable[Event]], epsilon: float, delta:
         return _composed(_together(events(noise)), library)
 
     def enough(noise: float) -> bool:
+        if library.rdp.RdpAccountant(WHOLE_ORDERS).compose(composed(noise)).get_epsilon(delta) >= LARGEST:
+            return False  # a distribution of such losses would fill the memory
         return bool(fresh().compose(composed(noise)).get_epsilon(delta) <= epsilon)
 
+    guess = min(max(guess, LEAST_NOISE), MOST_NOISE)
     while not enough(guess):
-        guess *= 2
-    while enough(guess / 2):
-        guess /= 2
-    bracket = library.mechanism_calibration.ExplicitBracketInterval(guess / 2, guess)
+        if guess == MOST_NOISE:
+            raise SettingsError(
+                f"Epsilon {epsilon:g} at delta {delta:g} needs more noise than {MOST_NOISE:g}, the most that settings "
+                "take",
+                hint="Raise --epsilon, or lower --samples",
+            )
+        guess = min(guess * 2, MOST_NOISE)
+    while guess > LEAST_NOISE and enough(low := max(guess / 2, LEAST_NOISE)):
+        guess = low
+    if guess == LEAST_NOISE:
+        return guess
+    bracket = library.mechanism_calibration.ExplicitBracketInterval(max(guess / 2, LEAST_NOISE), guess)
     found = library.mechanism_calibration.calibrate_dp_mechanism(
         fresh, composed, epsilon, delta, bracket, tol=guess * 5e-4
     )

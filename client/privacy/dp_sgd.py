@@ -1,7 +1,7 @@
 """The teacher that is trained by noisy gradients, with opacus.
 
 Lives here: the network without batch statistics, the training, its event, and loading what came out. Does not live
-here: which records are learned from (records) and what the training cost (accounting).
+here: which records are learned from (records), what is drawn at random (dp_draws), what the training cost (accounting).
 
 state/privacy/dp-sgd/ holds model.safetensors and teacher.json (a `DpSgdTeacher`). There is no checkpoint: a training
 that is interrupted begins anew, with the same noise, and nothing has left before it is done.
@@ -13,16 +13,18 @@ import importlib
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from consilience.client.privacy.accounting import EXTRA
+from consilience.client.privacy.dp_draws import noisy_optimizer, poisson
 from consilience.client.privacy.events import DpSgdTraining
-from consilience.client.privacy.noise import load_secret
+from consilience.client.privacy.noise import Stream, load_secret
 from consilience.client.privacy.records import Places, places
 from consilience.client.teacher.protocol import ScoringTeacher, brief
 from consilience.client.teacher.trained import (
@@ -111,11 +113,12 @@ def train_dp(
         )
         # Noise and samples are the site's secret, and others for other data: two trainings under one noise would
         # show, by their difference, what it hid.
-        seed = load_secret(settings).seed(["dp-sgd", _digest(settings, private), found.digest])
+        purpose, secret = ["dp-sgd", _digest(settings, private), found.digest], load_secret(settings)
+        streams = {drawn: secret.stream([*purpose, drawn]) for drawn in ("noise", "samples", "windows")}
         device = default_device()
         pixels = Pixels(data.read(learned), used, device)
         loss = Supervised(labels[learned], device)
-        curve, steps, rate = _fit(model.to(device), pixels, loss, teacher, private, seed, on_epoch)
+        curve, steps, rate = _fit(model.to(device), pixels, loss, teacher, private, streams, on_epoch)
         save_model(folder / MODEL, model)
         digest = sha256_file(folder / MODEL)
         record = DpSgdTeacher(
@@ -173,7 +176,7 @@ def _fit(
     loss: Supervised,
     teacher: TrainTeacher,
     private: DpSgd,
-    seed: int,
+    streams: Mapping[str, Stream],
     on_epoch: Callable[[EpochRecord], None] | None,
 ) -> tuple[list[EpochRecord], int, float]:
     """Train `model`; return the epochs, how many steps there were, and each record's chance to be in one."""
@@ -184,28 +187,25 @@ def _fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*backward hook.*")  # of the first layer, whose input wants no gradient
         wrapped = _wrapped(model.train(), teacher.architecture, opacus)
-        optimizer = opacus.optimizers.DPOptimizer(
+        optimizer = noisy_optimizer(
+            opacus,
             sgd(model, fit),
+            streams["noise"],
             noise_multiplier=private.noise_multiplier,
             max_grad_norm=private.clip,
             expected_batch_size=max(1, round(n * rate)),
-            generator=torch.Generator(device).manual_seed(derive(seed, "noise")),
-            secure_mode=True,
         )
-        sampler = opacus.utils.uniform_sampler.UniformWithReplacementSampler(
-            num_samples=n,
-            sample_rate=rate,
-            steps=total,
-            generator=torch.Generator().manual_seed(derive(seed, "samples")),
-        )
-        windows = torch.Generator().manual_seed(derive(seed, "windows"))
+        windows = torch.Generator()
         losses, began = [0.0, 0], time.perf_counter()
-        for taken, sampled in enumerate(sampler, 1):
+        for taken, ids in enumerate(poisson(n, rate, total, streams["samples"]), 1):
+            # Seeded anew in each step: it keeps 32 bits, and a window goes by the place in the batch, which a record
+            # more would shift.
+            windows.manual_seed(int(streams["windows"].words(1)[0] >> np.uint64(1)))
             for group in optimizer.param_groups:
                 group["lr"] = one_cycle(taken - 1, total, fit.learning_rate)
             optimizer.zero_grad(set_to_none=True)
-            losses[0] += _gradients(wrapped, pixels, loss, torch.tensor(sampled, dtype=torch.int64), fit, windows)
-            losses[1] += bool(sampled)
+            losses[0] += _gradients(wrapped, pixels, loss, ids, fit, windows)
+            losses[1] += len(ids) > 0
             optimizer.step()
             if taken % steps == 0:
                 record = _epoch(model, taken // steps - 1, losses, optimizer, began, fit)
@@ -264,7 +264,6 @@ def _epoch(model: nn.Module, epoch: int, losses: list[float], optimizer: Any, be
 def _opacus() -> Any:
     try:
         library = importlib.import_module("opacus")
-        importlib.import_module("opacus.utils.uniform_sampler")
         importlib.import_module("opacus.validators")
     except ModuleNotFoundError as error:
         raise MissingExtraError("privacy.mechanism dp-sgd needs opacus", hint=EXTRA) from error

@@ -8,6 +8,8 @@ free of it. The image stands for itself: asked again, in another question, anoth
 same noise, so that averaging repeated answers gains nothing, and equal images of one pool have equal answers, as if
 the first had been remembered. No place in the pool enters, since the same image at two places would then be answered
 twice with independent noise.
+
+What a training draws follows from the secret and a purpose alone, in a row (`Stream`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
@@ -35,6 +38,25 @@ BYTES = 32
 GRID = 2.0**-24
 """What noisy values are rounded to: the last bits of a float would tell noise from what it was added to (Mironov,
 CCS 2012)."""
+_ZEROS = bytes(2**20)
+"""What a stream encrypts at a time."""
+
+
+class Stream:
+    """Uniform words, one after the other, that nobody can tell from random ones without the `key` of 32 bytes.
+
+    AES-256 in counter mode. A generator of torch or NumPy would not do: torch's keeps 32 bits of a seed on a CPU, so
+    that all that it can ever draw could be tried out.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Return the next (count,) words of 64 bits."""
+        whole, rest = divmod(8 * count, len(_ZEROS))
+        drawn = [self._cipher.update(_ZEROS) for _ in range(whole)] + [self._cipher.update(_ZEROS[:rest])]
+        return np.frombuffer(b"".join(drawn), "<u8").astype(np.uint64, copy=False)
 
 
 @dataclass(frozen=True)
@@ -47,9 +69,9 @@ class Secret:
         """Return 64 hexadecimal digits that stand for `purpose` (JSON values), and tell nobody else of it."""
         return hmac.digest(self.key, b"digest\0" + canonical_json(purpose), "sha256").hex()
 
-    def seed(self, purpose: Any) -> int:
-        """Return a 63-bit seed for `purpose` (JSON values)."""
-        return int.from_bytes(hmac.digest(self.key, b"seed\0" + canonical_json(purpose), "sha256")[:8], "big") >> 1
+    def stream(self, purpose: Any) -> Stream:
+        """Return the stream of words for `purpose` (JSON values), from its beginning; its key has 256 bits."""
+        return Stream(hmac.digest(self.key, b"stream\0" + canonical_json(purpose), "sha256"))
 
     def normal(self, purpose: Any, images: Images, count: int) -> NDArray[np.float64]:
         """Return (n, count) float64 standard normal numbers for `purpose` (JSON values) and n images of any shape.

@@ -16,7 +16,18 @@ from consilience.client.privacy.estimates import Held, Value, estimate_outputs, 
 from consilience.client.privacy.events import DpSgdTraining, Event, events_of
 from consilience.client.teacher.trained import wanted
 from consilience.common.errors import SettingsError
-from consilience.common.settings import DpSgd, Fit, Mechanism, NoPrivacy, OutputNoise, Pate, SiteSettings, SumNoise
+from consilience.common.settings import (
+    LEAST_NOISE,
+    MOST_NOISE,
+    DpSgd,
+    Fit,
+    Mechanism,
+    NoPrivacy,
+    OutputNoise,
+    Pate,
+    SiteSettings,
+    SumNoise,
+)
 
 MOST_EPSILON = 100.0
 MOST_SAMPLES = 10**12
@@ -51,7 +62,8 @@ def alternatives(settings: SiteSettings, epsilon: float, samples: int, delta: fl
     """Return every mechanism that the site can take, as `samples` answers at `epsilon` need it; then the site's own.
 
     `delta` is by default the settings'. A mechanism that has to train the teacher is left out for a hosted one.
-    Raises `SettingsError` for an epsilon outside (0, 100], samples outside [1, 10^12], a delta outside (0, 1);
+    Raises `SettingsError` for an epsilon outside (0, 100], samples outside [1, 10^12], a delta outside (0, 1), and
+    where these need more noise than settings take;
     `MissingExtraError` without dp-accounting; `DataError` and `TeacherError` where private data are needed and cannot
     be read.
     """
@@ -97,7 +109,7 @@ def _pate(settings: SiteSettings, records: int, epsilon: float, samples: int, de
             answer="confident",
             sigma=sigma,
             threshold=threshold,
-            threshold_sigma=ratio * sigma,
+            threshold_sigma=min(max(ratio * sigma, LEAST_NOISE), MOST_NOISE),
             delta=_allowed(delta),
         )
 

@@ -85,15 +85,31 @@ def _codec(encoding: Encoding, odds: bool = False) -> _Codec:
     return _CODECS[encoding] if most is None else Largest(most)
 
 
+def _named(encoding: Encoding, classes: int) -> Encoding:
+    """Return the one name that an encoding has over `classes` classes: `top-K` of more is of all."""
+    most = largest_sent(encoding)
+    return encoding if most is None else f"top-{min(most, classes)}"
+
+
 def row_bytes(classes: int, encoding: Encoding, *, odds: bool = False) -> int:
     """Return the bytes of one row over `classes` classes. `odds`, here and below: of log-odds of so many labels."""
     return _codec(encoding, odds).row_bytes(classes)
 
 
-def encode(rows: NDArray[np.float32], encoding: Encoding, *, odds: bool = False) -> bytes:
-    """Encode (n, k) log-probabilities, or log-odds. A row's bytes depend on this row alone."""
-    codec = _codec(encoding, odds)
-    return b"".join(codec.pack(rows[low:high]) for low, high in _blocks(*rows.shape))
+def encode(
+    rows: NDArray[np.float32], encoding: Encoding, *, odds: bool = False, within: Encoding | None = None
+) -> bytes:
+    """Encode (n, k) log-probabilities, or log-odds. A row's bytes depend on this row alone.
+
+    `within`: the finest encoding that the rows may leave in, if they may not in any. Another is then made of what they
+    are read as in that one, so that it tells nothing more.
+    """
+    if within is None or _named(within, rows.shape[1]) == _named(encoding, rows.shape[1]):
+        codec = _codec(encoding, odds)
+        return b"".join(codec.pack(rows[low:high]) for low, high in _blocks(*rows.shape))
+    read = np.empty(rows.shape, np.float32)
+    unpack(np.frombuffer(encode(rows, within, odds=odds), np.uint8), within, read, odds=odds)
+    return encode(read, encoding, odds=odds)
 
 
 def check(data: bytes | memoryview, rows: int, classes: int, encoding: Encoding, *, odds: bool = False) -> None:

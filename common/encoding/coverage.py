@@ -21,8 +21,12 @@ def coverage_bytes(encoding: CoverageEncoding) -> int:
     return _DTYPES[encoding].itemsize
 
 
-def encode_coverage(coverage: NDArray[np.floating[Any]], encoding: CoverageEncoding) -> bytes:
-    """Encode (n,) coverage in [0, 1]."""
+def encode_coverage(
+    coverage: NDArray[np.floating[Any]], encoding: CoverageEncoding, *, within: CoverageEncoding | None = None
+) -> bytes:
+    """Encode (n,) coverage in [0, 1]. `within`: the finest encoding that it may leave in, of which others are made."""
+    if within is not None and within != encoding:
+        coverage = coverage_values(np.frombuffer(encode_coverage(coverage, within), np.uint8), within)
     if encoding == "u8":
         coverage = np.minimum(coverage * 256, 255)
     return bytes(coverage.astype(_DTYPES[encoding]).tobytes())

@@ -28,11 +28,17 @@ def feature_bytes(values: int, encoding: FeatureEncoding) -> int:
     return 2 * values if encoding == "f16" else _HEAD + values
 
 
-def encode_features(rows: NDArray[np.floating[Any]], encoding: FeatureEncoding) -> bytes:
+def encode_features(
+    rows: NDArray[np.floating[Any]], encoding: FeatureEncoding, *, within: FeatureEncoding | None = None
+) -> bytes:
     """Encode (n, v) features, v >= 1, finite and at most `LARGEST` in magnitude; a row's bytes depend on it alone.
 
-    As `u8` a value is off by at most half a step, a 510th of its row's range.
+    As `u8` a value is off by at most half a step, a 510th of its row's range. `within`: the finest encoding that they
+    may leave in, of which others are made.
     """
+    if within is not None and within != encoding:
+        raw = np.frombuffer(encode_features(rows, within), np.uint8)
+        rows = feature_values(raw.reshape(len(rows), feature_bytes(rows.shape[1], within)), within)
     if encoding == "f16":
         return rows.astype(_HALF).tobytes()
     least = rows.min(axis=1, keepdims=True).astype(_SINGLE)

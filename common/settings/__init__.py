@@ -56,6 +56,8 @@ from consilience.common.settings.job import (
 )
 from consilience.common.settings.policy import EPSILON_LIMITS, EVERY_LAYER, Features, Limits, Policy, Reduction, Tail
 from consilience.common.settings.privacy import (
+    LEAST_NOISE,
+    MOST_NOISE,
     Delta,
     DpSgd,
     Mechanism,
@@ -85,6 +87,8 @@ __all__ = [
     "ENCODINGS",
     "EPSILON_LIMITS",
     "EVERY_LAYER",
+    "LEAST_NOISE",
+    "MOST_NOISE",
     "MOST_ROUNDS",
     "NAME_PATTERN",
     "PATIENCE_FIELDS",

@@ -23,7 +23,8 @@ def some_noise(value: object) -> object:
 
 Delta = Annotated[float, Field(gt=0, le=0.01)]
 """Chance with which epsilon may not hold: below one in the number of private records."""
-Noise = Annotated[float, BeforeValidator(some_noise), Field(ge=0.01, le=1e9)]
+LEAST_NOISE, MOST_NOISE = 0.01, 1e9
+Noise = Annotated[float, BeforeValidator(some_noise), Field(ge=LEAST_NOISE, le=MOST_NOISE)]
 """A standard deviation; 0 is refused, since a guarantee is claimed."""
 
 

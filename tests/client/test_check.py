@@ -12,10 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
+from consilience.client.check import Preflight
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Entry
 from consilience.common.settings import SiteSettings
-from consilience.common.settings_file import load_settings
+from consilience.common.settings_file import dump_settings, load_settings
+from helpers.private_site import bars, settings_of, write_data
 from helpers.site_folder import SiteFolder
 from helpers.superlink import Authority, SuperLink, free_ports
 
@@ -164,3 +166,17 @@ def test_a_machine_with_another_time_is_told_so(site: SiteFolder, monkeypatch: p
     assert code == 21
     assert rows["clock"]["result"] == "problem"
     assert rows["admission"]["result"] == "skipped"
+
+
+@pytest.mark.parametrize(("delta", "result"), [(0.01, "warning"), (0.001, "ok")])
+def test_a_delta_of_one_in_the_records_or_more_is_warned_of(tmp_path: Path, delta: float, result: str) -> None:
+    settings = settings_of(tmp_path, {"mechanism": "pate", "parts": 4, "sigma": 9.0, "delta": delta})
+    write_data(tmp_path, *bars(100))
+    dump_settings(settings, tmp_path / "site.yaml")
+    preflight = Preflight(tmp_path / "site.yaml")
+    preflight.run()
+    row = next(row for row in preflight.rows if row.check == "private data")
+    assert row.result == result
+    if result == "warning":
+        assert "privacy.delta is 0.01" in row.found
+        assert "well below 0.01" in row.fix

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings as profile
 from hypothesis import strategies as st
@@ -26,10 +27,12 @@ from consilience.client.ledger import Ledger
 from consilience.client.policy import RefusedError
 from consilience.client.released import Released, subject_of
 from consilience.client.site import Site
+from consilience.common.encoding import encode
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.pool import Pool
 from consilience.common.protocol import MOST_ANSWER_BYTES
 from consilience.common.settings import NoPrivacy, OutputNoise
+from helpers.disk import Disk
 from helpers.small_site import ROW, SIZE, Fickle, about, make_pool, make_site
 
 
@@ -295,6 +298,65 @@ def made(folder: Path, *, noisy: bool, **policy: Any) -> Site:
     settings = make_site(folder, **policy).settings
     noise = OutputNoise(mechanism="output-noise", sigma=40.0) if noisy else NoPrivacy()
     return Site(settings.model_copy(update={"privacy": noise}), Fickle())
+
+
+class Near:
+    """Two rows that are the same in 16 bits and in a byte a class, of which one prefers the other class."""
+
+    classes, fingerprint = ("cat", "dog", "cow"), Fickle.fingerprint
+    rows = np.log(np.array([[0.400005, 0.399995, 0.2], [0.399995, 0.400005, 0.2]]))
+
+    def log_probs(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(self.rows[np.arange(len(images)) % 2], np.float32)
+
+
+class Between:
+    """Coverage of 1/2 in 16 bits, a little more or less."""
+
+    fingerprint, description = "e" * 64, "between"
+
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray([0.5 + 1e-5, 0.5 - 1e-5] * len(images), np.float32)[: len(images)]
+
+
+@pytest.mark.parametrize(("precision", "coarser"), [("u8", ["votes"]), ("f16", ["u8", "top-2", "votes"])])
+def test_a_coarser_answer_tells_nothing_that_the_finest_does_not(
+    pool: Pool, tmp_path: Path, precision: str, coarser: list[str]
+) -> None:
+    settings = make_site(tmp_path, precision=precision, coverage="f16").settings
+    with contextlib.closing(Site(settings, Near(), Between())) as site:
+        kinds = [("log-probs", Near.fingerprint, encodings) for encodings in ([precision], coarser)]
+        kinds += [("coverage", Between.fingerprint, ["f16", "u8"])]
+        for kind, teacher, encodings in kinds:
+            for encoding in encodings:
+                data = site.answer(about(site, pool, 0, 2, kind=kind, teacher=teacher, encoding=encoding)).data
+                assert data[: len(data) // 2] == data[len(data) // 2 :], encoding
+    raw = np.asarray(Near.rows, np.float32)
+    assert encode(raw[:1], "votes") != encode(raw[1:], "votes")  # of the rows themselves they would
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_power_takes_no_answer_that_was_counted(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    disk, unsure = Disk(monkeypatch), list[set[Path]]()
+    commit = Ledger._commit
+
+    def committing(self: Ledger, *given: Any) -> Any:
+        unsure.append(set(disk.unsure))
+        return commit(self, *given)
+
+    monkeypatch.setattr(Ledger, "_commit", committing)
+    site = make_site(tmp_path)
+    if killed:  # a process that made the folders and had no time to say so
+        site.ledger.refresh()
+        (tmp_path / "state" / "released" / pool.digest).mkdir(parents=True)
+        assert len(disk.unsure) == 2
+    site.answer(about(site, pool, 0, 5))
+    assert unsure[-1] == disk.unsure == set()
+    path = tmp_path / "state" / "released" / subject_of(about(site, pool, 0, 5))
+    assert path.stat().st_size == 5 * ROW
+    site.close()
 
 
 def uses(site: Site) -> dict[str, int]:

@@ -8,9 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from consilience.common.encoding import SUM_TOLERANCE, decode, decode_coverage, encode, encode_coverage, row_bytes
+from consilience.common.encoding import (
+    SUM_TOLERANCE,
+    check,
+    decode,
+    decode_coverage,
+    encode,
+    encode_coverage,
+    row_bytes,
+)
 from consilience.common.errors import ProtocolError
-from consilience.common.settings import CoverageEncoding, Encoding
+from consilience.common.settings import CoverageEncoding, Encoding, Policy, allowed_by, largest_sent
 
 
 def random_rows(seed: int, rows: int, classes: int, spread: float = 5) -> np.ndarray:
@@ -115,3 +123,44 @@ def test_random_bytes_are_coverage_or_refused(data: bytes, rows: int, encoding: 
         return
     assert values.shape == (rows,)
     assert np.all((values >= 0) & (values <= 1))
+
+
+FINER = [
+    (finest, coarser)
+    for finest in ("f32", "f16", "u8", "top-4", "top-40", "votes")
+    for coarser in ("f32", "f16", "u8", "top-2", "top-4", "top-40", "votes")
+    if allowed_by(Policy(precision=finest).encodings, coarser)
+]
+
+
+@pytest.mark.parametrize(("finest", "coarser"), FINER)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.sampled_from([1e-4, 0.01, 3.0]))
+def test_a_coarser_encoding_is_made_of_the_bytes_of_the_finest(
+    finest: Encoding, coarser: Encoding, seed: int, classes: int, spread: float
+) -> None:
+    rows = random_rows(seed, 30, classes, spread)  # close to one another where the spread is small
+    told, made = encode(rows, finest), encode(rows, coarser, within=finest)
+    check(made, 30, classes, coarser)
+    by_server = encode(decode(told, 30, classes, finest), coarser)
+    sent = [min(most, classes) for most in map(largest_sent, (finest, coarser)) if most is not None]
+    same = coarser == finest or (len(sent) == 2 and sent[0] == sent[1])  # `top-K` of more classes is of all
+    assert made == (told if same else by_server)
+    # other rows of the same bytes: as they are read, and a little beside that
+    random = np.random.default_rng(seed)
+    read = decode(told, 30, classes, finest)
+    for other in (read, (read + random.normal(0, 1e-5, read.shape)).astype(np.float32)):
+        again, width = encode(other, finest), row_bytes(classes, finest)
+        equal = [again[k * width : k * width + width] == told[k * width : k * width + width] for k in range(30)]
+        found, width = encode(other, coarser, within=finest), row_bytes(classes, coarser)
+        for k in np.flatnonzero(equal):
+            assert found[k * width : k * width + width] == made[k * width : k * width + width]
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50))
+def test_coarser_coverage_is_made_of_the_bytes_of_the_finest(values: list[float]) -> None:
+    rows = np.array(values, np.float32)
+    told = encode_coverage(rows, "f16")
+    assert encode_coverage(rows, "f16", within="f16") == told
+    read = decode_coverage(told, len(rows), "f16")
+    assert encode_coverage(rows, "u8", within="f16") == encode_coverage(read, "u8")
+    assert encode_coverage(rows, "u8", within="u8") == encode_coverage(rows, "u8")

@@ -49,6 +49,16 @@ def test_a_row_s_bytes_depend_on_it_alone(rows: NDArray[np.float32], encoding: F
     assert encode_features(rows[:0], encoding) == b""
 
 
+@given(ROWS)
+def test_coarser_features_are_made_of_the_bytes_of_the_finest(rows: NDArray[np.float32]) -> None:
+    told = encode_features(rows, "f16")
+    assert encode_features(rows, "f16", within="f16") == told
+    assert encode_features(rows, "u8", within="f16") == encode_features(
+        back(told, len(rows), rows.shape[1], "f16"), "u8"
+    )
+    assert encode_features(rows, "u8", within="u8") == encode_features(rows, "u8")
+
+
 def test_bytes_by_hand() -> None:
     assert encode_features(np.array([[1.0, -2.0, 0.5]]), "f16").hex(" ", 2) == "003c 00c0 0038"
     data = encode_features(np.array([[-1.0, 254.0, 0.4]], np.float32), "u8")

@@ -77,6 +77,15 @@ def test_what_was_decoded_is_the_same_once_more(encoding: str, rows: np.ndarray)
     assert np.allclose(there_and_back(once, encoding), once, rtol=2.0**-10, atol=1e-6)
 
 
+@pytest.mark.parametrize("finest", ["f16", "u8", "top-3"])
+@given(rows=ROWS)
+def test_a_coarser_encoding_is_made_of_the_bytes_of_the_finest(finest: str, rows: np.ndarray) -> None:
+    for coarser in {"f16": ENCODINGS[1:], "u8": ["u8", "votes"], "top-3": ["top-1", "top-3", "votes"]}[finest]:
+        made = encode(rows, coarser, odds=True, within=finest)
+        read = rows if coarser == finest or (finest == "top-3" and rows.shape[1] <= 1) else there_and_back(rows, finest)
+        assert made == encode(read, coarser, odds=True)
+
+
 def test_what_lies_beyond_the_bounds_is_brought_to_them() -> None:
     rows = np.array([[1e30, -1e30, 101]], np.float32)
     for encoding in ("f32", "f16", "top-3"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ import pytest
 
 from consilience.common import files
 from consilience.common.errors import RunError, StorageError
+from consilience.common.identity import write_secret
+from helpers.disk import Disk
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +130,36 @@ def test_rows_that_the_disk_refuses_are_told(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(StorageError, match=r"rows\.npy"):
         writer.put(np.array([0]), np.zeros((1, 3), np.float32))
     writer.close()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: files.write_bytes(path, b"1"),
+        lambda path: write_secret(path, b"1"),
+        lambda path: files.make_private(path.parent),
+        lambda path: files.make_folder(path.parent),
+        lambda path: files.create_array(path, np.uint8, (3,)),
+        lambda path: contextlib.ExitStack().enter_context(files.lock(path.parent)),
+    ],
+)
+@pytest.mark.parametrize("there", ["", "a", "a/b/c"])
+def test_the_power_takes_no_folder_that_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, write: Callable[[Path], object]
+) -> None:
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    disk = Disk(monkeypatch)
+    write(tmp_path / "a" / "b" / "c" / "file")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert disk.unsure == set()
+
+
+def test_a_folder_for_its_owner_has_parents_as_always(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    files.make_private(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    files.make_private(tmp_path / "a")  # as it was
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="Cannot write"):
+        files.make_private(tmp_path / "file" / "a")

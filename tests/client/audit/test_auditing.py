@@ -22,7 +22,9 @@ from consilience.client.audit.averaging import Averaging, average, average_site
 from consilience.client.audit.cli import audit_to
 from consilience.client.audit.record import Audit
 from consilience.client.ledger import Ledger
-from consilience.client.privacy import train_private
+from consilience.client.privacy import NoisyTeacher, train_private
+from consilience.client.privacy.noise import Secret
+from consilience.client.privacy.outputs import beside
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
 from consilience.common.data import open_data
@@ -31,6 +33,8 @@ from consilience.common.errors import SettingsError, TeacherError
 from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
+from consilience.common.settings import OutputNoise
+from consilience.common.simplex import as_answer, project
 from helpers.small_site import Fickle, make_pool
 from helpers.small_site import make_site as make_small
 
@@ -197,20 +201,56 @@ def test_asking_a_site_a_thousand_times_gains_nothing(make_site: Any, privacy: d
     assert found.repetitions == 1000
     assert not found.works
     assert found.noisy == (privacy["mechanism"] != "none")
-    assert found.errors[1000] >= found.errors[1] * (1 - 1e-9)
+    assert found.errors[1000] >= found.errors[1] * (0.999 if found.noisy else 1)  # encodings round
     if found.noisy:
         assert found.errors[1] > 0.05
 
 
-def test_a_teacher_that_never_says_the_same_twice_is_not_averaged_either(tmp_path: Path, unsynced: None) -> None:
-    pool, fickle = make_pool(tmp_path), Fickle()
-    found = average_site(make_small(tmp_path, fickle, approval=True), pool, 100)
-    assert not found.works
+class Trusting(NoisyTeacher):
+    """Noise that follows from all bytes of the model's answer, as it did once."""
+
+    def log_probs(self, images: np.ndarray) -> np.ndarray:
+        rows = self.teacher.log_probs(images)
+        noise = self.settings.sigma * self.secret.normal(self._purpose, beside(images, rows), rows.shape[1])
+        return as_answer(project(np.exp(rows.astype(np.float64)) + noise))
+
+
+class Aligned:
+    """A teacher of which a batch of one changes the last digits, as that of a network does."""
+
+    classes, fingerprint = ("cat", "dog", "cow"), "f" * 64
+
+    def log_probs(self, images: np.ndarray) -> np.ndarray:
+        row = np.log([0.5, 0.3, 0.2]) + (1e-7 if len(images) == 1 else 0)
+        return np.tile(row.astype(np.float32), (len(images), 1))
+
+
+@pytest.mark.parametrize(("kind", "works"), [(NoisyTeacher, False), (Trusting, True)])
+@pytest.mark.parametrize("size", [16, 50])
+def test_noise_that_follows_from_last_digits_is_found_by_another_pool(
+    tmp_path: Path, unsynced: None, kind: type[NoisyTeacher], works: bool, size: int
+) -> None:
+    pool = make_pool(tmp_path, size)
+    teacher = kind(Aligned(), OutputNoise(mechanism="output-noise", sigma=0.5), Secret(b"k" * 32))
+    site = make_small(tmp_path, teacher)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("consilience.client.audit.averaging.audited_teacher", lambda site: site.teacher)
+        found = average_site(site, pool, 100)
+    assert found.works == works
+    assert (found.gained > 0.15) == works
     assert found.noisy
-    # asked without the site's memory, the same teacher is averaged
-    images = pool.read(16, 32)
-    truth = np.full((16, 3), 1 / 3)
-    assert average(lambda _: np.exp(fickle.log_probs(images).astype(np.float64)), truth, 100).works
+
+
+@pytest.mark.parametrize("precision", ["f32", "u8", "votes"])
+def test_a_teacher_that_never_says_the_same_twice_is_averaged_over_pools_and_encodings_alone(
+    tmp_path: Path, unsynced: None, precision: str
+) -> None:
+    pool = make_pool(tmp_path)
+    found = average_site(make_small(tmp_path, Fickle(), approval=True, precision=precision), pool, 100)
+    assert found.noisy
+    assert found.works
+    # in one pool, of which the first ten ask, it is averaged over encodings
+    assert (found.errors[10] < 0.9 * found.errors[1]) == (precision == "f32")
 
 
 def test_a_hosted_teacher_is_audited_for_what_is_known_of_it(tmp_path: Path, unsynced: None) -> None:

@@ -23,7 +23,7 @@ from consilience.client.ledger_rows import approval
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
-from consilience.common.encoding import check_features, feature_bytes, feature_values
+from consilience.common.encoding import check_features, encode_features, feature_bytes, feature_values
 from consilience.common.errors import SettingsError
 from consilience.common.nets.tapped import Tapped
 from consilience.common.pool import Pool
@@ -99,6 +99,12 @@ def code(action: Callable[[], object]) -> str:
     with pytest.raises(RefusedError) as caught:
         action()
     return caught.value.code
+
+
+def test_coarser_features_tell_nothing_that_the_finest_do_not(pool: Pool, opening: Opening) -> None:
+    site = opening()
+    finest, coarser = (site.answer(about(site, pool, encoding=encoding)).data for encoding in ("f16", "u8"))
+    assert coarser == encode_features(values(finest, LAYER2), "u8")
 
 
 @pytest.mark.parametrize("encoding", ["f16", "u8"])

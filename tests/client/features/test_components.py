@@ -26,7 +26,7 @@ from consilience.client.teacher import load_teacher
 from consilience.common.components import opened
 from consilience.common.encoding import feature_bytes
 from consilience.common.encoding.features import basis_bytes, unpack_basis
-from consilience.common.errors import ProtocolError
+from consilience.common.errors import LedgerError, ProtocolError
 from consilience.common.identity import make_key
 from consilience.common.pool import Pool
 from consilience.common.protocol import Agreement, Contract, Enclosed, TapCard
@@ -187,7 +187,9 @@ def test_a_ledger_without_its_head_still_tells_of_components(pool: Pool, opening
     site.agree(contract(site, pool))
     site.close()
     head_path(site.settings).unlink()
-    carried = restart(site.settings)
+    with pytest.raises(LedgerError, match=f"bytes of features were released, and .* it tells of {LAYER2:,}"):
+        restart(site.settings, 0)
+    carried = restart(site.settings, 0, LAYER2 - 1)  # the rows tell of more
     assert (carried.samples, carried.features) == (0, LAYER2)
 
 

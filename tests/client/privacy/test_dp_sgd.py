@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import cmath
+import hmac
+import json
+import math
 import shutil
+import struct
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from safetensors.torch import load_file
+from scipy.stats import kstest, norm
 from torch import nn
 
 from consilience.client.privacy import account, answering_costs, load_private, train_private
+from consilience.client.privacy.dp_draws import STEPS, blurred, poisson
 from consilience.client.privacy.dp_sgd import GROUPS, dp_record, grouped, sampling, train_dp
 from consilience.client.privacy.events import DpSgdTraining
+from consilience.client.privacy.noise import Secret, Stream, load_secret
 from consilience.client.teacher import describe_teacher, load_teacher
 from consilience.common.errors import MissingExtraError, TeacherError
 from consilience.common.nets import EpochRecord, build
@@ -35,12 +45,12 @@ class Watched:
         # here: it takes seconds, of every worker that collects
         from opacus.accountants import RDPAccountant
         from opacus.optimizers import DPOptimizer
-        from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
         self.optimizers: list[Any] = []
         self.sums: list[float] = []
-        self.sizes: list[int] = []
-        self.samplers: list[UniformWithReplacementSampler] = []
+        self.taken: list[list[int]] = []
+        self.noise: list[np.ndarray] = []
+        self.samplers: list[tuple[int, float, int]] = []
         self.accountant = RDPAccountant()
         watched = self
 
@@ -50,23 +60,33 @@ class Watched:
                 watched.optimizers.append(self)
 
             def clip_and_accumulate(self) -> None:
-                watched.sizes.append(len(self.grad_samples[0]))
+                assert len(watched.taken[-1]) == len(self.grad_samples[0])
                 super().clip_and_accumulate()
                 flat = torch.cat([vars(parameter)["summed_grad"].flatten() for parameter in self.params])
                 watched.sums.append(float(flat.norm()))
 
+            def scale_grad(self) -> None:
+                noise = [(p.grad - vars(p)["summed_grad"]).flatten() for p in self.params]
+                watched.noise.append(torch.cat(noise).numpy())
+                super().scale_grad()
+
             def step(self, closure: Any = None) -> Any:
-                (sampler,) = watched.samplers
-                watched.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=sampler.sample_rate)
+                _, rate, _ = watched.samplers[-1]
+                watched.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=rate)
                 return super().step(closure)
 
-        class Sampler(UniformWithReplacementSampler):
-            def __init__(self, **named: Any) -> None:
-                super().__init__(**named)
-                watched.samplers.append(self)
+        def sampler(records: int, rate: float, steps: int, stream: Stream) -> Iterator[torch.Tensor]:
+            watched.samplers.append((records, rate, steps))
+            for ids in poisson(records, rate, steps, stream):
+                watched.taken.append(ids.tolist())
+                yield ids
 
         monkeypatch.setattr("opacus.optimizers.DPOptimizer", Optimizer)
-        monkeypatch.setattr("opacus.utils.uniform_sampler.UniformWithReplacementSampler", Sampler)
+        monkeypatch.setattr("consilience.client.privacy.dp_sgd.poisson", sampler)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(ids) for ids in self.taken]
 
 
 def private(settings: SiteSettings) -> DpSgd:
@@ -78,12 +98,12 @@ def test_it_samples_cuts_and_blurs_as_the_accountant_believes(make: Make, monkey
     watched = Watched(monkeypatch)
     settings = make(NOISY, fit=SHORT | {"epochs": 8})
     record = train_dp(settings, private(settings))
-    (optimizer,), (sampler,) = watched.optimizers, watched.samplers
+    (optimizer,), (sampled,) = watched.optimizers, watched.samplers
     n, event = record.train_count, record.event
     assert record.holdout_count == 120 - n
     assert (optimizer.noise_multiplier, optimizer.max_grad_norm, optimizer.loss_reduction) == (1.0, 0.7, "mean")
     assert optimizer.expected_batch_size == 8
-    assert (sampler.num_samples, sampler.sample_rate) == (n, 8 / n)
+    assert sampled == (n, 8 / n, event.steps)
     # each record by itself: the sizes of batches spread as a binomial's
     sizes = np.array(watched.sizes)
     assert len(sizes) == event.steps == 8 * round(n / 8)
@@ -142,15 +162,77 @@ def test_other_data_have_other_noise_and_other_samples(make: Make, tmp_path: Pat
     settings = make(NOISY, fit={"epochs": 1, "batch_size": 64})
     images, labels = bars(120)
     images[7, 0, 0, 0] ^= 1
-    seeds = set()
+    drawn = set()
     for data in (bars(120), (images, labels), (bars(120)[0], np.roll(labels, 3))):
         write_data(tmp_path, *data)
         with pytest.MonkeyPatch.context() as patch:
             watched = Watched(patch)
             train_dp(settings, private(settings))
-        drawn = (watched.optimizers[0].generator, watched.samplers[0].generator)
-        seeds |= {generator.initial_seed() for generator in drawn if generator is not None}
-    assert len(seeds) == 4  # labels that are rolled by a class's worth are the same labels
+        drawn |= {watched.noise[0].tobytes(), str(watched.taken)}
+    assert len(drawn) == 4  # labels that are rolled by a class's worth are the same labels
+
+
+def cipher(key: bytes, purpose: list[str]) -> Callable[[int], list[int]]:
+    """Words of 64 bits by the definition: AES-256 in counter mode, whose key is HMAC-SHA256 of the purpose."""
+    text = json.dumps(purpose, separators=(",", ":")).encode()
+    stream = Cipher(algorithms.AES256(hmac.digest(key, b"stream\0" + text, "sha256")), modes.CTR(bytes(16)))
+    encryptor = stream.encryptor()
+    return lambda count: [word for (word,) in struct.iter_unpack("<Q", encryptor.update(bytes(8 * count)))]
+
+
+def test_noise_and_samples_are_of_the_secret_s_full_strength(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    settings = make(NOISY, fit={"epochs": 1, "batch_size": 32})
+    torch.manual_seed(1)
+    record = train_dp(settings, private(settings))
+    purpose = ["dp-sgd", record.settings_digest, record.data_digest]
+    words = cipher(load_secret(settings).key, [*purpose, "samples"])
+    n = record.train_count
+    for ids in watched.taken:
+        assert ids == [k for k, word in enumerate(words(n)) if (word >> 11) / 2**53 < 32 / n]
+    words = cipher(load_secret(settings).key, [*purpose, "noise"])
+    for noise in watched.noise:
+        expected: list[float] = []
+        for parameter in watched.optimizers[0].params:
+            half = (parameter.numel() + 1) // 2
+            uniform = [((word >> 11) + 0.5) / 2**53 for word in words(2 * half)]
+            turns = list(zip(uniform[:half], uniform[half:], strict=True))
+            pairs = [cmath.rect(math.sqrt(-2 * math.log(r)), 2 * math.pi * turn) for r, turn in turns]
+            both = [pair.real for pair in pairs] + [pair.imag for pair in pairs]
+            expected += both[: parameter.numel()]
+        np.testing.assert_allclose(noise, 0.7 * np.array(expected), atol=1e-5)
+    # nothing hangs on torch's own numbers, of which a CPU has 2^32 rows
+    shutil.rmtree(settings.state / "privacy" / "dp-sgd")
+    torch.manual_seed(2)
+    assert train_dp(settings, private(settings)).model_digest == record.model_digest
+
+
+def test_noise_is_gaussian_new_in_each_step_and_on_a_grid(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    settings = make({**NOISY, "noise_multiplier": 3.0}, fit={"epochs": 2, "batch_size": 16})
+    train_dp(settings, private(settings))
+    steps = np.stack(watched.noise) / 2.1
+    assert np.abs(np.corrcoef(steps) - np.eye(len(steps))).max() < 6 / np.sqrt(steps.shape[1])
+    noise = steps.ravel()
+    some = noise[:: len(noise) // 20_000][:20_000]
+    assert kstest(some, "norm").pvalue > 1e-3
+    pairs = noise[:20_000].reshape(-1, 2).sum(axis=1)  # neighbours know nothing of one another
+    assert kstest(pairs, norm(scale=math.sqrt(2)).cdf).pvalue > 1e-3
+    total = torch.linspace(-3, 3, 10_001)
+    found = blurred(total, 2.1, load_secret(settings).stream("a"))
+    grid = found.double().numpy() / (2 * STEPS)
+    assert np.array_equal(grid, np.rint(grid))
+
+
+def test_a_record_is_taken_with_its_chance_whoever_else_is() -> None:
+    stream = Secret(b"k" * 32).stream("samples")
+    taken = np.zeros((2000, 50))
+    for step, ids in enumerate(poisson(50, 0.3, 2000, stream)):
+        taken[step, ids.numpy()] = 1
+    assert np.abs(taken.mean(axis=0) - 0.3).max() < 5 * np.sqrt(0.21 / 2000)
+    apart = np.corrcoef(taken.T) - np.eye(50)
+    assert np.abs(apart).max() < 5.5 / np.sqrt(2000)
+    assert [ids.tolist() for ids in poisson(4, 1.0, 2, stream)] == [[0, 1, 2, 3]] * 2
 
 
 def test_one_record_fewer_changes_nothing_of_who_is_held_out(make: Make, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from consilience.client.privacy.noise import GRID, Secret, load_secret, on_grid
+from consilience.client.privacy.noise import GRID, Secret, Stream, load_secret, on_grid
 from consilience.common.errors import IdentityError, StorageError
 from consilience.common.settings import CallableTeacher, Preprocessing, SiteSettings
 
@@ -69,13 +69,27 @@ def test_shapes_without_rows_or_columns() -> None:
     assert np.isfinite(ONE.normal(PURPOSE, pictures(4), 1)).all()
 
 
-def test_digests_and_seeds_are_under_the_secret() -> None:
-    assert ONE.digest(PURPOSE) == ONE.digest(PURPOSE)
-    found = {ONE.digest(PURPOSE), TWO.digest(PURPOSE), ONE.digest([]), f"{ONE.seed(PURPOSE):x}", f"{TWO.seed([]):x}"}
-    assert len(found) == 5
-    assert len(ONE.digest(PURPOSE)) == 64
-    assert 0 <= ONE.seed(PURPOSE) < 2**63
+def test_digests_and_streams_are_under_the_secret() -> None:
+    other = [*PURPOSE, "more"]
+    found = {ONE.digest(PURPOSE), TWO.digest(PURPOSE), ONE.digest([]), ONE.digest(other)}
+    assert len(found) == 4
+    assert all(len(digest) == 64 for digest in found)
+    drawn = [secret.stream(purpose).words(4).tobytes() for secret in (ONE, TWO) for purpose in (PURPOSE, [], other)]
+    assert len(set(drawn)) == 6
+    assert ONE.stream(PURPOSE).words(4).tobytes() == drawn[0]
     assert "1111" not in repr(ONE)
+
+
+def test_a_stream_is_one_however_it_is_cut_and_follows_from_each_bit_of_its_key() -> None:
+    key = bytes(range(32))
+    whole = Stream(key).words(2**18 + 5)
+    cut = Stream(key)
+    again = np.concatenate([cut.words(count) for count in (1, 2**17, 0, 3, 2**17 + 1)])
+    assert np.array_equal(again, whole)
+    assert len(np.unique(whole)) == len(whole)
+    flipped = (int.from_bytes(key, "big") ^ 1 << bit for bit in range(256))
+    first = {Stream(other.to_bytes(32, "big")).words(1)[0] for other in flipped}
+    assert len(first) == 256
 
 
 def test_the_grid_hides_the_last_bits() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
 
 from consilience.client.privacy import answering_costs, train_private
 from consilience.client.privacy.events import NoisyOutputs
 from consilience.client.privacy.noise import Secret, load_secret
-from consilience.client.privacy.outputs import NoisyTeacher, beside
+from consilience.client.privacy.outputs import STEPS, NoisyTeacher, beside, in_steps
 from consilience.client.teacher import calibrate_teacher, describe_teacher, load_teacher
-from consilience.common.settings import OutputNoise
+from consilience.common.nets import build, scores
+from consilience.common.settings import OutputNoise, Preprocessing
 from consilience.common.simplex import as_answer, project
 from helpers.private_site import Make, bars
 
@@ -79,13 +83,59 @@ def test_another_site_model_or_scale_has_independent_noise_and_another_fingerpri
 
 
 def test_a_model_that_changes_behind_its_fingerprint_has_other_noise() -> None:
-    images, row = pictures(3000), (0.5 + 1e-6, 0.3, 0.2 - 1e-6)
+    images = pictures(3000)
     before = noisy(QUIET)
-    after = NoisyTeacher(Fixed(row=row), QUIET, before.secret)
+    after = NoisyTeacher(Fixed(row=(0.504, 0.3, 0.196)), QUIET, before.secret)
     assert after.fingerprint == before.fingerprint
     told = np.exp(after.log_probs(images)) - np.exp(before.log_probs(images))
     # the difference of two answers is as noisy as two answers are
     np.testing.assert_allclose(told.std(axis=0), 0.99 * 0.01 * np.sqrt(2 * 2 / 3), rtol=0.06)
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=2, max_size=30).filter(lambda row: sum(row) > 1e-3),
+    st.lists(st.floats(-1e-7, 1e-7), min_size=30, max_size=30),
+)
+def test_two_answers_have_the_same_noise_only_where_nothing_of_their_difference_is_told(
+    row: list[float], change: list[float]
+) -> None:
+    class Model(Fixed):
+        classes = tuple(map(str, range(len(row))))
+
+    before = np.array(row) / sum(row)
+    after = np.maximum(before + change[: len(row)], 0)
+    images = pictures(1)
+    one, other = (
+        NoisyTeacher(Model(row=tuple(np.maximum(probs, 1e-30))), LOUD, Secret(b"k" * 32)).log_probs(images)
+        for probs in (before, after)
+    )
+    edge = np.abs((before * STEPS) % 1 - 0.5).min() < 1e-3  # of a step: there the answer is another, noise and all
+    assert edge or np.array_equal(one, other)
+    told = project(in_steps(np.log(np.maximum([before, after], 1e-30)).astype(np.float32)) / STEPS)
+    np.testing.assert_allclose(told.sum(axis=1), 1, atol=1e-12)  # on the simplex, whose diameter is accounted for
+    assert (told >= 0).all()
+
+
+@pytest.mark.parametrize("architecture", ["cnn3", "resnet8"])
+def test_an_image_has_the_same_noise_in_a_batch_of_any_size(architecture: str) -> None:
+    network = build(architecture, classes=10, channels=1, seed=0).eval()
+    used = Preprocessing(size=(28, 28), channels=1)
+
+    class Network:
+        classes, fingerprint = tuple("abcdefghij"), "f" * 64
+
+        def log_probs(self, images: np.ndarray) -> np.ndarray:
+            return log_softmax(scores(network, images, used).astype(np.float64), axis=1).astype(np.float32)
+
+    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28, 1), np.uint8)
+    teacher = NoisyTeacher(Network(), LOUD, Secret(b"k" * 32))
+    together = teacher.log_probs(images)
+    alone = np.concatenate([teacher.log_probs(images[k : k + 1]) for k in range(len(images))])
+    # at the edge of a step an image may have two answers: of some thousands, one
+    assert np.mean((alone != together).any(axis=1)) <= 0.01
+    raw = Network().log_probs(images)
+    first, mean = (np.abs(np.exp(rows) - np.exp(raw)).sum() for rows in (together, (together + alone) / 2))
+    assert mean >= 0.99 * first
 
 
 def test_a_site_answers_behind_the_noise_after_its_calibration(make: Make) -> None:
@@ -105,9 +155,11 @@ def test_a_site_answers_behind_the_noise_after_its_calibration(make: Make) -> No
     assert teacher.told == f"{plain.told}, before noise"
     assert len({teacher.fingerprint, plain.fingerprint, plain.teacher.fingerprint}) == 3
     purpose = [{"mechanism": "output-noise", "sigma": 0.05}, plain.fingerprint]
-    noise = 0.05 * load_secret(settings).normal(purpose, beside(images, plain.log_probs(images)), 3)
-    probs = np.exp(plain.log_probs(images).astype(np.float64)) + noise
+    told = in_steps(plain.log_probs(images))
+    noise = 0.05 * load_secret(settings).normal(purpose, beside(images, told), 3)
+    probs = project(told / STEPS) + noise
     np.testing.assert_allclose(teacher.log_probs(images), as_answer(project(probs)), atol=1e-3)
+    np.testing.assert_allclose(told / STEPS, np.exp(plain.log_probs(images)), atol=0.5001 / STEPS)
     assert np.abs(teacher.log_probs(images) - plain.log_probs(images)).max() > 0.05
     assert answering_costs(settings, 9) == (NoisyOutputs(sigma=0.05, count=9),)
     assert describe_teacher(settings)[0].endswith("protects the whole model's answer, not a record; noise 0.05")

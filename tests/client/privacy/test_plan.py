@@ -104,12 +104,28 @@ def test_the_table_says_the_same(make: Make, tmp_path: Path) -> None:
         (("--epsilon", "1e9", "--samples", "10"), "--epsilon is 1e+09"),
         (("--epsilon", "3", "--samples", "0"), "--samples is 0; allowed: 1 to 10^12"),
         (("--epsilon", "3", "--samples", "10", "--delta", "1"), "--delta is 1; allowed: between 0 and 1"),
+        (
+            ("--epsilon", "0.001", "--samples", "1000000000000"),
+            "Epsilon 0.001 at delta 1e-05 needs more noise than 1e+09, the most that settings take",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(make: Make, tmp_path: Path, options: tuple[str, ...], told: str) -> None:
     result = run(tmp_path, make(VOTE).model_dump(mode="json"), *options, "--json")
     assert result.exit_code == SettingsError.exit_code
-    assert told in json.loads(result.stdout)["error"]["message"]
+    error = json.loads(result.stdout)["error"]
+    assert told in error["message"]
+    assert error["hint"].startswith(("Correct --", "Raise --epsilon, or lower --samples"))
+
+
+def test_up_to_the_most_noise_there_is_a_plan(tmp_path: Path) -> None:
+    write_data(tmp_path, *bars(120))
+    found = alternatives(settings_of(tmp_path, SURE), 0.02, 10**12, 1e-5)
+    assert all(one.spent.epsilon is not None and one.spent.epsilon <= 0.02 for one in found[:5])
+    # the threshold's noise, in proportion, would be less than there is
+    odd = {**SURE, "sigma": 1e9, "threshold_sigma": 0.01}
+    with pytest.raises(SettingsError, match=r"more noise than 1e\+09"):
+        alternatives(settings_of(tmp_path, odd), 1, 10, 1e-5)
 
 
 @pytest.mark.parametrize(("parts", "sigma"), [(5, 1.0), (25, 12.0)])
