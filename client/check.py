@@ -167,7 +167,7 @@ class Preflight:
         told, private = f"{len(data):,} images of {len(data.class_names)} classes", self._settings.privacy
         if isinstance(private, Pate | DpSgd) and private.delta * len(data) >= 1:
             raise WarnedError(
-                f"{told}; privacy.delta is {private.delta:g}: with that chance or less a record may be given away whole",
+                f"{told}; privacy.delta is {private.delta:g}: a record may be given away whole with that chance",
                 f"Set privacy.delta well below {1 / len(data):.2g}, one in the number of records",
             )
         return told
