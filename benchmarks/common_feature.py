@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from consilience.common.cards import TapCard
 from consilience.common.encoding import encode_features
 from consilience.common.files import sha256
 from consilience.common.nets import Loss, build, default_device, train
 from consilience.common.nets.tapped import tap_shapes
 from consilience.common.preprocessing import Images
-from consilience.common.protocol import Answer, Question, TapCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Fit, Preprocessing
 from consilience.server.answers import About, AnswerStore
 from consilience.server.student.common_feature import Weights

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from consilience.common.cards import FeaturesCard, SiteCard, TapCard
 from consilience.common.data import ImageData
 from consilience.common.encoding import encode, encode_features
 from consilience.common.files import sha256
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, FeaturesCard, Question, SiteCard, TapCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Fit, JobSettings, Student
 from consilience.common.settings_file import dump_settings
 from consilience.server.answers import AnswerStore

@@ -31,9 +31,10 @@ from consilience.client.privacy.noise import Secret
 from consilience.client.privacy.sum_noise import share_of_noise
 from consilience.client.sum_index import DIGEST_BYTES
 from consilience.client.sums import Noise, SumSite
+from consilience.common.cards import SumNoiseCard
 from consilience.common.encoding import decode, encode
 from consilience.common.identity import key_fingerprint
-from consilience.common.protocol import Answer, Question, SumNoiseCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import SumNoise
 from consilience.common.sums.messages import Member, Record, Terms, default_threshold
 from consilience.common.sums.revealed import determined

@@ -17,7 +17,8 @@ from flwr.clientapp import ClientApp
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.errors import ConsilienceError, LedgerError, ProtocolError
-from consilience.common.protocol import CardRequest, Contract, Question, Record, Refusal
+from consilience.common.protocol import CardRequest, Contract, Question, Refusal
+from consilience.common.records import Record
 from consilience.common.sums.messages import Delivery, MaskedRows, Roster, RowsQuestion, Terms, Unmask
 from consilience.common.tails import BlocksQuestion, asked
 

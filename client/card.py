@@ -1,6 +1,6 @@
 """The site card: what a site says of itself first, as far as its policy allows.
 
-Does not live here: the record (common/protocol.SiteCard), what is told beside it to the site's own eyes (client/cli).
+Does not live here: the record (common/cards.SiteCard), what is told beside it to the site's own eyes (client/cli).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from consilience.client.teacher import (
     describe_teacher,
     holdout_ap,
 )
+from consilience.common.cards import CalibrationCard, CoverageCard, FeaturesCard, SiteCard
 from consilience.common.data import open_data
 from consilience.common.errors import DataError
 from consilience.common.identity import key_fingerprint, key_line
-from consilience.common.protocol import CalibrationCard, CoverageCard, FeaturesCard, SiteCard
 from consilience.common.settings import Policy, SiteSettings
 from consilience.common.vouching import Signer
 

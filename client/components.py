@@ -12,8 +12,9 @@ from consilience.client.features import OpenTap
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Entry, components, components_subject
 from consilience.client.policy import component_bytes
+from consilience.common.cards import TapCard
 from consilience.common.components import enclose
-from consilience.common.protocol import Contract, Enclosed, TapCard
+from consilience.common.protocol import Contract, Enclosed
 from consilience.common.settings import SiteSettings
 from consilience.common.vouching import Signer
 

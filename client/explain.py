@@ -27,10 +27,11 @@ from consilience.client.privacy import Spent, account, describe_privacy
 from consilience.client.privacy.spending import loss_limits, loss_of
 from consilience.client.site import Site
 from consilience.client.tails import still, tail_limits
+from consilience.common.cards import TapCard
 from consilience.common.errors import LabelError, PoolError, SettingsError, StorageError, StudentError
 from consilience.common.nets.tail_plan import check_tail, sides, tail_demand
 from consilience.common.pool import Pool
-from consilience.common.protocol import Kind, TailDemand, TapCard
+from consilience.common.protocol import Kind, TailDemand
 from consilience.common.samples_asked import drawn, samples_asked
 from consilience.common.settings import (
     EVERY_LAYER,

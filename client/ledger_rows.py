@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from consilience.common.cards import TailCard, TapCard
 from consilience.common.files import canonical_json, sha256
-from consilience.common.protocol import TailCard, TapCard
 from consilience.common.tails import TailQuestion
 
 EntryKind = Literal["answer", "card", "features", "tail", "sum", "mechanism", "approval", "carried"]

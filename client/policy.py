@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked
+from consilience.common.cards import TapCard
 from consilience.common.errors import IdentityError, ProtocolError, StorageError
 from consilience.common.identity import Kit, words
 from consilience.common.job_key import JobKey
-from consilience.common.protocol import Kind, Question, RefusalCode, TapCard
+from consilience.common.protocol import Kind, Question, RefusalCode
 from consilience.common.settings import Policy, SiteSettings, allowed_by
 from consilience.common.sums.messages import Terms
 

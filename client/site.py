@@ -45,6 +45,7 @@ from consilience.client.shaping import check_floor, shape, shape_odds
 from consilience.client.summing import Summing
 from consilience.client.tails import OpenTail, TailDesk, open_tail
 from consilience.client.teacher import CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher, load_any
+from consilience.common.cards import SiteCard
 from consilience.common.encoding import (
     coverage_bytes,
     coverage_problem,
@@ -67,7 +68,6 @@ from consilience.common.protocol import (
     Guarantee,
     Kind,
     Question,
-    SiteCard,
     TailDemand,
 )
 from consilience.common.sealing import seal_answer

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from consilience.common.cards import SumNoiseCard
 from consilience.common.errors import LabelError, ProtocolError
 from consilience.common.labels import LabelSpace
-from consilience.common.protocol import SumNoiseCard
 from consilience.common.sums.messages import Member, Terms
 
 MOST_UNEVEN = 2.0

@@ -21,9 +21,10 @@ from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.sum_noise import share_of_noise
 from consilience.client.sum_index import DIGEST_BYTES, image_digests
 from consilience.client.sums import SumSite
+from consilience.common.cards import SumNoiseCard
 from consilience.common.encoding import decode
 from consilience.common.identity import load_key
-from consilience.common.protocol import MOST_ANSWER_BYTES, SumNoiseCard
+from consilience.common.protocol import MOST_ANSWER_BYTES
 from consilience.common.settings import SiteSettings, SumNoise
 from consilience.common.sums.messages import (
     Advert,

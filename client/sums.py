@@ -29,10 +29,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from consilience.client.ledger_rows import SumState
 from consilience.client.sum_index import SumIndex
 from consilience.client.sum_terms import Own, check_terms
+from consilience.common.cards import SumNoiseCard
 from consilience.common.errors import ProtocolError, StorageError
 from consilience.common.files import lock, make_private, storage_error, write_bytes
 from consilience.common.identity import PrivateKey, key_fingerprint
-from consilience.common.protocol import SumNoiseCard
 from consilience.common.sums.masks import (
     SEED_BYTES,
     Mask,

@@ -23,11 +23,12 @@ from consilience.client.policy import Limit, RefusedError, check_job
 from consilience.client.teacher import AnyTeacher, CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher
 from consilience.client.teacher.protocol import Scoring
 from consilience.client.teacher.torch_modules import NetworkScores
+from consilience.common.cards import BlockCard, TailCard
 from consilience.common.errors import SettingsError, StudentError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.nets import default_device
 from consilience.common.nets.blocks import Blocks, LentTail, export_tail, rebuild_tail
-from consilience.common.protocol import BlockCard, TailCard, TailDemand
+from consilience.common.protocol import TailDemand
 from consilience.common.settings import Policy, SiteSettings
 from consilience.common.tails import BlocksQuestion, Floats, TailQuestion
 

@@ -2,7 +2,7 @@
 
 Behind base64 and seal stand the length of the signature (2 bytes), the signature, and the components of each tap that
 the contract names, in its order (`encoding.pack_basis`). Does not live here: whether they may leave (client/site),
-where the server keeps them (server/components), what card and contract say (common/protocol).
+where the server keeps them (server/components), what card and contract say (common/cards, common/protocol).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import base64
 import binascii
 from collections.abc import Sequence
 
+from consilience.common.cards import ComponentsCard, TapCard
 from consilience.common.encoding.features import unpack_basis
 from consilience.common.errors import ProtocolError
 from consilience.common.files import canonical_json, sha256
-from consilience.common.protocol import MOST_VOUCH_BYTES, ComponentsCard, Contract, Enclosed, TapCard
+from consilience.common.protocol import MOST_VOUCH_BYTES, Contract, Enclosed
 from consilience.common.sealing import Secret, seal
 from consilience.common.vouching import KnownSigner, Signer
 

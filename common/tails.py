@@ -5,7 +5,7 @@ sends features at a block and gets outputs, or, with the outputs' gradient, the 
 blocks, the server fetches them as safetensors, piece by piece. Numbers are float32, little-endian, in the order sample,
 channel, row, column.
 
-Does not live here: what a card tells of a tail (common/protocol), how many questions a job has (common/nets/tail_plan),
+Does not live here: what a card tells of a tail (common/cards), how many questions a job has (common/nets/tail_plan),
 blocks as networks (common/nets/blocks).
 """
 
@@ -21,16 +21,10 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from consilience.common.cards import MOST_CHANNELS, MOST_CLASSES
 from consilience.common.errors import ProtocolError
-from consilience.common.protocol import (
-    MOST_CHANNELS,
-    MOST_CLASSES,
-    Digest,
-    Record,
-    Refusal,
-    RefusedReplyError,
-    SiteName,
-)
+from consilience.common.protocol import Refusal, RefusedReplyError
+from consilience.common.records import Digest, Record, SiteName
 
 TAIL, BLOCKS = "query.tail", "query.blocks"
 QUESTION_BYTES = 16 * 2**20

@@ -1,14 +1,14 @@
 """Which taps' features a job asks a site for: one rule, for the server that asks and for the site that explains.
 
-Does not live here: what a tap is (common/protocol.TapCard), asking (server), what a policy lets out (client/features).
+Does not live here: what a tap is (common/cards.TapCard), asking (server), what a policy lets out (client/features).
 """
 
 from __future__ import annotations
 
 import re
 
+from consilience.common.cards import SiteCard, TapCard
 from consilience.common.errors import SettingsError
-from consilience.common.protocol import SiteCard, TapCard
 from consilience.common.settings import CommonSpace, JobSettings
 
 _LAYER = re.compile("layer[1-9][0-9]*")

@@ -40,7 +40,8 @@ from consilience.common.encoding import (
 )
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
 from consilience.common.files import Resident, read_json, sha256, storage_error, sync_folder, write_json
-from consilience.common.protocol import Answer, Digest, Kind, Question
+from consilience.common.protocol import Answer, Kind, Question
+from consilience.common.records import Digest
 from consilience.common.settings import CoverageEncoding, Encoding, FeatureEncoding
 from consilience.common.vouching import SALT_BYTES, KnownSigner, salted
 from consilience.server.asked_pool import reach, span

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from consilience.common.cards import SiteCard, TapCard
 from consilience.common.components import opened
 from consilience.common.encoding.features import unpack_basis
 from consilience.common.errors import ProtocolError, StorageError
 from consilience.common.files import sha256, storage_error, write_bytes
-from consilience.common.protocol import FINGERPRINT_SHOWN, Agreement, Contract, SiteCard, TapCard
+from consilience.common.protocol import Agreement, Contract
+from consilience.common.records import FINGERPRINT_SHOWN
 from consilience.common.settings import JobSettings
 from consilience.common.taps_asked import components_asked
 from consilience.server.trust import Unsealing, signer_of

@@ -13,11 +13,12 @@ from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from consilience.common.cards import SiteCard
 from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.job_key import JobKey
 from consilience.common.labels import Entries, LabelSpace
-from consilience.common.protocol import Contract, SiteCard, TailDemand
+from consilience.common.protocol import Contract, TailDemand
 from consilience.common.settings import CoverageEncoding, JobSettings, LabelKind, allowed_by, encoding_names
 from consilience.common.subsets import subset_text
 from consilience.common.taps_asked import taps_asked

@@ -16,6 +16,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from consilience.common.cards import SiteCard
 from consilience.common.errors import AskingError, ProtocolError
 from consilience.common.progress import Reporter
 from consilience.common.protocol import (
@@ -25,7 +26,6 @@ from consilience.common.protocol import (
     CardRequest,
     Contract,
     Guarantee,
-    SiteCard,
     TailDemand,
     read_reply,
 )

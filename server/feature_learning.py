@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from consilience.common.cards import SiteCard
 from consilience.common.files import write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.nets import EpochRecord, default_device, epoch_task, train
@@ -25,7 +26,6 @@ from consilience.common.nets.taps import taps
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
-from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, Student
 from consilience.common.taps_asked import components_asked, tap_in
 from consilience.server.answers import AnswerStore

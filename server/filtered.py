@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from consilience.common.cards import SiteCard
 from consilience.common.errors import SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.nets import EpochRecord, Loss, default_device
@@ -22,7 +23,7 @@ from consilience.common.pages.numbers import listing, size
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
-from consilience.common.protocol import SiteCard, TailDemand
+from consilience.common.protocol import TailDemand
 from consilience.common.settings import JobSettings
 from consilience.server.answers import AnswerStore
 from consilience.server.chosen import Chosen

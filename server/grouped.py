@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+from consilience.common.cards import SiteCard
 from consilience.common.errors import UnifyError
 from consilience.common.labels import LabelSpace, check_groups
 from consilience.common.pages.numbers import listing
-from consilience.common.protocol import SiteCard
 from consilience.common.settings import Labels, Unify
 from consilience.server.unify import GroupUnifier, Unifier
 

@@ -17,6 +17,7 @@ import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from consilience.common.cards import SiteCard
 from consilience.common.data import open_data
 from consilience.common.errors import NEW_RUN, AskingError, PoolError, SettingsError
 from consilience.common.files import read_json, write_json
@@ -24,7 +25,6 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import listing
 from consilience.common.pool import Pool, PoolImages
 from consilience.common.progress import Reporter
-from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
 from consilience.server.answered import CoverageStores, Usable, need_usable, usable

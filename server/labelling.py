@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from consilience.common.cards import SiteCard
 from consilience.common.files import RowWriter, canonical_json, create_array, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
-from consilience.common.protocol import SiteCard
 from consilience.common.settings import Unify
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, usable
 from consilience.server.answers import AnswerStore

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from consilience.common.cards import SiteCard
 from consilience.common.pool import Pool
-from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings
 from consilience.server.answered import CoverageStores
 from consilience.server.answers import AnswerStore

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from consilience.common.cards import SiteCard
 from consilience.common.data import ImageData
 from consilience.common.errors import DataError, LabelError, SettingsError
-from consilience.common.protocol import SiteCard
 from consilience.common.settings import JobSettings, LabelKind
 
 

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 import consilience
+from consilience.common.cards import SiteCard
 from consilience.common.data import ImageData
 from consilience.common.files import read_json, write_bytes, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
-from consilience.common.protocol import LABEL_KINDS, Guarantee, SiteCard
+from consilience.common.protocol import LABEL_KINDS, Guarantee
 from consilience.common.settings import JobSettings
 from consilience.common.sums.ring import WORD
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from consilience.common.cards import SiteCard
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
-from consilience.common.protocol import SiteCard
 from consilience.server.answered import Usable, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.labelling_top import Labels

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from consilience.common.cards import SiteCard
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool, PoolImages
 from consilience.common.progress import Reporter
-from consilience.common.protocol import SiteCard
 from consilience.common.samples_asked import round_ends
 from consilience.common.settings import JobSettings
 from consilience.server.answered import CoverageStores, need_usable, usable

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from consilience.common.errors import NEW_RUN, AskingError, ProtocolError, RunError, StorageError
 from consilience.common.files import read_json, storage_error, write_bytes, write_json
-from consilience.common.protocol import Record
+from consilience.common.records import Record
 from consilience.common.sums.messages import (
     LEAST_SITES,
     Advert,

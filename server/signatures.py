@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from consilience.common.bounded import bounded
+from consilience.common.cards import MOST_CLASSES, SiteCard
 from consilience.common.errors import ConsilienceError, IdentityError, ProtocolError, StorageError, StudentError
 from consilience.common.files import read_bytes, storage_error, write_json
 from consilience.common.identity import key_fingerprint, read_key_line
 from consilience.common.pool import Pool
-from consilience.common.protocol import MOST_CLASSES, MOST_SPAN, Digest, Kind, Question, SiteCard, SiteName
+from consilience.common.protocol import MOST_SPAN, Kind, Question
+from consilience.common.records import Digest, SiteName
 from consilience.common.settings import MOST_ROUNDS, ClassName, Encoding
 from consilience.common.subsets import subset_mask, text_length
 from consilience.common.vouching import KnownSigner

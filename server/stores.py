@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from consilience.common.cards import SiteCard
 from consilience.common.pool import Pool
-from consilience.common.protocol import FINGERPRINT_SHOWN, LABEL_KINDS, Kind, SiteCard
+from consilience.common.protocol import LABEL_KINDS, Kind
+from consilience.common.records import FINGERPRINT_SHOWN
 from consilience.common.settings import JobSettings
 from consilience.common.taps_asked import taps_asked
 from consilience.server.answers import About, AnswerStore

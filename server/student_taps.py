@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from consilience.common.cards import SiteCard, TapCard
 from consilience.common.encoding import feature_bytes
 from consilience.common.errors import SettingsError, StudentError
 from consilience.common.nets.tapped import PENULTIMATE
 from consilience.common.nets.taps import Tap, one_layout
 from consilience.common.pages.numbers import listing, size
 from consilience.common.pool import Pool
-from consilience.common.protocol import SiteCard, TapCard
 from consilience.common.settings import CommonSpace, JobSettings
 from consilience.common.taps_asked import components_asked, tap_in, taps_asked
 from consilience.server.learning import build_student

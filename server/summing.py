@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
+from consilience.common.cards import SiteCard
 from consilience.common.errors import AskingError, ProtocolError
-from consilience.common.protocol import RecordType, RefusedReplyError, SiteCard, read_reply
+from consilience.common.protocol import RefusedReplyError, read_reply
+from consilience.common.records import RecordType
 from consilience.common.sums.messages import (
     DELIVERY,
     ROSTER,

@@ -17,12 +17,13 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from consilience.common.cards import SiteCard, TailCard
 from consilience.common.errors import AskingError, ProtocolError
 from consilience.common.files import read_json, sha256, write_bytes, write_json
 from consilience.common.nets.blocks import LentTail, rebuild_tail
 from consilience.common.nets.tail_plan import most_samples, taps_told
 from consilience.common.progress import Reporter
-from consilience.common.protocol import RefusedReplyError, SiteCard, TailCard
+from consilience.common.protocol import RefusedReplyError
 from consilience.common.settings import JobSettings
 from consilience.common.tails import (
     BLOCKS,

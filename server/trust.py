@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from consilience.common.cards import SiteCard
 from consilience.common.errors import ProtocolError
 from consilience.common.identity import key_fingerprint, read_key_line
 from consilience.common.job_key import LIFE, JobKey
-from consilience.common.protocol import SiteCard
 from consilience.common.sealing import Secret
 from consilience.common.vouching import KnownSigner
 from consilience.server.admission import Register

@@ -18,12 +18,7 @@ from consilience.client.features import bases
 from consilience.client.features.layers import Layer, Layers, Maps, layers_of
 from consilience.client.features.reducing import Basis, averaged, averaged_shape
 from consilience.client.teacher import MultiTeacher, Teacher
-from consilience.common.encoding.features import LARGEST, basis_bytes, pack_basis
-from consilience.common.errors import SettingsError, TeacherError
-from consilience.common.files import canonical_json, sha256
-from consilience.common.pool import Pool
-from consilience.common.preprocessing import Images
-from consilience.common.protocol import (
+from consilience.common.cards import (
     MOST_CHANNELS,
     MOST_COMPONENTS,
     MOST_FEATURES,
@@ -31,6 +26,11 @@ from consilience.common.protocol import (
     FeaturesCard,
     TapCard,
 )
+from consilience.common.encoding.features import LARGEST, basis_bytes, pack_basis
+from consilience.common.errors import SettingsError, TeacherError
+from consilience.common.files import canonical_json, sha256
+from consilience.common.pool import Pool
+from consilience.common.preprocessing import Images
 from consilience.common.settings import EVERY_LAYER, Reduction, SiteSettings
 
 _FIELD = "policy.features.taps"

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from consilience.common.cards import SiteCard, TailCard
 from consilience.common.errors import SettingsError, StudentError
 from consilience.common.labels import LabelSpace
 from consilience.common.nets.blocks import skeleton
 from consilience.common.nets.taps import Tap, one_layout
-from consilience.common.protocol import SiteCard, TailCard, TailDemand
+from consilience.common.protocol import TailDemand
 from consilience.common.settings import JobSettings
 from consilience.common.tails import PIECE_BYTES, QUESTION_BYTES
 

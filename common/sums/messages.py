@@ -22,10 +22,12 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
+from consilience.common.cards import MOST_CLASSES, SumNoiseCard
 from consilience.common.errors import IdentityError, ProtocolError, SettingsError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.identity import PrivateKey, key_fingerprint, key_line, read_key_line, sign, verify
-from consilience.common.protocol import MOST_CLASSES, Digest, Record, SiteName, SumNoiseCard, read_reply
+from consilience.common.protocol import read_reply
+from consilience.common.records import Digest, Record, SiteName
 from consilience.common.settings import ClassName
 from consilience.common.sums.masks import SEED_BYTES
 from consilience.common.sums.noise import SharedNoise

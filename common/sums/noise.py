@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.common.protocol import SumNoiseCard
+from consilience.common.cards import SumNoiseCard
 
 _ROUNDING = 1e-9
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from consilience.common.cards import TapCard
 from consilience.common.files import canonical_json, sha256
-from consilience.common.protocol import TapCard
 from consilience.server.answers import AnswerStore
 from consilience.server.components import read_components
 

@@ -20,12 +20,12 @@ from pydantic import ValidationError
 
 from consilience.client import app as app_module
 from consilience.client.site import Site
+from consilience.common.cards import SumNoiseCard
 from consilience.common.data import from_arrays
 from consilience.common.errors import ConsilienceError
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import SumNoiseCard
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import parse_settings
 from consilience.deploy.local_grid import LocalGrid

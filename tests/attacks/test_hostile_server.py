@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from consilience.client.agent import Agent
 from consilience.client.app import forget_sites
 from consilience.client.bundle import bundle_problem
+from consilience.common.cards import SiteCard
 from consilience.common.errors import AdmissionError, ClockError, ConsilienceError, VersionError
-from consilience.common.protocol import CardRequest, SiteCard, read_reply
+from consilience.common.protocol import CardRequest, read_reply
 from helpers.fake_fleet import NODE, FakeFleet
 from helpers.site_folder import SiteFolder
 from helpers.superlink import PYPROJECT, SuperLink, until

@@ -13,10 +13,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from consilience.common.cards import SiteCard
 from consilience.common.encoding import encode
 from consilience.common.errors import ConsilienceError, PoolError, ProtocolError
 from consilience.common.pool import Pool
-from consilience.common.protocol import Answer, Contract, Question, Refusal, SiteCard, read_reply
+from consilience.common.protocol import Answer, Contract, Question, Refusal, read_reply
 from consilience.server.answers import About, AnswerStore
 
 DIGEST, POLICY = "a" * 64, "c" * 16

@@ -30,9 +30,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from safetensors.torch import save_file
 
 from consilience.client.teacher import load_teacher
+from consilience.common.cards import SiteCard
 from consilience.common.identity import Kit, key_line, load_key
 from consilience.common.nets import build
-from consilience.common.protocol import ANSWER, CARD, CONTRACT, Agreement, Answer, Question, SiteCard, read_reply
+from consilience.common.protocol import ANSWER, CARD, CONTRACT, Agreement, Answer, Question, read_reply
 from consilience.common.settings import NpzData, Policy, Preprocessing, SiteSettings, StateDictTeacher
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.processes import join

@@ -14,18 +14,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from consilience.client.agent import Agent
 from consilience.client.agent_cli import serve
+from consilience.common.cards import SiteCard
 from consilience.common.encoding import decode
 from consilience.common.errors import AdmissionError, CertificateError, DuplicateError, IdentityError
 from consilience.common.identity import Kit
-from consilience.common.protocol import (
-    Agreement,
-    Answer,
-    CardRequest,
-    Contract,
-    Question,
-    SiteCard,
-    read_reply,
-)
+from consilience.common.protocol import Agreement, Answer, CardRequest, Contract, Question, read_reply
 from helpers.site_folder import AgentProcess, Proxy, SiteFolder, ask, health, stock_supernode
 from helpers.superlink import Authority, SuperLink, free_ports, until
 

@@ -18,11 +18,12 @@ from consilience.client import app as app_module
 from consilience.client.policy import RefusedError
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
+from consilience.common.cards import CoverageCard, SiteCard
 from consilience.common.data import from_arrays
 from consilience.common.encoding import decode, decode_coverage, encode, encode_coverage, row_bytes
 from consilience.common.errors import DataError, TeacherError
 from consilience.common.pool import Pool
-from consilience.common.protocol import Answer, CardRequest, Contract, CoverageCard, Question, Refusal, SiteCard
+from consilience.common.protocol import Answer, CardRequest, Contract, Question, Refusal
 from consilience.common.settings import CallableTeacher, NpzData, Policy, Preprocessing, SiteSettings
 from consilience.deploy.local_grid import LocalGrid
 

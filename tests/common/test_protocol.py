@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consilience.common.cards import CoverageCard, SiteCard
 from consilience.common.encoding.features import basis_bytes
 from consilience.common.errors import ProtocolError
 from consilience.common.protocol import (
@@ -19,14 +20,12 @@ from consilience.common.protocol import (
     Answer,
     CardRequest,
     Contract,
-    CoverageCard,
     Enclosed,
     Question,
-    Record,
     Refusal,
-    SiteCard,
     read_reply,
 )
+from consilience.common.records import Record
 from consilience.common.subsets import subset_text
 
 DIGEST, OTHER, POLICY = "a" * 64, "b" * 64, "c" * 16

@@ -14,13 +14,14 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 from torch import nn
 
+from consilience.common.cards import ComponentsCard, FeaturesCard, TapCard
 from consilience.common.encoding import encode, encode_features
 from consilience.common.encoding.features import pack_basis
 from consilience.common.files import sha256
 from consilience.common.nets import build
 from consilience.common.nets.tapped import Tapped, tap_layouts, tap_shapes
 from consilience.common.preprocessing import preprocess
-from consilience.common.protocol import Answer, ComponentsCard, FeaturesCard, Question, TapCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import FeatureEncoding, Preprocessing
 from consilience.server.answers import About, AnswerStore
 from consilience.server.student.site_taps import SiteTap

@@ -12,10 +12,10 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 from torch import nn
 
+from consilience.common.cards import BlockCard, TailCard
 from consilience.common.files import sha256
 from consilience.common.nets.blocks import Blocks, export_tail, rebuild_tail
 from consilience.common.preprocessing import preprocess
-from consilience.common.protocol import BlockCard, TailCard
 from consilience.common.tails import BlocksQuestion, Carried, asked, packed
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher
 from consilience.server.student.remote_tail import RemoteTail

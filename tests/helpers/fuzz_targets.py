@@ -38,6 +38,7 @@ from pydantic import ValidationError
 from consilience.client.bundle import APP, bundle_problem
 from consilience.client.connection import Envelope, MalformedError
 from consilience.client.fleet import inflate
+from consilience.common.cards import BlockCard, ComponentsCard, FeaturesCard, SiteCard, SumNoiseCard, TailCard, TapCard
 from consilience.common.components import components_info, opened
 from consilience.common.encoding import (
     check,
@@ -62,22 +63,15 @@ from consilience.common.pool import Pool
 from consilience.common.protocol import (
     Agreement,
     Answer,
-    BlockCard,
     CardRequest,
-    ComponentsCard,
     Contract,
     Enclosed,
-    FeaturesCard,
     Question,
-    Record,
     Refusal,
-    SiteCard,
-    SumNoiseCard,
-    TailCard,
     TailDemand,
-    TapCard,
     read_reply,
 )
+from consilience.common.records import Record
 from consilience.common.sealing import Secret, info_of, seal_answer, unseal_answer
 from consilience.common.sealing import seal as seal_hpke
 from consilience.common.sums.masks import public_hex

@@ -26,8 +26,9 @@ from consilience.client.agent import Agent
 from consilience.client.agent_cli import LogForm, log_to_stderr, papers
 from consilience.client.app import app as honest
 from consilience.client.fleet import Fleet, GrpcFleet, _call
+from consilience.common.cards import SiteCard
 from consilience.common.identity import Kit, PrivateKey
-from consilience.common.protocol import ANSWER, CARD, Answer, Question, SiteCard
+from consilience.common.protocol import ANSWER, CARD, Answer, Question
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import load_settings
 

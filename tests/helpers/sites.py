@@ -11,20 +11,10 @@ import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from consilience.common.cards import CoverageCard, FeaturesCard, SiteCard, TailCard
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.identity import PrivateKey, key_fingerprint, key_line
-from consilience.common.protocol import (
-    Agreement,
-    Answer,
-    Contract,
-    CoverageCard,
-    Enclosed,
-    FeaturesCard,
-    Question,
-    Refusal,
-    SiteCard,
-    TailCard,
-)
+from consilience.common.protocol import Agreement, Answer, Contract, Enclosed, Question, Refusal
 from consilience.common.settings import ENCODINGS, CoverageEncoding, LabelKind
 from consilience.common.vouching import Signer
 from consilience.deploy.local_grid import LocalGrid

@@ -14,19 +14,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from consilience.common.cards import SiteCard
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, StorageError
 from consilience.common.progress import Reporter
-from consilience.common.protocol import (
-    CONTRACT,
-    FINAL_REFUSALS,
-    Agreement,
-    Answer,
-    Contract,
-    Question,
-    Refusal,
-    SiteCard,
-)
+from consilience.common.protocol import CONTRACT, FINAL_REFUSALS, Agreement, Answer, Contract, Question, Refusal
 from consilience.common.settings import Ask
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server import asking, enrolment, question_size

@@ -15,13 +15,14 @@ from flwr.app import Context, Message, RecordDict
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
+from consilience.common.cards import SiteCard
 from consilience.common.data import from_arrays
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, DataError, PoolError, RunError, SettingsError, StorageError
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, Question, SiteCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server import publishing

@@ -15,6 +15,7 @@ from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.client.features import learn_bases
 from consilience.client.teacher import load_teacher
+from consilience.common.cards import TapCard
 from consilience.common.components import enclose
 from consilience.common.data import from_arrays
 from consilience.common.encoding import feature_bytes
@@ -24,7 +25,7 @@ from consilience.common.files import read_json, write_json
 from consilience.common.identity import make_key
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Contract, Enclosed, TapCard
+from consilience.common.protocol import Contract, Enclosed
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.common.vouching import Signer

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from consilience.common.cards import SiteCard
 from consilience.common.data import from_arrays
 from consilience.common.encoding import decode, encode
 from consilience.common.errors import SettingsError
 from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Question, SiteCard
+from consilience.common.protocol import Question
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.contract import objection

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
+from consilience.common.cards import TapCard
 from consilience.common.data import from_arrays
 from consilience.common.errors import AskingError, ConsilienceError, SettingsError, StudentError
 from consilience.common.files import read_json
@@ -21,7 +22,7 @@ from consilience.common.nets import EpochRecord, loop, precision
 from consilience.common.pages.numbers import size
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, Question, TapCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.asked_pool import span

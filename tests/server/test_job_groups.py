@@ -10,6 +10,7 @@ import pytest
 from flwr.app import RecordDict
 from numpy.typing import NDArray
 
+from consilience.common.cards import SiteCard
 from consilience.common.data import from_arrays
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.errors import AskingError, LabelError, RunError, SettingsError, UnifyError
@@ -17,7 +18,7 @@ from consilience.common.files import read_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, Question, SiteCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings, Unify
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.answers import About, AnswerStore

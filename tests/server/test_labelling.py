@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from consilience.common.cards import SiteCard
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, Question, SiteCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Unify
 from consilience.server import answered, labelling
 from consilience.server.answered import usable

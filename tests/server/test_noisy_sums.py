@@ -14,8 +14,8 @@ from scipy.stats import chi2, kstest
 from consilience.client.privacy.noise import Secret
 from consilience.client.privacy.sum_noise import share_of_noise
 from consilience.client.sums import Noise
+from consilience.common.cards import SumNoiseCard
 from consilience.common.errors import ProtocolError
-from consilience.common.protocol import SumNoiseCard
 from consilience.common.settings import SumNoise
 from consilience.common.simplex import UNSURE
 from consilience.common.sums.messages import MaskedRows, RowsQuestion

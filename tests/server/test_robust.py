@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from consilience.common.cards import SiteCard
 from consilience.common.encoding import encode
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
-from consilience.common.protocol import Answer, Question, SiteCard
+from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings, Unify
 from consilience.server.answered import Block, usable
 from consilience.server.answers import About, AnswerStore

@@ -23,20 +23,12 @@ from consilience.client.ledger_rows import approval
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
+from consilience.common.cards import SiteCard
 from consilience.common.encoding import check_features, encode_features, feature_bytes, feature_values
 from consilience.common.errors import SettingsError
 from consilience.common.nets.tapped import Tapped
 from consilience.common.pool import Pool
-from consilience.common.protocol import (
-    FINAL_REFUSALS,
-    Agreement,
-    Answer,
-    CardRequest,
-    Contract,
-    Question,
-    Refusal,
-    SiteCard,
-)
+from consilience.common.protocol import FINAL_REFUSALS, Agreement, Answer, CardRequest, Contract, Question, Refusal
 from consilience.common.settings import FeatureEncoding
 from consilience.deploy.local_grid import LocalGrid
 from helpers.feature_site import CALLABLE, CLASSES, SIZE, fed, hosted, make_pool, make_settings, network

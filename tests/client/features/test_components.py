@@ -23,13 +23,14 @@ from consilience.client.policy import RefusedError
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
+from consilience.common.cards import TapCard
 from consilience.common.components import opened
 from consilience.common.encoding import feature_bytes
 from consilience.common.encoding.features import basis_bytes, unpack_basis
 from consilience.common.errors import LedgerError, ProtocolError
 from consilience.common.identity import make_key
 from consilience.common.pool import Pool
-from consilience.common.protocol import Agreement, Contract, Enclosed, TapCard
+from consilience.common.protocol import Agreement, Contract, Enclosed
 from consilience.common.sealing import Secret
 from consilience.common.settings import OutputNoise
 from consilience.common.vouching import KnownSigner

@@ -17,8 +17,8 @@ from consilience.client.privacy.events import SumNoiseOutputs, event_from, param
 from consilience.client.privacy.noise import Secret
 from consilience.client.privacy.plan import alternatives
 from consilience.client.privacy.sum_noise import share_of_noise
+from consilience.common.cards import SumNoiseCard
 from consilience.common.errors import SettingsError
-from consilience.common.protocol import SumNoiseCard
 from consilience.common.settings import OutputNoise, SumNoise
 from consilience.common.sums.messages import Terms
 from consilience.common.sums.ring import NoisyRing

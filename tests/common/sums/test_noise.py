@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from consilience.common.cards import SumNoiseCard
 from consilience.common.errors import SettingsError
-from consilience.common.protocol import SumNoiseCard
 from consilience.common.sums.noise import SharedNoise
 from consilience.common.sums.ring import MOST_SITES, NOISE_STEPS, NoisyRing, Ring
 

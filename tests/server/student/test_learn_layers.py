@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from consilience.common.cards import ComponentsCard
 from consilience.common.encoding.features import pack_basis
 from consilience.common.errors import StudentError
 from consilience.common.files import sha256
 from consilience.common.nets import build
 from consilience.common.preprocessing import preprocess
-from consilience.common.protocol import ComponentsCard
 from consilience.common.settings import LayerWise
 from consilience.server.student import layer_wise, learn_layers, site_taps
 from consilience.server.student.autoencoder import Affine
