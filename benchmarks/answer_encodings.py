@@ -20,7 +20,8 @@ from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.settings import Ask, Fit, JobSettings, Student
 from consilience.deploy.simulation import embedded_job, simulate
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.unify import unify
 from harness import options, show
 

@@ -27,7 +27,8 @@ from consilience.common.progress import Reporter
 from consilience.common.settings import Ask, Preprocessing, SiteSettings, StateDictTeacher
 from consilience.common.settings_file import dump_settings
 from consilience.deploy.local_grid import LocalGrid
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.asking import ask
 from consilience.server.enrolment import at_least, collect_cards
 from consilience.server.events import Events

@@ -29,7 +29,8 @@ from consilience.common.nets.tapped import tap_shapes
 from consilience.common.preprocessing import Images
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Fit, Preprocessing
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.student.common_feature import Weights
 from consilience.server.student.learn_common import CommonLoss, CommonStudent, Space
 from consilience.server.student.site_taps import SiteTap

@@ -41,7 +41,8 @@ from consilience.common.settings import (
 )
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.processes import join, make_server, online, start, stop
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.runs import Run, submit
 from consilience.server.service import read_service
 from consilience.server.settings import Home

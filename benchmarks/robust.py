@@ -26,7 +26,8 @@ from consilience.common.pool import Pool, PoolImages
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Ask, JobSettings, Judge, NpzData, Unify
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.contract import RunContract
 from consilience.server.labelling import unify_pool
 from consilience.server.learning import ByLoss, StudentModel, learn, soft_label_loss

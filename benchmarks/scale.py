@@ -38,7 +38,8 @@ from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Unify
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.labelling import unify_pool
 from consilience.server.labelling_top import unify_pool_top
 from harness import options, show, write

@@ -38,7 +38,8 @@ from consilience.common.protocol import Answer, Question
 from consilience.common.settings import SumNoise
 from consilience.common.sums.messages import Member, Record, Terms, default_threshold
 from consilience.common.sums.revealed import determined
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.secure_sums import SecureSum
 from consilience.server.unify import UnifiedLabels, unify
 from consilience.server.unmasking import Summed, unify_summed, unmask_sums

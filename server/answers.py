@@ -19,91 +19,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.common.encoding import (
     Sent,
-    check,
-    check_features,
-    coverage_bytes,
-    coverage_values,
-    decode_coverage,
-    feature_bytes,
-    feature_values,
-    row_bytes,
-    unpack,
     unpack_sent,
 )
 from consilience.common.errors import NEW_RUN, ProtocolError, RunError, StorageError
-from consilience.common.files import Resident, read_json, sha256, storage_error, sync_folder, write_json
-from consilience.common.protocol import Answer, Kind, Question
-from consilience.common.records import Digest
-from consilience.common.settings import CoverageEncoding, Encoding, FeatureEncoding
+from consilience.common.files import Resident, read_json, sha256, storage_error, write_json
+from consilience.common.protocol import Answer, Question
 from consilience.common.vouching import SALT_BYTES, KnownSigner, salted
+from consilience.server.answer_files import Entry, Range, append_at, whole
+from consilience.server.answers_about import About
 from consilience.server.asked_pool import reach, span
-
-
-class About(BaseModel):
-    """What a store's answers are about; another about is another store."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    site: str
-    pool: Digest
-    size: int = Field(ge=0)
-    """Samples of the pool, or of the part of it that is asked about."""
-    teacher: Digest
-    """Fingerprint of what answers: of the teacher, of the coverage, or of the tap."""
-    policy: str
-    kind: Kind = "log-probs"
-    encoding: Encoding
-    """Of coverage only a `CoverageEncoding`, of features a `FeatureEncoding`."""
-    classes: int = Field(ge=1)
-    """Numbers a row: the site's classes; 1 for coverage, `TapCard.values` for features."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one sample's answer."""
-        if self.kind == "coverage":
-            return coverage_bytes(cast(CoverageEncoding, self.encoding))
-        if self.kind == "features":
-            return feature_bytes(self.classes, cast(FeatureEncoding, self.encoding))
-        return row_bytes(self.classes, self.encoding, odds=self.kind == "log-odds")
-
-
-class Range(NamedTuple):
-    """What of a pool a question was about: `start`, `stop` and `subset` of `protocol.Question`."""
-
-    start: int
-    stop: int
-    subset: str | None = None
-
-
-class _Entry(BaseModel):
-    """One line of the index."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    start: int = Field(ge=0)
-    stop: int = Field(ge=1)
-    offset: int = Field(ge=0)
-    bytes: int = Field(ge=0)
-    sha256: Digest
-    seconds: float = Field(ge=0)
-    salt: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
-    """None, as `signature`, in a record that no site signed."""
-    signature: str | None = Field(default=None, pattern=r"^[0-9a-f]+$")
-    asked: Range | None = None
-    """What of the pool the question was about; None where that is start..stop-1."""
-
-    @property
-    def range(self) -> Range:
-        """What of the pool the question was about."""
-        return self.asked or Range(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -134,7 +65,7 @@ class AnswerStore:
         all of them.
         """
         self.folder, self.about, self._signer, self.ids = folder, about, signer, ids
-        self._entries: list[_Entry] = []  # sorted by start
+        self._entries: list[Entry] = []  # sorted by start
         self._starts: list[int] = []
         self._checked: set[int] = set()  # offsets of records whose bytes were compared with their SHA-256
         self._end = 0  # bytes of answers.bin that count
@@ -159,7 +90,7 @@ class AnswerStore:
         try:
             raw = index.read_bytes() if index.exists() else b""
             held = data.stat().st_size if data.exists() else 0
-            for entry, length in _whole(index, raw, held, self.about.row_bytes):
+            for entry, length in whole(index, raw, held, self.about.row_bytes):
                 place = self._place(entry)
                 if entry.stop > self.known or entry.range != self.range(entry.start, entry.stop):
                     raise StorageError(
@@ -174,7 +105,7 @@ class AnswerStore:
         except OSError as error:
             raise storage_error(error, self.folder, "recover") from error
 
-    def _place(self, entry: _Entry) -> int:
+    def _place(self, entry: Entry) -> int:
         """Return where `entry` belongs. Raises `ProtocolError` when its samples overlap stored ones or do not exist."""
         place = bisect_right(self._starts, entry.start)
         before = self._entries[place - 1].stop if place else 0
@@ -214,7 +145,7 @@ class AnswerStore:
             raise ProtocolError(f"Site {self.about.site}: other samples were answered than the run asks about")
         return low, high
 
-    def _insert(self, entry: _Entry, place: int) -> None:
+    def _insert(self, entry: Entry, place: int) -> None:
         self._entries.insert(place, entry)
         self._starts.insert(place, entry.start)
         self._end = entry.offset + entry.bytes
@@ -226,11 +157,11 @@ class AnswerStore:
         signer has not signed it, `StorageError` when the disk refuses (what was stored before stays).
         """
         question = answer.question
-        self._need_rows(answer.data, len(question))
+        self.about.need_rows(answer.data, len(question))
         digest = sha256(answer.data)
         low, high = self._asked(question)
         asked = Range(question.start, question.stop, question.subset)
-        entry = _Entry(
+        entry = Entry(
             start=low,
             stop=high,
             asked=None if asked == Range(low, high) else asked,
@@ -243,20 +174,12 @@ class AnswerStore:
         place = self._place(entry)
         line = (json.dumps(entry.model_dump(exclude_none=True)) + "\n").encode()
         try:
-            _append(self.folder / "answers.bin", answer.data, self._end)
-            _append(self.folder / "index.jsonl", line, self._index_end)
+            append_at(self.folder / "answers.bin", answer.data, self._end)
+            append_at(self.folder / "index.jsonl", line, self._index_end)
         except OSError as error:
             raise storage_error(error, self.folder, "write") from error
         self._insert(entry, place)
         self._index_end += len(line)
-
-    def _need_rows(self, data: bytes, rows: int) -> None:
-        if self.about.kind == "coverage":
-            decode_coverage(data, rows, cast(CoverageEncoding, self.about.encoding))
-        elif self.about.kind == "features":
-            check_features(data, rows, self.about.classes, cast(FeatureEncoding, self.about.encoding))
-        else:
-            check(data, rows, self.about.classes, self.about.encoding, odds=self.about.kind == "log-odds")
 
     def _signed(self, answer: Answer, digest: str) -> dict[str, str]:
         """Return salt and signature of an answer. Raises `ProtocolError` when they are not the signer's."""
@@ -338,7 +261,7 @@ class AnswerStore:
             if dtype.itemsize == 2:
                 rows[:] = raw.view(dtype).reshape(rows.shape)
             else:
-                self._decode(raw, rows)
+                self.about.decode(raw, rows)
             at += len(rows)
         return out
 
@@ -361,17 +284,6 @@ class AnswerStore:
             f"{self.folder}: no answer for sample {sample}", hint="Run the same command again to ask for it"
         )
 
-    def _decode(self, raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        """Decode stored rows into `out`; they were checked when they arrived, and their SHA-256 says they are those."""
-        if self.about.kind == "coverage":
-            out[:, 0] = coverage_values(raw, cast(CoverageEncoding, self.about.encoding))
-        elif self.about.kind == "features":
-            out[:] = feature_values(
-                raw.reshape(len(out), self.about.row_bytes), cast(FeatureEncoding, self.about.encoding)
-            )
-        else:
-            unpack(raw, self.about.encoding, out, odds=self.about.kind == "log-odds")
-
     def take(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the answers for the samples `ids` (b,), in any order, (b, classes) float32. Raises as `read` does."""
         width, rows = self.about.row_bytes, np.empty(len(ids), np.int64)
@@ -384,7 +296,7 @@ class AnswerStore:
         raw = self._bytes(0, self._end).reshape(-1, width)[rows]
         self._resident.note(len(ids), [self._map])
         out = np.empty((len(ids), self.about.classes), np.float32)
-        self._decode(raw.reshape(-1), out)
+        self.about.decode(raw.reshape(-1), out)
         return out
 
     def answered(self, start: int, stop: int) -> NDArray[np.bool_]:
@@ -424,7 +336,7 @@ class AnswerStore:
             self._map = np.memmap(self.folder / "answers.bin", np.uint8, "r")
         return self._map[low:high]
 
-    def _check(self, entry: _Entry) -> None:
+    def _check(self, entry: Entry) -> None:
         if entry.offset in self._checked:
             return
         if sha256(self._bytes(entry.offset, entry.offset + entry.bytes).data) != entry.sha256:
@@ -434,70 +346,3 @@ class AnswerStore:
             )
         self._checked.add(entry.offset)
         self._resident.note(0, [self._map], long=entry.bytes)
-
-
-def digests_in(folder: Path) -> dict[Range, tuple[int, str | None]]:
-    """Return, by what of the pool each record is about, how many samples that are, and the salted digest of the bytes
-    that lie in the store; None for a record without a signature.
-
-    Changes nothing there, and needs no store to be opened. What a crash left behind the last record does not count.
-    Raises `StorageError`.
-    """
-    found: dict[Range, tuple[int, str | None]] = {}
-    index = folder / "index.jsonl"
-    if not index.exists():  # nothing was answered yet
-        return found
-    try:
-        with (folder / "answers.bin").open("rb") as data:
-            for entry, _ in _whole(index, index.read_bytes(), os.fstat(data.fileno()).st_size):
-                held = sha256(data.read(entry.bytes))
-                salt = None if entry.salt is None or entry.signature is None else bytes.fromhex(entry.salt)
-                found[entry.range] = entry.stop - entry.start, None if salt is None else salted(salt, held)
-    except OSError as error:
-        raise storage_error(error, folder, "read") from error
-    return found
-
-
-def _whole(index: Path, raw: bytes, held: int, row_bytes: int | None = None) -> Iterator[tuple[_Entry, int]]:
-    """Yield the records of the index `raw` that are whole, one after another, and the length of their lines.
-
-    `held`: bytes of answers.bin; `row_bytes`: those of a sample, where they are known. What a crash left after them is
-    at most one line. Raises `StorageError` when more follow.
-    """
-    good = end = 0
-    for line in raw.splitlines(keepends=True):
-        entry = _parse(line, row_bytes)
-        if entry is None or entry.offset != end or end + entry.bytes > held:
-            break
-        yield entry, len(line)
-        good, end = good + len(line), end + entry.bytes
-    if good < len(raw) and raw.count(b"\n", good) > 1:
-        line_number = raw.count(b"\n", 0, good) + 1
-        raise StorageError(
-            f"{index}: line {line_number} is damaged, and more lines follow",
-            hint=f"Remove {index.parent} and run the same command again: only this site is asked again",
-        )
-
-
-def _parse(line: bytes, row_bytes: int | None) -> _Entry | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        entry = _Entry.model_validate_json(line)
-    except ValidationError:
-        return None
-    expected = entry.bytes if row_bytes is None else (entry.stop - entry.start) * row_bytes
-    return entry if entry.stop > entry.start and entry.bytes == expected else None
-
-
-def _append(path: Path, data: bytes, at: int) -> None:
-    """Append durably at position `at`; what a failed attempt left behind it is cut off first."""
-    fresh = not path.exists()
-    with path.open("ab") as file:
-        if file.tell() != at:
-            file.truncate(at)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if fresh:
-        sync_folder(path.parent)

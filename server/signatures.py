@@ -27,7 +27,8 @@ from consilience.common.records import Digest, SiteName
 from consilience.common.settings import MOST_ROUNDS, ClassName, Encoding
 from consilience.common.subsets import subset_mask, text_length
 from consilience.common.vouching import KnownSigner
-from consilience.server.answers import AnswerStore, Range, digests_in
+from consilience.server.answer_files import Range, digests_in
+from consilience.server.answers import AnswerStore
 from consilience.server.stores import store_folder
 
 FILE = "signatures.json"

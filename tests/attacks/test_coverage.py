@@ -13,7 +13,8 @@ from consilience.common.encoding import encode, encode_coverage
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Ask
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.asking import ask
 from consilience.server.events import Events
 from consilience.server.progress import Progress

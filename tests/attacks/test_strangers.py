@@ -18,7 +18,8 @@ from consilience.common.encoding import encode
 from consilience.common.errors import ConsilienceError, PoolError, ProtocolError
 from consilience.common.pool import Pool
 from consilience.common.protocol import Answer, Contract, Question, Refusal, read_reply
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 
 DIGEST, POLICY = "a" * 64, "c" * 16
 QUESTION = Question(job="job", pool=DIGEST, start=0, stop=2, encoding="f32", teacher=DIGEST, policy=POLICY)

@@ -23,7 +23,8 @@ from consilience.common.nets.tapped import Tapped, tap_layouts, tap_shapes
 from consilience.common.preprocessing import preprocess
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import FeatureEncoding, Preprocessing
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.student.site_taps import SiteTap
 from helpers.sites import Handler, honest
 

@@ -18,7 +18,8 @@ from consilience.common.encoding import decode, encode, encode_coverage
 from consilience.common.errors import ProtocolError, RunError, StorageError
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import CoverageEncoding, Encoding
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 
 DIGEST, POLICY, SIZE, CLASSES = "a" * 64, "c" * 16, 100, 3
 

@@ -22,7 +22,8 @@ from consilience.common.protocol import CONTRACT, FINAL_REFUSALS, Agreement, Ans
 from consilience.common.settings import Ask
 from consilience.deploy.local_grid import LocalGrid
 from consilience.server import asking, enrolment, question_size
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.asking import ask
 from consilience.server.enrolment import agree, at_least, collect_cards
 from consilience.server.events import Events

@@ -20,7 +20,8 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Ask, Student
 from consilience.server import choosing
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.choosing import Round, check_choice, check_pairs, disagreement, next_samples
 from consilience.server.learning import ByLoss, StudentModel, learn, oracle_loss
 

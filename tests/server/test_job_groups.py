@@ -21,7 +21,8 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings, Unify
 from consilience.common.settings_file import dump_settings, parse_settings
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.contract import RunContract
 from consilience.server.job import Job
 from consilience.server.labelling import labels_key, unify_pool

@@ -22,7 +22,8 @@ from consilience.common.protocol import MOST_SPAN, Answer, Question
 from consilience.common.samples_asked import drawn
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.asked_pool import AskedPool, reach, span
 from consilience.server.job import Job
 from consilience.server.learning import StudentModel

@@ -18,7 +18,8 @@ from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Unify
 from consilience.server import answered, labelling
 from consilience.server.answered import usable
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.labelling import labels_key, load_other, unify_pool
 from consilience.server.unify import Prior, Unifier, unify
 

@@ -16,7 +16,8 @@ from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Unify
 from consilience.server import labelling_top
 from consilience.server.answered import usable
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.labelling import unify_pool
 from consilience.server.labelling_top import TopRows, unify_pool_top
 

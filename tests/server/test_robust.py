@@ -15,7 +15,8 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings, Unify
 from consilience.server.answered import Block, usable
-from consilience.server.answers import About, AnswerStore
+from consilience.server.answers import AnswerStore
+from consilience.server.answers_about import About
 from consilience.server.labelling import Diagnostics, unify_pool
 from consilience.server.robust import HELD, SiteTrust, Trust, cut, find_trust, kept
 from consilience.server.unify import unify
