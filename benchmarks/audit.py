@@ -4,8 +4,10 @@
 without augmentation, so that only memory can know a label. The rows below it are the same site with less said, noise, a
 mechanism, or with one epoch at a rate too small to learn anything. The last rows are the embedded job's three sites.
 Each is attacked by the loss and by the likelihood ratio with eight shadows, as `consilience site audit` does, and as
-answers leave: in `f32` for the sites of noise, which tells the most, and as the embedded job's sites let them. A seed
-changes the images, the labels, what is held out, and the training.
+answers leave: in `f32` for the sites of noise, which tells the most, and as the embedded job's sites let them. The
+sites of noise are also asked a thousand times about a pool of 64 images, and the answers averaged: `error` is the mean
+distance to what the teacher says without noise. A seed changes the images, the labels, what is held out, and the
+training.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ from typing import Any
 import numpy as np
 
 from consilience.client.audit.auditing import SHADOWS, audit_site
+from consilience.client.audit.averaging import Averaging
 from consilience.client.audit.lira import LEAST_SHADOWS
 from consilience.client.audit.membership import Membership
 from consilience.client.privacy import train_private
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
+from consilience.common.data import from_arrays
 from consilience.common.nets.seeding import derive
+from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import (
     Fit,
@@ -61,6 +66,8 @@ def of_noise(folder: Path, name: str, seed: int) -> SiteSettings:
     path = folder / "private.npz"
     folder.mkdir(parents=True)
     np.savez(path, x=random.integers(0, 256, (200, 8, 8, 1), np.uint8), y=labels, names=np.array(["a", "b", "c"]))
+    asked = random.integers(0, 256, (64, 8, 8, 1), np.uint8)
+    Pool.build(from_arrays(asked, None, (), where="audit"), folder / "pool")
     changes = dict(CHANGES[name])
     teacher = TrainTeacher(kind="train", architecture="cnn3", fit=changes.pop("fit", BY_HEART), holdout=0.4)
     settings = SiteSettings(
@@ -69,6 +76,7 @@ def of_noise(folder: Path, name: str, seed: int) -> SiteSettings:
         teacher=teacher,
         calibration="off",
         policy=Policy(precision="f32"),
+        pools=(folder / "pool",),
         state=folder / "state",
         seed=derive(seed, "audited site"),
     )
@@ -87,8 +95,8 @@ def of_job(folder: Path, seed: int) -> Iterator[tuple[str, SiteSettings]]:
         yield f"{settings.name} ({settings.teacher.architecture})", settings.model_copy(update={"pools": ()})
 
 
-def audited(settings: SiteSettings, folder: Path, shadows: int) -> dict[str, Membership]:
-    """Train a site's teacher and return what both attacks find."""
+def audited(settings: SiteSettings, folder: Path, shadows: int) -> tuple[dict[str, Membership], Averaging | None]:
+    """Train a site's teacher and return what both attacks on members find, and averaging where there is a pool."""
     train_private(settings)
     site = Site(settings, load_teacher(settings))
     try:
@@ -97,7 +105,7 @@ def audited(settings: SiteSettings, folder: Path, shadows: int) -> dict[str, Mem
         site.close()
     assert found.loss is not None
     assert found.shadows is not None, found.left_out
-    return {"loss": found.loss, "ratio": found.shadows}
+    return {"loss": found.loss, "ratio": found.shadows}, found.averaging
 
 
 def told(found: list[Membership]) -> tuple[str, str]:
@@ -118,6 +126,7 @@ def main() -> None:
     arguments = options(__doc__, arguments_too)
     seeds, shadows = (1, LEAST_SHADOWS) if arguments.quick else (arguments.seeds, SHADOWS)
     found: dict[str, list[dict[str, Membership]]] = {}
+    averaged: dict[str, list[Averaging]] = {}
     with tempfile.TemporaryDirectory() as name:
         for seed in range(seeds):
             home = Path(name) / str(seed)
@@ -128,8 +137,9 @@ def main() -> None:
             if not arguments.quick:
                 sites += of_job(home / "job", seed)
             for k, (row, settings) in enumerate(sites):
-                each = audited(settings, home / f"shadows-{k}", shadows)
+                each, averaging = audited(settings, home / f"shadows-{k}", shadows)
                 found.setdefault(row, []).append(each)
+                averaged.setdefault(row, []).extend([] if averaging is None else [averaging])
                 print(f"{row}, seed {seed}: {told([each['loss']])[1]}, {told([each['ratio']])[1]}", file=sys.stderr)
     rows = [
         (row, *told([one["loss"] for one in each]), *told([one["ratio"] for one in each]))
@@ -141,7 +151,16 @@ def main() -> None:
     }
     columns = ("", "loss, %", "per seed (95 %)", "ratio, %", "per seed (95 %)")
     title = f"Pairs told apart, {seeds} seeds, {shadows} shadows"
-    show(title, columns, rows, {"shadows": shadows, "rows": figures}, arguments.json)
+    averages = {
+        row: [{"repetitions": one.repetitions, "errors": one.errors} for one in each] for row, each in averaged.items()
+    }
+    show(title, columns, rows, {"shadows": shadows, "rows": figures, "averaging": averages}, arguments.json)
+    noisy = [
+        (row, *(statistics.mean(one.errors[n] for one in each) for n in (1, each[0].repetitions)))
+        for row, each in averaged.items()
+        if each
+    ]
+    show("Error of answers", ("", "after one", "mean of a thousand"), noisy, {}, None)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def _parse(line: bytes, row_bytes: int | None) -> Entry | None:
 
 
 def append_at(path: Path, data: bytes, at: int) -> None:
-    """Append durably at position `at`; what a failed attempt left behind it is cut off first."""
+    """Append durably at position `at`; what a failed attempt left behind it is cut off first. Raises `OSError`."""
     fresh = not path.exists()
     with path.open("ab") as file:
         if file.tell() != at:
