@@ -49,7 +49,7 @@ def told(sums: Sums, summed: Summed, site: str) -> bool:
 
 def test_the_truth_is_taken_and_hides_every_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = terms_of({"ant": [0, 1], "bee": [1, 0], "elk": [0, 1]}, ("cat", "dog"))
-    monkeypatch.setattr(Sums, "advertise", lambda self, without=(): None)  # `run` does it by name
+    monkeypatch.setattr(Sums, "advertise", lambda self, owners: None)  # `run` does it by name
     sums, summed = run(tmp_path, truth)
     assert not any(told(sums, summed, site) for site in NAMES)
 
@@ -72,7 +72,7 @@ def test_class_sets_that_are_not_those_of_the_sites_classes(
     tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terms = terms_of(*APART[lie])
-    monkeypatch.setattr(Sums, "advertise", lambda self, without=(): None)
+    monkeypatch.setattr(Sums, "advertise", lambda self, owners: None)
     with pytest.raises(ProtocolError, match="class set that is not that of its classes"):
         run(tmp_path / "on", terms)
     monkeypatch.setattr(sum_terms, "_check_classes", lambda terms, member, classes: None)
@@ -83,7 +83,7 @@ def test_class_sets_that_are_not_those_of_the_sites_classes(
 def test_synonyms_are_the_same_for_all_and_join_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {**NAMES, "bee": ("dog", "feline")}
     sets = {"ant": [0, 1], "bee": [1, 0], "elk": [0, 1]}
-    monkeypatch.setattr(Sums, "advertise", lambda self, without=(): None)
+    monkeypatch.setattr(Sums, "advertise", lambda self, owners: None)
     with pytest.raises(ProtocolError, match="not that of its classes"):
         run(tmp_path / "without", terms_of(sets, ("cat", "dog")), names)
     sums, summed = run(tmp_path / "with", terms_of(sets, ("cat", "dog"), synonyms=(("cat", "feline"),)), names)
