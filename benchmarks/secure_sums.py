@@ -5,12 +5,13 @@ and most of it goes into finding the nearest sum that answers can have, some 22 
 
 10 sites that know 30 random classes of 100 each, and then all 100; 20,000 samples; the answers of `unify.py`, as f16
 has them, since that is what a site's answer is rounded to on either way. Open: every site encodes its answers in f16,
-the server checks and stores them durably, reads them back and unifies them; this is what times, bytes and labels are
-compared with. Secure: four rounds, masked rows stored durably, masks taken off, CE from the sums. Both in one process,
-sites one after another; the teachers' time, the same for both, is in neither, and nor are hashing of the pool's images
-and the sites' ledgers. Then three sites are lost in the middle of sending, each after a part of its rows, and the
-labels are compared with those from the open answers of the other seven. Last, all ten add noise of which six share out
-what the sum must carry: for its time and its scale alone, since it takes the labels away.
+the server checks and stores them durably, reads them back, unifies them and writes the labels; this is what times,
+bytes and labels are compared with. Secure: four rounds, masked rows stored durably, masks taken off, the sums written,
+CE from the sums, the labels written. Both in one process, sites one after another; the teachers' time, the same for
+both, is in neither, and nor are hashing of the pool's images and the sites' ledgers. Then three sites are lost in the
+middle of sending, each after a part of its rows, and the labels are compared with those from the open answers of the
+other seven. Last, all ten add noise of which six share out what the sum must carry: for its time and its scale alone,
+since it takes the labels away.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from consilience.client.sum_index import DIGEST_BYTES
 from consilience.client.sums import Noise, SumSite
 from consilience.common.cards import SumNoiseCard
 from consilience.common.encoding import decode, encode
+from consilience.common.files import create_array
 from consilience.common.identity import key_fingerprint
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import SumNoise
@@ -82,6 +84,9 @@ def open_labels(folder: Path, task: Task) -> tuple[UnifiedLabels, int]:
             store.append(Answer(question, encode(answers[start:stop], "f16"), 0.0))
         stores.append(store)
     labels = unify([store.read(0, samples) for store in stores], task.class_sets, task.num_classes)
+    written = create_array(folder / "q.npy", np.float32, labels.probs.shape)
+    written[:] = labels.probs
+    written.flush()
     return labels, sum(store.bytes for store in stores)
 
 

@@ -107,6 +107,12 @@ class SumIndex:
         except sqlite3.Error as error:
             raise _lost(path, f"cannot be used: {error}") from error
 
+    @property
+    def version(self) -> int:
+        """A number that is another one after each `bind`."""
+        (number,) = self._database.execute("PRAGMA user_version").fetchone()
+        return int(number)
+
     def state(self, terms: str) -> State | None:
         """Return how far the sum with these terms' digest is; None when no keys were made for it."""
         row = self._database.execute("SELECT state FROM sums WHERE terms = ?", (terms,)).fetchone()
@@ -165,31 +171,29 @@ class SumIndex:
                 (*block, *numbers, own),
             )
             if found.fetchone() is not None:
-                raise ProtocolError("Some of these samples were summed before: two sums tell more than one")
+                raise _summed_before()
 
     def bind(self, terms: Terms, teacher: str, images: bytes, state: Literal["given", "opened"]) -> None:
         """Bind the images to this sum, which is on the disk when this returns. Raises as `refuse_second` does."""
         self._database.execute("BEGIN IMMEDIATE")
         try:
-            self.refuse_second(terms, teacher, images)
             self._database.executemany(
                 "INSERT OR IGNORE INTO digests (digest) VALUES (?)", [(teacher,), (terms.ground,)]
             )
             (own,) = self._database.execute("SELECT number FROM sums WHERE terms = ?", (terms.digest,)).fetchone()
-            numbers, bound = (self._number(teacher), self._number(terms.ground)), self.state(terms.digest) == "given"
-            # One statement a block: a statement an image took most of what a secure sum costs its site.
+            numbers = f"{self._number(teacher)}, {self._number(terms.ground)}, {own if state == 'opened' else 0}"
+            # One statement a block that checks and writes: a statement an image took most of what a sum costs its site.
             for block in _blocks(images):
-                if not bound:
-                    rows = ",".join([f"(?, {numbers[0]}, {numbers[1]})"] * len(block))
-                    self._database.execute(
-                        f"INSERT OR IGNORE INTO images (digest, teacher, ground) VALUES {rows}", block
-                    )
-                if state == "opened":
-                    self._database.execute(
-                        f"UPDATE images SET opened = ? WHERE teacher = ? AND digest IN ({_places(block)})",
-                        (own, numbers[0], *block),
-                    )
+                rows = ",".join([f"(?, {numbers})"] * len(block))
+                written = self._database.execute(
+                    f"INSERT INTO images (digest, teacher, ground, opened) VALUES {rows} ON CONFLICT DO UPDATE "
+                    "SET opened = max(opened, excluded.opened) WHERE ground = excluded.ground AND opened IN (0, ?)",
+                    (*block, own),
+                )
+                if written.rowcount != len(block):
+                    raise _summed_before()
             self._database.execute("UPDATE sums SET state = ? WHERE number = ?", (state, own))
+            self._database.execute(f"PRAGMA user_version = {(self.version + 1) % 2**31}")
         except BaseException:
             self._database.execute("ROLLBACK")
             raise
@@ -202,14 +206,19 @@ class SumIndex:
 
 
 def _blocks(images: bytes) -> Iterator[list[int]]:
-    """Yield the images' digests as the index has them, in its order, so that neighbours lie on the same page."""
-    ordered = np.sort(np.frombuffer(images, "<i8")).tolist()
+    """Yield the images' digests as the index has them, each once, in its order: neighbours lie on the same page."""
+    values = np.sort(np.frombuffer(images, "<i8"))  # np.unique takes ten times as long
+    ordered = values[np.diff(values, prepend=~values[:1]) != 0].tolist()
     for start in range(0, len(ordered), _BLOCK):
         yield ordered[start : start + _BLOCK]
 
 
 def _places(block: list[int]) -> str:
     return ",".join("?" * len(block))
+
+
+def _summed_before() -> ProtocolError:
+    return ProtocolError("Some of these samples were summed before: two sums tell more than one")
 
 
 def _lost(path: Path, what: str) -> StorageError:

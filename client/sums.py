@@ -97,6 +97,10 @@ class SumSite:
         """Keep the records in `folder`, which only its owner may read. Raises `StorageError`."""
         self._folder, self._name, self._identity, self._digests = folder, name, identity, digests
         self._thread = threading.Lock()
+        # The record read last and its masks: questions about one sum follow one another by the hundred.
+        self._read_last: tuple[bytes, _Held] | None = None
+        self._worn: tuple[_Held, tuple[Mask, ...]] | None = None
+        self._clear: tuple[str, int] | None = None
         make_private(folder)
         try:
             folder.chmod(0o700)
@@ -128,7 +132,7 @@ class SumSite:
             if held is None:
                 if index.state(terms.digest) not in (None, "keys"):
                     raise ProtocolError("The site has forgotten its keys for this secure sum")
-                index.refuse_second(terms, teacher, images)
+                self._refuse_second(index, terms, teacher, images)
                 index.begin(terms.digest)
                 mask_seed, self_seed = secrets.token_bytes(SEED_BYTES), secrets.token_bytes(SEED_BYTES)
                 sealing = X25519PrivateKey.generate()
@@ -152,6 +156,12 @@ class SumSite:
                     self._remove(old)
                     index.drop(old)
             return held.advert
+
+    def _refuse_second(self, index: SumIndex, terms: Terms, teacher: str, images: bytes) -> None:
+        """As `SumIndex.refuse_second`; looks again only where something was bound since it looked last."""
+        if self._clear != (looked := (terms.digest, index.version)):
+            index.refuse_second(terms, teacher, images)
+            self._clear = looked
 
     def terms_of(self, terms: str) -> Terms:
         """Return the terms of the sum with this digest. Raises `ProtocolError` when there is none."""
@@ -227,9 +237,11 @@ class SumSite:
         with self._turn() as index:
             held, given = self._need_row_keys(index, question)
         terms, own = held.terms, held.terms.by_name[self._name]
-        images = b"" if given else self._digests(terms)
-        with self._turn() as index:
-            index.refuse_second(terms, own.teacher, images)  # before the work
+        images = b""
+        if not given:
+            images = self._digests(terms)
+            with self._turn() as index:
+                self._refuse_second(index, terms, own.teacher, images)  # before the work
         log_probs = answering(terms, question.start, question.stop)
         rows = terms.ring().encode(log_probs / terms.temperature, own.weight)
         if rows.shape != (len(question), len(own.classes)):
@@ -242,7 +254,8 @@ class SumSite:
             held, given = self._need_row_keys(index, question)
             if not given:
                 index.bind(terms, own.teacher, images, "given")
-        put_on(self._masks(held), rows, question.start - terms.start)
+            masks = self._masks(held)
+        put_on(masks, rows, question.start - terms.start)
         return MaskedRows(question, rows.astype("<u4", copy=False).tobytes())
 
     def _need_row_keys(self, index: SumIndex, question: RowsQuestion) -> tuple[_Held, bool]:
@@ -254,7 +267,13 @@ class SumSite:
             raise ProtocolError("Masked rows were asked for of samples that the terms do not name")
         return held, state == "given"
 
-    def _masks(self, held: _Held) -> Iterator[Mask]:
+    def _masks(self, held: _Held) -> tuple[Mask, ...]:
+        """Return the masks of the site's rows, derived once for as many questions as follow one another."""
+        if self._worn is None or self._worn[0] is not held:
+            self._worn = held, tuple(self._derived(held))
+        return self._worn[1]
+
+    def _derived(self, held: _Held) -> Iterator[Mask]:
         assert held.roster is not None
         terms, own = held.terms, held.terms.by_name[self._name]
         seed = bytes.fromhex(held.self_seed)
@@ -336,7 +355,10 @@ class SumSite:
 
     def _load(self, path: Path) -> _Held:
         try:
-            return _Held.model_validate_json(path.read_bytes())
+            data = path.read_bytes()
+            if self._read_last is None or self._read_last[0] != data:
+                self._read_last = data, _Held.model_validate_json(data)
+            return self._read_last[1]
         except OSError as error:
             raise storage_error(error, path, "read") from error
         except ValidationError as error:
@@ -353,6 +375,7 @@ class SumSite:
             raise storage_error(error, path, "remove") from error
 
     def _write(self, held: _Held) -> None:
+        self._read_last = self._worn = None  # secrets are held no longer than they serve
         write_bytes(self._path(held.terms.digest), held.model_dump_json().encode())
 
 

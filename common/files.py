@@ -136,6 +136,8 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     A file's own folder is not enough: if the power goes, a folder whose name never came to the disk is lost with all
     that is in it. Raises `OSError`.
     """
+    if folder.is_dir():
+        return
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(mode, parents=True, exist_ok=True)
     for made in reversed(missing):

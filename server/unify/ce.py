@@ -11,9 +11,11 @@ from functools import reduce
 import numpy as np
 import torch
 
+from consilience.server.unify.blocks import block_rows
 from consilience.server.unify.dual import Solution, solve
 from consilience.server.unify.estimate import Estimate
-from consilience.server.unify.owners import owner_sets
+from consilience.server.unify.linked import Linked
+from consilience.server.unify.owners import Overlap, owner_sets
 from consilience.server.unify.plan import Plan
 from consilience.server.unify.quick import QuickCE
 from consilience.server.unify.sparse import Sparse
@@ -35,6 +37,7 @@ class CE:
         self._plan = plan
         self._overlaps, class_row = owner_sets(plan)
         self._class_row = plan.tensor(class_row)
+        self._linked = [Linked(overlap) for overlap in self._overlaps]
         self._log_weights = plan.tensor(np.log(plan.weights))[:, None]
         rows = np.flatnonzero(plan.counted)
         self._sums = Sparse(
@@ -45,10 +48,14 @@ class CE:
             plan.weights[plan.sites[rows]],
         )
         solving = max((o.row_doubles for o in self._overlaps), default=0)
+        linking = max((linked.row_doubles for linked in self._linked), default=0)
         one = len(self._overlaps) == 1 and int(plan.components.max()) == 0
-        self.quick = QuickCE(plan, self._overlaps[0], self._class_row) if one else None
+        self.quick = QuickCE(plan, self._overlaps[0], self._linked[0], self._class_row) if one else None
         """A way that is faster for most samples; None where there are several components, or one site."""
         self.row_doubles = 2 * plan.columns.size + 3 * plan.num_classes + solving
+        self.sum_doubles = 4 * plan.num_classes + linking
+        """Doubles that one sample needs at the same time in `from_sums`, roughly; few are left to the slower way."""
+        self._most_left = block_rows(None, self.row_doubles)
 
     def __call__(self, log_probs: torch.Tensor) -> Estimate:
         """From stacked log-probabilities (K, b)."""
@@ -69,7 +76,7 @@ class CE:
         solutions: list[Solution] = []
         impossible = torch.zeros(sums.shape[1], dtype=torch.bool, device=sums.device)
         inconsistent = torch.zeros_like(sums[0])
-        for overlap in self._overlaps:
+        for overlap, linked in zip(self._overlaps, self._linked, strict=True):
             sets = overlap.classes_to_sets @ sums
             given = overlap.weights - overlap.classes_to_singles @ sums
             # A site's shared mass is what its own classes leave over; below rounding that is nothing known.
@@ -77,10 +84,21 @@ class CE:
             impossible |= (given < least).any(0)
             sites = torch.maximum(given, least)
             sites = sites * (sets.sum(0) / sites.sum(0))
-            solutions.append(solve(overlap, Masses(sets, sites, None)))
+            solutions.append(self._solve_sums(overlap, linked, Masses(sets, sites, None)))
             inconsistent = torch.maximum(inconsistent, (sites - given).abs().amax(0))
         found = self._estimate(sums, solutions)
         return Estimate(found.scores, found.iterations, found.converged & ~impossible, found.residual + inconsistent)
+
+    def _solve_sums(self, overlap: Overlap, linked: Linked, masses: Masses) -> Solution:
+        """Solve the dual from sums: the well linked samples the faster way, the others by `solve`."""
+        found = linked.solve(masses.sets, masses.sites)
+        undone = torch.nonzero(~found.converged)[:, 0]
+        for left in torch.split(undone, self._most_left) if undone.numel() > 0 else ():
+            again = solve(overlap, masses.select(left))
+            found.lam[:, left], found.log_sets[:, left] = again.lam, again.log_sets
+            found.iterations[left], found.converged[left] = again.iterations, again.converged
+            found.residual[left] = again.residual
+        return found
 
     def _estimate(self, sums: torch.Tensor, solutions: list[Solution]) -> Estimate:
         batch, device = sums.shape[1], sums.device

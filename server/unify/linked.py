@@ -40,6 +40,11 @@ class Linked:
         self._full = full.view(-1)
         self._rounding = torch.finfo(torch.float64).eps * overlap.weights.sum()
 
+    @property
+    def row_doubles(self) -> int:
+        """Doubles that one sample needs at the same time, roughly."""
+        return 8 * self._overlap.set_count + 3 * self._overlap.size**2
+
     def solve(self, sets: torch.Tensor, sites: torch.Tensor) -> Solution:
         """From A_T (S, b) and B_i (n, b), fp64. Where `converged` is not True nothing is said about the sample."""
         lam = self._start(sets, sites).to(torch.float64)

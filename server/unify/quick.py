@@ -26,20 +26,20 @@ REACH = 40.0
 class QuickCE:
     """For one component with two sites or more. `class_row` is that of `owner_sets`."""
 
-    def __init__(self, plan: Plan, overlap: Overlap, class_row: torch.Tensor) -> None:
+    def __init__(self, plan: Plan, overlap: Overlap, linked: Linked, class_row: torch.Tensor) -> None:
         self._plan, self._overlap, self._class_row = plan, overlap, class_row
         # What does not count goes to one row more, which is not looked at: cheaper than to pick out the rest.
         parts, shared = overlap.part_set.numel(), overlap.part_rows
         self._parts = plan.tensor(np.where(shared >= 0, shared, parts))
         self._columns = plan.tensor(np.where(plan.counted, plan.columns, plan.num_classes))
         self._log_weights = plan.tensor(np.log(plan.weights))[:, None]
-        self._linked, self._local = Linked(overlap), threading.local()
+        self._linked, self._local = linked, threading.local()
 
     @property
     def row_doubles(self) -> int:
         """Doubles that one sample needs at the same time, roughly."""
-        parts, sets, sites = self._overlap.part_set.numel(), self._overlap.set_count, self._overlap.size
-        return (self._plan.columns.size + self._plan.num_classes) // 2 + 2 * parts + 8 * sets + 3 * sites**2
+        answers = (self._plan.columns.size + self._plan.num_classes) // 2
+        return answers + 2 * self._overlap.part_set.numel() + self._linked.row_doubles
 
     def buffer(self, name: str, rows: int, batch: int) -> torch.Tensor:
         """Return (rows, batch) fp32 of the thread's own, used again: fresh memory costs more than the work."""

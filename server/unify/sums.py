@@ -14,7 +14,7 @@ import torch
 from consilience.common.errors import UnifyError
 from consilience.server.unify.across import Combine
 from consilience.server.unify.answers import is_floating, to_tensor
-from consilience.server.unify.blocks import block_rows, run_blocks
+from consilience.server.unify.blocks import MEMORY, block_rows, run_blocks
 from consilience.server.unify.ce import CE
 from consilience.server.unify.estimate import Estimate
 from consilience.server.unify.plan import Plan, make_plan
@@ -55,7 +55,7 @@ def unify_sums(
     def estimate(start: int, stop: int) -> Estimate:
         return estimator.from_sums(reader.read(start, stop))
 
-    rows = block_rows(block, estimator.row_doubles)
+    rows = block_rows(block, estimator.sum_doubles, 2 * MEMORY)  # many short operations, as in `Unifier`
     return run_blocks(plan, int(sums.shape[0]), rows, estimate, Combine(plan, across))
 
 

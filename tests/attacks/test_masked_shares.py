@@ -136,7 +136,7 @@ def test_masked_rows_tell_nothing(tmp_path: Path, view: str) -> None:
 
 @pytest.mark.parametrize("view", ["alone", "with colluders"])
 def test_with_the_mask_off_they_tell(tmp_path: Path, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "words", lambda key, first, count: np.zeros(count, np.uint32))
+    monkeypatch.setattr(masks.Stream, "read", lambda stream, count, memory: np.zeros(count, np.uint32))
     found = p_values(*collect(tmp_path, view, 1))
     assert found["one against two"] < 1e-100
     assert found["uniform"] < 1e-100
@@ -172,7 +172,7 @@ def test_the_transcript_and_all_but_one_of_the_needed_shares_fit_other_answers(t
 def test_with_the_mask_off_the_transcript_tells_which_answer_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masks, "words", lambda key, first, count: np.zeros(count, np.uint32))
+    monkeypatch.setattr(masks.Stream, "read", lambda stream, count, memory: np.zeros(count, np.uint32))
     assert least_p_of_a_stream(tmp_path) < 1e-100
 
 
@@ -244,5 +244,5 @@ def test_late_rows_of_a_lost_site_stay_masked(tmp_path: Path) -> None:
 
 
 def test_with_the_mask_off_late_rows_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "words", lambda key, first, count: np.zeros(count, np.uint32))
+    monkeypatch.setattr(masks.Stream, "read", lambda stream, count, memory: np.zeros(count, np.uint32))
     assert p_values(*late_rows(tmp_path))["one against two"] < 1e-100

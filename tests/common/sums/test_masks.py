@@ -9,11 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilience.common.errors import ProtocolError
-from consilience.common.sums.masks import Mask, pair_key, pair_sign, public_hex, put_on, self_key, take_off, words
+from consilience.common.sums.masks import Mask, Stream, pair_key, pair_sign, public_hex, put_on, self_key, take_off
+from consilience.common.sums.ring import Words
 
 KEY = bytes(range(32))
 ONE, TWO = (X25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
 TERMS = "a" * 64
+
+
+def words(key: bytes, first: int, count: int) -> Words:
+    return Stream(key, first).read(count, bytearray(4 * count + 16))
 
 
 def test_both_sites_make_the_same_key() -> None:
@@ -54,6 +59,9 @@ def test_the_stream_is_the_cipher_of_the_standard() -> None:
 def test_any_piece_is_part_of_the_whole(first: int, before: int, count: int) -> None:
     whole = words(KEY, first, before + count)
     np.testing.assert_array_equal(words(KEY, first + before, count), whole[before:])
+    stream = Stream(KEY, first)
+    np.testing.assert_array_equal(stream.read(before, bytearray(4 * before + 16)), whole[:before])
+    np.testing.assert_array_equal(stream.read(count, bytearray(4 * count + 16)), whole[before:])
 
 
 def test_far_pieces_do_not_wrap() -> None:
@@ -76,6 +84,17 @@ def test_pieces_of_rows_are_masked_as_the_whole(piece: int, rows: int) -> None:
     np.testing.assert_array_equal(pieces, whole)
     take_off([mask], whole, 10)
     np.testing.assert_array_equal(whole, before)
+
+
+def test_many_rows_are_masked_as_few_at_a_time() -> None:
+    mask = Mask(KEY, np.array([0]))
+    whole = np.zeros((70_001, 1), np.uint32)  # more words than are read at a time
+    pieces = whole.copy()
+    put_on([mask], whole, 3)
+    for start in range(0, len(pieces), 9_999):
+        put_on([mask], pieces[start : start + 9_999], 3 + start)
+    np.testing.assert_array_equal(whole, pieces)
+    assert len(np.unique(whole)) > 69_000
 
 
 def test_one_adds_what_the_other_subtracts() -> None:
