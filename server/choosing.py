@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import rel_entr, softmax, xlogy
-from sklearn.metrics import pairwise_distances_argmin_min
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
 from consilience.common.errors import SettingsError
@@ -175,6 +173,8 @@ class _Penultimate(nn.Module):
 def _expected_disagreement(known: Round, values: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return how much sites can be expected to differ on each sample of the pool, (n,): as on those nearest to it that
     two of them answered."""
+    from sklearn.neighbors import NearestNeighbors  # a second, which jobs that choose otherwise do without
+
     told = np.full(len(known.asked), np.nan)
     for block in blocks(known.stores, BLOCK, None, np.arange(len(known.asked))):
         told[block.ids] = disagreement(known.space, block.answers)
@@ -194,6 +194,8 @@ def _farthest(values: NDArray[np.float32], asked: NDArray[np.int64], count: int,
 
     The greedy k-centre of Sener & Savarese (ICLR 2018), in Euclidean distance.
     """
+    from sklearn.metrics import pairwise_distances_argmin_min  # late, as above
+
     distance = np.empty(len(values))
     for start in range(0, len(values), BLOCK):
         _, distance[start : start + BLOCK] = pairwise_distances_argmin_min(values[start : start + BLOCK], values[asked])

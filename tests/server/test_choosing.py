@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +225,9 @@ def test_a_student_without_a_last_linear_layer_is_refused(architecture: str, how
     else:
         with pytest.raises(SettingsError, match=r"last linear layer is fed; .* has none"):
             check_choice(asking, student, (16, 16, 1))
+
+
+def test_a_job_that_does_not_choose_imports_nothing_to_choose_with() -> None:
+    late = {"sklearn", "matplotlib", "scipy.stats"}
+    code = f"import sys, consilience.server.job; assert not {late} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
