@@ -163,7 +163,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         if unfit:
             raise RefusedError("bad-question", "the job asks for what the site does not tell", unfit)
         if summed:
-            site.check_kind("log-probs")
+            site.encoder.check_kind("log-probs")
         check_sealed(policy, sealed=job.privacy.sealed)
         check_demand(policy, site.ledger, demand)
         site.permit(job.name, demand.asked, held.new, held.new_bytes)

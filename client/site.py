@@ -1,27 +1,23 @@
-"""One site: its settings, its teacher, its copies of the public pools, and how it answers a question.
+"""One site: its settings, its ledger, and whether and how it takes part in a job and answers a question.
 
-Lives here: everything between a validated question and the encoded rows. Does not live here: Flower (client/app),
-secure sums (client/summing), and how a teacher comes to be (client/teacher).
+Lives here: everything between a validated question and an answer that may leave. Does not live here: what the rows say
+(client/encoder), Flower (client/app), secure sums (client/summing), and how a teacher comes to be (client/teacher).
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
-
-import numpy as np
-from numpy.typing import NDArray
 
 from consilience.client.card import card_of, private_figures
 from consilience.client.components import not_released, release
 from consilience.client.coverage import Coverage, load_coverage
-from consilience.client.features import OpenTap, Together, open_taps
+from consilience.client.encoder import Encoder
+from consilience.client.features import OpenTap, open_taps
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked, card_told
 from consilience.client.policy import (
@@ -36,31 +32,18 @@ from consilience.client.policy import (
     check_job,
     check_job_key,
     check_open,
-    check_pool,
 )
+from consilience.client.pools import Pools
 from consilience.client.privacy import Event, answering_costs, describe_privacy
 from consilience.client.privacy.spending import Allowance, entries_of, loss_of
 from consilience.client.released import Released
-from consilience.client.shaping import check_floor, shape, shape_odds
 from consilience.client.summing import Summing
 from consilience.client.tails import OpenTail, TailDesk, open_tail
 from consilience.client.teacher import CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher, load_any
 from consilience.common.cards import SiteCard
-from consilience.common.encoding import (
-    coverage_bytes,
-    coverage_problem,
-    encode,
-    encode_coverage,
-    encode_features,
-    feature_bytes,
-    row_bytes,
-)
-from consilience.common.errors import PoolError, StorageError, TeacherError
 from consilience.common.identity import load_key
 from consilience.common.pool import Pool
-from consilience.common.preprocessing import Images
 from consilience.common.protocol import (
-    LABEL_KINDS,
     MOST_ANSWER_BYTES,
     Agreement,
     Answer,
@@ -77,18 +60,11 @@ from consilience.common.settings import (
     Encoding,
     FeatureEncoding,
     SiteSettings,
-    largest_sent,
 )
 from consilience.common.settings_file import load_settings
 from consilience.common.subsets import subset_mask
 from consilience.common.tails import BlocksQuestion, Carried, Floats, TailQuestion, packed
 from consilience.common.vouching import Signer
-
-log = logging.getLogger(__name__)
-
-
-Scores = Callable[[Images], NDArray[np.float32]]
-"""(n, H, W, C) uint8 images -> (n, ...) float32. Raises `TeacherError`."""
 
 
 class Site:
@@ -103,19 +79,16 @@ class Site:
         tail: OpenTail | None = None,
     ) -> None:
         """`teacher` is what `settings.teacher.labels` says: a `MultiTeacher` where that is multi."""
-        check_floor(settings.policy, len(teacher.classes))
+        self.encoder = Encoder(settings, teacher, coverage, taps)
         self.settings = settings
         self.teacher = teacher
-        self.kind: Kind = LABEL_KINDS[settings.teacher.labels]
-        """What the teacher's answers are."""
         self.coverage = coverage
         self.taps = taps
         self.tail = TailDesk(settings, tail)
         """What answers about the teacher's last blocks."""
-        self._together = Together()
         self.lock = threading.Lock()
         """Held while an answer is made: the ledger and the teacher are for one thread at a time."""
-        self._verified: dict[str, Pool] = {}
+        self._pools = Pools(settings)
         self._allowance = Allowance(settings)
         # of the training whose teacher answers here, whatever is trained beside it meanwhile
         self._training = answering_costs(settings, 1) if isinstance(settings.privacy, DpSgd) else None
@@ -199,7 +172,7 @@ class Site:
         if len(contract.class_set) != len(self.teacher.classes) or not within:
             raise RefusedError("bad-question", "the contract's class set does not fit the site's classes")
         if contract.secure_sum:
-            self.check_kind("log-probs")
+            self.encoder.check_kind("log-probs")
         taps, reduced = self.taps_named(contract.features), self.taps_named(contract.components)
         if plain := [tap.card.name for tap in reduced if tap.card.components is None]:
             raise RefusedError(
@@ -229,13 +202,13 @@ class Site:
             self.permit(contract.job, demand.asked, new, features)
             guarantee = self._guarantee(new)
             began = time.perf_counter()
-            self._try(pools[0], tried, self._told, "teacher")
+            self.encoder.try_teacher(pools[0], tried)
             seconds = time.perf_counter() - began
             for tap in taps:
-                self._try(pools[0], tried, tap.values, f"tap {tap.card.name}")
+                self.encoder.try_tap(pools[0], tried, tap)
             if contract.tail is not None:
                 self.tail.check(self.ledger, contract.job, contract.tail)
-            self._together.expect(taps)
+            self.encoder.together.expect(taps)
             enclosed = release(
                 self.settings,
                 self.ledger,
@@ -292,7 +265,7 @@ class Site:
         where not all. Raises `RefusedError` where the policy does not open the tail.
         """
         policy = self.settings.policy
-        kinds: list[tuple[Kind, Encoding]] = [(self.kind, policy.encodings[0] if summed else encoding)]
+        kinds: list[tuple[Kind, Encoding]] = [(self.encoder.kind, policy.encodings[0] if summed else encoding)]
         if coverage and self.card.coverage is not None:
             kinds.append(("coverage", self.card.coverage.encodings[0]))
         questions = [self.question(job, pool.digest, len(pool), *kind) for kind in kinds for pool in pools if len(pool)]
@@ -302,7 +275,7 @@ class Site:
             for pool in learned_from
             for tap in taps
         ]
-        widths = tuple(self._width(question) for question in questions)
+        widths = tuple(self.encoder.width(question) for question in questions)
         cards = tuple(tap.card for tap in components)
         use = self.summed.use if summed else ""
         opened = None if tail is None else self.tail.need(job).asked
@@ -313,7 +286,7 @@ class Site:
         released = self.summed if demand.use else self.released
         found = []
         for asked in demand.questions:
-            missing = released.missing(self._kept_as(asked), len(asked))
+            missing = released.missing(self.encoder.kept_as(asked), len(asked))
             subset = demand.subsets.get(asked.pool)
             found.append(int(missing.sum()) if subset is None else subset.new(missing))
         return found
@@ -357,8 +330,8 @@ class Site:
         `StorageError`: nothing leaves then.
         """
         policy = self.settings.policy
-        self.check_kind(question.kind)
-        if question.teacher not in self._fingerprints(question.kind) or question.policy != policy.version:
+        self.encoder.check_kind(question.kind)
+        if question.teacher not in self.encoder.fingerprints(question.kind) or question.policy != policy.version:
             raise RefusedError("other-teacher", "the question is for another teacher or policy version")
         check_open(policy)
         check_job_key(self.settings, question.job, question.job_key)
@@ -366,7 +339,7 @@ class Site:
         pool = self.pool(question.pool)
         if question.stop > len(pool):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
-        if len(question) * self._width(question) > MOST_ANSWER_BYTES:
+        if len(question) * self.encoder.width(question) > MOST_ANSWER_BYTES:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
         signer, began = self.signer, time.perf_counter()
         with self.lock:
@@ -387,58 +360,20 @@ class Site:
             self.ledger.refresh()
             return Carried(question, self.tail.lend(self.ledger, question))
 
-    def check_kind(self, kind: Kind) -> None:
-        """Refuse to answer as the other kind of teacher would. Raises `RefusedError`."""
-        if kind in LABEL_KINDS.values() and kind != self.kind:
-            reasons: dict[Kind, str] = {
-                "log-probs": "the site's teacher is multi-label: it tells log-odds of its labels",
-                "log-odds": "the site's teacher has one label an image: it tells log-probabilities of its classes",
-            }
-            detail = f"asked for {kind}; teacher.labels is {self.settings.teacher.labels}"
-            raise RefusedError("bad-question", reasons[kind], detail)
-
-    def _fingerprints(self, kind: Kind) -> tuple[str, ...]:
-        """Return the fingerprints of what answers questions of a kind."""
-        if kind == "features":
-            return tuple(tap.card.fingerprint for tap in self.taps)
-        answering = self.coverage if kind == "coverage" else self.teacher
-        return () if answering is None else (answering.fingerprint,)
-
-    def _tap(self, question: Question) -> OpenTap:
-        return next(tap for tap in self.taps if tap.card.fingerprint == question.teacher)
-
     def given(self, released: Released, question: Question, pool: Pool) -> bytes:
         """Return the encoded rows of a question, kept and counted among the answers `released`."""
-        question = self._kept_as(question)
-        width = self._width(question)
+        question = self.encoder.kept_as(question)
+        width = self.encoder.width(question)
         a_sample = width if question.kind == "features" else 0
         asked = (asked_by(question, released.use),)
         return released.give(
             question,
             size=len(pool),
             width=width,
-            score=lambda new: self._encoded(question, pool, new),
+            score=lambda new: self.encoder.encoded(question, pool, new),
             permit=lambda samples: self.permit(question.job, asked, samples, samples * a_sample),
             costs=lambda samples: entries_of(question.job, self.costs(samples)),
         )
-
-    def _kept_as(self, question: Question) -> Question:
-        """Return the question under the one name that its answer's bytes have: `top-K` of more classes is of all.
-
-        By another name the same would be answered, and counted, anew: by a teacher that never says the same twice,
-        with other probabilities.
-        """
-        most = len(self.teacher.classes)
-        many = (largest_sent(question.encoding) or 0) > most
-        return question.model_copy(update={"encoding": f"top-{most}"}) if many else question
-
-    def _width(self, question: Question) -> int:
-        """Return the bytes of one sample's answer."""
-        if question.kind == "coverage":
-            return coverage_bytes(cast(CoverageEncoding, question.encoding))
-        if question.kind == "features":
-            return feature_bytes(self._tap(question).card.values, cast(FeatureEncoding, question.encoding))
-        return row_bytes(len(self.teacher.classes), question.encoding, odds=question.kind == "log-odds")
 
     def costs(self, samples: int) -> tuple[Event, ...]:
         """Return the events of answering about so many samples, at least 1."""
@@ -455,95 +390,14 @@ class Site:
         if samples or features:
             self._allowance.check(self.ledger, job, self.costs(max(samples, 1)))
 
-    def _encoded(self, question: Question, pool: Pool, new: NDArray[np.bool_]) -> bytes:
-        """Return the encoded rows of those samples of a question's range that the mask `new` chooses.
-
-        An encoding is made of what the finest one allowed says, and tells nothing more.
-        """
-        policy = self.settings.policy
-        if question.kind == "coverage":
-            covered = self._score(pool, question.start, new, self._coverage_of, "coverage")
-            wanted, most = cast(CoverageEncoding, question.encoding), policy.coverage_encodings[0]
-            return b"".join(encode_coverage(rows, wanted, within=most) for rows in covered)
-        if question.kind == "features":
-            tap = self._tap(question)
-            told = self._score(pool, question.start, new, partial(self._together.values, tap), f"tap {tap.card.name}")
-            form, finest = cast(FeatureEncoding, question.encoding), policy.features.encodings[0]
-            return b"".join(encode_features(rows, form, within=finest) for rows in told)
-        scored = self._score(pool, question.start, new, self._told, "teacher")
-        odds = question.kind == "log-odds"
-        return b"".join(encode(rows, question.encoding, odds=odds, within=policy.encodings[0]) for rows in scored)
-
     @cached_property
     def summing(self) -> Summing:
         """The site's part in secure sums."""
         return Summing(self)
 
-    def _coverage_of(self, images: Images) -> NDArray[np.float32]:
-        """Return (n,) coverage of one batch. Raises `TeacherError` when it is none."""
-        assert self.coverage is not None  # the question names its fingerprint
-        scores = np.asarray(self.coverage.scores(images))
-        if scores.shape != (len(images),) or scores.dtype.kind != "f":
-            raise TeacherError(f"Coverage of {len(images)} images has shape {scores.shape} and type {scores.dtype}")
-        if problem := coverage_problem(scores):
-            raise TeacherError(f"Coverage: {problem}")
-        return scores.astype(np.float32)
-
-    def _try(self, pool: Pool, samples: int, scores: Scores, what: str) -> None:
-        """See that `scores` works on the first samples of a pool. Raises `RefusedError`."""
-        for _ in self._score(pool, 0, np.ones(samples, np.bool_), scores, what):
-            pass
-
-    def _score(
-        self, pool: Pool, start: int, new: NDArray[np.bool_], scores: Scores, what: str
-    ) -> Iterator[NDArray[np.float32]]:
-        """Yield, batch by batch, what `scores`, named `what`, gives as it may leave: (b, ...) float32.
-
-        Of the samples from `start` on, for those that the mask `new` (n,) chooses. Raises `RefusedError`.
-        """
-        size, stop = self.settings.batch_size, start + len(new)
-        for first in range(start - start % size, stop, size):
-            last = min(first + size, len(pool))
-            low, high = max(start, first), min(stop, last)
-            if not new[low - start : high - start].any():
-                continue
-            try:
-                rows = scores(pool.read(first, last))
-            except TeacherError as error:
-                raise RefusedError("teacher-failed", f"the site's {what} gave no usable answer") from error
-            yield np.asarray(rows[low - first : high - first], np.float32)[new[low - start : high - start]]
-
-    def _told(self, images: Images) -> NDArray[np.float32]:
-        """Return the teacher's (n, classes) log-probabilities, or log-odds, as the policy lets them leave.
-
-        Raises `TeacherError`.
-        """
-        if self.kind == "log-odds":
-            return shape_odds(cast(MultiTeacher, self.teacher).log_odds(images), self.settings.policy)
-        return shape(cast(Teacher, self.teacher).log_probs(images), self.settings.policy)
-
     def pool(self, digest: str) -> Pool:
         """Return the site's copy of a pool, verified once per process. Raises `RefusedError`."""
-        check_pool(self.settings.policy, digest)
-        with self.lock:
-            if digest not in self._verified:
-                self._verified[digest] = self._find(digest)
-            return self._verified[digest]
-
-    def _find(self, digest: str) -> Pool:
-        damaged: PoolError | StorageError | None = None
-        for folder in self.settings.pools:
-            try:
-                pool = Pool.open(folder)
-                if pool.digest == digest:
-                    pool.verify()
-                    return pool
-            except (PoolError, StorageError) as error:
-                log.warning("a pool cannot be used: %s", error)
-                damaged = error if folder.exists() else damaged
-        if damaged is not None:
-            raise RefusedError("pool-damaged", "the site's copy of a pool is damaged") from damaged
-        raise RefusedError("unknown-pool", "the site has no copy of this pool")
+        return self._pools.get(digest)
 
 
 def _subset(contract: Contract, size: int) -> Subset:

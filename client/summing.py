@@ -79,7 +79,7 @@ class Summing:
     def keys(self, terms: Terms) -> Advert:
         """Make keys for a secure sum over a pool that the site holds. Raises `RefusedError`, `ProtocolError`."""
         check_peers(self.settings, terms)
-        self.site.check_kind("log-probs")
+        self.site.encoder.check_kind("log-probs")
         if terms.stop > (size := len(self.site.pool(terms.pool))):
             raise RefusedError("bad-question", "the question asks about samples that are not in the pool")
         policy = self.settings.policy
@@ -170,7 +170,7 @@ class Summing:
 
         def answering(terms: Terms, start: int, stop: int) -> NDArray[np.float32]:
             check_peers(self.settings, terms)
-            self.site.check_kind("log-probs")
+            self.site.encoder.check_kind("log-probs")
             own, finest = terms.by_name[self.settings.name], self.settings.policy.encodings[0]
             if (own.teacher, own.policy) != (self.site.teacher.fingerprint, self.settings.policy.version):
                 raise RefusedError("other-teacher", "the question is for another teacher or policy version")

@@ -47,7 +47,7 @@ def audited_teacher(site: Site) -> Teacher:
 
 def single_teacher(site: Site) -> Teacher:
     """Return the site's teacher. Raises `SettingsError` for a multi-label one, which no attack here is made for."""
-    if site.kind != "log-probs":
+    if site.encoder.kind != "log-probs":
         raise SettingsError(
             f"{site.settings.name}: field 'teacher.labels' is 'multi', and the audit's attacks are on answers of one "
             "label an image",

@@ -158,8 +158,7 @@ def test_a_job_is_answered_once_a_person_approved_it_under_this_policy(tmp_path:
 
 def test_an_approved_job_gets_what_was_approved_and_nothing_else(tmp_path: Path, pool: Pool) -> None:
     larger = make_pool(tmp_path / "larger", SIZE + 1)
-    site = make_site(tmp_path, approval=True, coverage="f16")
-    site.settings = site.settings.model_copy(update={"pools": (pool.folder, larger.folder)})
+    site = make_site(tmp_path, more=(larger.folder,), approval=True, coverage="f16")
     with site.ledger.alone():
         site.ledger.append(approval("job", site.settings.policy.version, [asked_by(about(site, pool, 0, 1))]))
     site.agree(contract(pool))
@@ -187,7 +186,8 @@ def test_an_approved_job_gets_what_was_approved_and_nothing_else(tmp_path: Path,
     assert site.ledger.spent.lifetime == SIZE
     another = Fickle()
     another.fingerprint = "d" * 64  # type: ignore[misc]
-    site.teacher = another
+    site.close()
+    site = make_site(tmp_path, another, approval=True, coverage="f16")
     assert refused(site, pool, 0, 1, teacher=another.fingerprint) == "not-approved"
     site.close()
 
@@ -279,8 +279,7 @@ def test_a_contract_that_says_so_counts_coverage_too(tmp_path: Path, pool: Pool)
 
 def test_a_contract_of_secure_sums_counts_what_sums_released(tmp_path: Path, pool: Pool) -> None:
     larger = make_pool(tmp_path / "larger", SIZE + 1)
-    site = make_site(tmp_path, limits={"per_job": SIZE})
-    site.settings = site.settings.model_copy(update={"pools": (pool.folder, larger.folder)})
+    site = make_site(tmp_path, more=(larger.folder,), limits={"per_job": SIZE})
     site.answer(about(site, pool, 0, SIZE))
     site.agree(contract(pool))
     with pytest.raises(RefusedError, match="limits do not allow"):

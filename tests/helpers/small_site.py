@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,15 @@ def make_pool(folder: Path, size: int = SIZE) -> Pool:
     return Pool.build(from_arrays(pixels, None, (), where="test"), folder / "pool")
 
 
-def make_site(folder: Path, teacher: Any = None, **policy: Any) -> Site:
-    """Return the site whose state is in `folder`/state, under a policy; another call is another process's site."""
+def make_site(folder: Path, teacher: Any = None, *, more: Sequence[Path] = (), **policy: Any) -> Site:
+    """Return the site whose state is in `folder`/state, under a policy; another call is another process's site.
+
+    `more`: folders of pools beside `folder`/pool.
+    """
     settings = SiteSettings(
         name="site-1",
         teacher=CallableTeacher(kind="callable", callable="a:b", classes=CLASSES, preprocessing=Preprocessing()),
-        pools=(folder / "pool",),
+        pools=(folder / "pool", *more),
         batch_size=16,
         state=folder / "state",
         policy=Policy(**{"precision": "f32", **policy}),

@@ -120,7 +120,7 @@ def test_without_room_each_tap_costs_a_pass_and_is_the_same(
     passes.clear()
     assert told(site, pool) == expected
     assert len(passes) == 4 * BATCHES
-    assert site._together._held == {}
+    assert site.encoder.together._held == {}
 
 
 def test_what_is_kept_stays_within_its_bound_and_makes_room(
@@ -130,7 +130,7 @@ def test_what_is_kept_stays_within_its_bound_and_makes_room(
     monkeypatch.setattr(together, "MOST_BYTES", 3 * a_batch)
     site = opening("site")
     agreed(site, pool)
-    held = site._together
+    held = site.encoder.together
     random = np.random.default_rng(0)
     seen = set()
     for _ in range(30):  # batches of which nobody asks for another tap
