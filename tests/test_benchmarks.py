@@ -24,6 +24,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
     [
         "accounting",
         "amalgamation",
+        "answer_bytes",
         "answer_encodings",
         "answering",
         "audit",
