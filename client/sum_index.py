@@ -109,9 +109,12 @@ class SumIndex:
 
     @property
     def version(self) -> int:
-        """A number that is another one after each `bind`."""
+        """A number that is another one after each `bind` and `give_up`."""
         (number,) = self._database.execute("PRAGMA user_version").fetchone()
         return int(number)
+
+    def _count_version(self) -> None:
+        self._database.execute(f"PRAGMA user_version = {(self.version + 1) % 2**31}")
 
     def state(self, terms: str) -> State | None:
         """Return how far the sum with these terms' digest is; None when no keys were made for it."""
@@ -151,6 +154,7 @@ class SumIndex:
     def give_up(self) -> list[str]:
         """Let no image of a sum that is not opened be summed again; return the digests of those that have keys."""
         self._database.execute("UPDATE images SET ground = ? WHERE opened = 0", (_NO_GROUND,))
+        self._count_version()
         query = "SELECT terms FROM sums WHERE state IN ('keys', 'given')"
         return [row[0] for row in self._database.execute(query).fetchall()]
 
@@ -193,7 +197,7 @@ class SumIndex:
                 if written.rowcount != len(block):
                     raise _summed_before()
             self._database.execute("UPDATE sums SET state = ? WHERE number = ?", (state, own))
-            self._database.execute(f"PRAGMA user_version = {(self.version + 1) % 2**31}")
+            self._count_version()
         except BaseException:
             self._database.execute("ROLLBACK")
             raise
