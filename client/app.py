@@ -26,24 +26,46 @@ log = logging.getLogger(__name__)
 
 app = ClientApp()
 
-_sites: dict[Path, Site] = {}
+Stamp = tuple[int, int, int] | None
+"""By which a file that has changed is known: inode, size, time of change."""
+
+_sites: dict[Path, tuple[Stamp, Site]] = {}
 _loading = threading.Lock()
 
 
 def site_of(context: Context) -> Site:
-    """Return the node's site, loaded once per process. Raises what `Site.load` raises."""
+    """Return the node's site, loaded once per process and again when its file has changed.
+
+    So what a person takes back in `site.yaml` counts from the next message on. Raises what `Site.load` raises; a file
+    that cannot be read answers nothing.
+    """
     path = Path(str(context.node_config["site"]))
     with _loading:
-        if path not in _sites:
-            _sites[path] = site = Site.load(path)
-            log.info("%s: calibration of the teacher: %s", site.settings.name, site.calibration)
-        return _sites[path]
+        stamp, known = _stamp(path), _sites.get(path)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        if known is not None:
+            del _sites[path]
+            known[1].close()
+            log.info("%s has changed and is read again", path)
+        site = Site.load(path)
+        _sites[path] = stamp, site
+        log.info("%s: calibration of the teacher: %s", site.settings.name, site.calibration)
+        return site
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        about = path.stat()
+    except OSError:
+        return None  # `Site.load` says what is wrong
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def forget_sites() -> None:
     """Drop every loaded site, so that the next question loads it anew."""
     with _loading:
-        for site in _sites.values():
+        for _, site in _sites.values():
             site.close()
         _sites.clear()
 

@@ -115,4 +115,8 @@ def _class_priors(settings: SiteSettings, teacher: Teacher | MultiTeacher) -> tu
             hint="Name the teacher's classes as the data do, or set policy.class_priors: false",
         )
     counts = np.array([np.sum(labels == data.class_names.index(name)) for name in teacher.classes])
-    return tuple(float(share) for share in counts / counts.sum()) if counts.all() else None
+    if not counts.all():
+        return None
+    # To two digits: all of them would tell every count, and one that changed by an image the image's class.
+    told = np.array([float(f"{share:.2g}") for share in counts / counts.sum()])
+    return tuple((told / told.sum()).tolist())

@@ -25,7 +25,7 @@ from consilience.client.coverage import load_coverage, tell_coverage
 from consilience.client.explain import tell_policy
 from consilience.client.features import open_taps, tell_taps
 from consilience.client.fleet import open_fleet
-from consilience.client.ledger import Ledger
+from consilience.client.ledger import Ledger, utc_now
 from consilience.client.ledger_head import comes_back_with_state
 from consilience.client.policy import limits
 from consilience.client.privacy import describe_privacy
@@ -257,6 +257,12 @@ class Preflight:
                         "nothing new is answered",
                         "Raise policy.limits if more may leave",
                     )
+            if ledger.now[:13] > utc_now().isoformat()[:13]:  # by the hour: clocks are compared elsewhere
+                raise WarnedError(
+                    f"{ledger.head}: the last row is of {ledger.last}, after now: the clock was ahead once, and months "
+                    "and the policy's end are counted by that row until the clock has come as far",
+                    "If limits must renew before, let `per_month` do without, or `ends` be later, until then",
+                )
             if comes_back_with_state(self._settings):
                 raise WarnedError(
                     f"{ledger.head} lies in the folder `state`: an older copy of that, put back, brings the head back "

@@ -20,6 +20,7 @@ from consilience.client.policy import (
     Subset,
     byte_limits,
     check_demand,
+    check_job,
     check_sealed,
     limits,
 )
@@ -63,7 +64,10 @@ class Part:
     shape: tuple[int, ...] = ()
     """Of one sample's features."""
     summed: bool = False
-    """The server learns sums over sites of these answers, and no single one (docs/secure_sums.md)."""
+    """The server learns sums over sites of these answers (docs/secure_sums.md)."""
+    owners: int = 1
+    """Of sums: how many sites know each class that is summed, at least; of a class that this site alone knows the sum
+    is its answer."""
 
     @property
     def words(self) -> str:
@@ -87,7 +91,10 @@ class Part:
         else:
             what = "log-probabilities of every class"
         if self.summed:
-            what = f"sums over sites of {what}, no single answer"
+            alone = (
+                "no single answer" if self.owners > 1 else "no single answer but on classes that no other site knows"
+            )
+            what = f"sums over sites of {what}, {alone}"
         known = "" if self.new == self.samples else f", {self.samples - self.new:,} of them released before"
         count = f"{self.samples:,}" if self.samples == self.of else f"{self.samples:,} of the {self.of:,}"
         return f"{what}, as {self.encoding}, of {count} samples of pool {self.pool[:12]}{known}"
@@ -157,7 +164,7 @@ def explain(job: JobSettings, site: Site) -> Explanation:
     )
     fresh = site.new_of(demand)
     fresh_components = not_released(site.ledger, demand.components)
-    parts = _parts(demand, fresh, wanted, summed=summed)
+    parts = _parts(demand, fresh, wanted, summed=summed, owners=policy.sum_owners)
     held = Explanation(demand, parts, here, "", {}, unfit, new_components=fresh_components, tail=tail)
     try:
         if unfit:
@@ -166,6 +173,8 @@ def explain(job: JobSettings, site: Site) -> Explanation:
             site.encoder.check_kind("log-probs")
         check_sealed(policy, sealed=job.privacy.sealed)
         check_demand(policy, site.ledger, demand)
+        if not summed:
+            check_job(policy, site.ledger, job.name, sealed=job.privacy.sealed)
         site.permit(job.name, demand.asked, held.new, held.new_bytes)
         if tail is not None:
             site.tail.check(site.ledger, job.name, tail)
@@ -241,7 +250,9 @@ def _tail(job: JobSettings, site: Site, pools: Sequence[Pool]) -> tuple[TailDema
     return max(told, key=lambda each: each.bytes, default=None), ""
 
 
-def _parts(demand: Demand, fresh: Sequence[int], taps: Sequence[OpenTap], *, summed: bool) -> tuple[Part, ...]:
+def _parts(
+    demand: Demand, fresh: Sequence[int], taps: Sequence[OpenTap], *, summed: bool, owners: int
+) -> tuple[Part, ...]:
     cards = {tap.card.fingerprint: tap.card for tap in taps}
     parts = []
     for question, width, count, new in zip(demand.questions, demand.widths, demand.samples, fresh, strict=True):
@@ -254,6 +265,7 @@ def _parts(demand: Demand, fresh: Sequence[int], taps: Sequence[OpenTap], *, sum
             len(question),
             bytes_a_sample=width,
             summed=summed,
+            owners=owners,
         )
         if question.kind == "features":
             card = cards[question.teacher]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Self, get_args
 
 from consilience.client.ledger_head import RESTORE, former_path, head_path, missing_head, read_head, trace_of
-from consilience.client.ledger_rows import UNKNOWN, Asked, Entry, Row, Spent, SumState, approved_by, chain_of
+from consilience.client.ledger_rows import UNKNOWN, Approval, Entry, Row, Spent, SumState, approved_by, chain_of
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.files import canonical_json, make_private, storage_error, sync_folder, write_json
 from consilience.common.settings import SiteSettings
@@ -63,7 +63,7 @@ class Ledger:
         self._former, self._trace = former, trace
         self.spent = Spent()
         self.count, self.chain, self.last = 0, FIRST, ""
-        self._approved: dict[tuple[str, str], frozenset[Asked] | None] = {}
+        self._approved: dict[tuple[str, str], Approval | None] = {}
         self._lock = threading.Lock()
         make_private(path.parent)
         try:
@@ -96,9 +96,13 @@ class Ledger:
         """The time that the next row gets: never before the last row's, whatever the clock says."""
         return max(utc_now().isoformat(timespec="seconds"), self.last)
 
-    def approved(self, job: str, policy: str) -> frozenset[Asked] | None:
+    def approved(self, job: str, policy: str) -> Approval | None:
         """Return what a person last approved of the job under this policy version; None when that was withdrawn."""
         return self._approved.get((job, policy))
+
+    def approved_under(self, job: str) -> tuple[str, ...]:
+        """Return the policy versions under which the job is approved."""
+        return tuple(policy for (name, policy), given in self._approved.items() if name == job and given is not None)
 
     def rows(self, after: int = 0, subject: str | None = None) -> Iterator[Row]:
         """Yield the rows after row `after`, or those of them with one subject, in order. Raises `StorageError`."""

@@ -6,7 +6,7 @@ Does not live here: keeping rows (client/ledger).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,19 @@ class Asked(NamedTuple):
     encoding: str
     teacher: str
     """Fingerprint of what answers."""
+
+
+@dataclass(frozen=True)
+class Approval:
+    """What a person let a job ask for."""
+
+    asked: frozenset[Asked]
+    samples: int = 0
+    """Samples newly released for the job, those before the approval included."""
+    sealed: bool = False
+    """Whether answers leave sealed alone."""
+    tail: tuple[int, int, int] = (0, 0, 0)
+    """Of questions about the teacher's last blocks, those before the approval included: how many, samples, bytes."""
 
 
 @dataclass(frozen=True)
@@ -153,20 +166,29 @@ def tail_asked(question: TailQuestion) -> Entry:
     return Entry("tail", question.job, question.tail, body={"what": what, **body})
 
 
-def approval(job: str, policy: str, asked: Iterable[Asked] | None) -> Entry:
-    """Return the entry of a person's approval of what a job asks for, under a policy version; None withdraws it."""
-    body: dict[str, Any] = {"given": asked is not None}
-    if asked is not None:
-        body["asked"] = [part._asdict() for part in sorted(set(asked))]
+def approval(job: str, policy: str, given: Approval | None) -> Entry:
+    """Return the entry of a person's approval of a job under a policy version; None withdraws it."""
+    body: dict[str, Any] = {"given": given is not None}
+    if given is not None:
+        body["asked"] = [part._asdict() for part in sorted(given.asked)]
+        body |= {"samples": given.samples, "sealed": given.sealed, "tail": list(given.tail)}
     return Entry("approval", job, policy, body=body)
 
 
-def approved_by(entry: Entry) -> frozenset[Asked] | None:
-    """Return what an approval is of; None when it withdraws one. One of a mere name, as there once were, is of nothing.
+def approved_by(entry: Entry) -> Approval | None:
+    """Return what an approval is of; None when it withdraws one. One that does not say all, as there once were, is of
+    nothing.
 
     Raises `KeyError` and `TypeError` for a body that `approval` does not make.
     """
-    return frozenset(Asked(**part) for part in entry.body.get("asked", ())) if entry.body["given"] else None
+    body = entry.body
+    if not body["given"]:
+        return None
+    if "samples" not in body:
+        return Approval(frozenset())
+    rounds, samples, size = body["tail"]
+    asked = frozenset(Asked(**part) for part in body["asked"])
+    return Approval(asked, body["samples"], body["sealed"], (rounds, samples, size))
 
 
 def chain_of(before: str, seq: int, when: str, entry: Entry, body: str) -> str:

@@ -216,10 +216,12 @@ def check_job_key(settings: SiteSettings, job: str, key: JobKey | None) -> None:
         ) from error
 
 
-def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] = ()) -> None:
+def check_job(
+    policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] = (), *, sealed: bool | None = None
+) -> None:
     """Refuse a job after the policy's end, or what it asks for when that needs an approval and has none.
 
-    Raises `RefusedError`.
+    `sealed`: whether it has answers sealed, where that is known. Raises `RefusedError`.
     """
     if policy.ends is not None and ledger.now[:10] > policy.ends.isoformat():
         raise RefusedError("policy-ended", "the site's policy has ended", f"policy.ends is {policy.ends}")
@@ -228,15 +230,35 @@ def check_job(policy: Policy, ledger: Ledger, job: str, asked: Iterable[Asked] =
     approved = ledger.approved(job, policy.version)
     if approved is None:
         raise RefusedError("not-approved", "nobody at the site has approved this job yet", f"job {job}")
-    if other := sorted(set(asked) - approved):
 
-        def where(part: Asked) -> str:
-            return f"pool {part.pool[:12]}" if part.pool else "the teacher"
+    def where(part: Asked) -> str:
+        return f"pool {part.pool[:12]}" if part.pool else "the teacher"
 
-        told = "; ".join(f"{part.use} {part.kind} as {part.encoding} of {where(part)}".strip() for part in other)
-        raise RefusedError(
-            "not-approved", "the job asks for something else than was approved at the site", f"job {job}: {told}"
-        )
+    other = sorted(set(asked) - approved.asked)
+    told = [f"{part.use} {part.kind} as {part.encoding} of {where(part)}".strip() for part in other]
+    told += ["unsealed answers"] if approved.sealed and sealed is False else []
+    if told:
+        raise RefusedError("not-approved", _OTHER_THAN_APPROVED, f"job {job}: {'; '.join(told)}")
+
+
+def check_approved(policy: Policy, ledger: Ledger, job: str, samples: int, tail: Sequence[int] = (0, 0, 0)) -> None:
+    """Refuse to release so many samples, or answer so many questions about the tail (questions, samples, bytes), more
+    than were, where that is more than a person approved.
+
+    Raises `RefusedError`.
+    """
+    approved = ledger.approved(job, policy.version) if policy.approval else None
+    if approved is None:  # or there is none: `check_job`
+        return
+    spent = ledger.spent
+    asked = [spent.tails[job, name] for name in ("rounds", "samples", "bytes")]
+    for what, most, before, more in (
+        ("samples", approved.samples, spent.jobs[job], samples),
+        *zip((f"tail {name}" for name in ("questions", "samples", "bytes")), approved.tail, asked, tail, strict=True),
+    ):
+        if more and before + more > most:
+            detail = f"job {job}: {what}: {more:,} more, {before:,} of {most:,} approved ones have left"
+            raise RefusedError("not-approved", _OTHER_THAN_APPROVED, detail)
 
 
 def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
@@ -251,7 +273,11 @@ def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
 
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:
-    """Refuse to release so many samples more than were, where a limit does not allow it. Raises `RefusedError`."""
+    """Refuse to release so many samples more than were, where an approval or a limit does not allow it.
+
+    Raises `RefusedError`.
+    """
+    check_approved(policy, ledger, job, samples)
     for limit in limits(policy, ledger, job):
         if limit.left is not None and samples > limit.left:
             detail = f"{limit.name}: {samples:,} more, {limit.left:,} left of {limit.most:,}"
@@ -285,3 +311,4 @@ _TOO_MANY_BYTES = (
     "the job asks for more bytes of features than the site's policy allows: set ask.features to u8, take fewer taps, "
     "or a smaller pool; or have that site let them leave smaller, or raise policy.features.bytes and bytes_lifetime"
 )
+_OTHER_THAN_APPROVED = "the job asks for something else than was approved at the site"

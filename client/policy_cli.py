@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from consilience.client.explain import Explanation, tell_site
 from consilience.client.explain import explain as explain_job
 from consilience.client.ledger import Ledger
-from consilience.client.ledger_rows import approval
+from consilience.client.ledger_rows import Approval, approval
 from consilience.client.policy import component_bytes
 from consilience.client.privacy import Spent
 from consilience.client.site import Site
@@ -65,15 +65,31 @@ def _approve(job: str, site: Path) -> Result:
                 hint="Let policy.features or policy.tail tell it, or ask the coordinator for another job.yaml",
             )
         with held.ledger.alone():
-            if held.ledger.approved(wanted.name, policy.version) != found.demand.asked:
-                held.ledger.append(approval(wanted.name, policy.version, found.demand.asked))
+            given = _approval(found, held.ledger, wanted)
+            if held.ledger.approved(wanted.name, policy.version) != given:
+                held.ledger.append(approval(wanted.name, policy.version, given))
         found = explain_job(wanted, held)
-    lines = [f"Job {wanted.name} is approved under policy {policy.version}, for:", *_parts(found)]
+    lines = [f"Job {wanted.name} is approved under policy {policy.version}, for:", *_parts(found), _sealing(wanted)]
+    lines.append(f"That is {found.new:,} samples newly released, and no more under this name.")
     if not policy.approval:
         lines.append("The policy asks for no approval: set policy.approval: true, and approve again.")
     lines += [f"Yet it would be refused: {found.refusal}."] if found.refusal else []
     data = {"job": wanted.name, "policy": policy.version, "approved": True, "needed": policy.approval}
     return {**data, "parts": [vars(part) for part in found.parts], "refusal": found.refusal or None}, "\n".join(lines)
+
+
+def _approval(found: Explanation, ledger: Ledger, job: JobSettings) -> Approval:
+    """Return the approval of what is explained, with what left for the job before."""
+    spent, tail = ledger.spent, (0, 0, 0)
+    if found.tail is not None and found.tail.samples:
+        asked = [spent.tails[job.name, name] for name in ("rounds", "samples", "bytes")]
+        tail = (
+            max(asked[0], found.tail.rounds),
+            max(asked[1], found.tail.samples),
+            max(asked[2], found.tail.bytes),
+        )
+    samples = spent.jobs[job.name] + found.new
+    return Approval(found.demand.asked, samples, job.privacy.sealed and not job.privacy.secure_sum, tail)
 
 
 def _withdraw(job: str, site: Path) -> Result:
@@ -83,10 +99,13 @@ def _withdraw(job: str, site: Path) -> Result:
     )
     policy = settings.policy
     with closing(Ledger.open(settings)) as ledger, ledger.alone():
-        if ledger.approved(name, policy.version) is not None:
-            ledger.append(approval(name, policy.version, None))
+        versions = ledger.approved_under(name)
+        if versions:  # under whichever version: an agent may know another than the file tells now
+            ledger.append(*(approval(name, version, None) for version in versions))
     data = {"job": name, "policy": policy.version, "approved": False, "needed": policy.approval}
-    return data, f"Job {name} is no longer approved under policy {policy.version}."
+    if not versions:
+        return data, f"Job {name} was not approved under any policy."
+    return data, f"Job {name} is no longer approved under policy {', '.join(versions)}."
 
 
 def _is_name(job: str) -> bool:

@@ -42,6 +42,7 @@ from consilience.client.tails import OpenTail, TailDesk, open_tail
 from consilience.client.teacher import CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher, load_any
 from consilience.common.cards import SiteCard
 from consilience.common.identity import load_key
+from consilience.common.job_key import JobKey
 from consilience.common.pool import Pool
 from consilience.common.protocol import (
     MOST_ANSWER_BYTES,
@@ -141,12 +142,17 @@ class Site:
     def tell_card(self, job: str) -> SiteCard:
         """Return the card for a server: what it tells of private data is in the ledger, once, before it leaves.
 
-        Raises what `card` and `ledger` raise.
+        A job that the policy does not allow, or a person has not approved, is told none of that. Raises what `card`
+        and `ledger` raise.
         """
         card = self.card
         if told := private_figures(card):
             entry = card_told(job, card.teacher, card.policy, told)
             with self.lock, self.ledger.alone():
+                try:
+                    check_job(self.settings.policy, self.ledger, job)
+                except RefusedError:
+                    return card.model_copy(update=dict.fromkeys(told))
                 if next(self.ledger.rows(0, entry.subject), None) is None:
                     self.ledger.append(entry)
         return card
@@ -196,6 +202,8 @@ class Site:
                 subsets=subsets,
             )
             check_demand(self.settings.policy, self.ledger, demand)
+            if not contract.secure_sum:
+                self._check_approved_way(contract.job, contract.job_key)
             fresh = self.new_of(demand)
             new = sum(fresh)
             features = demand.feature_bytes(fresh, not_released(self.ledger, demand.components))
@@ -286,7 +294,7 @@ class Site:
         released = self.summed if demand.use else self.released
         found = []
         for asked in demand.questions:
-            missing = released.missing(self.encoder.kept_as(asked), len(asked))
+            missing = released.missing(asked, len(asked))
             subset = demand.subsets.get(asked.pool)
             found.append(int(missing.sum()) if subset is None else subset.new(missing))
         return found
@@ -302,7 +310,8 @@ class Site:
     ) -> Question:
         """Return the question about all `size` samples, at least 1, of a pool that this site would answer now.
 
-        For kind `coverage` the site must have one; for kind `features` it is about `tap`.
+        For kind `coverage` the site must have one; for kind `features` it is about `tap`. It is under the name that its
+        answer has in the ledger (`Encoder.kept_as`).
         """
         if tap is not None:
             fingerprint = tap.card.fingerprint
@@ -310,7 +319,7 @@ class Site:
             answering = self.coverage if kind == "coverage" else self.teacher
             assert answering is not None
             fingerprint = answering.fingerprint
-        return Question(
+        question = Question(
             job=job,
             pool=pool,
             start=0,
@@ -320,6 +329,7 @@ class Site:
             teacher=fingerprint,
             policy=self.settings.policy.version,
         )
+        return self.encoder.kept_as(question)
 
     def answer(self, question: Question) -> Answer:
         """Score the samples a question asks about and encode them as it asks; what left before leaves as it did.
@@ -343,10 +353,16 @@ class Site:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
         signer, began = self.signer, time.perf_counter()
         with self.lock:
+            self.ledger.refresh()
+            self._check_approved_way(question.job, question.job_key)
             data = self.given(self.released, question, pool)
         seconds = time.perf_counter() - began
         answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
         return answer if question.job_key is None else seal_answer(answer, self.settings.name)
+
+    def _check_approved_way(self, job: str, key: JobKey | None) -> None:
+        """Refuse answers that leave unsealed where a person approved sealed ones. Raises `RefusedError`."""
+        check_job(self.settings.policy, self.ledger, job, sealed=key is not None)
 
     def ask_tail(self, question: TailQuestion, given: tuple[Floats, ...]) -> Carried:
         """Answer a question about features at a block. Raises as `TailDesk.ask`: nothing leaves then."""

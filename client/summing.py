@@ -181,7 +181,7 @@ class Summing:
             part = asked.model_copy(update={"start": start, "stop": stop})
             with self.site.lock:
                 data = self.site.given(self.site.summed, part, pool)
-            return decode(data, stop - start, len(self.site.teacher.classes), finest)
+            return decode(data, stop - start, len(self.site.teacher.classes), asked.encoding)
 
         def noise(terms: Terms, start: int, stop: int, rows: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
             private = self.settings.privacy

@@ -1,8 +1,9 @@
 """Questions and answers as typed records, and as Flower messages. Every field is validated on arrival.
 
-Three queries: `card` (the site speaks first: who it is and what its policy allows), `contract` (the server says
+Here are the queries `card` (the site speaks first: who it is and what its policy allows), `contract` (the server says
 which label space and pools the job is about; the site checks its copies, and what it gives beside answers comes with
-its agreement) and `answer` (a question about a range of pool samples, or a part of one). A site that will not or
+its agreement) and `answer` (a question about a range of pool samples, or a part of one); common/tails has those about
+last blocks, common/sums those of secure sums. A site that will not or
 cannot answer sends a `Refusal`: a code and a short reason of ours, never exception text, paths or values.
 """
 

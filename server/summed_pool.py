@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from consilience.common.errors import NEW_RUN, AskingError, SettingsError
+from consilience.common.errors import NEW_RUN, AskingError, ProtocolError, SettingsError
 from consilience.common.files import canonical_json, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
@@ -120,7 +120,7 @@ def _terms(job: JobSettings, contract: RunContract, pool: Pool, threshold: int, 
     members = members_of(contract, job.unify.weights)
     try:
         ring_of(members, len(contract.labels))  # before all else: it can say what to do
-        return Terms(
+        terms = Terms(
             job=job.name,
             contract=sha256(canonical_json(contract.model_dump(mode="json"))),
             pool=pool.digest,
@@ -133,6 +133,13 @@ def _terms(job: JobSettings, contract: RunContract, pool: Pool, threshold: int, 
             threshold=threshold,
             members=members,
         )
+        terms.to_content()
+    except ProtocolError as error:
+        raise AskingError(
+            f"The terms of the secure sum, {len(members)} sites with {sum(len(m.classes) for m in members):,} classes "
+            "in all, fit into no message",
+            hint=f"Ask openly (privacy.secure_sum: false), or admit fewer sites, in {NEW_RUN}. Nothing was asked",
+        ) from error
     except SettingsError as error:
         sigmas = ", ".join(f"{member.site}: {member.noise.sigma:g}" for member in members if member.noise is not None)
         told = f"; privacy.sigma of the sites: {sigmas}" if sigmas else ""
@@ -147,3 +154,4 @@ def _terms(job: JobSettings, contract: RunContract, pool: Pool, threshold: int, 
             f"The terms of the secure sum are not as they must be: {field}: {first['msg']}",
             hint=f"Correct job.yaml or the sites' cards; then start {NEW_RUN}. Nothing was asked",
         ) from error
+    return terms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
+from consilience.client import ledger as ledger_module
 from consilience.client.check import Preflight
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Entry
@@ -121,6 +123,17 @@ def test_a_head_that_comes_back_with_the_state_is_a_warning(site: SiteFolder) ->
     assert (code, rows["ledger"]["result"]) == (0, "warning")
     assert "state/ledger.head lies in the folder `state`" in rows["ledger"]["found"]
     assert "`ledger_head`" in rows["ledger"]["fix"]
+
+
+def test_a_clock_that_was_ahead_is_told(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC)
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module, "utc_now", lambda: ahead)
+        with closing(Ledger.open(load_settings(site.file, SiteSettings))) as ledger, ledger.alone():
+            ledger.append(Entry("carried", "", "ledger", 1, {"aside": "", "rows": 0}))
+    rows = check(site)[1]
+    assert rows["ledger"]["result"] == "warning"
+    assert "the last row is of 2099-01-01T00:00:00+00:00, after now" in rows["ledger"]["found"]
 
 
 def damaged_ledger(site: SiteFolder) -> None:

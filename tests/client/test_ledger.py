@@ -17,13 +17,14 @@ from consilience.client import ledger as module
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_head import comes_back_with_state, head_path
 from consilience.client.ledger_restart import restart
-from consilience.client.ledger_rows import Asked, Entry, approval, chain_of, mechanism
+from consilience.client.ledger_rows import Approval, Asked, Entry, approval, chain_of, mechanism
 from consilience.common.errors import LedgerError, RunError, StorageError
 from consilience.common.files import canonical_json, lock, read_json, write_json
 from consilience.common.settings import SiteSettings
 from helpers.small_site import make_site
 
 ASKED = Asked("", "a" * 64, "log-probs", "f16", "b" * 64)
+APPROVED = Approval(frozenset({ASKED}), samples=7, sealed=True, tail=(1, 2, 3))
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def set_clock(patch: pytest.MonkeyPatch, text: str) -> None:
 def test_what_was_added_is_there_after_it_is_opened_again(settings: SiteSettings) -> None:
     ledger = filled(settings)
     add(ledger, answer(2, "other"), mechanism("other", "gaussian", {"sigma": 2.5, "sensitivity": 1}, 2))
-    add(ledger, approval("other", "c" * 16, [ASKED, ASKED]))
+    add(ledger, approval("other", "c" * 16, APPROVED))
     ledger.close()
     again = Ledger.open(settings)
     assert (again.count, again.chain, again.last) == (ledger.count, ledger.chain, ledger.last)
@@ -69,7 +70,8 @@ def test_what_was_added_is_there_after_it_is_opened_again(settings: SiteSettings
     row = again.row(5)
     assert (row.entry.kind, row.entry.subject) == ("mechanism", "gaussian")
     assert row.entry.body == {"parameters": {"sigma": 2.5, "sensitivity": 1}, "count": 2}
-    assert again.approved("other", "c" * 16) == {ASKED}
+    assert again.approved("other", "c" * 16) == APPROVED
+    assert again.approved_under("other") == ("c" * 16,)
     assert again.approved("other", "d" * 16) is None
     add(again, approval("other", "c" * 16, None))
     assert again.approved("other", "c" * 16) is None

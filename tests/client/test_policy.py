@@ -14,20 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 
 from consilience.client import app as app_module
 from consilience.client import ledger as ledger_module
 from consilience.client.explain import explain
 from consilience.client.ledger import Ledger
-from consilience.client.ledger_rows import Entry, approval
+from consilience.client.ledger_rows import Approval, Entry, approval
 from consilience.client.policy import RefusedError, asked_by
 from consilience.client.site import Site
 from consilience.common.encoding import decode
 from consilience.common.errors import SettingsError
 from consilience.common.pool import Pool
 from consilience.common.protocol import FINAL_REFUSALS, Contract, Refusal
-from consilience.common.settings import JobSettings
+from consilience.common.settings import JobSettings, SiteSettings
+from consilience.common.settings_file import load_settings
 from consilience.deploy.local_grid import LocalGrid
 from helpers.commands import call, said
 from helpers.small_site import CLASSES, ROW, SIZE, Familiar, Fickle, about, make_pool, make_site
@@ -109,6 +110,47 @@ def test_a_job_that_would_take_more_than_is_left_is_refused_before_it_begins(tmp
     site.close()
 
 
+def approve(site: Site, **given: Any) -> None:
+    with site.ledger.alone():
+        site.ledger.append(approval("job", site.settings.policy.version, Approval(**given)))
+
+
+def test_an_approval_is_of_so_many_samples(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path, approval=True)
+    asked = frozenset({asked_by(about(site, pool, 0, 1))})
+    approve(site, asked=asked, samples=10)
+    assert site.answer(about(site, pool, 0, 10)).data
+    assert refused(site, pool, 10, 11) == "not-approved"
+    with pytest.raises(RefusedError, match="something else than was approved"):
+        site.agree(contract(pool))
+    assert site.answer(about(site, pool, 3, 7)).data  # what left before costs nothing
+    approve(site, asked=asked, samples=SIZE)
+    assert site.agree(contract(pool))
+    assert site.answer(about(site, pool, 10, SIZE)).data
+    site.close()
+
+
+def test_an_approval_of_sealed_answers_is_of_no_others(tmp_path: Path, pool: Pool) -> None:
+    site = make_site(tmp_path, approval=True)
+    approve(site, asked=frozenset({asked_by(about(site, pool, 0, 1))}), samples=SIZE, sealed=True)
+    assert refused(site, pool, 0, 1) == "not-approved"
+    with pytest.raises(RefusedError, match="something else than was approved") as caught:
+        site.agree(contract(pool))
+    assert "unsealed answers" in caught.value.told_here
+    assert site.ledger.spent.lifetime == 0
+    site.close()
+
+
+def test_what_is_approved_by_one_name_is_answered_by_it(tmp_path: Path, pool: Pool) -> None:
+    """`top-K` of more classes than there are is one with `top-K` of all, whichever the job says."""
+    site = make_site(tmp_path, approval=True)
+    demand = site.demand("job", [pool], "top-5", coverage=False, summed=False)
+    approve(site, asked=demand.asked, samples=SIZE)
+    assert site.agree(contract(pool, encoding="top-5"))
+    assert site.answer(about(site, pool, 0, SIZE, encoding="top-5")).data
+    site.close()
+
+
 def test_only_listed_pools_are_answered_about(tmp_path: Path, pool: Pool) -> None:
     site = make_site(tmp_path, pools=["0" * 64])
     assert refused(site, pool, 0, 1) == "pool-not-allowed"
@@ -139,7 +181,7 @@ def test_a_job_is_answered_once_a_person_approved_it_under_this_policy(tmp_path:
     with pytest.raises(RefusedError):
         site.agree(contract(pool))
     person = Ledger.open(site.settings)  # another process: `site approve`
-    asked = [asked_by(about(site, pool, 0, 1))]
+    asked = Approval(frozenset({asked_by(about(site, pool, 0, 1))}), samples=SIZE)
     with person.alone():
         person.append(approval("other", site.settings.policy.version, asked))
         person.append(approval("job", "0" * 16, asked))
@@ -160,7 +202,8 @@ def test_an_approved_job_gets_what_was_approved_and_nothing_else(tmp_path: Path,
     larger = make_pool(tmp_path / "larger", SIZE + 1)
     site = make_site(tmp_path, more=(larger.folder,), approval=True, coverage="f16")
     with site.ledger.alone():
-        site.ledger.append(approval("job", site.settings.policy.version, [asked_by(about(site, pool, 0, 1))]))
+        given = Approval(frozenset({asked_by(about(site, pool, 0, 1))}), samples=SIZE)
+        site.ledger.append(approval("job", site.settings.policy.version, given))
     site.agree(contract(pool))
     site.answer(about(site, pool, 0, SIZE))
     others: list[dict[str, Any]] = [
@@ -298,7 +341,9 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     release(file, pool, 0, 8, job="earlier")
     found = call("explain", job, file)
     part = {"pool": pool.digest, "kind": "log-probs", "encoding": "f32", "samples": SIZE, "new": SIZE - 8}
-    assert found["parts"] == [part | {"of": SIZE, "tap": "", "bytes_a_sample": ROW, "shape": [], "summed": False}]
+    assert found["parts"] == [
+        part | {"of": SIZE, "tap": "", "bytes_a_sample": ROW, "shape": [], "summed": False, "owners": 1}
+    ]
     assert (found["new"], found["refusal"], found["pools_are_the_job_s"]) == (42, None, True)
     (month,) = (name for name in found["left"] if name.startswith("month"))
     assert found["left"] == {
@@ -314,7 +359,7 @@ def test_explain_says_what_a_job_would_take_and_what_is_left(file: Path, pool: P
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "pool", "privacy": {"secure_sum": True}}))
     assert call("explain", job, file)["new"] == SIZE, "sums are released by themselves"
     text = said("explain", job, file)
-    assert "sums over sites of log-probabilities of every class, no single answer" in text
+    assert "sums over sites of log-probabilities of every class, no single answer but on classes that no other" in text
     assert "the site has no key to sign with in secure sums" in text
     job.write_text(yaml.safe_dump({"name": "clothes", "pool": "elsewhere", "ask": {"encoding": "f32"}}))
     assert call("explain", job, file)["pools_are_the_job_s"] is False
@@ -448,6 +493,40 @@ def test_approve_and_withdraw_are_kept_in_the_ledger(file: Path, pool: Pool) -> 
     assert call("ledger", "show", file)["rows"] == 5
     write(file)
     assert "asks for no approval" in said("approve", job, file)
+
+
+def test_an_approval_is_withdrawn_whatever_the_policy_is_now(file: Path, pool: Pool) -> None:
+    write(file, approval=True)
+    before = file.read_text()
+    job = with_encoding(file.with_name("job.yaml"), "f32")
+    assert "50 samples newly released, and no more" in said("approve", job, file)
+    write(file, approval=True, ends=datetime.date(2900, 1, 1))
+    assert "no longer approved" in said("approve", "job", file, "--withdraw")
+    assert "was not approved" in said("approve", "job", file, "--withdraw")
+    file.write_text(before)
+    with pytest.raises(RefusedError, match="nobody at the site"):
+        release(file, pool, 0, 1)
+
+
+def test_a_policy_that_changes_while_the_agent_runs_counts_from_the_next_message_on(
+    file: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(file)
+    monkeypatch.setattr(
+        app_module.Site, "load", classmethod(lambda cls, path: Site(load_settings(path, SiteSettings), Fickle()))
+    )
+    app_module.forget_sites()
+    context = Context(run_id=1, node_id=1, node_config={"site": str(file)}, state=RecordDict(), run_config={})
+    first = app_module.site_of(context)
+    assert app_module.site_of(context) is first
+    write(file, ends=datetime.date(2020, 1, 1))
+    second = app_module.site_of(context)
+    assert second.settings.policy.ends == datetime.date(2020, 1, 1)
+    assert refused(second, pool, 0, 1) == "policy-ended"
+    file.write_text("policy: {ends: never}")
+    with pytest.raises(SettingsError):
+        app_module.site_of(context)
+    app_module.forget_sites()
 
 
 def test_a_name_is_no_approval_and_a_job_that_cannot_be_is_not_approved(file: Path, pool: Pool) -> None:

@@ -163,6 +163,35 @@ def test_class_priors_are_told_only_if_the_policy_says_so(site: Site, tmp_path: 
     assert Site(open_minded, teacher).card.class_priors == (0.5, 0.25, 0.25)
 
 
+@pytest.mark.parametrize("policy", [{"ends": "2020-01-01"}, {"approval": True}])
+def test_a_job_that_is_not_allowed_is_told_nothing_of_private_data(
+    ask_app: Any, site: Site, tmp_path: Path, policy: dict[str, Any]
+) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 2, 2), np.uint8), y=[0, 1, 1, 2], names=["cow", "cat", "dog"])
+    site.settings = site.settings.model_copy(
+        update={
+            "policy": Policy(class_priors=True, **policy),
+            "data": NpzData(kind="npz", path=tmp_path / "d.npz"),
+        }
+    )
+    card = SiteCard.from_content(ask_app("query.card", CardRequest(job="job").to_content()))
+    assert site.card.class_priors is not None
+    assert card == site.card.model_copy(update={"class_priors": None})
+    assert site.ledger.count == 0
+
+
+def test_shares_of_classes_are_told_to_two_digits(site: Site, tmp_path: Path, teacher: Linear) -> None:
+    counts = (613, 407, 219)
+    labels = np.repeat([1, 0, 2], counts)
+    np.savez(tmp_path / "d.npz", x=np.zeros((len(labels), 2, 2), np.uint8), y=labels, names=["cow", "cat", "dog"])
+    policy = Policy(class_priors=True)
+    data = NpzData(kind="npz", path=tmp_path / "d.npz")
+    settings = site.settings.model_copy(update={"policy": policy, "data": data})
+    told = np.array(Site(settings, teacher).card.class_priors)
+    np.testing.assert_allclose(told, [0.49, 0.18, 0.33], atol=1e-12)
+    assert abs(told.sum() - 1) < 1e-12
+
+
 def test_what_a_card_tells_of_private_data_is_in_the_ledger_before_it_leaves(
     ask_app: Any, site: Site, tmp_path: Path, teacher: Linear
 ) -> None:

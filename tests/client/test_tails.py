@@ -15,6 +15,7 @@ from consilience.__main__ import app
 from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.client.ledger import Ledger
+from consilience.client.ledger_rows import Approval, approval
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
 from consilience.common.errors import SettingsError
@@ -234,6 +235,18 @@ def test_a_job_must_be_approved_where_the_policy_says_so(tmp_path: Path) -> None
     with pytest.raises(RefusedError) as refused:
         site.ask_tail(asked, given(asked))
     assert refused.value.code == "not-approved"
+    assert site.tail.tail is not None
+    most = (2, 2 * asked.samples, 2 * asked.bytes)
+    with site.ledger.alone():
+        given_to = Approval(frozenset({site.tail.tail.asked}), tail=most)
+        site.ledger.append(approval("job", site.settings.policy.version, given_to))
+    site.tail.check(site.ledger, "job", TailDemand(rounds=2, samples=most[1], bytes=most[2]))
+    with pytest.raises(RefusedError, match="something else than was approved"):
+        site.tail.check(site.ledger, "job", TailDemand(rounds=3, samples=most[1], bytes=most[2]))
+    for _ in range(2):
+        ask(site, asked, given(asked))
+    with pytest.raises(RefusedError, match="something else than was approved"):
+        site.ask_tail(asked, given(asked))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from consilience.client.audit.answers import single_teacher
 from consilience.client.privacy import account, event_from
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
+from consilience.common import bounded
 from consilience.common.data import from_arrays
 from consilience.common.errors import AskingError
 from consilience.common.files import read_json
@@ -481,7 +482,9 @@ def test_noise_that_does_not_fit_is_told_before_anybody_is_asked(
     assert not (world.folder / "run" / "sums").exists()
 
 
-def test_terms_that_do_not_hold_together_are_told_with_the_next_step(world: World) -> None:
+def test_terms_that_do_not_hold_together_are_told_with_the_next_step(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = world.pool
     card = world.sites["ant"].card
     many = [card.model_copy(update={"name": f"site-{number}"}) for number in range(256)]  # one more than may be
@@ -493,6 +496,10 @@ def test_terms_that_do_not_hold_together_are_told_with_the_next_step(world: Worl
     cards = [site.card for site in world.sites.values()]
     contract = RunContract.build(job, cards, (pool.digest,)).model_copy(update={"labels": ("cat",) * 4})
     with pytest.raises(AskingError, match=r"are not as they must be: .*a class is named twice.*Nothing was asked"):
+        SummedPool(world.folder / "run", job, contract, pool)
+    contract = RunContract.build(job, cards, (pool.digest,))
+    monkeypatch.setattr(bounded, "MOST_SPARE", -(10**9))  # as terms of a million classes would be
+    with pytest.raises(AskingError, match=r"with \d+ classes in all, fit into no message"):
         SummedPool(world.folder / "run", job, contract, pool)
 
 

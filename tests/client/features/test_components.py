@@ -18,7 +18,7 @@ from consilience.client.features import learn_bases
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_head import head_path
 from consilience.client.ledger_restart import restart
-from consilience.client.ledger_rows import approval
+from consilience.client.ledger_rows import Approval, approval
 from consilience.client.policy import RefusedError
 from consilience.client.privacy.spending import loss_of
 from consilience.client.site import Site
@@ -233,14 +233,15 @@ def test_components_leave_after_approval_and_of_what_was_approved(pool: Pool, op
 
     def approve(what: Any) -> None:
         with closing(Ledger.open(site.settings)) as person, person.alone():
-            person.append(approval("job", site.settings.policy.version, what))
+            given = None if what is None else Approval(what.asked, samples=2 * SIZE)
+            person.append(approval("job", site.settings.policy.version, given))
 
-    approve(without.asked)
+    approve(without)
     assert site.agree(contract(site, pool, components=())).enclosed is None
     with pytest.raises(RefusedError, match="something else than was approved") as caught:
         site.agree(asked)
     assert "components as f32" in caught.value.told_here
-    approve(whole.asked)
+    approve(whole)
     assert sent(site, asked)
     assert site.ledger.spent.features == {"job": LAYER2}
     approve(None)
@@ -276,9 +277,10 @@ def test_what_was_withdrawn_while_the_teacher_was_tried_does_not_leave(
 
     def person(what: Any) -> None:
         with closing(Ledger.open(site.settings)) as ledger, ledger.alone():
-            ledger.append(approval("job", version, what))
+            given = None if what is None else Approval(what.asked, samples=2 * SIZE)
+            ledger.append(approval("job", version, given))
 
-    person(demand.asked)
+    person(demand)
     real = type(site.taps[0]).values
 
     def slow(self: Any, images: Any) -> Any:
