@@ -130,7 +130,8 @@ def read_key_line(line: str) -> PublicKey:
     """Read `key_line`'s line back. Raises `IdentityError`."""
     try:
         key = serialization.load_ssh_public_key(line.encode())
-    except (ValueError, UnsupportedAlgorithm, NotImplementedError) as error:  # the last: a point in compressed form
+    # Not implemented is a point in compressed form, and an empty one is looked into.
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError, IndexError) as error:
         raise IdentityError("A public key cannot be read", hint="Let the site make its request anew") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
         raise IdentityError("A public key is of another kind than EC P-384", hint="Let the site make its request anew")

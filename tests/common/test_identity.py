@@ -54,15 +54,17 @@ def test_what_is_no_key_of_ours_is_refused(tmp_path: Path) -> None:
         load_key(tmp_path / "nowhere")
 
 
-def test_a_public_key_comes_back_and_one_in_compressed_form_is_refused(tmp_path: Path) -> None:
+def test_a_public_key_comes_back_and_points_in_other_forms_are_refused(tmp_path: Path) -> None:
     key = make_key(tmp_path / "site.key").public_key()
     line = key_line(key)
     assert read_key_line(line) == key
     kind, text = line.split()
-    raw = bytearray(base64.b64decode(text))
-    raw[raw.index(b"\x04", -97)] = 2  # SEC 1, 2.3.3: 04 before an uncompressed point
-    with pytest.raises(IdentityError, match="cannot be read"):
-        read_key_line(f"{kind} {base64.b64encode(raw).decode()}")
+    whole = base64.b64decode(text)
+    at = whole.index(b"\x04", -97)  # SEC 1, 2.3.3: 04 before an uncompressed point
+    compressed, empty = whole[:at] + b"\2" + whole[at + 1 :], whole[: at - 4] + bytes(4)
+    for raw in (compressed, empty):
+        with pytest.raises(IdentityError, match="cannot be read"):
+            read_key_line(f"{kind} {base64.b64encode(raw).decode()}")
 
 
 def test_a_certificate_of_an_unknown_version_is_refused() -> None:
