@@ -6,8 +6,10 @@ answering itself (client/site). The site's file is named by the node's configura
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from flwr.clientapp import ClientApp
 
 from consilience.client.policy import RefusedError
 from consilience.client.site import Site
-from consilience.common.errors import ConsilienceError, LedgerError, ProtocolError
+from consilience.common.errors import ConsilienceError, LedgerError, ProtocolError, SettingsError
 from consilience.common.protocol import CardRequest, Contract, Question, Refusal
 from consilience.common.records import Record
+from consilience.common.settings import SiteSettings
+from consilience.common.settings_file import load_settings
 from consilience.common.sums.messages import Delivery, MaskedRows, Roster, RowsQuestion, Terms, Unmask
 from consilience.common.tails import BlocksQuestion, asked
 
@@ -27,7 +31,11 @@ log = logging.getLogger(__name__)
 app = ClientApp()
 
 Stamp = tuple[int, int, int] | None
-"""By which a file that has changed is known: inode, size, time of change."""
+"""By which a file that has changed is known: inode, size, when it was written to."""
+STARTED_WITH = ("name", "state", "ledger_head", "key", "kit", "health_port")
+"""Settings that an agent takes up when it starts alone."""
+SETTLED = 0.5
+"""Seconds."""
 
 _sites: dict[Path, tuple[Stamp, Site]] = {}
 _loading = threading.Lock()
@@ -36,22 +44,42 @@ _loading = threading.Lock()
 def site_of(context: Context) -> Site:
     """Return the node's site, loaded once per process and again when its file has changed.
 
-    So what a person takes back in `site.yaml` counts from the next message on. Raises what `Site.load` raises; a file
-    that cannot be read answers nothing.
+    So what a person takes back in `site.yaml` counts from the next message on. Raises what `Site.load` raises, and
+    `SettingsError` where what changed is what the process was started with: nothing is answered then.
     """
     path = Path(str(context.node_config["site"]))
     with _loading:
-        stamp, known = _stamp(path), _sites.get(path)
-        if known is not None and known[0] == stamp:
-            return known[1]
-        if known is not None:
-            del _sites[path]
-            known[1].close()
+        stamp = _stamp(path)
+        if path in _sites and _sites[path][0] != stamp:
+            stamp = _settled(path)
+            _need_the_same(load_settings(path, SiteSettings), _sites[path][1].settings, path)
+            _sites.pop(path)[1].close()
+            gc.collect()  # before another teacher is loaded beside the old one
             log.info("%s has changed and is read again", path)
-        site = Site.load(path)
-        _sites[path] = stamp, site
-        log.info("%s: calibration of the teacher: %s", site.settings.name, site.calibration)
-        return site
+        if path not in _sites:
+            _sites[path] = stamp, Site.load(path)
+            site = _sites[path][1]
+            log.info("%s: calibration of the teacher: %s", site.settings.name, site.calibration)
+        return _sites[path][1]
+
+
+def _need_the_same(now: SiteSettings, before: SiteSettings, path: Path) -> None:
+    """Raise `SettingsError` for a change of what the process holds: folders that are locked, keys, ports."""
+    if changed := [name for name in STARTED_WITH if getattr(now, name) != getattr(before, name)]:
+        raise SettingsError(
+            f"{path}: changed while the agent runs: {', '.join(changed)}", hint="Stop the agent, and start it again"
+        )
+
+
+def _settled(path: Path) -> Stamp:
+    """Wait until the file was not written to for a moment, and return its stamp: half of a policy is another policy."""
+    stamp = None
+    while stamp is None or stamp != _stamp(path):
+        stamp = _stamp(path)
+        if stamp is None:
+            return None
+        time.sleep(SETTLED)
+    return stamp
 
 
 def _stamp(path: Path) -> Stamp:

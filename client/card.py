@@ -22,15 +22,12 @@ from consilience.client.teacher import (
     describe_teacher,
     holdout_ap,
 )
-from consilience.common.cards import CalibrationCard, CoverageCard, FeaturesCard, SiteCard
+from consilience.common.cards import PRIVATE, CalibrationCard, CoverageCard, FeaturesCard, SiteCard
 from consilience.common.data import open_data
 from consilience.common.errors import DataError
 from consilience.common.identity import key_fingerprint, key_line
 from consilience.common.settings import Policy, SiteSettings
 from consilience.common.vouching import Signer
-
-PRIVATE = {"holdout_accuracy", "holdout_ap", "calibration", "class_priors"}
-"""Fields of a card that are figures of private data."""
 
 
 def card_of(
@@ -73,7 +70,7 @@ def card_of(
 
 def private_figures(card: SiteCard) -> dict[str, Any]:
     """Return what of a card was counted on private data, by the names of its fields; empty where nothing was."""
-    return card.model_dump(mode="json", include=PRIVATE, exclude_none=True)
+    return card.model_dump(mode="json", include=set(PRIVATE), exclude_none=True)
 
 
 def _coverage(policy: Policy, coverage: Coverage | None) -> CoverageCard | None:
@@ -117,6 +114,6 @@ def _class_priors(settings: SiteSettings, teacher: Teacher | MultiTeacher) -> tu
     counts = np.array([np.sum(labels == data.class_names.index(name)) for name in teacher.classes])
     if not counts.all():
         return None
-    # To two digits: all of them would tell every count, and one that changed by an image the image's class.
-    told = np.array([float(f"{share:.2g}") for share in counts / counts.sum()])
+    # In hundredths: exact shares would tell every count, and one that changed by an image the image's class.
+    told = np.maximum(np.round(counts / counts.sum(), 2), 0.01)
     return tuple((told / told.sum()).tolist())

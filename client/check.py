@@ -261,7 +261,7 @@ class Preflight:
                 raise WarnedError(
                     f"{ledger.head}: the last row is of {ledger.last}, after now: the clock was ahead once, and months "
                     "and the policy's end are counted by that row until the clock has come as far",
-                    "If limits must renew before, let `per_month` do without, or `ends` be later, until then",
+                    "Raise `policy.limits.per_month`, or let `policy.ends` be later, if more may leave before",
                 )
             if comes_back_with_state(self._settings):
                 raise WarnedError(

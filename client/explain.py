@@ -20,7 +20,6 @@ from consilience.client.policy import (
     Subset,
     byte_limits,
     check_demand,
-    check_job,
     check_sealed,
     limits,
 )
@@ -172,10 +171,8 @@ def explain(job: JobSettings, site: Site) -> Explanation:
         if summed:
             site.encoder.check_kind("log-probs")
         check_sealed(policy, sealed=job.privacy.sealed)
-        check_demand(policy, site.ledger, demand)
-        if not summed:
-            check_job(policy, site.ledger, job.name, sealed=job.privacy.sealed)
-        site.permit(job.name, demand.asked, held.new, held.new_bytes)
+        check_demand(policy, site.ledger, demand, sealed=job.privacy.sealed)
+        site.permit(job.name, demand.counted(fresh), held.new_bytes)
         if tail is not None:
             site.tail.check(site.ledger, job.name, tail)
         _check_papers(job, site.settings)

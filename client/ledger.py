@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Self, get_args
 
 from consilience.client.ledger_head import RESTORE, former_path, head_path, missing_head, read_head, trace_of
-from consilience.client.ledger_rows import UNKNOWN, Approval, Entry, Row, Spent, SumState, approved_by, chain_of
+from consilience.client.ledger_rows import UNKNOWN, Approval, Asked, Entry, Row, Spent, SumState, approved_by, chain_of
 from consilience.common.errors import ConsilienceError, LedgerError, StorageError
 from consilience.common.files import canonical_json, make_private, storage_error, sync_folder, write_json
 from consilience.common.settings import SiteSettings
@@ -244,6 +244,11 @@ class Ledger:
             self.spent.jobs[entry.job] += entry.samples
             self.spent.months[row.month] += entry.samples
             self.spent.lifetime += entry.samples
+            if entry.kind == "answer":
+                about = {"use": "", **entry.body}
+                self.spent.asked[entry.job, Asked(*(str(about.get(name, "")) for name in Asked._fields))] += (
+                    entry.samples
+                )
             if entry.body.get("kind") == "features":
                 if entry.body["width"] < 0:
                     raise self._bad(row.seq, CHANGED)

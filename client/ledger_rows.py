@@ -37,9 +37,8 @@ class Asked(NamedTuple):
 class Approval:
     """What a person let a job ask for."""
 
-    asked: frozenset[Asked]
-    samples: int = 0
-    """Samples newly released for the job, those before the approval included."""
+    asked: Mapping[Asked, int]
+    """What it asks for -> samples newly released for it, those before the approval included."""
     sealed: bool = False
     """Whether answers leave sealed alone."""
     tail: tuple[int, int, int] = (0, 0, 0)
@@ -93,6 +92,8 @@ class Spent:
     lifetime: int = 0
     features: Counter[str] = field(default_factory=Counter)
     """Bytes of features by job, principal components among them; of those carried over, where the job was known."""
+    asked: Counter[tuple[str, Asked]] = field(default_factory=Counter)
+    """Samples newly released by job and what was asked for."""
     components: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Bytes of principal components alone, by job and tap."""
     tails: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -170,25 +171,25 @@ def approval(job: str, policy: str, given: Approval | None) -> Entry:
     """Return the entry of a person's approval of a job under a policy version; None withdraws it."""
     body: dict[str, Any] = {"given": given is not None}
     if given is not None:
-        body["asked"] = [part._asdict() for part in sorted(given.asked)]
-        body |= {"samples": given.samples, "sealed": given.sealed, "tail": list(given.tail)}
+        body["asked"] = [{**part._asdict(), "samples": count} for part, count in sorted(given.asked.items())]
+        body |= {"sealed": given.sealed, "tail": list(given.tail)}
     return Entry("approval", job, policy, body=body)
 
 
 def approved_by(entry: Entry) -> Approval | None:
-    """Return what an approval is of; None when it withdraws one. One that does not say all, as there once were, is of
-    nothing.
+    """Return what an approval is of; None when it withdraws one, and for one that does not say all, as there once were.
 
-    Raises `KeyError` and `TypeError` for a body that `approval` does not make.
+    Raises `KeyError`, `TypeError` and `AttributeError` for a body that `approval` does not make.
     """
     body = entry.body
-    if not body["given"]:
+    if not body["given"] or "tail" not in body:
         return None
-    if "samples" not in body:
-        return Approval(frozenset())
+    asked = {Asked(**{name: part[name] for name in Asked._fields}): part["samples"] for part in body["asked"]}
+    counts = [*asked.values(), *body["tail"]]
+    if len(body["tail"]) != 3 or not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise TypeError("an approval is of whole numbers of samples")
     rounds, samples, size = body["tail"]
-    asked = frozenset(Asked(**part) for part in body["asked"])
-    return Approval(asked, body["samples"], body["sealed"], (rounds, samples, size))
+    return Approval(asked, bool(body["sealed"]), (rounds, samples, size))
 
 
 def chain_of(before: str, seq: int, when: str, entry: Entry, body: str) -> str:

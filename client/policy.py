@@ -112,6 +112,13 @@ class Demand:
             pools[question.pool] += width * count if question.kind == "features" else 0
         return max(pools.values(), default=0) + component_bytes(self.components if samples is None else components)
 
+    def counted(self, samples: Sequence[int]) -> dict[Asked, int]:
+        """Return what is asked for, each with so many samples: `samples` of each question, and none of other things."""
+        found = dict.fromkeys(self.asked, 0)
+        for question, count in zip(self.questions, samples, strict=True):
+            found[asked_by(question, self.use)] += count
+        return found
+
     @property
     def asked(self) -> frozenset[Asked]:
         """What an approval of the job is of."""
@@ -234,36 +241,41 @@ def check_job(
     def where(part: Asked) -> str:
         return f"pool {part.pool[:12]}" if part.pool else "the teacher"
 
-    other = sorted(set(asked) - approved.asked)
+    other = sorted(set(asked) - approved.asked.keys())
     told = [f"{part.use} {part.kind} as {part.encoding} of {where(part)}".strip() for part in other]
     told += ["unsealed answers"] if approved.sealed and sealed is False else []
     if told:
-        raise RefusedError("not-approved", _OTHER_THAN_APPROVED, f"job {job}: {'; '.join(told)}")
+        raise RefusedError("not-approved", _OTHER_THAN_APPROVED, f"job {job}: {'; '.join(told)}; {_APPROVE_AGAIN}")
 
 
-def check_approved(policy: Policy, ledger: Ledger, job: str, samples: int, tail: Sequence[int] = (0, 0, 0)) -> None:
-    """Refuse to release so many samples, or answer so many questions about the tail (questions, samples, bytes), more
-    than were, where that is more than a person approved.
-
-    Raises `RefusedError`.
-    """
+def check_approved(policy: Policy, ledger: Ledger, job: str, asked: Mapping[Asked, int]) -> None:
+    """Refuse to release so many samples more for what is asked for than a person approved. Raises `RefusedError`."""
     approved = ledger.approved(job, policy.version) if policy.approval else None
     if approved is None:  # or there is none: `check_job`
         return
-    spent = ledger.spent
-    asked = [spent.tails[job, name] for name in ("rounds", "samples", "bytes")]
-    for what, most, before, more in (
-        ("samples", approved.samples, spent.jobs[job], samples),
-        *zip((f"tail {name}" for name in ("questions", "samples", "bytes")), approved.tail, asked, tail, strict=True),
-    ):
-        if more and before + more > most:
-            detail = f"job {job}: {what}: {more:,} more, {before:,} of {most:,} approved ones have left"
-            raise RefusedError("not-approved", _OTHER_THAN_APPROVED, detail)
+    for part, more in asked.items():
+        most, left = approved.asked.get(part, 0), ledger.spent.asked[job, part]
+        if more and left + more > most:
+            what = (
+                f"{part.kind} as {part.encoding}: {more:,} samples more, {left:,} of {most:,} approved ones have left"
+            )
+            raise RefusedError("not-approved", _OTHER_THAN_APPROVED, f"job {job}: {what}; {_APPROVE_AGAIN}")
 
 
-def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
+def check_tail_approved(policy: Policy, ledger: Ledger, job: str, more: Sequence[int]) -> None:
+    """Refuse `more` questions about the tail, samples and bytes than a person approved. Raises `RefusedError`."""
+    approved = ledger.approved(job, policy.version) if policy.approval else None
+    if approved is None:
+        return
+    for name, most, count in zip(("rounds", "samples", "bytes"), approved.tail, more, strict=True):
+        if count and (left := ledger.spent.tails[job, name]) + count > most:
+            what = f"tail {name}: {count:,} more, {left:,} of {most:,} approved ones were asked"
+            raise RefusedError("not-approved", _OTHER_THAN_APPROVED, f"job {job}: {what}; {_APPROVE_AGAIN}")
+
+
+def check_demand(policy: Policy, ledger: Ledger, demand: Demand, *, sealed: bool) -> None:
     """Refuse a job for anything that it would ask for, however few samples are left. Raises `RefusedError`."""
-    check_job(policy, ledger, demand.job, demand.asked)
+    check_job(policy, ledger, demand.job, demand.asked, sealed=None if demand.use else sealed)
     if not demand.use:
         check_open(policy)
     for question in demand.questions:
@@ -273,11 +285,7 @@ def check_demand(policy: Policy, ledger: Ledger, demand: Demand) -> None:
 
 
 def check_budget(policy: Policy, ledger: Ledger, job: str, samples: int) -> None:
-    """Refuse to release so many samples more than were, where an approval or a limit does not allow it.
-
-    Raises `RefusedError`.
-    """
-    check_approved(policy, ledger, job, samples)
+    """Refuse to release so many samples more than were, where a limit does not allow it. Raises `RefusedError`."""
     for limit in limits(policy, ledger, job):
         if limit.left is not None and samples > limit.left:
             detail = f"{limit.name}: {samples:,} more, {limit.left:,} left of {limit.most:,}"
@@ -311,4 +319,5 @@ _TOO_MANY_BYTES = (
     "the job asks for more bytes of features than the site's policy allows: set ask.features to u8, take fewer taps, "
     "or a smaller pool; or have that site let them leave smaller, or raise policy.features.bytes and bytes_lifetime"
 )
+_APPROVE_AGAIN = "if that is right, let a person approve the job again: `consilience site approve`"
 _OTHER_THAN_APPROVED = "the job asks for something else than was approved at the site"

@@ -20,7 +20,7 @@ from consilience.client.policy import component_bytes
 from consilience.client.privacy import Spent
 from consilience.client.site import Site
 from consilience.common.cli import AsJson, Result, emit
-from consilience.common.errors import LabelError, PoolError, SettingsError
+from consilience.common.errors import LabelError, LedgerError, PoolError, SettingsError
 from consilience.common.labels import LabelSpace
 from consilience.common.protocol import TailDemand
 from consilience.common.settings import JobSettings, Name, SiteSettings
@@ -53,7 +53,7 @@ def _approve(job: str, site: Path) -> Result:
         )
     wanted, held = load_settings(Path(job), JobSettings), Site.load(site)
     with closing(held):
-        policy, found = held.settings.policy, explain_job(wanted, held)
+        policy, before, found = held.settings.policy, _rows(held), explain_job(wanted, held)
         if not found.parts:
             raise PoolError(
                 f"{site}: there is no pool here that the job could ask about", hint="Put the job's pool into 'pools'"
@@ -65,6 +65,10 @@ def _approve(job: str, site: Path) -> Result:
                 hint="Let policy.features or policy.tail tell it, or ask the coordinator for another job.yaml",
             )
         with held.ledger.alone():
+            if held.ledger.count != before:
+                raise LedgerError(
+                    f"{held.ledger.path}: answers left while the job was explained", hint="Type the same command again"
+                )
             given = _approval(found, held.ledger, wanted)
             if held.ledger.approved(wanted.name, policy.version) != given:
                 held.ledger.append(approval(wanted.name, policy.version, given))
@@ -78,18 +82,23 @@ def _approve(job: str, site: Path) -> Result:
     return {**data, "parts": [vars(part) for part in found.parts], "refusal": found.refusal or None}, "\n".join(lines)
 
 
+def _rows(site: Site) -> int:
+    site.ledger.refresh()
+    return site.ledger.count
+
+
 def _approval(found: Explanation, ledger: Ledger, job: JobSettings) -> Approval:
-    """Return the approval of what is explained, with what left for the job before."""
-    spent, tail = ledger.spent, (0, 0, 0)
+    """Return the approval of what is explained, beside what left for the job before."""
+    spent, new, tail = ledger.spent, found.demand.counted([part.new for part in found.parts]), (0, 0, 0)
     if found.tail is not None and found.tail.samples:
-        asked = [spent.tails[job.name, name] for name in ("rounds", "samples", "bytes")]
+        asked = spent.tails
         tail = (
-            max(asked[0], found.tail.rounds),
-            max(asked[1], found.tail.samples),
-            max(asked[2], found.tail.bytes),
+            asked[job.name, "rounds"] + found.tail.rounds,
+            asked[job.name, "samples"] + found.tail.samples,
+            asked[job.name, "bytes"] + found.tail.bytes,
         )
-    samples = spent.jobs[job.name] + found.new
-    return Approval(found.demand.asked, samples, job.privacy.sealed and not job.privacy.secure_sum, tail)
+    counts = {part: spent.asked[job.name, part] + count for part, count in new.items()}
+    return Approval(counts, job.privacy.sealed and not job.privacy.secure_sum, tail)
 
 
 def _withdraw(job: str, site: Path) -> Result:
@@ -102,7 +111,7 @@ def _withdraw(job: str, site: Path) -> Result:
         versions = ledger.approved_under(name)
         if versions:  # under whichever version: an agent may know another than the file tells now
             ledger.append(*(approval(name, version, None) for version in versions))
-    data = {"job": name, "policy": policy.version, "approved": False, "needed": policy.approval}
+    data = {"job": name, "policies": list(versions), "approved": False, "needed": policy.approval}
     if not versions:
         return data, f"Job {name} was not approved under any policy."
     return data, f"Job {name} is no longer approved under policy {', '.join(versions)}."

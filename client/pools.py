@@ -25,7 +25,7 @@ class Pools:
         self._verified: dict[str, Pool] = {}
 
     def get(self, digest: str) -> Pool:
-        """Return the site's copy of a pool, verified once per process. Raises `RefusedError`."""
+        """Return the site's copy of a pool, verified once. Raises `RefusedError`."""
         check_pool(self._settings.policy, digest)
         with self._lock:
             if digest not in self._verified:

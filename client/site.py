@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from consilience.client.policy import (
     RefusedError,
     Subset,
     asked_by,
+    check_approved,
     check_budget,
     check_bytes,
     check_demand,
@@ -42,7 +43,6 @@ from consilience.client.tails import OpenTail, TailDesk, open_tail
 from consilience.client.teacher import CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher, load_any
 from consilience.common.cards import SiteCard
 from consilience.common.identity import load_key
-from consilience.common.job_key import JobKey
 from consilience.common.pool import Pool
 from consilience.common.protocol import (
     MOST_ANSWER_BYTES,
@@ -82,9 +82,6 @@ class Site:
         """`teacher` is what `settings.teacher.labels` says: a `MultiTeacher` where that is multi."""
         self.encoder = Encoder(settings, teacher, coverage, taps)
         self.settings = settings
-        self.teacher = teacher
-        self.coverage = coverage
-        self.taps = taps
         self.tail = TailDesk(settings, tail)
         """What answers about the teacher's last blocks."""
         self.lock = threading.Lock()
@@ -113,6 +110,21 @@ class Site:
                 ledger.close()
             self.__dict__.pop("released", None)
             self.__dict__.pop("summed", None)
+
+    @property
+    def teacher(self) -> Teacher | MultiTeacher:
+        """What answers about classes."""
+        return self.encoder.teacher
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """What answers about coverage, if anything does."""
+        return self.encoder.coverage
+
+    @property
+    def taps(self) -> tuple[OpenTap, ...]:
+        """What answers about features."""
+        return self.encoder.taps
 
     @property
     def calibration(self) -> str:
@@ -201,13 +213,11 @@ class Site:
                 tail=contract.tail,
                 subsets=subsets,
             )
-            check_demand(self.settings.policy, self.ledger, demand)
-            if not contract.secure_sum:
-                self._check_approved_way(contract.job, contract.job_key)
+            check_demand(self.settings.policy, self.ledger, demand, sealed=contract.job_key is not None)
             fresh = self.new_of(demand)
             new = sum(fresh)
             features = demand.feature_bytes(fresh, not_released(self.ledger, demand.components))
-            self.permit(contract.job, demand.asked, new, features)
+            self.permit(contract.job, demand.counted(fresh), features)
             guarantee = self._guarantee(new)
             began = time.perf_counter()
             self.encoder.try_teacher(pools[0], tried)
@@ -223,7 +233,7 @@ class Site:
                 contract,
                 reduced,
                 self.signer,
-                permit=lambda count: self.permit(contract.job, demand.asked, 0, count),
+                permit=lambda count: self.permit(contract.job, dict.fromkeys(demand.asked, 0), count),
                 costs=lambda: entries_of(contract.job, self.costs(1)),
             )
         return Agreement(pools=contract.pools, samples=tried, seconds=seconds, guarantee=guarantee, enclosed=enclosed)
@@ -354,15 +364,11 @@ class Site:
         signer, began = self.signer, time.perf_counter()
         with self.lock:
             self.ledger.refresh()
-            self._check_approved_way(question.job, question.job_key)
+            check_job(policy, self.ledger, question.job, sealed=question.job_key is not None)
             data = self.given(self.released, question, pool)
         seconds = time.perf_counter() - began
         answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
         return answer if question.job_key is None else seal_answer(answer, self.settings.name)
-
-    def _check_approved_way(self, job: str, key: JobKey | None) -> None:
-        """Refuse answers that leave unsealed where a person approved sealed ones. Raises `RefusedError`."""
-        check_job(self.settings.policy, self.ledger, job, sealed=key is not None)
 
     def ask_tail(self, question: TailQuestion, given: tuple[Floats, ...]) -> Carried:
         """Answer a question about features at a block. Raises as `TailDesk.ask`: nothing leaves then."""
@@ -381,13 +387,13 @@ class Site:
         question = self.encoder.kept_as(question)
         width = self.encoder.width(question)
         a_sample = width if question.kind == "features" else 0
-        asked = (asked_by(question, released.use),)
+        asked = asked_by(question, released.use)
         return released.give(
             question,
             size=len(pool),
             width=width,
             score=lambda new: self.encoder.encoded(question, pool, new),
-            permit=lambda samples: self.permit(question.job, asked, samples, samples * a_sample),
+            permit=lambda samples: self.permit(question.job, {asked: samples}, samples * a_sample),
             costs=lambda samples: entries_of(question.job, self.costs(samples)),
         )
 
@@ -395,12 +401,15 @@ class Site:
         """Return the events of answering about so many samples, at least 1."""
         return answering_costs(self.settings, samples) if self._training is None else self._training
 
-    def permit(self, job: str, asked: Iterable[Asked], samples: int, features: int) -> None:
-        """Refuse what the policy does not allow now, or so many samples, or bytes of `features`, more.
+    def permit(self, job: str, asked: Mapping[Asked, int], features: int) -> None:
+        """Refuse what the policy does not allow now: what is `asked` for, with so many samples, or bytes of `features`,
+        newly released.
 
         Raises `RefusedError`.
         """
+        samples = sum(asked.values())
         check_job(self.settings.policy, self.ledger, job, asked)
+        check_approved(self.settings.policy, self.ledger, job, asked)
         check_budget(self.settings.policy, self.ledger, job, samples)
         check_bytes(self.settings.policy, self.ledger, job, features)
         if samples or features:
@@ -412,7 +421,7 @@ class Site:
         return Summing(self)
 
     def pool(self, digest: str) -> Pool:
-        """Return the site's copy of a pool, verified once per process. Raises `RefusedError`."""
+        """Return the site's copy of a pool, verified once. Raises `RefusedError`."""
         return self._pools.get(digest)
 
 

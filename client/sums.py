@@ -375,7 +375,7 @@ class SumSite:
             raise storage_error(error, path, "remove") from error
 
     def _write(self, held: _Held) -> None:
-        self._read_last = self._worn = None  # secrets are held no longer than they serve
+        self._read_last = self._worn = None  # what they hold may have served
         write_bytes(self._path(held.terms.digest), held.model_dump_json().encode())
 
 

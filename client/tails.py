@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Asked, blocks_lent, blocks_subject, tail_asked
-from consilience.client.policy import Limit, RefusedError, check_approved, check_job
+from consilience.client.policy import Limit, RefusedError, check_job, check_tail_approved
 from consilience.client.teacher import AnyTeacher, CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher
 from consilience.client.teacher.protocol import Scoring
 from consilience.client.teacher.torch_modules import NetworkScores
@@ -162,7 +162,7 @@ def check_tail_limits(policy: Policy, ledger: Ledger, job: str, more: TailDemand
     Raises `RefusedError`.
     """
     if policy.tail.allow == "questions":
-        check_approved(policy, ledger, job, 0, (more.rounds, more.samples, more.bytes))
+        check_tail_approved(policy, ledger, job, (more.rounds, more.samples, more.bytes))
     wanted = (more.rounds, more.samples, more.bytes, more.samples)
     for limit, count in zip(tail_limits(policy, ledger, job), wanted, strict=False):
         if limit.left is not None and count > limit.left:

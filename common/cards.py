@@ -180,6 +180,10 @@ class SumNoiseCard(BaseModel):
     honest: int = Field(ge=1, le=255)
 
 
+PRIVATE = ("holdout_accuracy", "holdout_ap", "calibration", "class_priors")
+"""Fields of a site card that are figures of private data: a site may tell them at one time and not at another."""
+
+
 class SiteCard(Record):
     """Who a site is and what its policy allows. `classes` are in the order of its answers."""
 

@@ -13,7 +13,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from consilience.common.cards import SiteCard
+from consilience.common.cards import PRIVATE, SiteCard
 from consilience.common.errors import NEW_RUN, LabelError, RunError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.job_key import JobKey
@@ -161,8 +161,10 @@ class RunContract(BaseModel):
     def differs(self, card: SiteCard) -> bool:
         """Whether a site of this contract presents another card now."""
         return any(
-            held.name == card.name and held != card.model_copy(update={"public_key": held.public_key})
-            for held in self.sites  # `identity` tells the key; runs that began before cards held it go on unsigned
+            held.name == card.name
+            # `identity` tells the key; runs that began before cards held it go on unsigned
+            and held != card.model_copy(update={name: getattr(held, name) for name in ("public_key", *PRIVATE)})
+            for held in self.sites
         )
 
     def check_unchanged(self, cards: Iterable[SiteCard], path: Path) -> None:

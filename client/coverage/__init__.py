@@ -1,7 +1,7 @@
 """What coverage is at a site: a calibrated estimate of how likely an image is of one of the site's classes.
 
 Lives here: the protocol, and what the rest of the client needs of the modules below. Does not live here: what may leave
-(common/settings.Policy) and how questions about it are answered (client/site).
+(common/settings.Policy) and how questions about it are answered (client/encoder).
 """
 
 from __future__ import annotations

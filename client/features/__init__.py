@@ -1,7 +1,7 @@
 """Features of a teacher's layers, as a site may let them out.
 
 Lives here: what the rest of the client needs of the modules below. Does not live here: the policy's fields
-(common/settings.Features), how questions about features are answered (client/site), their bytes
+(common/settings.Features), how questions about features are answered (client/encoder), their bytes
 (common/encoding/features).
 """
 

@@ -1,7 +1,8 @@
 """The taps that a site's policy lets out: which layers, as what, and the numbers of each.
 
 Lives here: the policy's names against the teacher's layers, the taps' cards, and their values. Does not live here: what
-layers compute (layers), how they are reduced (reducing), how components are learned (bases), questions (client/site).
+layers compute (layers), how they are reduced (reducing), how components are learned (bases), and questions about them
+(client/encoder).
 """
 
 from __future__ import annotations

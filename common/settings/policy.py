@@ -123,7 +123,7 @@ class Policy(Settings):
     tail: Tail = Tail()
     """Whether filtered amalgamation may use the teacher's last blocks; by default it may not."""
     class_priors: bool = False
-    """Whether the shares of the classes in the private data, to two digits, may be told."""
+    """Whether the shares of the classes in the private data, in hundredths, may be told."""
     holdout_accuracy: bool = False
     """Whether the teacher's accuracy on private images kept out of its training may be told, and how well it is
     calibrated there."""

@@ -24,7 +24,7 @@ from consilience.common.settings import SiteSettings
 from helpers.small_site import make_site
 
 ASKED = Asked("", "a" * 64, "log-probs", "f16", "b" * 64)
-APPROVED = Approval(frozenset({ASKED}), samples=7, sealed=True, tail=(1, 2, 3))
+APPROVED = Approval({ASKED: 7}, sealed=True, tail=(1, 2, 3))
 
 
 @pytest.fixture
@@ -340,6 +340,29 @@ def test_a_row_of_a_sum_that_is_not_as_ours_are_is_a_bad_row(settings: SiteSetti
     ledger = filled(settings)
     with ledger.alone(), pytest.raises(LedgerError, match="row 4 is not as it was written"):
         ledger.append(Entry("sum", "job", "a" * 64, body=body))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tail": [1, 2]},
+        {"tail": [1, 2, "x"]},
+        {"tail": 3},
+        {"asked": [{"samples": 1}]},
+        {"asked": "x"},
+        {"tail": [1, 2, -1]},
+    ],
+)
+def test_a_row_of_an_approval_that_is_not_as_ours_are_is_a_bad_row(settings: SiteSettings, changes: Any) -> None:
+    ledger, entry = filled(settings), approval("job", "c" * 16, APPROVED)
+    with ledger.alone(), pytest.raises(LedgerError, match="row 4 is not as it was written"):
+        ledger.append(Entry("approval", "job", entry.subject, body={**entry.body, **changes}))
+
+
+def test_an_approval_that_does_not_say_all_is_none(settings: SiteSettings) -> None:
+    ledger, old = filled(settings), {"given": True, "asked": [ASKED._asdict()]}
+    add(ledger, Entry("approval", "job", "c" * 16, body=old))
+    assert ledger.approved("job", "c" * 16) is None
 
 
 def test_a_file_that_is_no_database_is_damaged(settings: SiteSettings) -> None:

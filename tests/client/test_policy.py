@@ -117,14 +117,14 @@ def approve(site: Site, **given: Any) -> None:
 
 def test_an_approval_is_of_so_many_samples(tmp_path: Path, pool: Pool) -> None:
     site = make_site(tmp_path, approval=True)
-    asked = frozenset({asked_by(about(site, pool, 0, 1))})
-    approve(site, asked=asked, samples=10)
+    asked = asked_by(about(site, pool, 0, 1))
+    approve(site, asked={asked: 10, asked._replace(encoding="f16"): SIZE})
     assert site.answer(about(site, pool, 0, 10)).data
     assert refused(site, pool, 10, 11) == "not-approved"
     with pytest.raises(RefusedError, match="something else than was approved"):
         site.agree(contract(pool))
     assert site.answer(about(site, pool, 3, 7)).data  # what left before costs nothing
-    approve(site, asked=asked, samples=SIZE)
+    approve(site, asked={asked: SIZE})
     assert site.agree(contract(pool))
     assert site.answer(about(site, pool, 10, SIZE)).data
     site.close()
@@ -132,7 +132,7 @@ def test_an_approval_is_of_so_many_samples(tmp_path: Path, pool: Pool) -> None:
 
 def test_an_approval_of_sealed_answers_is_of_no_others(tmp_path: Path, pool: Pool) -> None:
     site = make_site(tmp_path, approval=True)
-    approve(site, asked=frozenset({asked_by(about(site, pool, 0, 1))}), samples=SIZE, sealed=True)
+    approve(site, asked={asked_by(about(site, pool, 0, 1)): SIZE}, sealed=True)
     assert refused(site, pool, 0, 1) == "not-approved"
     with pytest.raises(RefusedError, match="something else than was approved") as caught:
         site.agree(contract(pool))
@@ -145,7 +145,7 @@ def test_what_is_approved_by_one_name_is_answered_by_it(tmp_path: Path, pool: Po
     """`top-K` of more classes than there are is one with `top-K` of all, whichever the job says."""
     site = make_site(tmp_path, approval=True)
     demand = site.demand("job", [pool], "top-5", coverage=False, summed=False)
-    approve(site, asked=demand.asked, samples=SIZE)
+    approve(site, asked=dict.fromkeys(demand.asked, SIZE))
     assert site.agree(contract(pool, encoding="top-5"))
     assert site.answer(about(site, pool, 0, SIZE, encoding="top-5")).data
     site.close()
@@ -181,7 +181,7 @@ def test_a_job_is_answered_once_a_person_approved_it_under_this_policy(tmp_path:
     with pytest.raises(RefusedError):
         site.agree(contract(pool))
     person = Ledger.open(site.settings)  # another process: `site approve`
-    asked = Approval(frozenset({asked_by(about(site, pool, 0, 1))}), samples=SIZE)
+    asked = Approval({asked_by(about(site, pool, 0, 1)): SIZE})
     with person.alone():
         person.append(approval("other", site.settings.policy.version, asked))
         person.append(approval("job", "0" * 16, asked))
@@ -202,7 +202,7 @@ def test_an_approved_job_gets_what_was_approved_and_nothing_else(tmp_path: Path,
     larger = make_pool(tmp_path / "larger", SIZE + 1)
     site = make_site(tmp_path, more=(larger.folder,), approval=True, coverage="f16")
     with site.ledger.alone():
-        given = Approval(frozenset({asked_by(about(site, pool, 0, 1))}), samples=SIZE)
+        given = Approval({asked_by(about(site, pool, 0, 1)): SIZE})
         site.ledger.append(approval("job", site.settings.policy.version, given))
     site.agree(contract(pool))
     site.answer(about(site, pool, 0, SIZE))
@@ -522,10 +522,18 @@ def test_a_policy_that_changes_while_the_agent_runs_counts_from_the_next_message
     write(file, ends=datetime.date(2020, 1, 1))
     second = app_module.site_of(context)
     assert second.settings.policy.ends == datetime.date(2020, 1, 1)
+    assert app_module.site_of(context) is second
     assert refused(second, pool, 0, 1) == "policy-ended"
+    whole = file.read_text()
+    file.write_text(whole + "state: elsewhere\n")
+    with pytest.raises(SettingsError, match="changed while the agent runs: state"):
+        app_module.site_of(context)
+    assert not (file.parent / "elsewhere").exists()
     file.write_text("policy: {ends: never}")
     with pytest.raises(SettingsError):
         app_module.site_of(context)
+    file.write_text(whole)
+    assert app_module.site_of(context).settings == second.settings
     app_module.forget_sites()
 
 

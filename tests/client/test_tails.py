@@ -238,7 +238,7 @@ def test_a_job_must_be_approved_where_the_policy_says_so(tmp_path: Path) -> None
     assert site.tail.tail is not None
     most = (2, 2 * asked.samples, 2 * asked.bytes)
     with site.ledger.alone():
-        given_to = Approval(frozenset({site.tail.tail.asked}), tail=most)
+        given_to = Approval({site.tail.tail.asked: 0}, tail=most)
         site.ledger.append(approval("job", site.settings.policy.version, given_to))
     site.tail.check(site.ledger, "job", TailDemand(rounds=2, samples=most[1], bytes=most[2]))
     with pytest.raises(RefusedError, match="something else than was approved"):
@@ -247,6 +247,10 @@ def test_a_job_must_be_approved_where_the_policy_says_so(tmp_path: Path) -> None
         ask(site, asked, given(asked))
     with pytest.raises(RefusedError, match="something else than was approved"):
         site.ask_tail(asked, given(asked))
+    with site.ledger.alone():  # as `site approve` does for a run that was interrupted
+        again = Approval({site.tail.tail.asked: 0}, tail=(4, 4 * asked.samples, 4 * asked.bytes))
+        site.ledger.append(approval("job", site.settings.policy.version, again))
+    ask(site, asked, given(asked))
 
 
 @pytest.mark.parametrize(

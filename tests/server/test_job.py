@@ -28,9 +28,10 @@ from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server import publishing
 from consilience.server.answers import AnswerStore
 from consilience.server.app import app as server_app
+from consilience.server.contract import RunContract
 from consilience.server.job import Job
 from consilience.server.report import comparable
-from helpers.sites import COVERAGE, Handler, Sites, covered, grid_of, honest, refusing
+from helpers.sites import COVERAGE, DIGEST, POLICY, Handler, Sites, covered, grid_of, honest, refusing
 
 SAMPLES, TEST = 40, 12
 
@@ -423,6 +424,18 @@ def test_a_fold_in_that_was_stopped_goes_on(home: Path, reporter: Reporter) -> N
         do(home, {"one": honest, "new": first_half}, reporter, fold_in=True, ask={"wait": 0})
     report = do(home, {"new": honest}, reporter, fold_in=True, ask={"wait": 0})
     assert [(site["name"], site["missed"]) for site in report["sites"]] == [("new", 0), ("one", 0)]
+
+
+def test_a_run_goes_on_with_a_site_that_tells_figures_of_its_data_no_more() -> None:
+    """It may tell them to a job that is approved, and to none after its policy's end."""
+    card = SiteCard(
+        name="one", classes=("a", "b"), encodings=("f32", "f16"), teacher=DIGEST, description="x", policy=POLICY,
+        class_priors=(0.5, 0.5), holdout_accuracy=0.9,
+    )  # fmt: skip
+    job = parse_settings({"name": "job", "pool": "pool"}, JobSettings, source="job.yaml", folder=Path("/"))
+    contract = RunContract.build(job, [card], (DIGEST,))
+    assert not contract.differs(card.model_copy(update={"class_priors": None, "holdout_accuracy": None}))
+    assert contract.differs(card.model_copy(update={"classes": ("a", "c")}))
 
 
 def test_a_site_that_changed_is_not_folded_in(home: Path, reporter: Reporter) -> None:

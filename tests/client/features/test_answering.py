@@ -288,7 +288,7 @@ def test_an_approval_is_of_the_taps_that_were_asked_for(tmp_path: Path, pool: Po
     site = opening(taps, policy={"approval": True})
     demand = site.demand("job", [pool], "f16", coverage=False, summed=False, taps=site.taps[:1])
     with closing(Ledger.open(site.settings)) as person, person.alone():
-        person.append(approval("job", site.settings.policy.version, Approval(demand.asked, samples=2 * SIZE)))
+        person.append(approval("job", site.settings.policy.version, Approval(dict.fromkeys(demand.asked, SIZE))))
     site.agree(contract(site, pool))
     assert code(lambda: site.agree(contract(site, pool, features=("layer2", "penultimate")))) == "not-approved"
     assert site.answer(about(site, pool)).data

@@ -233,7 +233,7 @@ def test_components_leave_after_approval_and_of_what_was_approved(pool: Pool, op
 
     def approve(what: Any) -> None:
         with closing(Ledger.open(site.settings)) as person, person.alone():
-            given = None if what is None else Approval(what.asked, samples=2 * SIZE)
+            given = None if what is None else Approval(dict.fromkeys(what.asked, SIZE))
             person.append(approval("job", site.settings.policy.version, given))
 
     approve(without)
@@ -261,7 +261,7 @@ def test_a_site_that_fails_to_tell_a_tap_releases_no_components(
 ) -> None:
     site = opening()
     broken = dataclasses.replace(site.taps[0], size=2)  # gives another shape than its card says
-    monkeypatch.setattr(site, "taps", (broken, *site.taps[1:]))
+    monkeypatch.setattr(site.encoder, "taps", (broken, *site.taps[1:]))
     assert code(lambda: site.agree(contract(site, pool))) == "teacher-failed"
     assert site.ledger.count == 0
 
@@ -277,7 +277,7 @@ def test_what_was_withdrawn_while_the_teacher_was_tried_does_not_leave(
 
     def person(what: Any) -> None:
         with closing(Ledger.open(site.settings)) as ledger, ledger.alone():
-            given = None if what is None else Approval(what.asked, samples=2 * SIZE)
+            given = None if what is None else Approval(dict.fromkeys(what.asked, SIZE))
             ledger.append(approval("job", version, given))
 
     person(demand)
