@@ -27,8 +27,7 @@ from consilience.common.encoding import decode
 from consilience.common.errors import SettingsError
 from consilience.common.pool import Pool
 from consilience.common.protocol import FINAL_REFUSALS, Contract, Refusal
-from consilience.common.settings import JobSettings, SiteSettings
-from consilience.common.settings_file import load_settings
+from consilience.common.settings import JobSettings
 from consilience.deploy.local_grid import LocalGrid
 from helpers.commands import call, said
 from helpers.small_site import CLASSES, ROW, SIZE, Familiar, Fickle, about, make_pool, make_site
@@ -508,13 +507,30 @@ def test_an_approval_is_withdrawn_whatever_the_policy_is_now(file: Path, pool: P
         release(file, pool, 0, 1)
 
 
-def test_a_policy_that_changes_while_the_agent_runs_counts_from_the_next_message_on(
-    file: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(file)
-    monkeypatch.setattr(
-        app_module.Site, "load", classmethod(lambda cls, path: Site(load_settings(path, SiteSettings), Fickle()))
+def test_what_is_approved_of_a_job_is_all_that_it_asks_for(file: Path, pool: Pool, tmp_path: Path) -> None:
+    test_pool = make_pool(tmp_path / "test", SIZE // 2)
+    write(file, approval=True)
+    file.write_text(file.read_text().replace("pools:\n- pool\n", "pools:\n- pool\n- test/pool\n"))
+    job = file.with_name("job.yaml")
+    np.savez(
+        tmp_path / "test.npz", x=np.zeros((SIZE // 2, 2, 2, 3), np.uint8), y=np.zeros(SIZE // 2, int), names=CLASSES
     )
+    judge = {"test": {"kind": "npz", "path": "test.npz"}, "test_pool": "test/pool"}
+    job.write_text(yaml.safe_dump({"name": "job", "pool": "pool", "ask": {"encoding": "top-5"}, "judge": judge}))
+    call("approve", job, file)
+    with closing(Site.load(file)) as site:
+        own = {"teacher": site.teacher.fingerprint, "encoding": "top-5"}
+        assert site.agree(contract(pool, pools=(pool.digest, test_pool.digest), **own))
+        for each in (pool, test_pool):
+            assert site.answer(about(site, each, 0, len(each), **own)).data
+        assert site.ledger.spent.jobs["job"] == SIZE + SIZE // 2
+        rows = site.ledger.count
+    call("approve", job, file)
+    assert call("ledger", "show", file)["rows"] == rows
+
+
+def test_a_policy_that_changes_while_the_agent_runs_counts_from_the_next_message_on(file: Path, pool: Pool) -> None:
+    write(file)
     app_module.forget_sites()
     context = Context(run_id=1, node_id=1, node_config={"site": str(file)}, state=RecordDict(), run_config={})
     first = app_module.site_of(context)
@@ -523,7 +539,7 @@ def test_a_policy_that_changes_while_the_agent_runs_counts_from_the_next_message
     second = app_module.site_of(context)
     assert second.settings.policy.ends == datetime.date(2020, 1, 1)
     assert app_module.site_of(context) is second
-    assert refused(second, pool, 0, 1) == "policy-ended"
+    assert refused(second, pool, 0, 1, teacher=second.teacher.fingerprint) == "policy-ended"
     whole = file.read_text()
     file.write_text(whole + "state: elsewhere\n")
     with pytest.raises(SettingsError, match="changed while the agent runs: state"):
@@ -534,7 +550,6 @@ def test_a_policy_that_changes_while_the_agent_runs_counts_from_the_next_message
         app_module.site_of(context)
     file.write_text(whole)
     assert app_module.site_of(context).settings == second.settings
-    app_module.forget_sites()
 
 
 def test_a_name_is_no_approval_and_a_job_that_cannot_be_is_not_approved(file: Path, pool: Pool) -> None:
