@@ -73,12 +73,10 @@ def _need_the_same(now: SiteSettings, before: SiteSettings, path: Path) -> None:
 
 def _settled(path: Path) -> Stamp:
     """Wait until the file was not written to for a moment, and return its stamp: half of a policy is another policy."""
-    stamp = None
-    while stamp is None or stamp != _stamp(path):
-        stamp = _stamp(path)
-        if stamp is None:
-            return None
+    while (stamp := _stamp(path)) is not None:
         time.sleep(SETTLED)
+        if stamp == _stamp(path):
+            break
     return stamp
 
 

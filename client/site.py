@@ -363,8 +363,6 @@ class Site:
             raise RefusedError("bad-question", "the question asks about more samples than one answer can hold")
         signer, began = self.signer, time.perf_counter()
         with self.lock:
-            self.ledger.refresh()
-            check_job(policy, self.ledger, question.job, sealed=question.job_key is not None)
             data = self.given(self.released, question, pool)
         seconds = time.perf_counter() - began
         answer = Answer(question, data, seconds, b"" if signer is None else signer.vouch(question, data))
@@ -388,12 +386,13 @@ class Site:
         width = self.encoder.width(question)
         a_sample = width if question.kind == "features" else 0
         asked = asked_by(question, released.use)
+        sealed = None if released.use else question.job_key is not None
         return released.give(
             question,
             size=len(pool),
             width=width,
             score=lambda new: self.encoder.encoded(question, pool, new),
-            permit=lambda samples: self.permit(question.job, {asked: samples}, samples * a_sample),
+            permit=lambda samples: self.permit(question.job, {asked: samples}, samples * a_sample, sealed=sealed),
             costs=lambda samples: entries_of(question.job, self.costs(samples)),
         )
 
@@ -401,14 +400,14 @@ class Site:
         """Return the events of answering about so many samples, at least 1."""
         return answering_costs(self.settings, samples) if self._training is None else self._training
 
-    def permit(self, job: str, asked: Mapping[Asked, int], features: int) -> None:
+    def permit(self, job: str, asked: Mapping[Asked, int], features: int, *, sealed: bool | None = None) -> None:
         """Refuse what the policy does not allow now: what is `asked` for, with so many samples, or bytes of `features`,
         newly released.
 
-        Raises `RefusedError`.
+        `sealed`: as in `check_job`. Raises `RefusedError`.
         """
         samples = sum(asked.values())
-        check_job(self.settings.policy, self.ledger, job, asked)
+        check_job(self.settings.policy, self.ledger, job, asked, sealed=sealed)
         check_approved(self.settings.policy, self.ledger, job, asked)
         check_budget(self.settings.policy, self.ledger, job, samples)
         check_bytes(self.settings.policy, self.ledger, job, features)

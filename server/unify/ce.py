@@ -94,10 +94,7 @@ class CE:
         found = linked.solve(masses.sets, masses.sites)
         undone = torch.nonzero(~found.converged)[:, 0]
         for left in torch.split(undone, self._most_left) if undone.numel() > 0 else ():
-            again = solve(overlap, masses.select(left))
-            found.lam[:, left], found.log_sets[:, left] = again.lam, again.log_sets
-            found.iterations[left], found.converged[left] = again.iterations, again.converged
-            found.residual[left] = again.residual
+            found.replace(left, solve(overlap, masses.select(left)))
         return found
 
     def _estimate(self, sums: torch.Tensor, solutions: list[Solution]) -> Estimate:

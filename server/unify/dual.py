@@ -6,7 +6,7 @@ Lives here: the start, the iteration, and what "converged" means. Does not live 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,6 +40,11 @@ class Solution:
     converged: torch.Tensor
     residual: torch.Tensor
 
+    def replace(self, rows: torch.Tensor, by: Solution) -> None:
+        """Take samples `rows` (m,) from another solution."""
+        self.lam[:, rows], self.log_sets[:, rows], self.iterations[rows] = by.lam, by.log_sets, by.iterations
+        self.converged[rows], self.residual[rows] = by.converged, by.residual
+
 
 def solve(overlap: Overlap, masses: Masses, max_iterations: int = MAX_ITERATIONS) -> Solution:
     """Minimise Phi(lam) = sum_T A_T log sum_{i in T} e^lam_i - sum_i B_i lam_i for every sample of a block."""
@@ -51,9 +56,7 @@ def solve(overlap: Overlap, masses: Masses, max_iterations: int = MAX_ITERATIONS
     solution, left = _newton(Narrow, overlap, masses, lam, max_iterations)
     if left.numel() > 0:
         again, _ = _newton(Wide, overlap, masses.select(left), solution.lam[:, left], max_iterations)
-        solution.lam[:, left], solution.log_sets[:, left] = again.lam, again.log_sets
-        solution.iterations[left] += again.iterations
-        solution.converged[left], solution.residual[left] = again.converged, again.residual
+        solution.replace(left, replace(again, iterations=solution.iterations[left] + again.iterations))
     return solution
 
 
