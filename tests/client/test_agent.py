@@ -19,8 +19,9 @@ from consilience.common.encoding import decode
 from consilience.common.errors import AdmissionError, CertificateError, DuplicateError, IdentityError
 from consilience.common.identity import Kit
 from consilience.common.protocol import Agreement, Answer, CardRequest, Contract, Question, read_reply
+from consilience.deploy.processes import free_ports
 from helpers.site_folder import AgentProcess, Proxy, SiteFolder, ask, health, stock_supernode
-from helpers.superlink import Authority, SuperLink, free_ports, until
+from helpers.superlink import Authority, SuperLink, until
 
 pytestmark = pytest.mark.slow
 

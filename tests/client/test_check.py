@@ -19,9 +19,10 @@ from consilience.client.ledger import Ledger
 from consilience.client.ledger_rows import Entry
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import dump_settings, load_settings
+from consilience.deploy.processes import free_ports
 from helpers.private_site import bars, settings_of, write_data
 from helpers.site_folder import SiteFolder
-from helpers.superlink import Authority, SuperLink, free_ports
+from helpers.superlink import Authority, SuperLink
 
 
 @pytest.fixture(scope="module")

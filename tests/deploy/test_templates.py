@@ -25,10 +25,10 @@ from consilience.client.ledger_head import comes_back_with_state, head_path
 from consilience.common.errors import REGISTRY
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import parse_settings
+from consilience.deploy.processes import free_ports
 from helpers import sandbox
 from helpers.commands import command_of
 from helpers.pages import ROOT
-from helpers.superlink import free_ports
 
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))

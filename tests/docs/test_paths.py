@@ -30,8 +30,9 @@ from consilience.__main__ import app
 from consilience.common.data import open_data
 from consilience.common.identity import Kit, Request
 from consilience.common.settings import EmbeddedData
+from consilience.deploy.processes import free_ports
 from helpers.pages import ROOT, blocks, typed
-from helpers.superlink import free_ports, until
+from helpers.superlink import until
 
 SITE, SERVER = ROOT / "docs" / "site.md", ROOT / "docs" / "coordinator.md"
 SETTING_UP = ["python3 -m venv consilience", ". consilience/bin/activate", "pip install consilience"]

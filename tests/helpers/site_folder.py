@@ -22,7 +22,8 @@ from flwr.superlink.grid import HttpGrid
 from consilience.common.data import from_arrays
 from consilience.common.identity import Kit, key_fingerprint, load_key, make_key
 from consilience.common.pool import Pool
-from helpers.superlink import PATIENCE, SWITCHES, SuperLink, free_ports, until
+from consilience.deploy.processes import free_ports
+from helpers.superlink import PATIENCE, SWITCHES, SuperLink, until
 
 TEACHER = '''"""A teacher for tests."""
 import time

@@ -36,6 +36,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from consilience.deploy.processes import free_ports
+
 PYPROJECT = b"""[project]
 name = "consilience-app"
 version = "0.1.0"
@@ -65,15 +67,6 @@ def until(condition: Any, what: str) -> Any:
             return found
         time.sleep(0.02)
     raise AssertionError(f"not within {PATIENCE} s: {what}")
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of 127.0.0.1 that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
 
 
 class Authority:

@@ -122,8 +122,8 @@ def test_a_second_server_on_the_folder_is_refused_and_changes_nothing(place: Dep
 
 @pytest.mark.parametrize("field", ["listen", "control_port"])
 def test_a_port_in_use_is_named_and_nothing_is_left_behind(place: Deployment, tmp_path: Path, field: str) -> None:
-    home = make_server(tmp_path / "server")
     with socket.create_server(("127.0.0.1", 0)) as taken:
+        home = make_server(tmp_path / "server")  # its ports are free, so they are others
         port = taken.getsockname()[1]
         value = f"127.0.0.1:{port}" if field == "listen" else port
         settings = home.settings().model_dump(mode="json")
