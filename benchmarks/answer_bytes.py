@@ -26,7 +26,7 @@ from consilience.deploy.simulation import embedded_job, prepare
 from harness import options, show
 from jobs import all_of, do_job, train_quietly
 
-ENCODINGS: tuple[Encoding, ...] = ("f32", "f16", "u8", "top-3", "top-1", "votes")
+ENCODINGS: tuple[Encoding, ...] = ("f32", "f16", "u8", "top-3", "top-3-u8", "top-1", "top-1-u8", "votes")
 HALVED: tuple[Encoding, ...] = ("f32", "u8", "top-3", "votes")
 SHARE = 1 / 20
 AS_GOOD = 0.005

@@ -25,7 +25,7 @@ from consilience.server.answers_about import About
 from consilience.server.unify import unify
 from harness import options, show
 
-ENCODINGS = ("f32", "f16", "u8", "top-3", "top-2", "top-1", "votes")
+ENCODINGS = ("f32", "f16", "u8", "top-3", "top-3-u8", "top-2", "top-1", "top-1-u8", "votes")
 Rows = NDArray[np.float64]
 
 

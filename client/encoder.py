@@ -25,6 +25,7 @@ from consilience.common.encoding import (
     encode_coverage,
     encode_features,
     feature_bytes,
+    named,
     row_bytes,
 )
 from consilience.common.errors import TeacherError
@@ -35,7 +36,6 @@ from consilience.common.settings import (
     CoverageEncoding,
     FeatureEncoding,
     SiteSettings,
-    largest_sent,
 )
 
 Scores = Callable[[Images], NDArray[np.float32]]
@@ -90,9 +90,7 @@ class Encoder:
         By another name the same would be answered, and counted, anew: by a teacher that never says the same twice,
         with other probabilities.
         """
-        most = len(self.teacher.classes)
-        many = (largest_sent(question.encoding) or 0) > most
-        return question.model_copy(update={"encoding": f"top-{most}"}) if many else question
+        return question.model_copy(update={"encoding": named(question.encoding, len(self.teacher.classes))})
 
     def try_teacher(self, pool: Pool, samples: int) -> None:
         """See that the teacher works on the first samples of a pool. Raises `RefusedError`."""

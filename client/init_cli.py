@@ -41,9 +41,9 @@ teacher:
   kind: train
   architecture: cnn3
 
-# What may leave, at most: log-probabilities as f32, f16, u8, top-3 (or another number) or votes, the finest first,
-# whether two facts about the private data may be told, about how many samples in all, and whether a person must approve
-# each job. More: docs/privacy.md
+# What may leave, at most: log-probabilities as f32, f16, u8, top-3 (or another number), top-3-u8 or votes, the finest
+# first, whether two facts about the private data may be told, about how many samples in all, and whether a person must
+# approve each job. More: docs/privacy.md
 policy:
   precision: f16
   class_priors: false

@@ -193,7 +193,7 @@ class SiteCard(Record):
     name: SiteName
     classes: tuple[ClassName, ...] = Field(min_length=1, max_length=MOST_CLASSES)
     encodings: tuple[Encoding, ...] = Field(min_length=1, max_length=len(ENCODINGS))
-    """What it may be asked for; `settings.allowed_by` says which of `top-K` these allow."""
+    """What it may be asked for; `settings.allowed_by` says which of `top-K` and `top-K-u8` these allow."""
     teacher: Digest
     """Fingerprint of the teacher: another teacher has another one."""
     description: Line

@@ -13,7 +13,7 @@ from typing import Any
 from consilience.common.identity import words
 from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import MISSING, count, decimal, number_of, percent, size
-from consilience.common.settings import largest_sent
+from consilience.common.settings import largest_sent, sent_in_bytes
 from consilience.server.grouped import groups_summary
 from consilience.server.judge_labels import LabelJudgement
 from consilience.server.report_amalgamation import amalgamation_summary
@@ -342,14 +342,14 @@ def _numbers(site: SiteFindings) -> int:
     """Return how many numbers an answer has: ids count too."""
     most, classes = largest_sent(site.precision), len(site.classes)
     if most is not None and most < classes:
-        return 2 * most + 1
+        return 2 * most + (not sent_in_bytes(site.precision))
     return 1 if site.precision == "votes" else classes * (1 if most is None else 2)
 
 
 def _precision(encoding: str) -> str:
     most = largest_sent(encoding)
     if most is not None:
-        return f"the {most} largest, 16-bit ({encoding})"
+        return f"the {most} largest, {'8' if sent_in_bytes(encoding) else '16'}-bit ({encoding})"
     return f"{PRECISION[encoding]} ({encoding})" if encoding in PRECISION else escape(encoding)
 
 

@@ -2,8 +2,8 @@
 
 An encoded block is n rows of one width, row by row, everything little-endian. Lives here: log-probabilities in any
 encoding, and the log-odds of labels that do not exclude one another, block by block, so that memory does not grow with
-rows times classes. Does not live here: what a row is, by kind of encoding (floats, squares, largest, odds); coverage
-(coverage), features (features).
+rows times classes. Does not live here: what a row is, by kind of encoding (floats, squares, largest, shares, odds);
+coverage (coverage), features (features).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from consilience.common.encoding.coverage import (
 from consilience.common.encoding.features import check_features, encode_features, feature_bytes, feature_values
 from consilience.common.encoding.floats import SUM_TOLERANCE, Floats, RowProblem
 from consilience.common.encoding.largest import Largest, Sent, Votes
-from consilience.common.encoding.odds import OddsFloats, OddsLargest, OddsSquares, OddsVotes
+from consilience.common.encoding.odds import OddsFloats, OddsLargest, OddsLargestBytes, OddsSquares, OddsVotes
+from consilience.common.encoding.shares import LargestShares
 from consilience.common.encoding.squares import Squares
 from consilience.common.errors import ProtocolError
-from consilience.common.settings import Encoding, largest_sent
+from consilience.common.settings import Encoding, largest_sent, sent_in_bytes
 
 __all__ = [
     "SUM_TOLERANCE",
@@ -45,6 +46,7 @@ __all__ = [
     "encode_features",
     "feature_bytes",
     "feature_values",
+    "named",
     "row_bytes",
     "unpack",
     "unpack_sent",
@@ -80,15 +82,25 @@ _ODDS_CODECS: dict[str, _Codec] = {
 @cache
 def _codec(encoding: Encoding, odds: bool = False) -> _Codec:
     most = largest_sent(encoding)
+    if most is None:
+        return (_ODDS_CODECS if odds else _CODECS)[encoding]
     if odds:
-        return _ODDS_CODECS[encoding] if most is None else OddsLargest(most)
-    return _CODECS[encoding] if most is None else Largest(most)
+        return OddsLargestBytes(most) if sent_in_bytes(encoding) else OddsLargest(most)
+    return _largest(encoding)
 
 
-def _named(encoding: Encoding, classes: int) -> Encoding:
+def _largest(encoding: Encoding) -> Largest | LargestShares:
+    most = largest_sent(encoding)
+    assert most is not None, encoding
+    return LargestShares(most) if sent_in_bytes(encoding) else Largest(most)
+
+
+def named(encoding: Encoding, classes: int) -> Encoding:
     """Return the one name that an encoding has over `classes` classes: `top-K` of more is of all."""
     most = largest_sent(encoding)
-    return encoding if most is None else f"top-{min(most, classes)}"
+    if most is None or most <= classes:
+        return encoding
+    return f"top-{classes}{'-u8' if sent_in_bytes(encoding) else ''}"
 
 
 def row_bytes(classes: int, encoding: Encoding, *, odds: bool = False) -> int:
@@ -104,7 +116,7 @@ def encode(
     `within`: the finest encoding that the rows may leave in, if they may not in any. Another is then made of what they
     are read as in that one, so that it tells nothing more.
     """
-    if within is None or _named(within, rows.shape[1]) == _named(encoding, rows.shape[1]):
+    if within is None or named(within, rows.shape[1]) == named(encoding, rows.shape[1]):
         codec = _codec(encoding, odds)
         return b"".join(codec.pack(rows[low:high]) for low, high in _blocks(*rows.shape))
     read = np.empty(rows.shape, np.float32)
@@ -142,13 +154,12 @@ def unpack(raw: NDArray[np.uint8], encoding: Encoding, out: NDArray[np.float32],
 
 
 def unpack_sent(raw: NDArray[np.uint8], classes: int, encoding: Encoding) -> Sent:
-    """Return what the bytes of `check`ed rows, (n * row_bytes,) contiguous, tell of log-probabilities, as `top-K`.
+    """Return what the bytes of `check`ed rows, (n * row_bytes,) contiguous, tell of log-probabilities.
 
-    It is what `unpack` gives, without the classes that were not sent. Memory is that of what was sent.
+    They are encoded as `top-K` or `top-K-u8`. It is what `unpack` gives, without the classes
+    that were not sent. Memory is that of what was sent.
     """
-    most = largest_sent(encoding)
-    assert most is not None, encoding
-    codec = Largest(most)
+    codec = _largest(encoding)
     return codec.sent(raw.reshape(-1, codec.row_bytes(classes)), classes)
 
 

@@ -13,7 +13,7 @@ the rest evenly for all others.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,22 @@ class LargestRows:
     """Rows of the `most` largest numbers, by ids and values, and one number for what is not sent."""
 
     most: int
+    number: ClassVar[str] = "<f2"
+    """The type of a number, as it is sent."""
 
     def _record(self, classes: int) -> np.dtype[Any]:
         """Return the layout of a row."""
         sent = min(self.most, classes)
-        parts: list[Any] = [("ids", id_type(classes), (sent,)), ("values", "<f2", (sent,))]
-        return np.dtype(parts + [("rest", "<f2")] * (sent < classes))
+        parts: list[Any] = [("ids", id_type(classes), (sent,)), ("values", self.number, (sent,))]
+        return np.dtype(parts + [("rest", self.number)] * (sent < classes))
+
+    def _as_sent(self, numbers: NDArray[np.floating[Any]]) -> NDArray[Any]:
+        """Return numbers as they are sent."""
+        return numbers.astype(self.number)
+
+    def _as_read(self, numbers: NDArray[Any]) -> NDArray[np.float32]:
+        """Return what sent numbers stand for, NaN where for none."""
+        return numbers.astype(np.float32)
 
     def row_bytes(self, classes: int) -> int:
         """Return the bytes of one row."""
@@ -68,7 +78,7 @@ class LargestRows:
         count, classes = rows.shape
         record = self._record(classes)
         ids = largest(rows, record["ids"].shape[0])
-        values = np.clip(np.take_along_axis(rows, ids, axis=1), least, most).astype("<f2")
+        values = self._as_sent(np.clip(np.take_along_axis(rows, ids, axis=1), least, most))
         order = np.argsort(-values, axis=1, kind="stable")
         out = np.empty(count, record)
         out["ids"] = np.take_along_axis(ids, order, axis=1)
@@ -80,8 +90,8 @@ class LargestRows:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
         """Return ids (n, m), values (n, m) and rest (n, 1), None where every class is sent."""
         rows = raw.view(self._record(classes))[:, 0]
-        rest = rows["rest"].astype(np.float32)[:, None] if "rest" in (rows.dtype.names or ()) else None
-        return rows["ids"].astype(np.int64), rows["values"].astype(np.float32), rest
+        rest = self._as_read(rows["rest"])[:, None] if "rest" in (rows.dtype.names or ()) else None
+        return rows["ids"].astype(np.int64), self._as_read(rows["values"]), rest
 
 
 def not_in_order(ids: NDArray[np.int64], values: NDArray[np.float32]) -> int | None:

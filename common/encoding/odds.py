@@ -7,7 +7,8 @@ A row over k labels is, as `f32` and `f16`, k numbers. As `u8` it is k signed by
     |error of the probability| <= 0.0072
 
 `top-K` has the m = min(K, k) likeliest labels (ids, then log-odds f16) and, where labels are left, the log-odds of
-their mean probability (f16): they are decoded as all having that. `votes` has one bit a label, lowest bit first, 1
+their mean probability (f16): they are decoded as all having that. `top-K-u8` is the same with the signed bytes of `u8`
+in place of f16. `votes` has one bit a label, lowest bit first, 1
 where the label is likelier than not; it is decoded as a probability of 1 - OTHERS or OTHERS.
 """
 
@@ -28,8 +29,8 @@ MOST_ODDS = 100.0
 REACH = 24.0
 """How far from 0 the steps of `u8` reach: a probability of 4e-11."""
 _STEPS = 127
-_LEVELS = np.sign(np.arange(-128, 128)) * REACH * (np.arange(-128, 128) / _STEPS) ** 2
-_LEVELS_F32 = _LEVELS.astype(np.float32)
+_LEVELS_F32 = (np.sign(np.arange(-128, 128)) * REACH * (np.arange(-128, 128) / _STEPS) ** 2).astype(np.float32)
+_LEVELS_F32[0] = np.nan  # byte 128 stands for nothing
 _VOTE = float(np.log((1 - OTHERS) / OTHERS))
 _BEYOND = f"holds a number that is not finite or beyond {MOST_ODDS:g}"
 
@@ -70,6 +71,19 @@ class OddsFloats:
         return raw.view(self.dtype).astype(np.float32)
 
 
+def _to_bytes(log_odds: NDArray[np.floating[Any]]) -> NDArray[np.int8]:
+    """Return the signed bytes of log-odds, in square steps around 0."""
+    size = np.sqrt(np.minimum(np.abs(log_odds), np.float32(REACH)) / np.float32(REACH))
+    signed: NDArray[np.int8] = np.copysign(np.rint(size * np.float32(_STEPS)), log_odds).astype(np.int8)
+    return signed
+
+
+def _of_bytes(signed: NDArray[np.int8]) -> NDArray[np.float32]:
+    """Return what signed bytes stand for, NaN where for nothing."""
+    levels: NDArray[np.float32] = _LEVELS_F32[signed.astype(np.int64) + 128]
+    return levels
+
+
 class OddsSquares:
     """One byte a label."""
 
@@ -79,8 +93,7 @@ class OddsSquares:
 
     def pack(self, rows: NDArray[np.float32]) -> bytes:
         """Encode (n, k) log-odds."""
-        size = np.sqrt(np.minimum(np.abs(rows), np.float32(REACH)) / np.float32(REACH))
-        return bytes(np.copysign(np.rint(size * np.float32(_STEPS)), rows).astype(np.int8).tobytes())
+        return _to_bytes(rows).tobytes()
 
     def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
         """Say which of (n, k) encoded rows has a byte that stands for nothing, the first; None when none has."""
@@ -89,8 +102,7 @@ class OddsSquares:
 
     def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
         """Return the (n, k) log-odds of (n, k) encoded rows that have no problem."""
-        levels: NDArray[np.float32] = _LEVELS_F32[raw.view(np.int8).astype(np.int64) + 128]
-        return levels
+        return _of_bytes(raw.view(np.int8))
 
 
 class OddsLargest(LargestRows):
@@ -107,7 +119,7 @@ class OddsLargest(LargestRows):
             with np.errstate(divide="ignore"):
                 mean = bounded(np.log(applies.sum(axis=1)) - np.log(not_so.sum(axis=1)))
             # Rounding may not lift it above the least that is sent.
-            out["rest"] = np.minimum(mean.astype("<f2"), out["values"][:, -1])
+            out["rest"] = np.minimum(self._as_sent(mean), out["values"][:, -1])
         return out.tobytes()
 
     def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
@@ -137,6 +149,18 @@ class OddsLargest(LargestRows):
             out[:] = rest
         np.put_along_axis(out, ids, values, axis=1)
         return out
+
+
+class OddsLargestBytes(OddsLargest):
+    """The same, each number a signed byte."""
+
+    number = "i1"
+
+    def _as_sent(self, numbers: NDArray[np.floating[Any]]) -> NDArray[np.int8]:
+        return _to_bytes(numbers)
+
+    def _as_read(self, numbers: NDArray[np.int8]) -> NDArray[np.float32]:
+        return _of_bytes(numbers)
 
 
 class OddsVotes:

@@ -21,6 +21,7 @@ from consilience.common.settings.base import (
     allowed_by,
     encoding_names,
     largest_sent,
+    sent_in_bytes,
 )
 from consilience.common.settings.concentration import Concentration, Head
 from consilience.common.settings.data import (
@@ -157,4 +158,5 @@ __all__ = [
     "allowed_by",
     "encoding_names",
     "largest_sent",
+    "sent_in_bytes",
 ]

@@ -21,7 +21,9 @@ ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\P{C}*
 
 ENCODINGS = ("f32", "f16", "u8", "votes")
 """Encodings of log-probabilities that a fixed name has, finest first."""
-_TOP = re.compile("top-([1-9][0-9]{0,5})")
+_TOP = re.compile("top-([1-9][0-9]{0,5})(-u8)?")
+_OF_EVERY_CLASS = {False: ("f32", "f16"), True: ("f32", "f16", "u8")}
+"""Encodings of every class that a `top-K`, or (True) a `top-K-u8`, can be computed from."""
 
 
 def _off(value: object) -> object:
@@ -33,20 +35,27 @@ OFF_IS_A_WORD = BeforeValidator(_off)
 
 
 def largest_sent(encoding: str) -> int | None:
-    """Return the K of `top-K`, how many classes of a row are sent; None for every other encoding."""
+    """Return the K of `top-K` and `top-K-u8`, how many classes of a row are sent; None for every other encoding."""
     found = _TOP.fullmatch(encoding)
     return int(found[1]) if found else None
 
 
+def sent_in_bytes(encoding: str) -> bool:
+    """Whether an encoding is `top-K-u8`."""
+    return largest_sent(encoding) is not None and encoding.endswith("-u8")
+
+
 def _encoding(value: str) -> str:
     if value not in ENCODINGS and largest_sent(value) is None:
-        raise PydanticCustomError("encoding", "Input should be f32, f16, u8, top-K (for example top-3) or votes")
+        raise PydanticCustomError(
+            "encoding", "Input should be f32, f16, u8, top-K (for example top-3), top-K-u8 (top-3-u8) or votes"
+        )
     return value
 
 
 Encoding = Annotated[str, AfterValidator(_encoding)]
-"""Encodings of log-probabilities (docs/encodings.md), finest first: `f32`, `f16`, `u8`, `top-K` for a K of 1 or more,
-`votes`."""
+"""Encodings of log-probabilities (docs/encodings.md), finest first: `f32`, `f16`, `u8`, `top-K` and `top-K-u8` for a
+K of 1 or more, `votes`."""
 CoverageEncoding = Literal["f16", "u8"]
 """Encodings of coverage, finest first."""
 FeatureEncoding = Literal["f16", "u8"]
@@ -62,21 +71,31 @@ LabelKind = Literal["single", "multi"]
 
 
 def allowed_by(encodings: Iterable[Encoding], asked: Encoding) -> bool:
-    """Whether a site that allows `encodings` allows `asked`: f32, f16 and `top-K` allow `top-J` for every J, or J <= K.
+    """Whether a site that allows `encodings` allows `asked`.
 
-    A `top-J` can be computed from each of these, so it tells nothing more.
+    f32 and f16 allow every `top-J` and `top-J-u8`, `top-K` those of J <= K; u8 allows every `top-J-u8`, `top-K-u8`
+    those of J <= K. Each can be computed from what allows it, so it tells nothing more.
     """
     wanted = largest_sent(asked)
     if wanted is None:
         return asked in encodings
-    return any(held in ("f32", "f16") or (largest_sent(held) or 0) >= wanted for held in encodings)
+    small = sent_in_bytes(asked)
+    return any(
+        held in _OF_EVERY_CLASS[small] or ((largest_sent(held) or 0) >= wanted and small >= sent_in_bytes(held))
+        for held in encodings
+    )
 
 
 def encoding_names(encodings: Iterable[Encoding]) -> list[str]:
-    """Return for people what `encodings` allow: the names, with `top-K` where every K is allowed."""
+    """Return for people what `encodings` allow: the names, with `top-K` and `top-K-u8` where every K is allowed."""
     found = list(encodings)
     place = found.index("votes") if "votes" in found else len(found)
-    return [*found[:place], *["top-K"] * (not {"f32", "f16"}.isdisjoint(found)), *found[place:]]
+    every = [
+        name
+        for small, name in ((False, "top-K"), (True, "top-K-u8"))
+        if not set(_OF_EVERY_CLASS[small]).isdisjoint(found)
+    ]
+    return [*found[:place], *every, *found[place:]]
 
 
 class Settings(BaseModel):

@@ -64,8 +64,8 @@ class Ask(Settings):
     rounds: int | None = Field(default=None, ge=1, le=MOST_ROUNDS)
     """In how many rounds of about equal size they are chosen: 1 where they are drawn, else 2 or more; by default 2."""
     encoding: Encoding = "f16"
-    """How sites' log-probabilities come: `f32`, `f16`, `u8`, `top-K` such as `top-3`, or `votes`; every site's policy
-    must allow it. [Encodings](encodings.md) says what each costs and loses."""
+    """How sites' log-probabilities come: `f32`, `f16`, `u8`, `top-K` such as `top-3`, `top-K-u8` such as `top-1-u8`,
+    or `votes`; every site's policy must allow it. [Encodings](encodings.md) says what each costs and loses."""
     coverage: bool = True
     """Ask the sites that offer coverage for it, each in the finest encoding that it allows. Only the methods `sd` and
     `ce` make use of coverage, `sd` where every site that answered a sample gave it: with another `unify.method` no

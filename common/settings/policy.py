@@ -113,8 +113,8 @@ class Policy(Settings):
 
     precision: Encoding = "f16"
     """The finest encoding of log-probabilities that may leave: `f32`, `f16`, `u8` (a byte a class), `top-K`, for
-    example `top-3` (the three largest and the sum of the others), or `votes` (the largest class alone). Whatever can be
-    computed from it may leave too: see [encodings](encodings.md)."""
+    example `top-3` (the three largest and the sum of the others), `top-K-u8` (the same in fewer bits) or `votes` (the
+    largest class alone). Whatever can be computed from it may leave too: see [encodings](encodings.md)."""
     coverage: Annotated[Literal["off", "u8", "f16"], OFF_IS_A_WORD] = "off"
     """The finest encoding of coverage that may leave: of the site's estimate, one number a pool sample, of how likely
     the sample is of one of its classes. `u8` tells it to 1/256; `off`: it does not leave."""
@@ -179,7 +179,7 @@ class Policy(Settings):
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
-        """Encodings the server may ask for, finest first; `allowed_by` says which of `top-K` these allow."""
+        """Encodings the server may ask for, finest first; `allowed_by` says which `top-K` they allow."""
         if self.precision in ENCODINGS:
             return ENCODINGS[ENCODINGS.index(self.precision) :]
         return (self.precision, "votes")

@@ -97,7 +97,7 @@ CASES = {
     "typo": Case(changing(policy={"precison": "f16"}), "precison", CANNOT),
     "limit-below-spent": Case(changing(policy={"limits": {"lifetime": 10}}), "lifetime: 40 more, 0 left of 10", LIMITS),
     "more-than-allowed": Case(changing(policy={"limits": {"per_job": 39}}), "job job: 40 more, 39 left of 39", LIMITS),
-    "finer-than-allowed": Case(changing(policy={"precision": "u8"}), "", "'f16'; site bad allows: u8, votes"),
+    "finer-than-allowed": Case(changing(policy={"precision": "u8"}), "", "'f16'; site bad allows: u8, top-K-u8, votes"),
     "not-approved": Case(changing(policy={"approval": True}), "job job", "not-approved, nobody at the site"),
     "ledger-edited": Case(edit_ledger, "ledger.db", "ledger-damaged, the site's record of its answers"),
     "pool-not-listed": Case(

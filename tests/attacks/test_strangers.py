@@ -148,6 +148,7 @@ KINDS = [
     {"encoding": "f32", "classes": 3},
     {"encoding": "u8", "classes": 3},
     {"encoding": "top-2", "classes": 3},
+    {"encoding": "top-2-u8", "classes": 3},
     {"encoding": "votes", "classes": 3},
     {"kind": "coverage", "encoding": "u8", "classes": 1},
 ]

@@ -319,7 +319,9 @@ class Between:
         return np.asarray([0.5 + 1e-5, 0.5 - 1e-5] * len(images), np.float32)[: len(images)]
 
 
-@pytest.mark.parametrize(("precision", "coarser"), [("u8", ["votes"]), ("f16", ["u8", "top-2", "votes"])])
+@pytest.mark.parametrize(
+    ("precision", "coarser"), [("u8", ["top-2-u8", "votes"]), ("f16", ["u8", "top-2", "top-2-u8", "votes"])]
+)
 def test_a_coarser_answer_tells_nothing_that_the_finest_does_not(
     pool: Pool, tmp_path: Path, precision: str, coarser: list[str]
 ) -> None:

@@ -85,7 +85,9 @@ def question(site: Site, pool: Pool, start: int, stop: int, **changes: Any) -> Q
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, SIZE - 1), st.integers(1, SIZE), st.sampled_from(["f32", "f16", "u8", "top-2", "votes"]))
+@given(
+    st.integers(0, SIZE - 1), st.integers(1, SIZE), st.sampled_from(["f32", "f16", "u8", "top-2", "top-2-u8", "votes"])
+)
 def test_a_sample_s_answer_is_the_same_bytes_however_questions_are_cut(
     site: Site, pool: Pool, start: int, stop: int, encoding: str
 ) -> None:
@@ -133,7 +135,7 @@ def test_the_policy_bounds_the_encoding(site: Site, pool: Pool, teacher: Linear)
     for encoding in ("f16", "u8", "top-3"):
         with pytest.raises(RefusedError, match="policy does not allow"):
             coarse.answer(question(site, pool, 0, 5, policy=policy, encoding=encoding))
-    for encoding, width in (("top-2", 8), ("top-1", 5), ("votes", 1)):
+    for encoding, width in (("top-2", 8), ("top-1", 5), ("top-2-u8", 2), ("top-1-u8", 1), ("votes", 1)):
         assert len(coarse.answer(question(site, pool, 0, 5, policy=policy, encoding=encoding)).data) == 5 * width
 
 
@@ -146,9 +148,10 @@ def test_by_another_name_of_the_same_bytes_nothing_is_drawn_anew(site: Site, poo
             return np.asarray(log_softmax(random.normal(0, 1, (len(images), 3)), axis=1), np.float32)
 
     fickle = Site(site.settings, Fickle())
-    told = {fickle.answer(question(fickle, pool, 0, 5, encoding=f"top-{many}")).data for many in (3, 4, 300, 3)}
-    assert len(told) == 1
-    assert fickle.ledger.spent.lifetime == 5
+    for number, end in enumerate(("", "-u8"), start=1):
+        named = [question(fickle, pool, 0, 5, encoding=f"top-{many}{end}") for many in (3, 4, 300, 3)]
+        assert len({fickle.answer(one).data for one in named}) == 1
+        assert fickle.ledger.spent.lifetime == 5 * number
     demand = fickle.demand("other", [pool], "top-7", coverage=False, summed=False)
     assert fickle.new_of(demand) == [SIZE - 5]
 

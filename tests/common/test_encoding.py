@@ -15,10 +15,11 @@ from consilience.common.encoding import (
     decode_coverage,
     encode,
     encode_coverage,
+    named,
     row_bytes,
 )
 from consilience.common.errors import ProtocolError
-from consilience.common.settings import CoverageEncoding, Encoding, Policy, allowed_by, largest_sent
+from consilience.common.settings import CoverageEncoding, Encoding, Policy, allowed_by
 
 
 def random_rows(seed: int, rows: int, classes: int, spread: float = 5) -> np.ndarray:
@@ -127,8 +128,8 @@ def test_random_bytes_are_coverage_or_refused(data: bytes, rows: int, encoding: 
 
 FINER = [
     (finest, coarser)
-    for finest in ("f32", "f16", "u8", "top-4", "top-40", "votes")
-    for coarser in ("f32", "f16", "u8", "top-2", "top-4", "top-40", "votes")
+    for finest in ("f32", "f16", "u8", "top-4", "top-40", "top-4-u8", "votes")
+    for coarser in ("f32", "f16", "u8", "top-2", "top-4", "top-40", "top-2-u8", "top-40-u8", "votes")
     if allowed_by(Policy(precision=finest).encodings, coarser)
 ]
 
@@ -142,8 +143,7 @@ def test_a_coarser_encoding_is_made_of_the_bytes_of_the_finest(
     told, made = encode(rows, finest), encode(rows, coarser, within=finest)
     check(made, 30, classes, coarser)
     by_server = encode(decode(told, 30, classes, finest), coarser)
-    sent = [min(most, classes) for most in map(largest_sent, (finest, coarser)) if most is not None]
-    same = coarser == finest or (len(sent) == 2 and sent[0] == sent[1])  # `top-K` of more classes is of all
+    same = named(finest, classes) == named(coarser, classes)  # `top-K` of more classes is of all
     assert made == (told if same else by_server)
     # other rows of the same bytes: as they are read, and a little beside that
     random = np.random.default_rng(seed)
@@ -154,6 +154,14 @@ def test_a_coarser_encoding_is_made_of_the_bytes_of_the_finest(
         found, width = encode(other, coarser, within=finest), row_bytes(classes, coarser)
         for k in np.flatnonzero(equal):
             assert found[k * width : k * width + width] == made[k * width : k * width + width]
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [("f16", "f16"), ("votes", "votes"), ("top-3", "top-3"), ("top-6", "top-5"), ("top-9-u8", "top-5-u8")],
+)
+def test_an_encoding_has_one_name_over_five_classes(asked: Encoding, name: Encoding) -> None:
+    assert named(asked, 5) == name
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.special import expit
 
-from consilience.common.encoding import check, decode, encode, row_bytes
+from consilience.common.encoding import check, decode, encode, named, row_bytes
 from consilience.common.encoding.odds import MOST_ODDS, REACH, log_odds_of
 from consilience.common.errors import ProtocolError
 
@@ -18,7 +18,7 @@ ROWS = hnp.arrays(
     st.tuples(st.integers(1, 4), st.integers(1, 20)),
     elements=st.floats(-MOST_ODDS, MOST_ODDS, width=32),
 )
-ENCODINGS = ["f32", "f16", "u8", "top-1", "top-3", "votes"]
+ENCODINGS = ["f32", "f16", "u8", "top-1", "top-3", "top-1-u8", "top-3-u8", "votes"]
 
 
 def there_and_back(rows: np.ndarray, encoding: str) -> np.ndarray:
@@ -62,6 +62,21 @@ def test_the_likeliest_are_told_and_the_others_share_their_mean(rows: np.ndarray
             assert abs(row[left][0] - mean) <= 2.0**-10 * abs(mean) + 1e-6
 
 
+@given(ROWS, st.integers(1, 25))
+def test_the_likeliest_in_bytes_are_those_of_a_byte_a_label(rows: np.ndarray, most: int) -> None:
+    found, whole = there_and_back(rows, f"top-{most}-u8"), there_and_back(rows, "u8")
+    for given_row, row, byte in zip(rows.astype(np.float64), found, whole, strict=True):
+        order = np.argsort(-given_row, kind="stable")
+        sent, left = order[:most], order[most:]
+        assert np.array_equal(row[sent], byte[sent])
+        if len(left):
+            odds = np.log(expit(given_row[left]).mean()) - np.log(expit(-given_row[left]).mean())
+            mean = there_and_back(np.array([[odds]], np.float32), "u8")[0, 0]
+            assert len(set(row[left].tolist())) == 1
+            assert row[left][0] <= row[sent].min()
+            assert row[left][0] == pytest.approx(min(mean, row[sent].min()), abs=0.38)  # one step at most
+
+
 @given(ROWS)
 def test_a_vote_says_which_labels_are_likelier_than_not(rows: np.ndarray) -> None:
     assert np.allclose(there_and_back(rows, "votes"), np.where(rows > 0, np.log(9), -np.log(9)))
@@ -77,12 +92,18 @@ def test_what_was_decoded_is_the_same_once_more(encoding: str, rows: np.ndarray)
     assert np.allclose(there_and_back(once, encoding), once, rtol=2.0**-10, atol=1e-6)
 
 
-@pytest.mark.parametrize("finest", ["f16", "u8", "top-3"])
+@pytest.mark.parametrize("finest", ["f16", "u8", "top-3", "top-3-u8"])
 @given(rows=ROWS)
 def test_a_coarser_encoding_is_made_of_the_bytes_of_the_finest(finest: str, rows: np.ndarray) -> None:
-    for coarser in {"f16": ENCODINGS[1:], "u8": ["u8", "votes"], "top-3": ["top-1", "top-3", "votes"]}[finest]:
+    for coarser in {
+        "f16": ENCODINGS[1:],
+        "u8": ["u8", "top-1-u8", "top-3-u8", "votes"],
+        "top-3": ["top-1", "top-3", "top-1-u8", "top-3-u8", "votes"],
+        "top-3-u8": ["top-1-u8", "top-3-u8", "votes"],
+    }[finest]:
         made = encode(rows, coarser, odds=True, within=finest)
-        read = rows if coarser == finest or (finest == "top-3" and rows.shape[1] <= 1) else there_and_back(rows, finest)
+        same = named(finest, rows.shape[1]) == named(coarser, rows.shape[1])
+        read = rows if same else there_and_back(rows, finest)
         assert made == encode(read, coarser, odds=True)
 
 
@@ -106,6 +127,12 @@ BAD = [
     ("top-1", bytes([1]) + np.array([1, 1.5], F16).tobytes(), 2, "likelier than one that is"),
     ("top-1", bytes([1]) + np.array([np.nan, 0], F16).tobytes(), 2, "not finite"),
     ("top-1", bytes([1]) + np.array([1, -np.inf], F16).tobytes(), 2, "not finite"),
+    ("top-1-u8", bytes([2, 1, 0]), 2, "names label 2 of 2"),
+    ("top-1-u8", bytes([1, 1, 2]), 2, "likelier than one that is"),
+    ("top-1-u8", bytes([1, 128, 0]), 2, "not finite"),
+    ("top-1-u8", bytes([1, 1, 128]), 2, "not finite"),
+    ("top-2-u8", bytes([0, 1, 1, 2, 0]), 3, "not in order"),
+    ("top-2-u8", bytes([1, 1, 2, 1, 0]), 3, "twice"),
     ("top-2", bytes([0, 1]) + np.array([1, 2, 0], F16).tobytes(), 3, "not in order"),
     ("top-2", bytes([1, 0]) + np.array([1, 1, 0], F16).tobytes(), 3, "not in order"),
     ("top-2", bytes([1, 1]) + np.array([2, 1, 0], F16).tobytes(), 3, "twice"),

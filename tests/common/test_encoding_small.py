@@ -1,4 +1,4 @@
-"""Log-probabilities in few bytes (u8, top-K, votes): bounds, bytes written out by hand, and hostile rows."""
+"""Log-probabilities in few bytes (u8, top-K, top-K-u8, votes): bounds, bytes written out by hand, and hostile rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from consilience.common import encoding as encoding_module
 from consilience.common.encoding import check, decode, encode, row_bytes
 from consilience.common.errors import ProtocolError
 
-EVERY = ["f32", "f16", "u8", "top-1", "top-2", "top-3", "top-200", "votes"]
+EVERY = ["f32", "f16", "u8", "top-1", "top-2", "top-3", "top-200", "top-1-u8", "top-2-u8", "top-200-u8", "votes"]
 SMALL = EVERY[2:]
 
 
@@ -42,6 +42,15 @@ VECTORS = [
     ("top-1", HALVES, "01 8c b9 8c b9"),
     ("top-9", log_of(0.5, 0.5), "00 01 8c b9 8c b9"),
     ("top-1", sure_of(258, 300), "02 01 00 00 ff fb"),
+    # 64 levels. The first leaves 0.5 of 3/4, level floor(64 sqrt(2/3)), the next half of 2/3, floor(64 sqrt(3/4)).
+    ("top-1-u8", HALVES, "74"),
+    ("top-2-u8", HALVES, "74 b7"),
+    ("top-4-u8", HALVES, "74 b7 f9 00"),
+    ("top-1-u8", log_of(0.5, 0.5), "7f"),
+    ("top-9-u8", log_of(0, 1), "80 00"),
+    ("top-1-u8", sure_of(258, 300), "b4 db"),
+    ("top-1-u8", sure_of(65_536, 65_537), "00 00 00 01"),
+    ("top-3-u8", np.zeros((1, 1), np.float32), "00"),
     ("votes", HALVES, "01"),
     ("votes", sure_of(258, 300), "02 01"),
     ("votes", sure_of(65_536, 65_537), "00 00 01 00"),
@@ -60,6 +69,9 @@ def test_what_known_bytes_mean() -> None:
     assert np.allclose(found, np.array([[1, byte, byte]]) / (1 + 2 * byte), atol=1e-6)
     found = np.exp(decode(bytes.fromhex("01 02 8c b9 8c bd 8c bd"), 1, 4, "top-2"))
     assert np.allclose(found, [[0.125, 0.5, 0.25, 0.125]], atol=2e-4)
+    left = np.array([0.75 * (52.5 / 64) ** 2, 2 / 3 * (55.5 / 64) ** 2])
+    told = [left[0] * left[1] / 2, 1 - left[0], left[0] * (1 - left[1]), left[0] * left[1] / 2]
+    assert np.allclose(np.exp(decode(bytes.fromhex("74 b7"), 1, 4, "top-2-u8")), [told], atol=1e-6)
     assert np.allclose(np.exp(decode(b"\1", 1, 4, "votes")), [[0.1 / 3, 0.9, 0.1 / 3, 0.1 / 3]])
     assert np.array_equal(decode(b"\0", 1, 1, "votes"), [[0]])
 
@@ -118,6 +130,46 @@ def test_the_largest_are_within_their_bounds_and_the_rest_is_even(
         assert np.all(np.abs(even[:, 0] - rest) <= np.abs(rest) * 2.0**-11 + slack + 2.0**-11 * np.log(classes))
 
 
+@given(
+    st.integers(0, 2**32 - 1), st.integers(0, 10), st.integers(1, 400), st.floats(0, 30), st.sampled_from([1, 3, 20])
+)
+def test_shares_of_what_is_left_are_within_their_bounds(
+    seed: int, rows: int, classes: int, spread: float, most: int
+) -> None:
+    given_rows = random_rows(seed, rows, classes, spread)
+    data = encode(given_rows, f"top-{most}-u8")
+    levels = 256 // classes if classes <= 16 else min(256, 65536 // classes)
+    assert len(data) == rows * min(most, classes) * (1 if classes <= 16 else 2)
+    back = decode(data, rows, classes, f"top-{most}-u8")
+    order = np.argsort(-given_rows, axis=1, kind="stable")
+    told, found = (np.take_along_axis(np.exp(each, dtype=np.float64), order, axis=1) for each in (given_rows, back))
+    step, sent = 1 / levels + 1 / (4 * levels**2), min(most, classes)
+    assert np.all(np.abs(told - found)[:, :sent] <= np.arange(1, sent + 1) * step + 1e-6)
+    before = [each[:, ::-1].cumsum(axis=1)[:, ::-1][:, :sent] for each in (told, found)]
+    sure = (before[0] > 1e-3) & (before[1] > 1e-3)
+    shares = [each[:, :sent] / np.where(sure, left, 1) for each, left in zip((told, found), before, strict=True)]
+    assert np.all((np.abs(shares[0] - shares[1]) <= step + 1e-4)[sure])
+    if classes > most:
+        assert np.all(found[:, most:] == found[:, most : most + 1])
+        assert np.all(found[:, most] <= found[:, most - 1])
+
+
+def test_the_bound_of_a_share_is_no_wider_than_it_must_be() -> None:
+    """Of 16 classes there are 16 levels; a top probability at the end of the coarsest one is off by half of it."""
+    sure = np.linspace(1 / 16, 1, 20_001)
+    rows = np.log(np.concatenate([sure[:, None], np.repeat((1 - sure)[:, None] / 15, 15, axis=1)], axis=1) + 1e-300)
+    back = decode(encode(rows.astype(np.float32), "top-1-u8"), len(rows), 16, "top-1-u8")
+    error = np.abs(np.exp(back[:, 0]) - sure)
+    assert 0.9 * 15 / 16 * (1 / 16 - 1 / 1024) < error.max() <= 1 / 16 + 1 / 1024
+
+
+def test_a_class_that_nothing_is_left_for_has_an_even_share_of_it() -> None:
+    row = np.array([[0, -np.inf, -1e30, -2000]], np.float32)
+    back = np.exp(decode(encode(row, "top-3-u8"), 1, 4, "top-3-u8"))
+    assert np.all(np.isfinite(back))
+    assert back[0, 0] > 1 - 1e-4
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9), st.sampled_from(EVERY))
 def test_a_vote_is_the_first_of_the_largest_and_every_encoding_keeps_it_among_them(
     seed: int, rows: int, classes: int, encoding: str
@@ -125,6 +177,10 @@ def test_a_vote_is_the_first_of_the_largest_and_every_encoding_keeps_it_among_th
     """Values on a coarse grid, so that there are ties."""
     given_rows = log_softmax(np.random.default_rng(seed).integers(0, 3, (rows, classes)), axis=1).astype(np.float32)
     back = decode(encode(given_rows, encoding), rows, classes, encoding)
+    if encoding in ("top-2-u8", "top-200-u8"):  # the second may come out a hair above the first
+        chosen = np.take_along_axis(back, given_rows.argmax(axis=1)[:, None], axis=1)[:, 0]
+        assert np.all(np.exp(back.max(axis=1)) - np.exp(chosen) <= 3 * (1 / 28 + 1 / 3136))
+        return
     kept = np.take_along_axis(given_rows, back.argmax(axis=1)[:, None], axis=1)[:, 0]
     assert np.array_equal(kept, given_rows.max(axis=1))
     assert np.array_equal(back.argmax(axis=1), given_rows.argmax(axis=1))
@@ -178,13 +234,22 @@ BAD = [
     ("top-2", top([0, 3], 1e-3, 1e-3, 1.005), "leaves more than everything"),
     ("top-2", top([0, 3], 0.1, 0.1, 0.8), "leaves more to a class not sent"),
     ("u8", bytes([1, 2, 3, 4, 5]), "has no byte 0"),
+    ("top-2-u8", bytes([51, 255]), "names class 5 of 5, which are counted from 0"),
+    ("top-2-u8", bytes([51, 60]), "names a class twice"),
+    ("top-5-u8", bytes([51, 0, 102, 153, 205]), "leaves something behind its last class"),
     ("votes", bytes([5]), "names class 5 of 5"),
 ]
 
 
 @pytest.mark.parametrize(("encoding", "row", "words"), BAD, ids=[f"{b[0]}-{b[1].hex()}" for b in BAD])
 def test_rows_that_are_not_as_specified_are_refused_by_number(encoding: str, row: bytes, words: str) -> None:
-    good = {"top-2": GOOD, "u8": bytes([9, 0, 9, 9, 9]), "votes": b"\0"}[encoding]
+    good = {
+        "top-2": GOOD,
+        "u8": bytes([9, 0, 9, 9, 9]),
+        "top-2-u8": bytes([51, 0]),
+        "top-5-u8": bytes([51, 0, 102, 153, 204]),
+        "votes": b"\0",
+    }[encoding]
     check(good * 3, 3, 5, encoding)
     with pytest.raises(ProtocolError, match=f"row 1 .*{words}"):
         decode(good + row + good, 3, 5, encoding)
@@ -240,7 +305,7 @@ def test_a_changed_byte_gives_a_distribution_or_a_refusal(draw: st.DataObject, c
     assert np.all(np.abs(np.exp(values.astype(np.float64)).sum(axis=1) - 1) <= 1e-4)
 
 
-@pytest.mark.parametrize("encoding", ["f16", "u8", "top-10", "votes"])
+@pytest.mark.parametrize("encoding", ["f16", "u8", "top-10", "top-10-u8", "votes"])
 def test_a_check_takes_little_memory_however_many_classes_there_are(encoding: str) -> None:
     """A site that claims 1,000,000 classes cannot make the server hold rows of them."""
     classes = 1_000_000

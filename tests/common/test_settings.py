@@ -149,11 +149,12 @@ def test_the_policy_s_version_follows_its_content() -> None:
 
 
 FINENESS = [
-    ("f32", "f32 f16 u8 top-K votes", "f32 f16 u8 top-1 top-999999 votes", "u16 top-0"),
-    ("f16", "f16 u8 top-K votes", "f16 u8 top-1 top-999999 votes", "f32"),
-    ("u8", "u8 votes", "u8 votes", "f32 f16 top-1 top-3"),
-    ("top-3", "top-3 votes", "top-3 top-2 top-1 votes", "f32 f16 u8 top-4 top-30"),
-    ("votes", "votes", "votes", "f32 f16 u8 top-1"),
+    ("f32", "f32 f16 u8 top-K top-K-u8 votes", "f32 f16 u8 top-1 top-999999 top-9-u8 votes", "u16 top-0"),
+    ("f16", "f16 u8 top-K top-K-u8 votes", "f16 u8 top-1 top-999999 top-9-u8 votes", "f32"),
+    ("u8", "u8 top-K-u8 votes", "u8 top-1-u8 top-999-u8 votes", "f32 f16 top-1 top-3"),
+    ("top-3", "top-3 votes", "top-3 top-2 top-1 top-3-u8 top-1-u8 votes", "f32 f16 u8 top-4 top-30 top-4-u8"),
+    ("top-3-u8", "top-3-u8 votes", "top-3-u8 top-1-u8 votes", "f32 f16 u8 top-1 top-3 top-4-u8"),
+    ("votes", "votes", "votes", "f32 f16 u8 top-1 top-1-u8"),
 ]
 
 
@@ -168,7 +169,23 @@ def test_a_policy_allows_what_can_be_computed_from_the_finest(
 
 
 @pytest.mark.parametrize(
-    "wrong", ["", "f64", "F32", "top", "top-", "top-0", "top-03", "top--3", "top-1000000", "top-3 ", "top-3\n", "top-²"]
+    "wrong",
+    [
+        "",
+        "f64",
+        "F32",
+        "top",
+        "top-",
+        "top-0",
+        "top-03",
+        "top--3",
+        "top-1000000",
+        "top-3 ",
+        "top-3\n",
+        "top-²",
+        "top-3-u",
+        "top-3-u8-u8",
+    ],
 )
 def test_another_word_is_no_encoding(wrong: str) -> None:
     for model in (Policy, Ask):

@@ -29,7 +29,7 @@ def about(**changes: Any) -> About:
     return About(**{**fields, "encoding": "f32", "classes": CLASSES, **changes})
 
 
-WIDTHS = {"f32": 12, "f16": 6, "u8": 3, "top-2": 8, "top-9": 9, "votes": 1}
+WIDTHS = {"f32": 12, "f16": 6, "u8": 3, "top-2": 8, "top-9": 9, "top-2-u8": 2, "votes": 1}
 
 
 def exact() -> np.ndarray:

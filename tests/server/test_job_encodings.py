@@ -46,6 +46,8 @@ def settings(folder: Path, encoding: str, **changes: Any) -> JobSettings:
         ("top-1", 5, 3, "the 1 largest, 16-bit (top-1)", "likeliest classes, at most 1, with"),
         ("top-2", 8, 5, "the 2 largest, 16-bit (top-2)", "likeliest classes, at most 2, with"),
         ("top-7", 9, 6, "the 7 largest, 16-bit (top-7)", "likeliest classes, at most 7, with"),
+        ("top-1-u8", 1, 2, "the 1 largest, 8-bit (top-1-u8)", "likeliest classes, at most 1, with"),
+        ("top-7-u8", 3, 6, "the 7 largest, 8-bit (top-7-u8)", "likeliest classes, at most 7, with"),
         ("votes", 1, 1, "the largest class alone (votes)", "which of the site's classes is the likeliest"),
     ],
 )
@@ -76,8 +78,8 @@ def test_a_job_in_an_encoding_says_what_left_the_sites(
 @pytest.mark.parametrize(
     ("allowed", "asked", "told"),
     [
-        (("f16", "u8", "votes"), "f32", "f16, u8, top-K, votes"),
-        (("u8", "votes"), "top-3", "u8, votes"),
+        (("f16", "u8", "votes"), "f32", "f16, u8, top-K, top-K-u8, votes"),
+        (("u8", "votes"), "top-3", "u8, top-K-u8, votes"),
         (("top-3", "votes"), "top-4", "top-3, votes"),
         (("votes",), "u8", "votes"),
     ],

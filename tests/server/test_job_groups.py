@@ -112,7 +112,7 @@ ENTRIES = [((0, 1, 2), (3,)), ((0,), (1,), (2,)), ((3,), (0, 1), (4,), (2,))]
 """What the answers of coarse, fine and mixed are about, in a space cat, dog, cow, bus, car."""
 
 
-@pytest.mark.parametrize("encoding", ["f32", "u8", "top-2", "votes"])
+@pytest.mark.parametrize("encoding", ["f32", "u8", "top-2", "top-2-u8", "votes"])
 def test_labels_are_those_of_the_group_unifier(home: Path, encoding: str) -> None:
     about: dict[str, Any] = {"ask": {"encoding": encoding}, "unify": {"weights": {"mixed": 2.0}}}
     report = do(home, sites_of(), **about)

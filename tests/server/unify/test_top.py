@@ -43,7 +43,7 @@ def written_out(labels: TopLabels) -> NDArray[np.float64]:
     return rows
 
 
-@pytest.mark.parametrize("encoding", ["top-1", "top-2", "top-5", "top-9"])
+@pytest.mark.parametrize("encoding", ["top-1", "top-2", "top-5", "top-9", "top-2-u8"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_labels_are_those_of_answers_in_full(encoding: Any, temperature: float) -> None:
     sent, full = answers(encoding)
