@@ -28,7 +28,8 @@ ODDS = table("| encoding | log-odds | bytes |")
 
 
 def test_the_table_of_sizes_is_right() -> None:
-    assert [row[0] for row in SIZES] == ["f32", "f16", "u8", "top-100", "top-10", "top-3", "votes"]
+    shown = ["f32", "f16", "u8", "top-100", "top-10", "top-3", "top-3-u8", "top-1-u8", "votes"]
+    assert [row[0] for row in SIZES] == shown
     for encoding, *sizes in SIZES:
         for classes, size in zip((10, 100, 1_000, 100_000), sizes, strict=True):
             assert row_bytes(classes, encoding) == int(size.replace(",", "")), (encoding, classes)
