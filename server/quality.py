@@ -4,15 +4,16 @@ Lives here: the estimate, its interval, and what would mend what is weak. Does n
 (server/publishing_quality), wording of the report (server/report_quality). No true label comes in here.
 
 Were the unified labels q calibrated, the student would be right with probability q(its class) on average. They are as a
-rule too timid or too bold. So q is sharpened with the b at which the labels say of the *sites'* own classes what is known
-of them: that site i is right on a sample of its classes as often as on its held-out images, or, where a site does not
-tell that, as often as its calibrated answers claim. What is known so is how well a site tells *its own* classes apart;
-how likely a sample is of them at all nobody has measured, and that stays as the labels have it:
+rule too timid or too bold. So q is sharpened with the b at which the labels say of the *sites'* own classes what is
+known of them: that site i is right on a sample of its classes as often as on its held-out images, or, where a site does
+not tell that, as often as its calibrated answers claim. What is known so is how well a site tells *its own* classes
+apart; how likely a sample is of them at all nobody has measured, and that stays as the labels have it:
 
     p(c) ~ mean over sites i of q(L_i) q(c)^b / q^b(L_i)        of c's owners those that know the most classes
 
-Where one site knows all classes that is q^b. Assumed is that the pool's images of a class look like the sites', and that
-errors of labels and student come from the same doubt; a student trained on the pool has learnt errors of the labels too.
+Where one site knows all classes that is q^b. Assumed is that the pool's images of a class look like the sites', and
+that errors of labels and student come from the same doubt; a student trained on the pool has learnt errors of the
+labels too.
 """
 
 from __future__ import annotations
