@@ -1,17 +1,20 @@
 """What report, page, card and terminal tell of a multi-label run in place of accuracy: average precision by label.
 
 Lives here: the fields of report.json, wording, warnings and views. Does not live here: the metrics
-(server/judge_labels), markup (templates/), runs of one label an image (server/report, server/report_page).
+(server/judge_labels), markup (templates/), runs of one label an image (server/report, server/report_page). The terminal
+shows a finished run without torch: what only types need is imported for them alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from consilience.common.pages.numbers import decimal, listing, number_of
-from consilience.server.judge_labels import MULTI_BASELINES, LabelJudgement
-from consilience.server.report_findings import Findings
+
+if TYPE_CHECKING:
+    from consilience.server.judge_labels import LabelJudgement
+    from consilience.server.report_findings import Findings
 
 CONTENDERS = (
     ("student", "Student", "the one classifier of this run"),
@@ -101,7 +104,7 @@ def label_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def multi_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the contenders and their scores as the terminal and the card show them."""
     told = report["multi_label"]
-    values = {"student": None} | dict.fromkeys(MULTI_BASELINES)
+    values = dict.fromkeys(key for key, _, _ in CONTENDERS)
     if told is not None:
         values = {"student": told["mean_ap"], **told["baselines"]}
     return [(name, decimal(values[key])) for key, name, _ in CONTENDERS]
