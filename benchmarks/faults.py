@@ -44,7 +44,7 @@ from consilience.deploy.processes import join, make_server, online, start, stop
 from consilience.server.answers import AnswerStore
 from consilience.server.answers_about import About
 from consilience.server.runs import Run, submit
-from consilience.server.service import read_service
+from consilience.server.service_state import read_service
 from consilience.server.settings import Home
 from harness import options, show
 

@@ -24,7 +24,7 @@ from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.simulation import admit, prepare_run
 from consilience.server.authority import ensure_authority, renew_if_due
 from consilience.server.runs import submit
-from consilience.server.service import read_service
+from consilience.server.service_state import read_service
 from consilience.server.settings import Home, ServerSettings
 
 STOP_SECONDS = 15.0

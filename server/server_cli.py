@@ -24,11 +24,10 @@ from consilience.server.admission_cli import HomeOption, app
 from consilience.server.authority import authority_pem, certificate_end, renew_if_due, renewal_reason
 from consilience.server.runs import Run, find, runs
 from consilience.server.runs import submit as submit_job
-from consilience.server.service import OLD_SECONDS, Certificate, Service, read_service
+from consilience.server.service_state import OLD_SECONDS, read_service
 from consilience.server.settings import Home
 from consilience.server.strangers import REASONS, Strangers
 from consilience.server.summary import summary
-from consilience.server.superlink import Endpoint
 
 __all__ = ["app"]
 
@@ -47,6 +46,10 @@ def start(home: HomeOption = None, as_json: AsJson = False) -> None:
     """
 
     def action() -> Result:
+        # late: these import Flower, which the other commands do without
+        from consilience.server.service import Certificate, Service
+        from consilience.server.superlink import Endpoint
+
         place = Home.find(home)
         folder, settings = place.folder.resolve(), place.settings()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)

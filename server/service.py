@@ -1,7 +1,8 @@
 """The server as a process: a SuperLink, the register of sites kept in step with it, and one run after another.
 
-Lives here: what `consilience server start` does until it is stopped. Does not live here: any of their work. Everything
-it knows is in files of the server's folder, so that it may be killed at any moment and started again.
+Lives here: what `consilience server start` does until it is stopped. Does not live here: any of their work, and
+the record of how it stands (server/service_state). Everything it knows is in files of the server's folder, so that it
+may be killed at any moment and started again.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from consilience.common.child import child_command, end_all
 from consilience.common.errors import ConsilienceError, StorageError
 from consilience.common.files import lock, read_json, write_json
 from consilience.server.runs import Failure, Run, State, Submitted, runs
+from consilience.server.service_state import OLD_SECONDS, ServiceState
 from consilience.server.strangers import REASONS, Strangers
 from consilience.server.superlink import STOP_SECONDS, Control, Endpoint, SuperLink
 
@@ -36,42 +37,8 @@ LONGEST_PAUSE = 60.0
 CERTIFICATE_SECONDS = 4 * 3600.0
 """How often the server looks whether its certificate must be renewed."""
 DAY = 24 * 3600.0
-OLD_SECONDS = 10.0
-"""A state that was written longer ago is no longer how the server stands."""
 MOST_CRASHES = 5
 """A run whose process dies this often without an error of ours is called failed."""
-
-
-class ServiceState(BaseModel):
-    """HOME/service.json: how the server stands, written every second."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    pid: int
-    since: float
-    now: float
-    superlink: int | None
-    """Process id; None while it is being started."""
-    online: dict[str, bool]
-    """Admitted site -> whether it is connected."""
-
-
-def read_service(home: Path) -> ServiceState | None:
-    """Return how the server stands, None when it does not run."""
-    path = home / "service.json"
-    if not path.exists():
-        return None
-    try:
-        state = ServiceState.model_validate(read_json(path))
-    except (StorageError, ValidationError):
-        if not path.exists():  # it stopped just now
-            return None
-        raise
-    try:  # the number may belong to another process by now
-        command = Path(f"/proc/{state.pid}/cmdline").read_bytes()
-    except OSError:
-        return None
-    return state if b"consilience" in command else None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from consilience.common.settings import CallableTeacher, JobSettings, Preprocess
 from consilience.common.settings_file import dump_settings
 from consilience.deploy.processes import join, make_server, online
 from consilience.server.runs import Run
-from consilience.server.service import ServiceState, read_service
+from consilience.server.service_state import ServiceState, read_service
 from consilience.server.superlink import Control, Endpoint, Node
 from helpers.teachers import HOLD
 

@@ -29,7 +29,8 @@ from consilience.deploy.processes import make_server
 from consilience.deploy.simulation import embedded_job
 from consilience.server.authority import renew_if_due
 from consilience.server.runs import submit
-from consilience.server.service import MOST_CRASHES, read_service
+from consilience.server.service import MOST_CRASHES
+from consilience.server.service_state import read_service
 from consilience.server.settings import ServerSettings
 from helpers.server import Deployment, deployment, done, processes_about, until
 
