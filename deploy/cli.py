@@ -15,10 +15,6 @@ from consilience.common.files import read_json
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import load_settings
-from consilience.deploy.flower_engine import simulate_on_flower
-from consilience.deploy.processes import simulate_processes
-from consilience.deploy.simulation import embedded_job
-from consilience.deploy.simulation import simulate as run_simulation
 from consilience.server.summary import summary
 
 
@@ -52,7 +48,10 @@ def simulate(
     def action() -> Result:
         if processes and engine is not None:
             raise SettingsError("--processes and --engine exclude each other", hint="Leave one of them out")
-        settings = embedded_job() if job is None else load_settings(job, JobSettings)
+        # late: these import torch and both sides, which `--help` does without
+        from consilience.deploy import simulation
+
+        settings = simulation.embedded_job() if job is None else load_settings(job, JobSettings)
         if seed is not None:
             settings = settings.model_copy(update={"seed": seed})
         run = out or Path("runs") / settings.name
@@ -63,11 +62,15 @@ def simulate(
 
                 pages = shown(audit_run(settings, run, reporter), run)
             if processes:
+                from consilience.deploy.processes import simulate_processes
+
                 simulate_processes(settings, run, reporter)
             elif engine is Engine.FLOWER:
+                from consilience.deploy.flower_engine import simulate_on_flower
+
                 simulate_on_flower(settings, run, reporter)
             else:
-                run_simulation(settings, run, reporter)
+                simulation.simulate(settings, run, reporter)
         report: dict[str, Any] = read_json(run / "report.json")
         view: RenderableType = summary(run, report)
         if pages is not None:

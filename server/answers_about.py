@@ -5,12 +5,13 @@ Does not live here: the encodings themselves (common/encoding), the files.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from consilience.common.cards import SiteCard
 from consilience.common.encoding import (
     check,
     check_features,
@@ -24,7 +25,7 @@ from consilience.common.encoding import (
 )
 from consilience.common.protocol import Kind
 from consilience.common.records import Digest
-from consilience.common.settings import CoverageEncoding, Encoding, FeatureEncoding
+from consilience.common.settings import CoverageEncoding, Encoding, FeatureEncoding, JobSettings
 
 
 class About(BaseModel):
@@ -71,3 +72,11 @@ class About(BaseModel):
             out[:] = feature_values(raw.reshape(len(out), self.row_bytes), cast(FeatureEncoding, self.encoding))
         else:
             unpack(raw, self.encoding, out, odds=self.kind == "log-odds")
+
+
+def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | None:
+    """Return the encoding in which a site is asked for coverage, the finest it allows; None when it is not asked."""
+    if card.coverage is None or not job.asks_coverage:
+        return None
+    offered = card.coverage.encodings
+    return next(encoding for encoding in get_args(CoverageEncoding) if encoding in offered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -15,9 +15,9 @@ from consilience.common.errors import ConsilienceError, DataError, StudentError
 from consilience.common.identity import words
 from consilience.common.label_scores import average_precision, mean_ap
 from consilience.common.settings import DataSource, FolderData, NpzData
-from consilience.server.export import export_student
-from consilience.server.learning import StudentModel
-from consilience.server.signatures import Signatures, check_signatures, complaint
+
+if TYPE_CHECKING:
+    from consilience.server.learning import StudentModel
 
 app = typer.Typer(help="The trained student.", no_args_is_help=True, add_completion=False)
 
@@ -47,7 +47,7 @@ def predict(
     """
 
     def action() -> Result:
-        model = StudentModel(student or newest_student())
+        model = _model(student)
         pixels = np.stack([load_image(path, model.shape) for path in images])
         probs = np.exp(model.log_probs(pixels))
         table = Table("image", *(f"{rank + 1}." for rank in range(min(top, len(model.labels)))))
@@ -70,7 +70,7 @@ def evaluate(
     """Measure the student's accuracy on labelled images, or, of a multi-label student, its average precision."""
 
     def action() -> Result:
-        model = StudentModel(student or newest_student())
+        model = _model(student)
         source: DataSource
         if data.suffix == ".npz":
             source = NpzData(kind="npz", path=data)
@@ -118,7 +118,9 @@ def export(
     """
 
     def action() -> Result:
-        model = StudentModel(student or newest_student())
+        from consilience.server.export import export_student  # late, as in _model
+
+        model = _model(student)
         export_student(model, file)
         return {"file": str(file), "labels": list(model.labels)}, f"Wrote {file}"
 
@@ -133,6 +135,8 @@ def verify(student: StudentFolder = None, as_json: AsJson = False) -> None:
     """
 
     def check() -> tuple[Result, ConsilienceError | None]:
+        from consilience.server.signatures import Signatures, check_signatures, complaint
+
         folder = student or newest_student()
         answers = folder.parent / "answers"
         verdicts = check_signatures(Signatures.read(folder), answers if answers.exists() else None)
@@ -146,6 +150,13 @@ def verify(student: StudentFolder = None, as_json: AsJson = False) -> None:
         return (data, table), complaint(verdicts)
 
     emit_checked(as_json, check)
+
+
+def _model(student: Path | None) -> StudentModel:
+    """Return the student of a folder, by default the newest. Raises `StudentError`."""
+    from consilience.server.learning import StudentModel  # torch, which commands that do not predict do without
+
+    return StudentModel(student or newest_student())
 
 
 def _evaluate_labels(data: ImageData, model: StudentModel) -> Result:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,9 +18,10 @@ from consilience.common.files import read_json, write_json
 from consilience.common.job_key import JobKey
 from consilience.common.labels import Entries, LabelSpace
 from consilience.common.protocol import Contract, TailDemand
-from consilience.common.settings import CoverageEncoding, JobSettings, LabelKind, allowed_by, encoding_names
+from consilience.common.settings import JobSettings, LabelKind, allowed_by, encoding_names
 from consilience.common.subsets import subset_text
 from consilience.common.taps_asked import taps_asked
+from consilience.server.answers_about import coverage_encoding
 from consilience.server.asked_pool import AskedPool
 from consilience.server.chosen import Chosen
 from consilience.server.grouped import align, group_warnings
@@ -200,14 +200,6 @@ def objection(job: JobSettings, card: SiteCard) -> str:
     wanted = {unicodedata.normalize("NFC", name).strip() for name in job.labels.classes}
     strange = [name for name in space.names if name not in wanted]
     return f"labels.classes lacks {', '.join(strange[:20])}, which it knows" if strange else ""
-
-
-def coverage_encoding(job: JobSettings, card: SiteCard) -> CoverageEncoding | None:
-    """Return the encoding in which a site is asked for coverage, the finest it allows; None when it is not asked."""
-    if card.coverage is None or not job.asks_coverage:
-        return None
-    offered = card.coverage.encodings
-    return next(encoding for encoding in get_args(CoverageEncoding) if encoding in offered)
 
 
 def _check_policy(job: JobSettings, card: SiteCard) -> None:

@@ -15,9 +15,8 @@ from consilience.common.records import FINGERPRINT_SHOWN
 from consilience.common.settings import JobSettings
 from consilience.common.taps_asked import taps_asked
 from consilience.server.answers import AnswerStore
-from consilience.server.answers_about import About
+from consilience.server.answers_about import About, coverage_encoding
 from consilience.server.asked_pool import asked_ids
-from consilience.server.contract import coverage_encoding
 from consilience.server.trust import signer_of
 
 

@@ -20,7 +20,7 @@ from consilience.__main__ import app
 from consilience.client.app import forget_sites
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import parse_settings
-from consilience.deploy import cli
+from consilience.deploy import simulation
 from helpers.commands import command_of
 from helpers.pages import PAGES, ROOT, blocks, typed
 
@@ -70,7 +70,7 @@ def test_every_command_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
     small = parse_settings(JOB, JobSettings, source="job.yaml", folder=tmp_path)
-    monkeypatch.setattr(cli, "embedded_job", lambda: small)
+    monkeypatch.setattr(simulation, "embedded_job", lambda: small)
     wanted = [command for page in PAGES for command in commands(page)]
     assert len(wanted) >= 12
     # the coordinator's commands make the pool that the site's read
