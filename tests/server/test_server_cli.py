@@ -16,7 +16,7 @@ from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings
 from consilience.server.runs import Failure, submit
 from consilience.server.server_cli import app
-from consilience.server.service import ServiceState
+from consilience.server.service_state import ServiceState
 from consilience.server.settings import ServerSettings
 
 JOB = JobSettings(name="leaves", pool=Path("/pool"))
@@ -137,3 +137,37 @@ def test_status_passes_over_a_damaged_run(home: Path) -> None:
     code, text = typed("status", "--json", home=home)
     assert code == 0
     assert json.loads(text[text.index("{") :])["data"]["runs"] == [{"name": "leaves-good", "state": "queued"}]
+
+
+def test_commands_that_train_nothing_import_nothing_to_train_with(home: Path, tmp_path: Path) -> None:
+    dump_settings(JOB, tmp_path / "job.yaml")
+    run, _ = submit(home, JOB, token="one")
+    run.set("done")
+    told = {"naive": 0.5, "best_site": None, "unified_ensemble": 0.25, "oracle": None}
+    report = {"job": "leaves", "sites": [], "labels": {"kind": "multi"}}
+    write_json(run.folder / "report.json", report | {"multi_label": {"mean_ap": 0.75, "baselines": told}})
+    folder = ["--home", str(home)]
+    commands = [
+        ["server", "init", str(tmp_path / "other"), "--address", "localhost:9092"],
+        ["server", "submit", str(tmp_path / "job.yaml"), *folder],
+        ["server", "status", *folder],
+        ["server", "stop", *folder],
+        ["server", "sites", *folder],
+        ["server", "report", "leaves-one", *folder],
+        *([name, "--help"] for name in ("student", "simulate", "pool")),
+    ]
+    late = {"torch", "scipy", "sklearn", "matplotlib"}
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from consilience.__main__ import app
+for words in {commands}:
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, (words, found.output)
+    late = {late | {"flwr"}} & sys.modules.keys()
+    assert not late, (words, late)
+import consilience.server.service  # what `server start` needs
+late = {late} & sys.modules.keys()
+assert not late, ("server start", late)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
