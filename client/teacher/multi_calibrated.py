@@ -19,13 +19,13 @@ from consilience.client.calibration import SHARPEST, SOFTEST, CalibrationScores,
 from consilience.client.kept import read_kept
 from consilience.client.teacher.kept_calibration import AGAIN, MAYBE_SEEN, KeptCalibration, fit_once, why_none
 from consilience.client.teacher.multi import MultiTeacher
-from consilience.client.teacher.multi_trained import held_out_multi
+from consilience.client.teacher.private_samples import held_out_multi
 from consilience.common.data import ImageData
 from consilience.common.encoding.odds import bounded
 from consilience.common.errors import TeacherError
 from consilience.common.files import canonical_json, sha256
-from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
+from consilience.common.seeds import derive
 from consilience.common.settings import SiteSettings
 
 LEAST_OF_A_KIND = 5

@@ -16,18 +16,18 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
-from consilience.client.coverage import CoverageRecord, learn_coverage, load_coverage, read_record, tell_coverage
+from consilience.client.coverage import CoverageRecord, load_coverage, read_record, tell_coverage
 from consilience.client.coverage import samples as samples_module
 from consilience.client.coverage.learned import LearnedCoverage
-from consilience.client.coverage.learning import LEAST_POOL, LEAST_PRIVATE
+from consilience.client.coverage.learning import LEAST_POOL, LEAST_PRIVATE, learn_coverage
 from consilience.client.coverage.prior import auroc
 from consilience.client.coverage.samples import gather, hold_out, refuse_copies
 from consilience.client.site import Site
 from consilience.common.cards import CoverageCard
 from consilience.common.data import from_arrays
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import CoverageError, RunError, SettingsError, StorageError, TeacherError
 from consilience.common.files import lock
-from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import resize
 from consilience.common.protocol import Question

@@ -23,14 +23,15 @@ from torch import nn
 
 from consilience.client.privacy import account, answering_costs, load_private, train_private
 from consilience.client.privacy.dp_draws import STEPS, blurred, poisson
-from consilience.client.privacy.dp_sgd import GROUPS, dp_record, grouped, sampling, train_dp
-from consilience.client.privacy.events import DpSgdTraining
+from consilience.client.privacy.dp_sgd import GROUPS, dp_record, grouped, train_dp
+from consilience.client.privacy.events import DpSgdTraining, sampling
 from consilience.client.privacy.noise import Secret, Stream, load_secret
 from consilience.client.teacher import describe_teacher, load_teacher
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import MissingExtraError, TeacherError
-from consilience.common.nets import EpochRecord, build
+from consilience.common.nets import build
 from consilience.common.nets.architectures import ARCHITECTURES
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import DpSgd, Fit, SiteSettings
 from helpers.private_site import Make, bars, settings_of, write_data
 
