@@ -30,9 +30,9 @@ from consilience.client.privacy import train_private
 from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
 from consilience.common.data import from_arrays
-from consilience.common.nets.seeding import derive
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
+from consilience.common.seeds import derive
 from consilience.common.settings import (
     Fit,
     NpzData,

@@ -18,8 +18,8 @@ from consilience.client.privacy import train_private, training_epochs
 from consilience.client.site import Site
 from consilience.client.teacher import calibrate_any
 from consilience.common.cli import AsJson, Result, emit, emit_findings
+from consilience.common.epochs import epoch_task
 from consilience.common.errors import SettingsError
-from consilience.common.nets import epoch_task
 from consilience.common.progress import Reporter
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import load_settings

@@ -24,11 +24,11 @@ from consilience.client.features import learn_and_show_bases
 from consilience.client.privacy import train_private, training_epochs
 from consilience.client.teacher import calibrate_any
 from consilience.common.data import ImageData, open_data
+from consilience.common.epochs import epoch_task
 from consilience.common.errors import DataError, RunError, SettingsError
 from consilience.common.files import atomic, lock, read_json, write_json
 from consilience.common.identity import Request, load_key, make_key
 from consilience.common.labels import LabelSpace
-from consilience.common.nets import epoch_task
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings, Judge, NpzData, Simulation, SiteSettings

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from consilience.common.cards import SiteCard
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import SettingsError
 from consilience.common.files import canonical_json, create_array, sha256, write_json
 from consilience.common.labels import LabelSpace
-from consilience.common.nets import EpochRecord, default_device
+from consilience.common.nets import default_device
 from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings, largest_sent

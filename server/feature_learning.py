@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from consilience.common.cards import SiteCard
+from consilience.common.epochs import EpochRecord, epoch_task
 from consilience.common.files import write_json
 from consilience.common.labels import LabelSpace
-from consilience.common.nets import EpochRecord, default_device, epoch_task, train
+from consilience.common.nets import default_device, train
 from consilience.common.nets.taps import taps
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import ImageRows

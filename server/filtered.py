@@ -15,9 +15,10 @@ import numpy as np
 from torch import nn
 
 from consilience.common.cards import SiteCard
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import SettingsError
 from consilience.common.files import read_json, write_json
-from consilience.common.nets import EpochRecord, Loss, default_device
+from consilience.common.nets import Loss, default_device
 from consilience.common.nets.tail_plan import check_tail, sides, tail_demand, wanted_outputs
 from consilience.common.pages.numbers import listing, size
 from consilience.common.pool import Pool

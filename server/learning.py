@@ -16,20 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consilience.common.epochs import EpochRecord, epoch_task
 from consilience.common.errors import SettingsError, StudentError
 from consilience.common.files import canonical_json, create_array, read_json, sha256, write_json
 from consilience.common.labels import LabelSpace
-from consilience.common.nets import (
-    EpochRecord,
-    Supervised,
-    build,
-    default_device,
-    epoch_task,
-    load_model,
-    save_model,
-    scores,
-    train,
-)
+from consilience.common.nets import Supervised, build, default_device, load_model, save_model, scores, train
 from consilience.common.nets.losses import SupervisedLabels
 from consilience.common.nets.own_networks import check_own
 from consilience.common.preprocessing import ImageRows, Images

@@ -28,8 +28,8 @@ from consilience.client.privacy import describe_privacy
 from consilience.client.site import Site
 from consilience.client.teacher import CalibratedTeacher, describe_teacher
 from consilience.common.data import open_data
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import MissingExtraError, SettingsError, TeacherError
-from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
 from consilience.common.settings import SiteSettings
 

@@ -35,10 +35,10 @@ from consilience.client.teacher import CalibratedTeacher, CalibrationRecord, Tea
 from consilience.client.teacher.calibrated import fit_on
 from consilience.client.teacher.trained import digest_of, present_classes, private_data, split, wanted
 from consilience.common.data import ImageData
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import SettingsError
 from consilience.common.files import lock, make_private
-from consilience.common.nets import EpochRecord
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import Encoding, Settings, SiteSettings, SumNoise
 
 CONFIDENCE = 0.95

@@ -25,9 +25,9 @@ from consilience.client.audit.record import NO_PROOF, Audit
 from consilience.client.privacy import training_epochs
 from consilience.client.site import Site
 from consilience.common.cli import AsJson, Result, emit
+from consilience.common.epochs import epoch_task
 from consilience.common.errors import SettingsError
 from consilience.common.files import lock, make_private, storage_error, write_bytes, write_json
-from consilience.common.nets import epoch_task
 from consilience.common.progress import Reporter
 
 NOT_ASKED = (

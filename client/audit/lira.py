@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 
 LEAST_SHADOWS = 4
 """Two that learned from an image and two that did not: with fewer there is no spread."""

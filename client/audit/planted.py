@@ -14,9 +14,9 @@ import consilience
 from consilience.client.audit.canaries import CanaryAudit, audit_canaries
 from consilience.client.kept import read_kept
 from consilience.client.teacher.trained import digest_of, private_data
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import RunError
 from consilience.common.files import canonical_json, sha256, write_json
-from consilience.common.nets import EpochRecord
 from consilience.common.settings import Settings, SiteSettings
 
 

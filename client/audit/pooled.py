@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from consilience.client.audit.lira import likelihood_ratio
 from consilience.client.audit.membership import CONFIDENCE, FALSE_RATES, Found
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import Settings
 
 LEAST_TARGETS = 6

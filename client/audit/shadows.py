@@ -27,10 +27,10 @@ from consilience.client.site import Site
 from consilience.client.teacher import CalibratedTeacher, Teacher
 from consilience.client.teacher.protocol import SMALLEST_LOG_PROB
 from consilience.client.teacher.trained import wanted
+from consilience.common.epochs import EpochRecord
 from consilience.common.identity import write_secret
-from consilience.common.nets import EpochRecord
-from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
+from consilience.common.seeds import derive
 from consilience.common.settings import SiteSettings
 
 

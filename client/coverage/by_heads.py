@@ -28,9 +28,9 @@ from consilience.client.teacher.multi_trained import held_out_multi
 from consilience.client.teacher.trained import held_out
 from consilience.common.data import ImageData
 from consilience.common.errors import CoverageError
-from consilience.common.nets.seeding import derive
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images, fit_shape
+from consilience.common.seeds import derive
 from consilience.common.settings import SiteSettings
 
 LEAST_NEW = 40

@@ -20,7 +20,8 @@ from consilience.client.coverage.samples import repeats
 from consilience.common.nets import default_device
 from consilience.common.nets.loop import one_cycle
 from consilience.common.nets.optimizers import plain
-from consilience.common.nets.seeding import derive, generator, seeded
+from consilience.common.nets.seeding import generator, seeded
+from consilience.common.seeds import derive
 
 PARTS = 5
 WIDTH = 64

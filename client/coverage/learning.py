@@ -41,11 +41,12 @@ from consilience.client.coverage.vectors import Vectors, vectors_of
 from consilience.client.teacher import load_any
 from consilience.client.teacher.trained import digest_of
 from consilience.common.data import ImageData, open_data
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import CoverageError, StudentError
 from consilience.common.files import lock, make_private, sha256, sha256_file, write_json
-from consilience.common.nets import EpochRecord, build, default_device, save_model, train
-from consilience.common.nets.seeding import derive
+from consilience.common.nets import build, default_device, save_model, train
 from consilience.common.pool import Pool
+from consilience.common.seeds import derive
 from consilience.common.settings import Fit, Preprocessing, SiteSettings
 
 LEAST_PRIVATE = LEAST_POOL = 200

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from consilience.common.data import ImageData
 from consilience.common.errors import CoverageError
 from consilience.common.files import sha256
-from consilience.common.nets.seeding import derive
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images, fit_shape
+from consilience.common.seeds import derive
 from consilience.common.settings import Preprocessing, SiteSettings
 
 ONE_HELD_OUT_IN = 5

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from consilience.client.coverage.learned import CoverageRecord, read_record
 from consilience.client.coverage.learning import epochs_of, learn_coverage
-from consilience.common.nets import epoch_task
+from consilience.common.epochs import epoch_task
 from consilience.common.progress import Reporter, Task
 from consilience.common.settings import SiteSettings
 

@@ -21,8 +21,8 @@ from consilience.client.teacher.multi_trained import train_multi
 from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import digest_of, held_out, load_trained, train_teacher
 from consilience.common.data import ImageData
+from consilience.common.epochs import EpochRecord
 from consilience.common.files import make_private
-from consilience.common.nets import EpochRecord
 from consilience.common.settings import DpSgd, OutputNoise, Pate, SiteSettings, SumNoise
 
 __all__ = [

@@ -43,13 +43,14 @@ from consilience.client.teacher.trained import (
     wanted,
 )
 from consilience.common.data import ImageData
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import MissingExtraError, TeacherError
 from consilience.common.files import canonical_json, lock, sha256, sha256_file, write_json
-from consilience.common.nets import EpochRecord, Supervised, build, default_device, save_model
+from consilience.common.nets import Supervised, build, default_device, save_model
 from consilience.common.nets.architectures import ARCHITECTURES
 from consilience.common.nets.batches import Pixels, Windows
 from consilience.common.nets.loop import one_cycle, sgd
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import DpSgd, Fit, SiteSettings, TrainTeacher
 
 GROUPS = 8

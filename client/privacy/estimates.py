@@ -19,7 +19,7 @@ from consilience.client.teacher.protocol import Teacher
 from consilience.client.teacher.trained import HOLDOUT, load_trained, present_classes, private_data, split, wanted
 from consilience.common.data import ImageData
 from consilience.common.errors import TeacherError
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import DpSgd, OutputNoise, Pate, SiteSettings
 
 MOST = 2_000

@@ -30,10 +30,10 @@ from consilience.client.teacher.trained import (
     wanted,
 )
 from consilience.common.data import ImageData
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import TeacherError
-from consilience.common.nets import EpochRecord
-from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
+from consilience.common.seeds import derive
 from consilience.common.settings import Pate, SiteSettings, TrainTeacher
 from consilience.common.simplex import as_answer
 

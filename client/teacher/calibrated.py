@@ -21,8 +21,8 @@ from consilience.client.teacher.trained import held_out
 from consilience.common.data import ImageData
 from consilience.common.errors import TeacherError
 from consilience.common.files import canonical_json, sha256
-from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
+from consilience.common.seeds import derive
 from consilience.common.settings import SiteSettings
 
 MOST_CELLS = 2_000_000

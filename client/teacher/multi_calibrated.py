@@ -24,8 +24,8 @@ from consilience.common.data import ImageData
 from consilience.common.encoding.odds import bounded
 from consilience.common.errors import TeacherError
 from consilience.common.files import canonical_json, sha256
-from consilience.common.nets.seeding import derive
 from consilience.common.preprocessing import Images
+from consilience.common.seeds import derive
 from consilience.common.settings import SiteSettings
 
 LEAST_OF_A_KIND = 5

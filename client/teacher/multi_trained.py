@@ -25,11 +25,12 @@ from consilience.client.teacher.trained import (
     wanted,
 )
 from consilience.common.data import ImageData
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import TeacherError
 from consilience.common.label_scores import average_precisions, mean_ap
-from consilience.common.nets import EpochRecord, build, default_device, scores
+from consilience.common.nets import build, default_device, scores
 from consilience.common.nets.losses import SupervisedLabels
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import Preprocessing, SiteSettings
 
 Labels = NDArray[np.int8]

@@ -20,12 +20,13 @@ from consilience.client.kept import read_kept
 from consilience.client.teacher.protocol import ScoringTeacher, fingerprint_of, read_model
 from consilience.client.teacher.state_dict import network_scores, read_weights
 from consilience.common.data import ImageData, open_data
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import StudentError, TeacherError
 from consilience.common.files import canonical_json, lock, sha256, sha256_file, write_json
-from consilience.common.nets import EpochRecord, Supervised, build, default_device, save_model, scores, train
+from consilience.common.nets import Supervised, build, default_device, save_model, scores, train
 from consilience.common.nets.losses import Loss
 from consilience.common.nets.own_networks import check_own, code_of
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import Preprocessing, Settings, SiteSettings, TrainTeacher
 
 HOLDOUT = "holdout"

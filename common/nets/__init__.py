@@ -9,18 +9,15 @@ from __future__ import annotations
 from consilience.common.nets.architectures import build
 from consilience.common.nets.batches import default_device
 from consilience.common.nets.inference import load_model, save_model, scores
-from consilience.common.nets.loop import EpochRecord, train
+from consilience.common.nets.loop import train
 from consilience.common.nets.losses import Loss, Parted, Supervised
-from consilience.common.nets.showing import epoch_task
 
 __all__ = [
-    "EpochRecord",
     "Loss",
     "Parted",
     "Supervised",
     "build",
     "default_device",
-    "epoch_task",
     "load_model",
     "save_model",
     "scores",

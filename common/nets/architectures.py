@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from consilience.common.errors import MissingExtraError, SettingsError
 from consilience.common.nets.own_networks import PYTHON, build_own
-from consilience.common.nets.seeding import derive, seeded
+from consilience.common.nets.seeding import seeded
+from consilience.common.seeds import derive
 
 TORCHVISION = "torchvision:"
 """Prefix that says a name is torchvision's; without it ours are looked up first."""

@@ -8,8 +8,7 @@ training begins with that. Does not live here: random state; there is none to ke
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -17,23 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from consilience.common.epochs import EpochRecord
 from consilience.common.files import write_bytes
 
 _MODEL, _MOMENTUM = "model.", "momentum."
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch: its index from 0, mean loss, the last step's learning rate, and its seconds of training.
-
-    `terms`: the means of what the loss is made of, by name, where it tells.
-    """
-
-    epoch: int
-    loss: float
-    learning_rate: float
-    seconds: float
-    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 def save(path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer, records: list[EpochRecord]) -> None:

@@ -21,19 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import StudentError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.nets import checkpoint
 from consilience.common.nets.batches import Pixels, Windows, default_device
-from consilience.common.nets.checkpoint import EpochRecord
 from consilience.common.nets.losses import Loss, Parted
 from consilience.common.nets.optimizers import plain
 from consilience.common.nets.precision import decide
-from consilience.common.nets.seeding import derive, generator, seeded
+from consilience.common.nets.seeding import generator, seeded
 from consilience.common.preprocessing import ImageRows
+from consilience.common.seeds import derive
 from consilience.common.settings import Fit, Preprocessing
-
-__all__ = ["EpochRecord", "one_cycle", "sgd", "train"]
 
 WARM_UP = 0.2
 """Share of all steps in which the learning rate rises."""

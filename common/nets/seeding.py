@@ -1,7 +1,7 @@
-"""Random numbers that depend on a seed and a purpose alone.
+"""Torch's random numbers, from seeds alone.
 
-Lives here: deriving seeds, and lending the global generator to code that takes no other. Does not live here: what
-the numbers are for.
+Lives here: generators, and lending the global one to code that takes no other. Does not live here: deriving seeds
+(common/seeds), what the numbers are for.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ from contextlib import contextmanager
 
 import torch
 
-from consilience.common.files import canonical_json, sha256
+from consilience.common.seeds import derive
 
 _GLOBAL_GENERATOR = threading.RLock()
 """torch's layers draw from one generator of the whole process: whoever seeds it must be alone."""
-
-
-def derive(seed: int, purpose: str, number: int = 0) -> int:
-    """Return the 63-bit seed that belongs to `seed`, `purpose` and `number`: no state to keep, none to restore."""
-    return int(sha256(canonical_json([seed, purpose, number]))[:16], 16) >> 1
 
 
 def generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:

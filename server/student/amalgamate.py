@@ -14,7 +14,7 @@ import torch
 
 from consilience.common.errors import StudentError
 from consilience.common.moments import Features, Moments
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.server.student.autoencoder import Affine, Autoencoder, check_again, descended, measured, principal
 
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consilience.common.errors import StudentError
-from consilience.common.nets.seeding import derive, seeded
+from consilience.common.nets.seeding import seeded
+from consilience.common.seeds import derive
 from consilience.server.student.mmd import BANDWIDTHS, mmd
 
 WIDTH = 128

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from consilience.common.errors import SettingsError
-from consilience.common.nets.seeding import derive, seeded
+from consilience.common.nets.seeding import seeded
+from consilience.common.seeds import derive
 from consilience.common.settings.concentration import Head
 
 FLOOR = 1e-4

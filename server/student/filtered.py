@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import StudentError
 from consilience.common.files import canonical_json, sha256
-from consilience.common.nets import EpochRecord, Loss, build
-from consilience.common.nets.seeding import derive, generator
+from consilience.common.nets import Loss, build
+from consilience.common.nets.seeding import generator
 from consilience.common.preprocessing import ImageRows, Images
+from consilience.common.seeds import derive
 from consilience.common.settings import Fit, Preprocessing
 from consilience.common.settings.filtered import Filtered
 from consilience.server.student.filtered_blocks import FilteredTrunk, agreement, train_blocks

@@ -29,12 +29,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consilience.common.epochs import EpochRecord
 from consilience.common.files import canonical_json, sha256
-from consilience.common.nets import EpochRecord, Parted, train
+from consilience.common.nets import Parted, train
 from consilience.common.nets.batches import Normalise
 from consilience.common.nets.blocks import Blocks
-from consilience.common.nets.seeding import derive, seeded
+from consilience.common.nets.seeding import seeded
 from consilience.common.preprocessing import ImageRows, fit_shape
+from consilience.common.seeds import derive
 from consilience.common.settings import Fit, Preprocessing
 from consilience.server.student.filtered_filter import Filter
 from consilience.server.student.filtered_tasks import Matter

@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import StudentError
-from consilience.common.nets import EpochRecord, Loss, Parted, train
+from consilience.common.nets import Loss, Parted, train
 from consilience.common.nets.blocks import Blocks
 from consilience.common.preprocessing import ImageRows
 from consilience.common.settings import Fit, Preprocessing

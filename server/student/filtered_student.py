@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from consilience.common.errors import StudentError
 from consilience.common.nets import build
 from consilience.common.nets.blocks import Blocks, skeleton
-from consilience.common.nets.seeding import derive, seeded
+from consilience.common.nets.seeding import seeded
+from consilience.common.seeds import derive
 from consilience.common.settings.base import Settings
 from consilience.server.student.filtered_filter import Filter
 

@@ -30,10 +30,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import StudentError
 from consilience.common.moments import Features
 from consilience.common.nets import checkpoint
-from consilience.common.nets.checkpoint import EpochRecord
 from consilience.common.nets.optimizers import plain
 from consilience.common.nets.taps import Unit, units
 from consilience.server.student.autoencoder import MOMENTUM, Affine, check_again

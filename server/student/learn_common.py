@@ -27,9 +27,9 @@ from consilience.common.errors import StudentError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.nets.batches import Normalise
 from consilience.common.nets.losses import Loss, Parted
-from consilience.common.nets.seeding import derive
 from consilience.common.nets.tapped import Tapped
 from consilience.common.preprocessing import ImageRows, fit_shape
+from consilience.common.seeds import derive
 from consilience.common.settings import Preprocessing
 from consilience.server.student.common_feature import WIDTH, CommonFeature, CommonFeatureLearning, Weights
 from consilience.server.student.picture import picture

@@ -25,10 +25,11 @@ from consilience.common.errors import StudentError
 from consilience.common.files import canonical_json, sha256
 from consilience.common.moments import Features, Moments
 from consilience.common.nets.losses import Loss
-from consilience.common.nets.seeding import derive, generator
+from consilience.common.nets.seeding import generator
 from consilience.common.nets.tapped import Tapped
 from consilience.common.nets.taps import SCORES, taps
 from consilience.common.preprocessing import ImageRows, preprocess
+from consilience.common.seeds import derive
 from consilience.common.settings import LayerWise, Preprocessing
 from consilience.server.student.amalgamate import concatenated, direct, incremental, incremental_descent
 from consilience.server.student.autoencoder import Affine, Autoencoder, descended

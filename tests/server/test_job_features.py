@@ -15,10 +15,11 @@ from flwr.app import RecordDict
 
 from consilience.common.cards import TapCard
 from consilience.common.data import from_arrays
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import AskingError, ConsilienceError, SettingsError, StudentError
 from consilience.common.files import read_json
 from consilience.common.identity import make_key
-from consilience.common.nets import EpochRecord, loop, precision
+from consilience.common.nets import loop, precision
 from consilience.common.pages.numbers import size
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter

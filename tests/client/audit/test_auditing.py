@@ -29,8 +29,8 @@ from consilience.client.site import Site
 from consilience.client.teacher import load_teacher
 from consilience.common.data import open_data
 from consilience.common.encoding import decode
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import SettingsError, TeacherError
-from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.settings import OutputNoise

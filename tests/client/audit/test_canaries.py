@@ -16,8 +16,8 @@ from consilience.client.privacy import account, dp_draws, train_private
 from consilience.client.privacy.events import NoisyOutputs, PateVotes
 from consilience.client.privacy.noise import Secret
 from consilience.common.data import ImageData
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import RunError, SettingsError, TeacherError
-from consilience.common.nets import EpochRecord
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import parse_settings
 from helpers.private_site import bars, settings_of, write_data

@@ -25,9 +25,9 @@ from consilience.client.coverage.samples import gather, hold_out, refuse_copies
 from consilience.client.site import Site
 from consilience.common.cards import CoverageCard
 from consilience.common.data import from_arrays
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import CoverageError, RunError, SettingsError, StorageError, TeacherError
 from consilience.common.files import lock
-from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import resize
 from consilience.common.protocol import Question

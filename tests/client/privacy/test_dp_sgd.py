@@ -27,10 +27,11 @@ from consilience.client.privacy.dp_sgd import GROUPS, dp_record, grouped, sampli
 from consilience.client.privacy.events import DpSgdTraining
 from consilience.client.privacy.noise import Secret, Stream, load_secret
 from consilience.client.teacher import describe_teacher, load_teacher
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import MissingExtraError, TeacherError
-from consilience.common.nets import EpochRecord, build
+from consilience.common.nets import build
 from consilience.common.nets.architectures import ARCHITECTURES
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import DpSgd, Fit, SiteSettings
 from helpers.private_site import Make, bars, settings_of, write_data
 

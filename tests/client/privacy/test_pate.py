@@ -17,8 +17,8 @@ from consilience.client.site import Site
 from consilience.client.teacher import describe_teacher, load_teacher
 from consilience.common.data import from_arrays, open_data
 from consilience.common.encoding import decode
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import SettingsError, TeacherError
-from consilience.common.nets import EpochRecord
 from consilience.common.pool import Pool
 from consilience.common.protocol import Question
 from consilience.common.settings import SiteSettings

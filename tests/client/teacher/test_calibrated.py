@@ -18,10 +18,10 @@ from consilience.__main__ import app
 from consilience.client.site import Site
 from consilience.client.teacher import calibrate_teacher, calibrated, kept_calibration, load_teacher, train_teacher
 from consilience.client.teacher.trained import split
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import RunError, SettingsError, StorageError, TeacherError
 from consilience.common.files import lock
-from consilience.common.nets import EpochRecord
-from consilience.common.nets.seeding import derive
+from consilience.common.seeds import derive
 from consilience.common.settings import SiteSettings
 from consilience.common.settings_file import load_settings
 

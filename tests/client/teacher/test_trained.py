@@ -12,9 +12,10 @@ import torch
 
 from consilience.client.teacher import describe_teacher, load_teacher, train_teacher
 from consilience.client.teacher.trained import split
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import DataError, RunError, TeacherError
 from consilience.common.files import lock
-from consilience.common.nets import EpochRecord, build, loop
+from consilience.common.nets import build, loop
 from consilience.common.preprocessing import preprocess
 from consilience.common.settings import Preprocessing, SiteSettings
 
@@ -88,7 +89,7 @@ def test_the_accuracy_is_of_samples_never_learned_from(make: Site, blobs: Blobs,
 
 def test_what_was_held_out_is_exactly_what_is_counted(make: Site, blobs: Blobs, monkeypatch: Any) -> None:
     from consilience.client.teacher import trained
-    from consilience.common.nets.seeding import derive
+    from consilience.common.seeds import derive
 
     settings = make()
     seen: dict[str, Any] = {}

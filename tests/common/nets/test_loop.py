@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import StudentError
-from consilience.common.nets import EpochRecord, Parted, Supervised, build, scores, train
+from consilience.common.nets import Parted, Supervised, build, scores, train
 from consilience.common.nets.loop import one_cycle, sgd
 from consilience.common.settings import Fit, Preprocessing
 

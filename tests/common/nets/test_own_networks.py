@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
+from consilience.common.epochs import EpochRecord
 from consilience.common.errors import SettingsError
 from consilience.common.nets import Supervised, build, load_model, save_model, train
-from consilience.common.nets.checkpoint import EpochRecord
 from consilience.common.nets.loop import sgd
 from consilience.common.nets.own_networks import check_own, code_of
 from consilience.common.settings import Fit, Preprocessing

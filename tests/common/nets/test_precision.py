@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from consilience.common.nets import EpochRecord, Supervised, build, precision, train
+from consilience.common.epochs import EpochRecord
+from consilience.common.nets import Supervised, build, precision, train
 from consilience.common.settings import Fit, Preprocessing
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]
