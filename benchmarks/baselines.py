@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from consilience.client.coverage import learn_coverage, load_coverage
+from consilience.client.coverage import load_coverage
+from consilience.client.coverage.learning import learn_coverage
 from consilience.client.teacher import TrainedTeacher
 from consilience.common.data import open_data
 from consilience.common.files import read_json

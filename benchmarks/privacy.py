@@ -35,7 +35,7 @@ from consilience.client.audit.answers import told
 from consilience.client.privacy import learned_from
 from consilience.client.privacy.plan import RECORDS_A_PART, alternatives
 from consilience.client.teacher import load_teacher
-from consilience.client.teacher.trained import present_classes, private_data
+from consilience.client.teacher.private_samples import present_classes, private_data
 from consilience.common.data import open_data
 from consilience.common.files import read_json, write_json
 from consilience.common.progress import Reporter

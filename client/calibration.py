@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, model_validator
 
-from consilience.common.nets.optimizers import plain
 from consilience.common.settings import Settings
 
 Floats = NDArray[np.float64]
@@ -178,6 +175,11 @@ def best_dirichlet(log_probs: Floats, labels: Ints) -> CalibrationMap:
     diagonal, with standard deviation 1 / (3 sqrt(K)), so that a row's K - 1 weights together sway a score about as much
     whatever K is; around 0 for b and around 1 / T for the diagonal, with standard deviation 1.
     """
+    import torch  # two seconds, which those who apply a map or fit a temperature do without
+    import torch.nn.functional as F
+
+    from consilience.common.nets.optimizers import plain
+
     n, classes = log_probs.shape
     x, y = torch.from_numpy(log_probs), torch.from_numpy(labels)
     eye = torch.eye(classes, dtype=torch.float64)

@@ -29,7 +29,6 @@ from consilience.client.site import Site
 from consilience.client.tails import still, tail_limits
 from consilience.common.cards import TapCard
 from consilience.common.errors import LabelError, PoolError, SettingsError, StorageError, StudentError
-from consilience.common.nets.tail_plan import check_tail, sides, tail_demand
 from consilience.common.pool import Pool
 from consilience.common.protocol import Kind, TailDemand
 from consilience.common.samples_asked import drawn, samples_asked
@@ -234,6 +233,8 @@ def _tail(job: JobSettings, site: Site, pools: Sequence[Pool]) -> tuple[TailDema
     """Return what a job would ask of the teacher's last blocks at most, of whichever pool, and why it could not."""
     if job.student.learning != "filtered" or not pools:
         return None, ""
+    from consilience.common.nets.tail_plan import check_tail, sides, tail_demand  # which brings torch
+
     learned_from = pools[:1] if job.pool is not None and pools else pools
     found = []
     try:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import ValidationError
 
 from consilience.client.ledger import Ledger
@@ -22,15 +22,15 @@ from consilience.client.ledger_rows import Asked, blocks_lent, blocks_subject, t
 from consilience.client.policy import Limit, RefusedError, check_job, check_tail_approved
 from consilience.client.teacher import AnyTeacher, CalibratedMulti, CalibratedTeacher, MultiTeacher, Teacher
 from consilience.client.teacher.protocol import Scoring
-from consilience.client.teacher.torch_modules import NetworkScores
 from consilience.common.cards import BlockCard, TailCard
 from consilience.common.errors import SettingsError, StudentError
 from consilience.common.files import canonical_json, sha256
-from consilience.common.nets import default_device
-from consilience.common.nets.blocks import Blocks, LentTail, export_tail, rebuild_tail
 from consilience.common.protocol import TailDemand
 from consilience.common.settings import Policy, SiteSettings
 from consilience.common.tails import BlocksQuestion, Floats, TailQuestion
+
+if TYPE_CHECKING:
+    from consilience.common.nets.blocks import Blocks, LentTail
 
 _FIELD = "policy.tail"
 
@@ -45,6 +45,9 @@ class OpenTail:
     @cached_property
     def network(self) -> Blocks:
         """The blocks, frozen, on the device that teachers run on."""
+        from consilience.common.nets import default_device
+        from consilience.common.nets.blocks import rebuild_tail
+
         return rebuild_tail(self.blocks, most=len(self.blocks.tensors)).to(default_device())
 
     @property
@@ -58,6 +61,10 @@ class OpenTail:
         Raises `RefusedError` for features that the blocks do not take, as where a stride leaves nothing of them, and
         for results that are not finite.
         """
+        import torch
+
+        from consilience.common.nets import default_device
+
         network, device = self.network, default_device()
         features = torch.from_numpy(given[0]).to(device)
         try:
@@ -84,6 +91,9 @@ def open_tail(settings: SiteSettings, teacher: Teacher | MultiTeacher) -> OpenTa
     wanted = settings.policy.tail
     if not wanted.open:
         return None
+    from consilience.client.teacher.torch_modules import NetworkScores  # it and the next bring torch
+    from consilience.common.nets.blocks import Blocks, export_tail
+
     behind = teacher.teacher if isinstance(teacher, CalibratedTeacher | CalibratedMulti) else teacher
     scores = behind.scores if isinstance(behind, Scoring) else None
     if not isinstance(scores, NetworkScores) or settings.teacher.kind not in ("train", "state_dict"):

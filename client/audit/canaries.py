@@ -33,7 +33,8 @@ from consilience.client.privacy.spending import delta_of
 from consilience.client.shaping import check_floor
 from consilience.client.teacher import CalibratedTeacher, CalibrationRecord, Teacher
 from consilience.client.teacher.calibrated import fit_on
-from consilience.client.teacher.trained import digest_of, present_classes, private_data, split, wanted
+from consilience.client.teacher.kept_training import wanted
+from consilience.client.teacher.private_samples import digest_of, present_classes, private_data, split
 from consilience.common.data import ImageData
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import SettingsError

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.privacy import learned_from
-from consilience.client.teacher.trained import present_classes, private_data
+from consilience.client.teacher.private_samples import present_classes, private_data
 from consilience.common.data import ImageData
 from consilience.common.errors import TeacherError
 from consilience.common.settings import SiteSettings

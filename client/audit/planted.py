@@ -13,7 +13,7 @@ from pathlib import Path
 import consilience
 from consilience.client.audit.canaries import CanaryAudit, audit_canaries
 from consilience.client.kept import read_kept
-from consilience.client.teacher.trained import digest_of, private_data
+from consilience.client.teacher.private_samples import digest_of, private_data
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import RunError
 from consilience.common.files import canonical_json, sha256, write_json

@@ -25,8 +25,8 @@ from consilience.client.privacy import NoisyTeacher, load_private, train_private
 from consilience.client.privacy.noise import Secret
 from consilience.client.site import Site
 from consilience.client.teacher import CalibratedTeacher, Teacher
+from consilience.client.teacher.kept_training import wanted
 from consilience.client.teacher.protocol import SMALLEST_LOG_PROB
-from consilience.client.teacher.trained import wanted
 from consilience.common.epochs import EpochRecord
 from consilience.common.identity import write_secret
 from consilience.common.preprocessing import Images

@@ -1,7 +1,8 @@
 """What coverage is at a site: a calibrated estimate of how likely an image is of one of the site's classes.
 
-Lives here: the protocol, and what the rest of the client needs of the modules below. Does not live here: what may leave
-(common/settings.Policy) and how questions about it are answered (client/encoder).
+Lives here: the protocol, and what the rest of the client needs of the modules below. Does not live here: learning
+(learning), which brings torch, what may leave (common/settings.Policy) and how questions about it are answered
+(client/encoder).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.coverage.learned import CoverageRecord, load_coverage, read_record
-from consilience.client.coverage.learning import learn_coverage
 from consilience.client.coverage.showing import learn_and_show, tell_coverage
 from consilience.common.preprocessing import Images
 
@@ -20,7 +20,6 @@ __all__ = [
     "Coverage",
     "CoverageRecord",
     "learn_and_show",
-    "learn_coverage",
     "load_coverage",
     "read_record",
     "tell_coverage",

@@ -24,8 +24,7 @@ from consilience.client.coverage.head import EPOCHS, Heads, parts_of, train_head
 from consilience.client.coverage.prior import FIRST_PRIOR, estimate_prior
 from consilience.client.coverage.samples import MOST_POOL, digests, refuse_copies, shape_of, some
 from consilience.client.coverage.vectors import Vectors
-from consilience.client.teacher.multi_trained import held_out_multi
-from consilience.client.teacher.trained import held_out
+from consilience.client.teacher.private_samples import held_out, held_out_multi
 from consilience.common.data import ImageData
 from consilience.common.errors import CoverageError
 from consilience.common.pool import Pool

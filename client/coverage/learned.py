@@ -1,7 +1,7 @@
 """Coverage that was learned: its record, and its use.
 
-Lives here: state/coverage/coverage.json, the network's score, loading. Does not live here: learning (learning) and the
-heads' score (by_heads).
+Lives here: state/coverage/coverage.json, and whether it is of the settings at hand. Does not live here: learning
+(learning), loading the model and its scores (scoring).
 
 state/coverage/ holds coverage.json (a `CoverageRecord`), model.safetensors unless the site abstains, and, of a network,
 training/.
@@ -11,32 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import nn
 
-from consilience.client.coverage.by_heads import score_by_heads
 from consilience.client.coverage.calibrate import Platt
-from consilience.client.coverage.head import Heads
-from consilience.client.coverage.vectors import vectors_of
 from consilience.client.kept import read_kept
-from consilience.client.teacher import AnyTeacher, load_any
-from consilience.client.teacher.protocol import fingerprint_of
-from consilience.common.errors import CoverageError, StudentError, TeacherError
+from consilience.client.teacher import AnyTeacher
+from consilience.common.errors import CoverageError, TeacherError
 from consilience.common.files import canonical_json, sha256, sha256_file
-from consilience.common.nets import build, load_model, scores
-from consilience.common.nets.own_networks import code_of
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import Images
 from consilience.common.settings import CoverageFamily, Preprocessing, Settings, SiteSettings
 
 FOLDER = "coverage"
+MODEL = f"{FOLDER}/model.safetensors"
 MOST_TO_RANK = 0.8
 """With a higher prior the rest of the pool is too small to say from it how well it is told apart."""
-_AGAIN = "Run `consilience site train`"
+AGAIN = "Run `consilience site train`"
 
 
 class CoverageRecord(Settings):
@@ -121,13 +114,6 @@ class LearnedCoverage:
         return self.calibration(found).astype(np.float32)
 
 
-def score_of(model: nn.Module, images: Images, preprocessing: Preprocessing) -> NDArray[np.float64]:
-    """Return (n,) scores of (n, H, W, C) uint8: the log of the odds that the network gives to "one of mine"."""
-    logits = scores(model, images, preprocessing).astype(np.float64)
-    mine: NDArray[np.float64] = np.logaddexp.reduce(logits[:, :-1], axis=1)
-    return mine - logits[:, -1]
-
-
 def load_coverage(settings: SiteSettings, teacher: AnyTeacher | None = None) -> LearnedCoverage | None:
     """Return the coverage that the site has learned; None where it has none, abstains, or its policy says off.
 
@@ -143,46 +129,21 @@ def load_coverage(settings: SiteSettings, teacher: AnyTeacher | None = None) -> 
     folder = settings.state / FOLDER
     if record.settings != settings_digest(settings):
         raise CoverageError(
-            f"{folder}: the coverage there was learned under other settings or another seed", hint=_AGAIN
+            f"{folder}: the coverage there was learned under other settings or another seed", hint=AGAIN
         )
     if settings.pools and (pool := Pool.open(settings.pools[0])).digest != record.pool:
         raise CoverageError(
             f"{folder}: the coverage there was learned on pool {record.pool[:12]}; the first of pools is "
             f"{pool.digest[:12]}",
-            hint=_AGAIN,
+            hint=AGAIN,
         )
     if record.calibration is None:
         return None
-    path = folder / "model.safetensors"
     if not is_model(settings, record):
-        raise CoverageError(f"{path}: is not the model that coverage.json speaks of", hint=_AGAIN)
-    model: nn.Module
-    score: Callable[[Images], NDArray[np.float64]]
-    if record.family == "network":
-        channels = record.preprocessing.channels or 1
-        model = build(record.architecture, classes=record.classes + 1, channels=channels, seed=0)
-        score = partial(score_of, model, preprocessing=record.preprocessing)
-        decides = {"architecture", "preprocessing", "calibration"}
-    else:
-        vectors = vectors_of(settings, teacher or load_any(settings))
-        if vectors.teacher != record.teacher:
-            raise CoverageError(f"{folder}: the coverage there was learned for another teacher", hint=_AGAIN)
-        model = heads = Heads(vectors.size, record.classes)
-        score = partial(score_by_heads, heads, vectors)
-        decides = {"family", "teacher", "calibration"}
-    try:
-        load_model(path, model)
-    except StudentError as error:
-        raise CoverageError(error.message, hint=_AGAIN) from error
-    parts = record.model_dump(mode="json", include=decides)
-    if record.family == "network":
-        parts |= code_of(record.architecture)
-    return LearnedCoverage(
-        fingerprint=fingerprint_of({"kind": "coverage", **parts}, record.model),
-        description=f"private data against the pool, {record.how}"[:500],
-        score=score,
-        calibration=record.calibration,
-    )
+        raise CoverageError(f"{settings.state / MODEL}: is not the model that coverage.json speaks of", hint=AGAIN)
+    from consilience.client.coverage.scoring import load_scores  # which brings torch
+
+    return load_scores(settings, record, record.calibration, teacher)
 
 
 def read_record(settings: SiteSettings) -> CoverageRecord | None:
@@ -190,12 +151,12 @@ def read_record(settings: SiteSettings) -> CoverageRecord | None:
 
     Raises `CoverageError` when it is not as it must be, `StorageError` when it is no JSON or cannot be read.
     """
-    return read_kept(settings.state / FOLDER / "coverage.json", CoverageRecord, CoverageError, _AGAIN)
+    return read_kept(settings.state / FOLDER / "coverage.json", CoverageRecord, CoverageError, AGAIN)
 
 
 def is_model(settings: SiteSettings, record: CoverageRecord) -> bool:
     """Whether model.safetensors is there and the one that the record speaks of; an abstaining record needs none."""
-    path = settings.state / FOLDER / "model.safetensors"
+    path = settings.state / MODEL
     return record.abstains is not None or (path.exists() and sha256_file(path) == record.model)
 
 

@@ -28,18 +28,19 @@ from consilience.client.coverage.by_heads import AbstainError, learn_heads
 from consilience.client.coverage.calibrate import fit_platt
 from consilience.client.coverage.learned import (
     FOLDER,
+    MODEL,
     CoverageRecord,
     is_model,
     read_record,
-    score_of,
     settings_digest,
 )
 from consilience.client.coverage.prior import FIRST_PRIOR, auroc, estimate_prior
 from consilience.client.coverage.risk import PositiveUnlabelled
 from consilience.client.coverage.samples import Samples, gather, mine
+from consilience.client.coverage.scoring import score_of
 from consilience.client.coverage.vectors import Vectors, vectors_of
 from consilience.client.teacher import load_any
-from consilience.client.teacher.trained import digest_of
+from consilience.client.teacher.private_samples import digest_of
 from consilience.common.data import ImageData, open_data
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import CoverageError, StudentError
@@ -160,7 +161,7 @@ def _record(
     prior: float,
 ) -> CoverageRecord:
     """Write the model, calibrate on the scores (n,) of held-out private images and (m,) of the pool's, and say all."""
-    path = settings.state / FOLDER / "model.safetensors"
+    path = settings.state / MODEL
     save_model(path, model)
     record = CoverageRecord(
         **about,

@@ -6,7 +6,6 @@ Does not live here: the learning (learning).
 from __future__ import annotations
 
 from consilience.client.coverage.learned import CoverageRecord, read_record
-from consilience.client.coverage.learning import epochs_of, learn_coverage
 from consilience.common.epochs import epoch_task
 from consilience.common.progress import Reporter, Task
 from consilience.common.settings import SiteSettings
@@ -14,6 +13,8 @@ from consilience.common.settings import SiteSettings
 
 def learn_and_show(settings: SiteSettings, reporter: Reporter) -> CoverageRecord:
     """Learn the site's coverage; arguments, result and errors as `learn_coverage`'s."""
+    from consilience.client.coverage.learning import epochs_of, learn_coverage  # which bring torch
+
     chosen = settings.coverage
     how = chosen.architecture if chosen.family == "network" else f"heads on the teacher's {chosen.family}"
     name = f"learning the coverage of {settings.name} ({how})"

@@ -17,9 +17,8 @@ from consilience.client.privacy.noise import load_secret
 from consilience.client.privacy.outputs import NoisyTeacher
 from consilience.client.privacy.pate import PateTeacher, learned_places, load_pate, train_parts
 from consilience.client.privacy.sum_noise import HiddenTeacher
-from consilience.client.teacher.multi_trained import train_multi
+from consilience.client.teacher.private_samples import digest_of, held_out
 from consilience.client.teacher.protocol import Teacher
-from consilience.client.teacher.trained import digest_of, held_out, load_trained, train_teacher
 from consilience.common.data import ImageData
 from consilience.common.epochs import EpochRecord
 from consilience.common.files import make_private
@@ -61,8 +60,12 @@ def train_private(
 
         dp_sgd.train_dp(settings, settings.privacy, on_epoch, data)
     elif settings.teacher.labels == "multi":
+        from consilience.client.teacher.multi_trained import train_multi
+
         train_multi(settings, on_epoch, data)
     else:
+        from consilience.client.teacher.trained import train_teacher
+
         train_teacher(settings, on_epoch, data)
 
 
@@ -103,6 +106,8 @@ def load_private(settings: SiteSettings) -> Teacher:
         from consilience.client.privacy import dp_sgd
 
         return dp_sgd.load_dp(settings, settings.privacy)
+    from consilience.client.teacher.trained import load_trained  # which brings torch
+
     return load_trained(settings)
 
 

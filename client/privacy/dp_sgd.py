@@ -23,25 +23,22 @@ from torch import Tensor, nn
 
 from consilience.client.privacy.accounting import EXTRA
 from consilience.client.privacy.dp_draws import noisy_optimizer, poisson
-from consilience.client.privacy.events import DpSgdTraining
+from consilience.client.privacy.events import DpSgdTraining, sampling
 from consilience.client.privacy.noise import Stream, load_secret
 from consilience.client.privacy.records import Places, places
-from consilience.client.teacher.protocol import ScoringTeacher, brief
-from consilience.client.teacher.trained import (
+from consilience.client.teacher.kept_training import (
     MODEL,
     RECORD,
     RETRAIN,
     TrainedTeacher,
-    accuracy,
-    as_used,
     done_in,
-    present_classes,
-    private_data,
     settings_digest,
-    teacher_of,
     trained_in,
     wanted,
 )
+from consilience.client.teacher.private_samples import present_classes, private_data
+from consilience.client.teacher.protocol import ScoringTeacher, brief
+from consilience.client.teacher.trained import accuracy, as_used, teacher_of
 from consilience.common.data import ImageData
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import MissingExtraError, TeacherError
@@ -150,12 +147,6 @@ def learned_places(settings: SiteSettings, private: DpSgd, data: ImageData) -> P
             f"{settings.name}: the private data are not those that the teacher was trained on", hint=RETRAIN
         )
     return found
-
-
-def sampling(records: int, fit: Fit) -> tuple[float, int]:
-    """Return each record's chance to be in a step, and how many steps an epoch has."""
-    rate = min(1.0, fit.batch_size / records)
-    return rate, max(1, round(1 / rate))
 
 
 def load_dp(settings: SiteSettings, private: DpSgd) -> ScoringTeacher:

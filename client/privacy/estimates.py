@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.client.privacy import votes
-from consilience.client.privacy.dp_sgd import dp_record
 from consilience.client.privacy.pate import PateTeacher, load_pate
 from consilience.client.privacy.records import places
+from consilience.client.teacher.kept_training import wanted
+from consilience.client.teacher.private_samples import HOLDOUT, present_classes, private_data, split
 from consilience.client.teacher.protocol import Teacher
-from consilience.client.teacher.trained import HOLDOUT, load_trained, present_classes, private_data, split, wanted
 from consilience.common.data import ImageData
 from consilience.common.errors import TeacherError
 from consilience.common.seeds import derive
@@ -78,6 +78,8 @@ def look(settings: SiteSettings) -> Held:
         return _with_parts(settings, settings.privacy, data, labels, found)
     if isinstance(settings.privacy, DpSgd):
         return _with_trained(settings, settings.privacy, found)
+    from consilience.client.teacher.trained import load_trained  # which brings torch
+
     try:
         teacher = load_trained(settings)
     except TeacherError:
@@ -168,6 +170,8 @@ def _sums(
 
 
 def _with_trained(settings: SiteSettings, private: DpSgd, found: Held) -> Held:
+    from consilience.client.privacy.dp_sgd import dp_record  # which brings torch
+
     try:
         return Held(found.classes, found.records, trained=dp_record(settings, private).holdout_accuracy)
     except TeacherError:

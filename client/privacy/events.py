@@ -1,8 +1,8 @@
 """What left a site and at what noise, as records that a ledger can keep.
 
-Lives here: one frozen model a kind of event, its JSON, and the events that answers cost. Does not live here: what they
-add up to (accounting). An event holds parameters and never an epsilon: what events come to is computed when it is
-asked, by whatever accounting is best then, over all of them together.
+Lives here: one frozen model a kind of event, its JSON, the events that answers cost, and the steps of a training. Does
+not live here: what events add up to (accounting). An event holds parameters and never an epsilon: what events come to
+is computed when it is asked, by whatever accounting is best then, over all of them together.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from consilience.common.errors import StorageError
-from consilience.common.settings import OutputNoise, Pate, Settings, SumNoise
+from consilience.common.settings import Fit, OutputNoise, Pate, Settings, SumNoise
 
-__all__ = ["DpSgdTraining", "Event", "Unit", "event_from", "events_of", "parameters_of"]
+__all__ = ["DpSgdTraining", "Event", "Unit", "event_from", "events_of", "parameters_of", "sampling"]
 
 Unit = Literal["record", "model"]
 """What a guarantee speaks of: whether one record is among the private data, or which model the site has."""
@@ -135,3 +135,9 @@ def events_of(settings: Pate | OutputNoise | SumNoise | None, samples: int) -> t
     if settings.threshold_sigma is None:
         return (votes,)
     return (PateThreshold(sigma=settings.threshold_sigma, count=samples), votes)
+
+
+def sampling(records: int, fit: Fit) -> tuple[float, int]:
+    """Return each record's chance to be in a step of a training by noisy gradients, and how many steps an epoch has."""
+    rate = min(1.0, fit.batch_size / records)
+    return rate, max(1, round(1 / rate))

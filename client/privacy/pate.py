@@ -18,17 +18,9 @@ from numpy.typing import NDArray
 from consilience.client.privacy import votes
 from consilience.client.privacy.noise import Secret, load_secret
 from consilience.client.privacy.records import Places, places
+from consilience.client.teacher.kept_training import RETRAIN, record_in, wanted
+from consilience.client.teacher.private_samples import digest_of, present_classes, private_data
 from consilience.client.teacher.protocol import Teacher
-from consilience.client.teacher.trained import (
-    RETRAIN,
-    digest_of,
-    load_in,
-    present_classes,
-    private_data,
-    record_in,
-    train_in,
-    wanted,
-)
 from consilience.common.data import ImageData
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import TeacherError
@@ -77,6 +69,8 @@ def train_parts(
     `teacher.holdout` of the records is in no part: with it the vote is judged. Raises what `train_teacher` raises, and
     `TeacherError` when a part has no image.
     """
+    from consilience.client.teacher.trained import train_in  # which brings torch
+
     data = private_data(settings) if data is None else data
     labels, classes = present_classes(data)
     found = places(data, pate.parts, wanted(settings).holdout, settings.seed)
@@ -105,6 +99,8 @@ def load_pate(settings: SiteSettings, pate: Pate) -> PateTeacher:
     Raises `TeacherError` when a part's teacher is missing or of other settings, `IdentityError` when others may read
     the site's secret.
     """
+    from consilience.client.teacher.trained import load_in  # which brings torch
+
     each = _each(settings)
     parts = tuple(load_in(_folder(settings, part), each, _seed(settings, pate, part)) for part in range(pate.parts))
     if any(part.classes != parts[0].classes for part in parts):

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from consilience.client.privacy.accounting import APART, Spent, account, noise_for
-from consilience.client.privacy.dp_sgd import sampling
 from consilience.client.privacy.estimates import Held, Value, estimate_outputs, estimate_votes, look
-from consilience.client.privacy.events import DpSgdTraining, Event, events_of
-from consilience.client.teacher.trained import wanted
+from consilience.client.privacy.events import DpSgdTraining, Event, events_of, sampling
+from consilience.client.teacher.kept_training import wanted
 from consilience.common.errors import SettingsError
 from consilience.common.settings import (
     LEAST_NOISE,

@@ -1,12 +1,13 @@
 """The site's private classifier: what it is, how it is loaded, how it is trained and calibrated.
 
 Lives here: the choice of the module that knows the kind. A kind's module is imported when it is wanted, since each
-brings a library of its own.
+brings a library of its own, as does training (trained, multi_trained), which is not exported here.
 """
 
 from __future__ import annotations
 
 from consilience.client.teacher.calibrated import CalibratedTeacher, CalibrationRecord, behind_map, fit
+from consilience.client.teacher.kept_training import TrainedTeacher, trained_record
 from consilience.client.teacher.multi import MultiTeacher, ScoringMultiTeacher
 from consilience.client.teacher.multi_calibrated import (
     CalibratedMulti,
@@ -23,10 +24,8 @@ from consilience.client.teacher.protocol import (
     fingerprint_of,
     read_model,
 )
-from consilience.client.teacher.trained import TrainedTeacher, train_teacher, trained_record
 from consilience.common.errors import TeacherError
 from consilience.common.files import sha256
-from consilience.common.nets.own_networks import code_of
 from consilience.common.settings import (
     CallableTeacher,
     ExportTeacher,
@@ -52,7 +51,6 @@ __all__ = [
     "is_multi",
     "load_any",
     "load_teacher",
-    "train_teacher",
 ]
 
 
@@ -143,6 +141,7 @@ def _hosted(teacher: HostedTeacher) -> Scoring:
         model, where = sha256(data), str(teacher.path)
         if teacher.kind == "state_dict":
             from consilience.client.teacher import state_dict
+            from consilience.common.nets.own_networks import code_of
 
             scores = state_dict.scores_of(teacher, data)
             model = "".join([model, *code_of(teacher.architecture).values()])

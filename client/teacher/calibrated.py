@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from consilience.client.calibration import LEAST_SAMPLES, CalibrationMap, Fitted, Method, fit_calibration
 from consilience.client.kept import read_kept
 from consilience.client.teacher.kept_calibration import AGAIN, MAYBE_SEEN, KeptCalibration, fit_once, why_none
+from consilience.client.teacher.private_samples import held_out
 from consilience.client.teacher.protocol import Teacher
-from consilience.client.teacher.trained import held_out
 from consilience.common.data import ImageData
 from consilience.common.errors import TeacherError
 from consilience.common.files import canonical_json, sha256

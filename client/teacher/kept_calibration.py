@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from consilience.client.calibration import CalibrationScores
-from consilience.client.teacher.trained import digest_of
+from consilience.client.teacher.private_samples import digest_of
 from consilience.common.data import ImageData, open_data
 from consilience.common.errors import SettingsError
 from consilience.common.files import lock, make_private, write_json

@@ -19,7 +19,7 @@ from consilience.client.calibration import SHARPEST, SOFTEST, CalibrationScores,
 from consilience.client.kept import read_kept
 from consilience.client.teacher.kept_calibration import AGAIN, MAYBE_SEEN, KeptCalibration, fit_once, why_none
 from consilience.client.teacher.multi import MultiTeacher
-from consilience.client.teacher.multi_trained import held_out_multi
+from consilience.client.teacher.private_samples import held_out_multi
 from consilience.common.data import ImageData
 from consilience.common.encoding.odds import bounded
 from consilience.common.errors import TeacherError

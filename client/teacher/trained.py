@@ -1,7 +1,8 @@
 """The teacher that Consilience trains itself, on the site's private data.
 
-Lives here: which samples are learned from and which are held out, what is written to state/teacher, and loading it.
-Does not live here: the training loop and the architectures (common/nets).
+Lives here: what is written to state/teacher, and loading it. Does not live here: which samples are learned from and
+which are held out (private_samples), the record alone (kept_training), the training loop and the architectures
+(common/nets).
 
 state/teacher/ holds model.safetensors, teacher.json (a `TrainedTeacher`) and training/ (the loop's checkpoint).
 """
@@ -10,57 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from consilience.client.kept import read_kept
+from consilience.client.teacher.kept_training import (
+    MODEL,
+    RECORD,
+    RETRAIN,
+    TrainedTeacher,
+    done_in,
+    record_in,
+    settings_digest,
+    wanted,
+)
+from consilience.client.teacher.private_samples import HOLDOUT, digest_of, present_classes, private_data, split
 from consilience.client.teacher.protocol import ScoringTeacher, fingerprint_of, read_model
 from consilience.client.teacher.state_dict import network_scores, read_weights
-from consilience.common.data import ImageData, open_data
+from consilience.common.data import ImageData
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import StudentError, TeacherError
-from consilience.common.files import canonical_json, lock, sha256, sha256_file, write_json
+from consilience.common.files import lock, sha256, sha256_file, write_json
 from consilience.common.nets import Supervised, build, default_device, save_model, scores, train
 from consilience.common.nets.losses import Loss
 from consilience.common.nets.own_networks import check_own, code_of
 from consilience.common.seeds import derive
-from consilience.common.settings import Preprocessing, Settings, SiteSettings, TrainTeacher
-
-HOLDOUT = "holdout"
-"""Purpose of the seed that decides which samples are held out."""
-MODEL, RECORD = "model.safetensors", "teacher.json"
-"""Files in the folder of a trained teacher."""
-RETRAIN = "Run `consilience site train`"
-_SAMPLED = 256
-"""Images, spread evenly, whose bytes tell one state of the private data from another."""
-
-
-class TrainedTeacher(Settings):
-    """teacher.json: what was trained, from what, and how well it does."""
-
-    classes: tuple[str, ...]
-    architecture: str
-    preprocessing: Preprocessing
-    """As used: with the size and the channels that the network was trained at."""
-    holdout_accuracy: float | None
-    """Accuracy on the samples held out; None where there are none, and of a multi-label teacher."""
-    holdout_ap: float | None = None
-    """Of a multi-label teacher: the mean over its labels of the average precision on the samples held out."""
-    holdout_count: int
-    train_count: int
-    learning_curve: tuple[EpochRecord, ...]
-    settings_digest: str
-    """Of the teacher's settings and the seed."""
-    data_digest: str
-    """Of the labels and of some images, evenly spread."""
-    model_digest: str
-    """SHA-256 of model.safetensors."""
-
-
-Trained = TypeVar("Trained", bound=TrainedTeacher)
+from consilience.common.settings import Preprocessing, SiteSettings, TrainTeacher
 
 
 def train_teacher(
@@ -219,78 +197,6 @@ def accuracy(
     return right / len(ids) if len(ids) else None
 
 
-def trained_record(settings: SiteSettings) -> TrainedTeacher:
-    """Return teacher.json. Raises `TeacherError` when it is not there or of other settings."""
-    return record_in(settings.state / "teacher", wanted(settings), settings.seed)
-
-
-def record_in(folder: Path, teacher: TrainTeacher, seed: int) -> TrainedTeacher:
-    """Return teacher.json of `folder`. Raises `TeacherError` when it is not there or of other settings."""
-    return trained_in(folder, TrainedTeacher, settings_digest(teacher, seed))
-
-
-def present_classes(data: ImageData) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Return (n,) int64 labels numbered by the classes that have a sample, and the names of these, in order.
-
-    Raises `DataError` without labels, `TeacherError` without samples.
-    """
-    labels = data.need_labels("The site's private data")
-    present = np.unique(labels)
-    if not len(present):
-        raise TeacherError("The site's private data holds no sample", hint="Name data with at least one image")
-    return np.searchsorted(present, labels), tuple(data.class_names[k] for k in present)
-
-
-def held_out(settings: SiteSettings, data: ImageData, digest: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return sorted ids (n,) of `data`, of digest `digest`, that the trained teacher has not learned from, and labels.
-
-    Labels (n,) are numbered as the teacher's classes. Raises `TeacherError` when it was trained on other data.
-    """
-    if trained_record(settings).data_digest != digest:
-        raise TeacherError(
-            f"{settings.name}: the private data are not those that the teacher was trained on", hint=RETRAIN
-        )
-    labels, _ = present_classes(data)
-    _, ids = split(labels, wanted(settings).holdout, derive(settings.seed, HOLDOUT))
-    return ids, labels[ids]
-
-
-def split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return sorted ids to learn from and to hold out: `share` of each class, rounded, but never the whole class."""
-    random = np.random.default_rng(seed)
-    held_out = np.zeros(len(labels), np.bool_)
-    for label in np.unique(labels):
-        ids = random.permutation(np.flatnonzero(labels == label))
-        held_out[ids[: min(round(share * len(ids)), len(ids) - 1)]] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def digest_of(data: ImageData) -> str:
-    """Return what tells data from others: labels (without any, how many images) and some images. Raises `DataError`."""
-    labels = data.many if data.labels is None else data.labels
-    told = len(data) if labels is None else sha256(labels.tobytes())
-    some = np.unique(np.linspace(0, len(data) - 1, _SAMPLED if len(data) else 0).astype(np.int64))
-    images = sha256(np.ascontiguousarray(data.read(some)).tobytes())
-    return sha256(canonical_json([data.shape, data.class_names, told, images]))
-
-
-def wanted(settings: SiteSettings) -> TrainTeacher:
-    """Return the settings of the teacher to be trained. Raises `TeacherError` for a hosted one."""
-    if settings.teacher.kind != "train":
-        raise TeacherError(
-            f"{settings.name}: teacher.kind is {settings.teacher.kind!r}; only 'train' is trained here",
-            hint="A hosted teacher needs no training",
-        )
-    return settings.teacher
-
-
-def private_data(settings: SiteSettings) -> ImageData:
-    """Open the site's private data. Raises `TeacherError` where the settings name none, `DataError`."""
-    if settings.data is None:
-        raise TeacherError("The site has no private data to train on", hint="Set data in the site's settings")
-    return open_data(settings.data)
-
-
 def as_used(preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Preprocessing:
     """Return the preprocessing with the data's size and channels where it leaves them open."""
     channels = preprocessing.channels or shape[2]
@@ -300,29 +206,3 @@ def as_used(preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Prepro
             hint="Give one value for all channels or one each",
         )
     return preprocessing.model_copy(update={"size": preprocessing.size or shape[:2], "channels": channels})
-
-
-def settings_digest(teacher: TrainTeacher, seed: int) -> str:
-    """Return what tells one training's settings from another's."""
-    return sha256(canonical_json({"teacher": teacher.identity(), "seed": seed}))
-
-
-def done_in(folder: Path, kind: type[Trained], settings: str, data: str) -> Trained | None:
-    """Return teacher.json of `folder` where it is of settings and data of these digests, and its model is there.
-
-    Raises `TeacherError` when it is not as it must be, `StorageError`.
-    """
-    record, path = read_kept(folder / RECORD, kind, TeacherError, RETRAIN), folder / MODEL
-    if record is None or (record.settings_digest, record.data_digest) != (settings, data):
-        return None
-    return record if path.exists() and sha256_file(path) == record.model_digest else None
-
-
-def trained_in(folder: Path, kind: type[Trained], settings: str) -> Trained:
-    """Return teacher.json of `folder`. Raises `TeacherError` when it is not there or of settings of another digest."""
-    record = read_kept(folder / RECORD, kind, TeacherError, RETRAIN)
-    if record is None:
-        raise TeacherError(f"{folder}: holds no trained teacher", hint=RETRAIN)
-    if record.settings_digest != settings:
-        raise TeacherError(f"{folder}: the teacher there was trained from other settings or another seed", hint=RETRAIN)
-    return record

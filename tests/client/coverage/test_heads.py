@@ -20,15 +20,17 @@ from torch import nn
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
-from consilience.client.coverage import CoverageRecord, learn_coverage, load_coverage, read_record, tell_coverage
+from consilience.client.coverage import CoverageRecord, load_coverage, read_record, tell_coverage
 from consilience.client.coverage.head import PARTS, train_heads
 from consilience.client.coverage.learned import LearnedCoverage
+from consilience.client.coverage.learning import learn_coverage
 from consilience.client.coverage.prior import auroc
 from consilience.client.coverage.vectors import Vectors, vectors_of
 from consilience.client.site import Site
-from consilience.client.teacher import CalibratedTeacher, calibrate_teacher, load_teacher, train_teacher
+from consilience.client.teacher import CalibratedTeacher, calibrate_teacher, load_teacher
 from consilience.client.teacher.protocol import ScoringTeacher
 from consilience.client.teacher.torch_modules import NetworkScores
+from consilience.client.teacher.trained import train_teacher
 from consilience.common.data import from_arrays
 from consilience.common.errors import CoverageError, SettingsError, StorageError, TeacherError
 from consilience.common.files import read_json, sha256_file, write_json

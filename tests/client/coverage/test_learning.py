@@ -16,10 +16,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
-from consilience.client.coverage import CoverageRecord, learn_coverage, load_coverage, read_record, tell_coverage
+from consilience.client.coverage import CoverageRecord, load_coverage, read_record, tell_coverage
 from consilience.client.coverage import samples as samples_module
 from consilience.client.coverage.learned import LearnedCoverage
-from consilience.client.coverage.learning import LEAST_POOL, LEAST_PRIVATE
+from consilience.client.coverage.learning import LEAST_POOL, LEAST_PRIVATE, learn_coverage
 from consilience.client.coverage.prior import auroc
 from consilience.client.coverage.samples import gather, hold_out, refuse_copies
 from consilience.client.site import Site

@@ -17,9 +17,10 @@ from consilience.client.calibration import CalibrationMap
 from consilience.client.features import OpenTap, learn_bases, open_taps
 from consilience.client.features.layers import layers_of as teacher_layers
 from consilience.client.privacy.dp_sgd import grouped
-from consilience.client.teacher import CalibratedTeacher, CalibrationRecord, load_teacher, train_teacher
+from consilience.client.teacher import CalibratedTeacher, CalibrationRecord, load_teacher
 from consilience.client.teacher.protocol import ScoringTeacher
 from consilience.client.teacher.torch_modules import NetworkScores
+from consilience.client.teacher.trained import train_teacher
 from consilience.common.encoding.features import basis_bytes, unpack_basis
 from consilience.common.errors import SettingsError, StorageError, TeacherError
 from consilience.common.files import sha256

@@ -23,8 +23,8 @@ from torch import nn
 
 from consilience.client.privacy import account, answering_costs, load_private, train_private
 from consilience.client.privacy.dp_draws import STEPS, blurred, poisson
-from consilience.client.privacy.dp_sgd import GROUPS, dp_record, grouped, sampling, train_dp
-from consilience.client.privacy.events import DpSgdTraining
+from consilience.client.privacy.dp_sgd import GROUPS, dp_record, grouped, train_dp
+from consilience.client.privacy.events import DpSgdTraining, sampling
 from consilience.client.privacy.noise import Secret, Stream, load_secret
 from consilience.client.teacher import describe_teacher, load_teacher
 from consilience.common.epochs import EpochRecord

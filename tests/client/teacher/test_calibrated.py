@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from consilience.__main__ import app
 from consilience.client.site import Site
-from consilience.client.teacher import calibrate_teacher, calibrated, kept_calibration, load_teacher, train_teacher
-from consilience.client.teacher.trained import split
+from consilience.client.teacher import calibrate_teacher, calibrated, kept_calibration, load_teacher
+from consilience.client.teacher.private_samples import split
+from consilience.client.teacher.trained import train_teacher
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import RunError, SettingsError, StorageError, TeacherError
 from consilience.common.files import lock

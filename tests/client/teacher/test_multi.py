@@ -16,7 +16,8 @@ from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score
 
 from consilience.client.card import card_of
-from consilience.client.coverage import learn_coverage, load_coverage
+from consilience.client.coverage import load_coverage
+from consilience.client.coverage.learning import learn_coverage
 from consilience.client.coverage.samples import mine
 from consilience.client.features import open_taps
 from consilience.client.privacy import train_private
@@ -24,7 +25,7 @@ from consilience.client.shaping import shape_odds
 from consilience.client.teacher import CalibratedMulti, calibrate_any, holdout_ap, load_any, load_teacher
 from consilience.client.teacher.multi import checked_odds
 from consilience.client.teacher.multi_calibrated import fit_label
-from consilience.client.teacher.multi_trained import split_images
+from consilience.client.teacher.private_samples import split_images
 from consilience.common.data import from_arrays, open_data
 from consilience.common.encoding.odds import MOST_ODDS
 from consilience.common.errors import DataError, SettingsError, TeacherError

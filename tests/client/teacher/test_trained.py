@@ -10,8 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from consilience.client.teacher import describe_teacher, load_teacher, train_teacher
-from consilience.client.teacher.trained import split
+from consilience.client.teacher import describe_teacher, load_teacher
+from consilience.client.teacher.private_samples import split
+from consilience.client.teacher.trained import train_teacher
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import DataError, RunError, TeacherError
 from consilience.common.files import lock
