@@ -52,6 +52,7 @@ def do(task: tuple[JobSettings, Path, list[Path]]) -> dict[str, Any]:
     report = do_job(*task)
     return {
         "student": report["student"]["accuracy"],
+        "estimate": report["quality"]["accuracy"],
         "bytes": sum(site["bytes"] for site in report["sites"]),
         "samples": report["pool"]["size"],
     }

@@ -212,6 +212,7 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
     full = reports["coverage"]
     return {
         "students": {v: report["student"]["accuracy"] for v, report in reports.items()},
+        "estimates": {v: (report["quality"] or {}).get("accuracy") for v, report in reports.items()},
         "calibration_errors": {v: report["student"]["calibration_error"] for v, report in reports.items()},
         "unified": {v: (r["baselines"]["unified_ensemble"] or {}).get("accuracy") for v, r in reports.items()},
         "naive": full["baselines"]["naive"]["accuracy"],

@@ -65,6 +65,8 @@ def pool_quality(
 
 def _held_out(card: SiteCard) -> HeldOut | None:
     """Return what a site tells of its teacher's accuracy; None where it does not, or not on how many images."""
-    if card.holdout_accuracy is None or card.calibration is None:
+    balanced = card.holdout_balanced_accuracy
+    accuracy = card.holdout_accuracy if balanced is None else balanced
+    if accuracy is None or card.calibration is None:
         return None
-    return HeldOut(card.holdout_accuracy, card.calibration.samples)
+    return HeldOut(accuracy, card.calibration.samples)

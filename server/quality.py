@@ -4,11 +4,16 @@ Lives here: the estimate, its interval, and what would mend what is weak. Does n
 (server/publishing_quality), wording of the report (server/report_quality). No true label comes in here.
 
 Were the unified labels q calibrated, the student would be right with probability q(its class) on average. They are as a
-rule too timid or too bold. So q is sharpened to q^b, normalised, with the b at which the labels say of the *sites'* own
-classes what is known of them: that site i is right on a sample of its classes as often as on its held-out images, or,
-where a site does not tell that, as often as its calibrated answers claim. Assumed is that the pool's images of a class
-look like the sites', and that errors of labels and student come from the same doubt; a student trained on the pool
-has learnt errors of the labels too.
+rule too timid or too bold. So q is sharpened with the b at which the labels say of the *sites'* own classes what is
+known of them: that site i is right on a sample of its classes as often as on its held-out images, or, where a site does
+not tell that, as often as its calibrated answers claim. What is known so is how well a site tells *its own* classes
+apart; how likely a sample is of them at all nobody has measured, and that stays as the labels have it:
+
+    p(c) ~ mean over sites i of q(L_i) q(c)^b / q^b(L_i)        of c's owners those that know the most classes
+
+Where one site knows all classes that is q^b. Assumed is that the pool's images of a class look like the sites', and
+that errors of labels and student come from the same doubt; a student trained on the pool has learnt errors of the
+labels too.
 """
 
 from __future__ import annotations
@@ -121,7 +126,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a site tells of its teacher: accuracy on `samples` images kept out of training."""
+    """What a site tells of its teacher: accuracy on `samples` images kept out of training.
+
+    As a mean over classes if it tells that: its private images have other shares of classes than the pool.
+    """
 
     accuracy: float
     samples: int
@@ -148,6 +156,13 @@ class _Sums:
         self.space, self.samples = space, 0
         self._sets = [np.array(classes) for classes in space.class_sets]
         self._columns = [Columns.of(space, site) for site in range(sites)]
+        widest = np.zeros(size, np.int64)
+        for own in self._sets:
+            widest[own] = np.maximum(widest[own], len(own))
+        self._judged = [
+            own[widest[own] == len(own)] for own in self._sets
+        ]  # classes that a site is the widest owner of
+        self._judges = np.bincount(np.concatenate(self._judged), minlength=size)
         self._mass, self._right, self._best = (np.zeros((tried, size)) for _ in range(3))
         self._site_right, self._site_mass = np.zeros((tried, sites)), np.zeros((tried, sites))
         self._claimed, self._claims = np.zeros(sites), np.zeros(sites)
@@ -171,9 +186,9 @@ class _Sums:
             mine = np.exp(logs[:, self._sets[i]]).sum(axis=1) / np.exp(logs).sum(axis=1)
             self._claimed[i] += float(mine @ claims)
             self._claims[i] += float(mine.sum())
+        inside = [np.exp(logs[:, own]).sum(axis=1) for own in self._sets]
         for k, sharpening in enumerate(SHARPENINGS):
-            probs = np.exp(sharpening * logs)
-            probs /= probs.sum(axis=1, keepdims=True)
+            probs = self._sharpened(sharpening * logs, inside)
             right = probs[n, block.student]
             self._mass[k] += probs.sum(axis=0)
             self._right[k] += np.bincount(block.student, right, size)
@@ -184,6 +199,17 @@ class _Sums:
                     own = self._columns[i].summed(probs[:, self._sets[i]])
                     self._site_right[k, i] += own[n, top].sum()
                     self._site_mass[k, i] += own.sum()
+
+    def _sharpened(self, powers: Floats, inside: Sequence[Floats]) -> Floats:
+        """Return p (b, L) for the logarithms of q^b, and how much q has (b,) in each site's classes."""
+        powers = np.exp(powers)
+        probs = np.zeros_like(powers)
+        for own, judged, mass in zip(self._sets, self._judged, inside, strict=True):
+            if len(judged):
+                probs[:, judged] += powers[:, judged] * (mass / powers[:, own].sum(axis=1))[:, None]
+        probs /= self._judges
+        normal: Floats = probs / probs.sum(axis=1, keepdims=True)
+        return normal
 
     def quality(self, held_out: Sequence[HeldOut | None]) -> Quality:
         space, present = self.space, [i for i, m in enumerate(self._claims) if m > 0 and len(self._sets[i]) > 1]

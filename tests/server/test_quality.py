@@ -69,6 +69,40 @@ def test_labels_that_are_too_timid_or_too_bold_are_sharpened(softness: float, to
         assert found.sites[name].by == ("held-out" if told else "claimed")
 
 
+@pytest.mark.parametrize("softness", [0.5, 3.0])
+def test_how_likely_a_sample_is_of_a_site_s_classes_stays_as_the_labels_have_it(softness: float) -> None:
+    """Labels are right about sites' classes together, and too timid or too bold within a site's."""
+    space = LabelSpace.build({"one": ["a", "b"], "two": ["c", "d"]})
+    random = np.random.default_rng(3)
+    n = 20_000
+    posterior = np.maximum(random.dirichlet(np.full(4, 0.5), n), 1e-6)
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    truth = (posterior.cumsum(axis=1) > random.random((n, 1))).argmax(axis=1)
+    answers = [np.log(posterior[:, list(own)]) for own in space.class_sets]
+    labels = posterior ** (1 / softness)
+    for own in map(list, space.class_sets):
+        labels[:, own] *= (posterior[:, own].sum(axis=1) / labels[:, own].sum(axis=1))[:, None]
+    student = labels.argmax(axis=1)
+    held = []
+    for own, rows in zip(space.class_sets, answers, strict=True):
+        mine = np.isin(truth, own)
+        held.append(HeldOut(float((np.array(own)[rows.argmax(1)] == truth)[mine].mean()), int(mine.sum())))
+    found = estimate(space, [Rows(labels, student, answers)], held)
+    assert found.accuracy is not None
+    assert found.accuracy.value == pytest.approx((student == truth).mean(), abs=0.012)
+    assert found.sharpening == pytest.approx(softness, rel=0.12)
+
+
+def test_of_a_class_s_owners_those_that_know_the_most_tell_it_apart() -> None:
+    """A site of two classes, beside one of all four, changes nothing about these two."""
+    posterior, labels, answers, truth = world(2, 5_000, 2.0)
+    student = posterior.argmax(axis=1)
+    wide = LabelSpace.build({"one": ["a", "b", "c", "d"]})
+    told = [estimate(wide, [Rows(labels, student, answers[:1])], accuracy(answers, truth)[:1])]
+    told += [estimate(SPACE, [Rows(labels, student, [answers[0], None, None])], accuracy(answers, truth))]
+    assert told[0].accuracy == told[1].accuracy is not None
+
+
 def test_by_hand_without_a_site_that_pulls() -> None:
     """Labels that say 3/4 and a site that claims 3/4: nothing is sharpened, and a student that follows is right so."""
     space = LabelSpace.build({"one": ["a", "b"]})
