@@ -20,7 +20,7 @@ from consilience.client.teacher import (
     MultiTeacher,
     Teacher,
     describe_teacher,
-    holdout_means,
+    holdout_ap,
 )
 from consilience.common.cards import PRIVATE, CalibrationCard, CoverageCard, FeaturesCard, SiteCard
 from consilience.common.data import open_data
@@ -45,7 +45,6 @@ def card_of(
     """
     description, accuracy = describe_teacher(settings)
     policy = settings.policy
-    means = holdout_means(settings) if policy.holdout_accuracy else {}
     return SiteCard(
         labels=settings.teacher.labels,
         name=settings.name,
@@ -55,8 +54,7 @@ def card_of(
         description=description,
         policy=policy.version,
         holdout_accuracy=accuracy if policy.holdout_accuracy else None,
-        holdout_balanced_accuracy=means.get("holdout_balanced_accuracy"),
-        holdout_ap=means.get("holdout_ap"),
+        holdout_ap=holdout_ap(settings) if policy.holdout_accuracy else None,
         calibration=_calibration(teacher) if policy.holdout_accuracy else None,
         class_priors=_class_priors(settings, teacher) if policy.class_priors else None,
         coverage=_coverage(policy, coverage),

@@ -47,7 +47,7 @@ __all__ = [
     "calibrate_any",
     "calibrate_teacher",
     "describe_teacher",
-    "holdout_means",
+    "holdout_ap",
     "is_multi",
     "load_any",
     "load_teacher",
@@ -178,15 +178,9 @@ def describe_teacher(settings: SiteSettings) -> tuple[str, float | None]:
     return "; ".join(part for part in (kind, describe_privacy(settings)) if part)[:500], accuracy
 
 
-def holdout_means(settings: SiteSettings) -> dict[str, float | None]:
-    """Return means over the classes of how good a trained teacher is on held-out images, by their names on the card.
-
-    `holdout_balanced_accuracy`, or of a multi-label teacher `holdout_ap`; nothing of any other teacher, nor of one that
-    a mechanism of privacy trained.
-    """
-    if settings.teacher.kind != "train" or settings.privacy.mechanism in ("pate", "dp-sgd"):
-        return {}
-    return trained_record(settings).model_dump(include={"holdout_balanced_accuracy", "holdout_ap"})
+def holdout_ap(settings: SiteSettings) -> float | None:
+    """Return the mean average precision on held-out images of a trained multi-label teacher; None for any other."""
+    return trained_record(settings).holdout_ap if is_multi(settings) and settings.teacher.kind == "train" else None
 
 
 def _describe(settings: SiteSettings) -> tuple[str, float | None]:

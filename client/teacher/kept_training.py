@@ -29,8 +29,6 @@ class TrainedTeacher(Settings):
     """As used: with the size and the channels that the network was trained at."""
     holdout_accuracy: float | None
     """Accuracy on the samples held out; None where there are none, and of a multi-label teacher."""
-    holdout_balanced_accuracy: float | None = None
-    """The mean over the classes held out of the accuracy on those of them; None also where it was not measured."""
     holdout_ap: float | None = None
     """Of a multi-label teacher: the mean over its labels of the average precision on the samples held out."""
     holdout_count: int

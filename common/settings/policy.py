@@ -125,8 +125,8 @@ class Policy(Settings):
     class_priors: bool = False
     """Whether the shares of the classes in the private data, in hundredths, may be told."""
     holdout_accuracy: bool = False
-    """Whether the teacher's accuracy on private images kept out of its training may be told, over all of them and as a
-    mean over the classes, and how well it is calibrated there."""
+    """Whether the teacher's accuracy on private images kept out of its training may be told, and how well it is
+    calibrated there."""
     pools: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
     """Digests of the pools that may be asked about (`consilience pool show` tells a pool's); by default those whose
     folders `pools` in site.yaml names."""

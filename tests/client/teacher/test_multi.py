@@ -22,7 +22,7 @@ from consilience.client.coverage.samples import mine
 from consilience.client.features import open_taps
 from consilience.client.privacy import train_private
 from consilience.client.shaping import shape_odds
-from consilience.client.teacher import CalibratedMulti, calibrate_any, holdout_means, load_any, load_teacher
+from consilience.client.teacher import CalibratedMulti, calibrate_any, holdout_ap, load_any, load_teacher
 from consilience.client.teacher.multi import checked_odds
 from consilience.client.teacher.multi_calibrated import fit_label
 from consilience.client.teacher.private_samples import split_images
@@ -68,7 +68,7 @@ def test_a_trained_one_learns_each_label_and_measures_it_on_what_it_held_out(
     _, held = split_images(data.many[:, [0, 2]], 0.25, 0)
     assert len(held) == 80
     assert ((found > 0) == (data.many[:, [0, 2]] > 0)).mean() > 0.95
-    precision = holdout_means(settings)["holdout_ap"]
+    precision = holdout_ap(settings)
     assert precision is not None
     assert precision > 0.9
     assert record.samples in (0, 80)

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from consilience.client.teacher import describe_teacher, holdout_means, load_teacher
+from consilience.client.teacher import describe_teacher, load_teacher
 from consilience.client.teacher.private_samples import split
 from consilience.client.teacher.trained import train_teacher
 from consilience.common.epochs import EpochRecord
@@ -105,23 +105,7 @@ def test_what_was_held_out_is_exactly_what_is_counted(make: Site, blobs: Blobs, 
     learned, held_out = split(numbered, 0.25, derive(0, "holdout"))
     np.testing.assert_array_equal(seen["images"], blobs[0][learned])
     best = load_teacher(settings).log_probs(blobs[0][held_out]).argmax(axis=1)
-    right = best == numbered[held_out]
-    assert record.holdout_accuracy == np.mean(right)
-    by_class = [np.mean(right[numbered[held_out] == k]) for k in range(3)]
-    assert record.holdout_balanced_accuracy == pytest.approx(np.mean(by_class))
-    assert holdout_means(settings) == {
-        "holdout_balanced_accuracy": pytest.approx(np.mean(by_class)),
-        "holdout_ap": None,
-    }
-
-
-def test_classes_count_alike_however_many_images_they_have(make: Site, blobs: Blobs) -> None:
-    """Labels of noise, nine tenths of them one class: who always names it is right on 90 % of images, and of 1 / 2."""
-    labels = np.where(np.arange(60) % 10 == 0, 0, 3)
-    noise = np.random.default_rng(9).integers(0, 256, blobs[0].shape, np.uint8)
-    record = train_teacher(make(labels, noise, holdout=0.5, fit=FIT | {"epochs": 1}))
-    assert (record.holdout_count, record.holdout_accuracy) == (30, pytest.approx(0.9))
-    assert record.holdout_balanced_accuracy == pytest.approx(0.5)
+    assert record.holdout_accuracy == np.mean(best == numbered[held_out])
 
 
 def test_an_interrupted_training_ends_at_the_same_weights(
