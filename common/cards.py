@@ -180,7 +180,7 @@ class SumNoiseCard(BaseModel):
     honest: int = Field(ge=1, le=255)
 
 
-PRIVATE = ("holdout_accuracy", "holdout_balanced_accuracy", "holdout_ap", "calibration", "class_priors")
+PRIVATE = ("holdout_accuracy", "holdout_ap", "calibration", "class_priors")
 """Fields of a site card that are figures of private data: a site may tell them at one time and not at another."""
 
 
@@ -201,8 +201,6 @@ class SiteCard(Record):
     policy: str = Field(pattern=r"^[0-9a-f]{16}$")
     holdout_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Accuracy on private images kept out of training, where the site measured it."""
-    holdout_balanced_accuracy: float | None = Field(default=None, ge=0, le=1)
-    """The mean over the classes of the accuracy on those of them: what it is whatever the classes' shares are."""
     holdout_ap: float | None = Field(default=None, ge=0, le=1)
     """Of a multi-label teacher, in its place: the mean over its labels of the average precision on these images."""
     calibration: CalibrationCard | None = None

@@ -63,7 +63,7 @@ def classes_kept(job: JobSettings, space: LabelSpace, coverage: CoverageStores) 
     """Return how many classes of a label are kept from the start; None where labels are made over all classes.
 
     They are kept where nothing else is needed: knowledge concentration learns unified labels, by `ce`, of answers as
-    `top-K`, without coverage, corrections for priors and doubts of sites, and all sites hang together.
+    `top-K` or `top-K-u8`, without coverage, corrections for priors and doubts of sites, and all sites hang together.
     """
     sent, settings = largest_sent(job.ask.encoding), job.student.concentration
     if job.student.learning != "concentration" or settings.target != "unified" or sent is None or space.multi:

@@ -19,10 +19,10 @@ from consilience.server.learning import StudentModel
 from consilience.server.quality import FEWEST, HeldOut, Quality, Rows, estimate
 from consilience.server.robust import Trust
 
-MOST, LEAST = 4000, 1000
+MOST, LEAST = 4000, 300
 """Samples looked at: fewer of them, the more classes there are."""
 _VALUES = 2**24
-_BLOCK = 256
+_BLOCK, _BLOCK_VALUES = 256, 2**22
 
 
 def pool_quality(
@@ -53,20 +53,18 @@ def pool_quality(
     out = set() if trust is None else {site for site, told in trust.sites.items() if told.left_out}
 
     def rows() -> Iterator[Rows]:
-        for block in blocks(stores, _BLOCK, None, ids):
+        for block in blocks(stores, max(1, min(_BLOCK, _BLOCK_VALUES // len(space))), None, ids):
             scores = student.log_probs(pool.take(block.ids))
             answers = [None if site in out else rows for site, rows in zip(space.sites, block.answers, strict=True)]
             yield Rows(labels[block.ids], scores.argmax(axis=1), answers)
 
     if len(ids) < FEWEST:
         return Quality(reason=f"the pool has {len(ids)} samples with labels; below {FEWEST} nothing is estimated")
-    return estimate(space, rows(), held)
+    return estimate(space, rows(), held, {site for site, name in enumerate(space.sites) if name in out})
 
 
 def _held_out(card: SiteCard) -> HeldOut | None:
     """Return what a site tells of its teacher's accuracy; None where it does not, or not on how many images."""
-    balanced = card.holdout_balanced_accuracy
-    accuracy = card.holdout_accuracy if balanced is None else balanced
-    if accuracy is None or card.calibration is None:
+    if card.holdout_accuracy is None or card.calibration is None:
         return None
-    return HeldOut(accuracy, card.calibration.samples)
+    return HeldOut(card.holdout_accuracy, card.calibration.samples)

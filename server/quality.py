@@ -9,17 +9,18 @@ known of them: that site i is right on a sample of its classes as often as on it
 not tell that, as often as its calibrated answers claim. What is known so is how well a site tells *its own* classes
 apart; how likely a sample is of them at all nobody has measured, and that stays as the labels have it:
 
-    p(c) ~ mean over sites i of q(L_i) q(c)^b / q^b(L_i)        of c's owners those that know the most classes
+    p(c) ~ mean over sites i of q(L_i) q(c)^b / q^b(L_i)        of those that tell c, those that know the most classes
 
-Where one site knows all classes that is q^b. Assumed is that the pool's images of a class look like the sites', and
-that errors of labels and student come from the same doubt; a student trained on the pool has learnt errors of the
-labels too.
+Where one site knows all classes that is q^b. Where no site tells c but in groups, those that know it so are taken; a
+class of sites that were left out alone stays q(c). Assumed is that the pool's images of a class look like the sites',
+that it has the classes in their proportions, and that errors of labels and student come from the same doubt; a student
+trained on the pool has learnt errors of the labels too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,21 +127,21 @@ class Rows:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a site tells of its teacher: accuracy on `samples` images kept out of training.
-
-    As a mean over classes if it tells that: its private images have other shares of classes than the pool.
-    """
+    """What a site tells of its teacher: accuracy on `samples` images kept out of training."""
 
     accuracy: float
     samples: int
 
 
-def estimate(space: LabelSpace, rows: Iterable[Rows], held_out: Sequence[HeldOut | None]) -> Quality:
-    """Estimate from blocks of rows, in one pass; memory is 65 numbers a class.
+def estimate(
+    space: LabelSpace, rows: Iterable[Rows], held_out: Sequence[HeldOut | None], left_out: Container[int] = ()
+) -> Quality:
+    """Estimate from blocks of rows, in one pass; memory is 65 numbers a class, and a few times those of a block.
 
-    `held_out`: one a site of `space`, None for a site that does not tell.
+    `held_out`: one a site of `space`, None for a site that does not tell. `left_out`: sites that nothing is made of;
+    `rows` have none of their answers.
     """
-    sums = _Sums(space)
+    sums = _Sums(space, left_out)
     for block in rows:
         sums.add(block)
     if sums.samples < FEWEST:
@@ -151,18 +152,15 @@ def estimate(space: LabelSpace, rows: Iterable[Rows], held_out: Sequence[HeldOut
 class _Sums:
     """Expectations under q^b over samples, for every b at once."""
 
-    def __init__(self, space: LabelSpace) -> None:
+    def __init__(self, space: LabelSpace, left_out: Container[int]) -> None:
         sites, size, tried = len(space.sites), len(space), len(SHARPENINGS)
         self.space, self.samples = space, 0
         self._sets = [np.array(classes) for classes in space.class_sets]
         self._columns = [Columns.of(space, site) for site in range(sites)]
-        widest = np.zeros(size, np.int64)
-        for own in self._sets:
-            widest[own] = np.maximum(widest[own], len(own))
-        self._judged = [
-            own[widest[own] == len(own)] for own in self._sets
-        ]  # classes that a site is the widest owner of
-        self._judges = np.bincount(np.concatenate(self._judged), minlength=size)
+        self._judged = _judged(space, left_out)
+        self._judges = np.zeros(size)
+        for own, judged in zip(self._sets, self._judged, strict=True):
+            self._judges[own[judged]] += 1
         self._mass, self._right, self._best = (np.zeros((tried, size)) for _ in range(3))
         self._site_right, self._site_mass = np.zeros((tried, sites)), np.zeros((tried, sites))
         self._claimed, self._claims = np.zeros(sites), np.zeros(sites)
@@ -175,6 +173,8 @@ class _Sums:
         n, size = np.arange(len(logs)), len(self.space)
         best = logs.argmax(axis=1)
         self.samples += len(logs)
+        plain = np.exp(logs)
+        inside = [plain[:, own].sum(axis=1) for own in self._sets]
         tops: list[Ints | None] = []
         for i, answers in enumerate(block.answers):
             if answers is None:
@@ -183,12 +183,11 @@ class _Sums:
             rows = np.asarray(answers, np.float64)
             tops.append(rows.argmax(axis=1))
             claims = np.exp(rows.max(axis=1) - np.logaddexp.reduce(rows, axis=1))
-            mine = np.exp(logs[:, self._sets[i]]).sum(axis=1) / np.exp(logs).sum(axis=1)
+            mine = inside[i] / plain.sum(axis=1)
             self._claimed[i] += float(mine @ claims)
             self._claims[i] += float(mine.sum())
-        inside = [np.exp(logs[:, own]).sum(axis=1) for own in self._sets]
         for k, sharpening in enumerate(SHARPENINGS):
-            probs = self._sharpened(sharpening * logs, inside)
+            probs = self._sharpened(np.exp(sharpening * logs), plain, inside)
             right = probs[n, block.student]
             self._mass[k] += probs.sum(axis=0)
             self._right[k] += np.bincount(block.student, right, size)
@@ -200,14 +199,14 @@ class _Sums:
                     self._site_right[k, i] += own[n, top].sum()
                     self._site_mass[k, i] += own.sum()
 
-    def _sharpened(self, powers: Floats, inside: Sequence[Floats]) -> Floats:
-        """Return p (b, L) for the logarithms of q^b, and how much q has (b,) in each site's classes."""
-        powers = np.exp(powers)
-        probs = np.zeros_like(powers)
+    def _sharpened(self, powers: Floats, plain: Floats, inside: Sequence[Floats]) -> Floats:
+        """Return p (b, L) for q^b and q, neither normalised, and what q has (b,) in each site's classes."""
+        probs = np.where(self._judges == 0, plain, 0.0)
         for own, judged, mass in zip(self._sets, self._judged, inside, strict=True):
-            if len(judged):
-                probs[:, judged] += powers[:, judged] * (mass / powers[:, own].sum(axis=1))[:, None]
-        probs /= self._judges
+            if judged.any():
+                theirs = powers[:, own]
+                probs[:, own[judged]] += theirs[:, judged] * (mass / theirs.sum(axis=1))[:, None]
+        probs /= np.maximum(self._judges, 1)
         normal: Floats = probs / probs.sum(axis=1, keepdims=True)
         return normal
 
@@ -292,6 +291,19 @@ class _Sums:
             classes=classes,
             sites=sites,
         )
+
+
+def _judged(space: LabelSpace, left_out: Container[int]) -> list[NDArray[np.bool_]]:
+    """Say of each site's classes, (k_i,), which it tells apart: of those that do, the sites that know the most."""
+    judged = [np.zeros(len(own), np.bool_) for own in space.class_sets]
+    places = [{c: k for k, c in enumerate(own)} for own in space.class_sets]
+    for c in range(len(space)):
+        able = [i for i in space.tellers[c] or space.owners[c] if i not in left_out]
+        most = max((len(judged[i]) for i in able), default=0)
+        for i in able:
+            if len(judged[i]) == most:
+                judged[i][places[i][c]] = True
+    return judged
 
 
 def _advice(recall: float | None, labels: float, owners: int) -> Advice:

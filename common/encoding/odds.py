@@ -8,8 +8,8 @@ A row over k labels is, as `f32` and `f16`, k numbers. As `u8` it is k signed by
 
 `top-K` has the m = min(K, k) likeliest labels (ids, then log-odds f16) and, where labels are left, the log-odds of
 their mean probability (f16): they are decoded as all having that. `top-K-u8` is the same with the signed bytes of `u8`
-in place of f16. `votes` has one bit a label, lowest bit first, 1
-where the label is likelier than not; it is decoded as a probability of 1 - OTHERS or OTHERS.
+in place of f16. `votes` has one bit a label, lowest bit first, 1 where the label is likelier than not; it is decoded as
+a probability of 1 - OTHERS or OTHERS.
 """
 
 from __future__ import annotations

@@ -12,9 +12,13 @@ what it leaves is told in L square steps between nothing and r / (r + 1):
     1 - s_j = r / (r + 1) ((l + 1/2) / L)^2        r = k - j
 
 Steps are finest where little is left. Every row of cells that name different classes is a distribution: what they leave
-is shared out evenly over the classes not sent. With e = 1 / L + 1 / (4 L^2),
+is shared out evenly over the classes not sent. A step can lift a class above the one before; it is then decoded as
+that one is, less 2^-16 of it, and the first class has what is cut off, so that the likeliest class stays that. With
+e = 1 / L + 1 / (4 L^2), and but for these 2^-16,
 
-    |error of s_j| <= e,    |error of p_j| <= j e
+    |error of s_j| <= e before,    |error of p_j| <= j e from the second class on,    |error of p_1| <= m^2 e
+
+(what the first m leave is off by m e at most, and p_1 by what all others are off together; alone, by e).
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from consilience.common.encoding.largest import Sent, largest, named_twice
 LEAST_LEVELS = 16
 """How many numbers every class has, at least."""
 MOST_LEVELS = 256
+_APART = 2.0**-16
+"""How far the logarithms of two classes are apart that the steps would have in the other order."""
 
 
 def _cell(classes: int) -> tuple[np.dtype[np.unsignedinteger], int]:
@@ -106,6 +112,12 @@ class LargestShares:
             left = np.cumsum(np.log(rest), axis=1)
         values = np.log1p(-rest)
         values[:, 1:] += left[:, :-1]
+        apart = _APART * np.arange(sent)
+        falling = np.minimum.accumulate(values + apart, axis=1) - apart
+        cut = np.exp(values).sum(axis=1) - np.exp(falling).sum(axis=1)
+        lifted = np.any(values > falling + _APART / 2, axis=1)
+        values = np.where(lifted[:, None], falling, values)
+        values[lifted, 0] = np.log(np.exp(values[lifted, 0]) + cut[lifted])
         other = left[:, -1] - np.log(classes - sent) if sent < classes else np.full(len(raw), -np.inf)
         return Sent(ids, values.astype(np.float32), other.astype(np.float32))
 

@@ -87,15 +87,15 @@ def allowed_by(encodings: Iterable[Encoding], asked: Encoding) -> bool:
 
 
 def encoding_names(encodings: Iterable[Encoding]) -> list[str]:
-    """Return for people what `encodings` allow: the names, with `top-K` and `top-K-u8` where every K is allowed."""
+    """Return for people what `encodings` allow: the names, and `top-K` and `top-K-u8` with the K that are allowed."""
     found = list(encodings)
-    place = found.index("votes") if "votes" in found else len(found)
-    every = [
-        name
-        for small, name in ((False, "top-K"), (True, "top-K-u8"))
-        if not set(_OF_EVERY_CLASS[small]).isdisjoint(found)
-    ]
-    return [*found[:place], *every, *found[place:]]
+    told = [name for name in found if name in ENCODINGS and name != "votes"]
+    for small, end in ((False, ""), (True, "-u8")):
+        if not set(_OF_EVERY_CLASS[small]).isdisjoint(found):
+            told.append(f"top-K{end}")
+        elif most := max((largest_sent(name) or 0 for name in found if small or not sent_in_bytes(name)), default=0):
+            told.append(f"top-1{end} to top-{most}{end}" if most > 1 else f"top-1{end}")
+    return [*told, *["votes"] * ("votes" in found)]
 
 
 class Settings(BaseModel):

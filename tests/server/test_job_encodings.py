@@ -80,7 +80,7 @@ def test_a_job_in_an_encoding_says_what_left_the_sites(
     [
         (("f16", "u8", "votes"), "f32", "f16, u8, top-K, top-K-u8, votes"),
         (("u8", "votes"), "top-3", "u8, top-K-u8, votes"),
-        (("top-3", "votes"), "top-4", "top-3, votes"),
+        (("top-3", "votes"), "top-4", "top-1 to top-3, top-1-u8 to top-3-u8, votes"),
         (("votes",), "u8", "votes"),
     ],
 )
@@ -101,5 +101,8 @@ def test_a_simulation_asks_what_its_policy_allows(tmp_path: Path) -> None:
         "policy": {"precision": "top-3"},
     }
     assert settings(tmp_path, "top-2", pool=None, simulation=simulation).ask.encoding == "top-2"
-    with pytest.raises(SettingsError, match=r"ask\.encoding is 'u8'; simulation\.policy allows: top-3, votes"):
+    with pytest.raises(
+        SettingsError,
+        match=r"ask\.encoding is 'u8'; simulation\.policy allows: top-1 to top-3, top-1-u8 to top-3-u8, votes",
+    ):
         settings(tmp_path, "u8", pool=None, simulation=simulation)

@@ -103,6 +103,55 @@ def test_of_a_class_s_owners_those_that_know_the_most_tell_it_apart() -> None:
     assert told[0].accuracy == told[1].accuracy is not None
 
 
+def halves(seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, HeldOut]]:
+    """Return labels of a, b, c, d right about {a, b} and too timid within, true classes, answers, held-out images."""
+    posterior, labels, _, truth = world(seed, 20_000, 3.0)
+    answers, held = {}, {}
+    for name, own in {"one": [0, 1], "two": [2, 3]}.items():
+        labels[:, own] *= (posterior[:, own].sum(axis=1) / labels[:, own].sum(axis=1))[:, None]
+        answers[name] = np.log(posterior[:, own])
+        mine = np.isin(truth, own)
+        right = (np.array(own)[answers[name].argmax(axis=1)] == truth)[mine]
+        held[name] = HeldOut(float(right.mean()), int(mine.sum()))
+    labels /= labels.sum(axis=1, keepdims=True)
+    answers["zealot"] = np.log(np.stack([posterior[:, :2].sum(axis=1), posterior[:, 2:].sum(axis=1)], axis=1))
+    right = answers["zealot"].argmax(axis=1) == truth // 2
+    held["zealot"] = HeldOut(float(right.mean()), len(truth))
+    return labels, truth, answers, held
+
+
+def test_a_site_that_was_left_out_tells_no_class_apart() -> None:
+    """A liar beside two honest sites names every class, so that it would be the one that knows the most."""
+    labels, truth, answers, held = halves(4)
+    sites = {"one": ["a", "b"], "two": ["c", "d"]}
+    student, told, known = labels.argmax(axis=1), [answers["one"], answers["two"]], [held["one"], held["two"]]
+    without = estimate(LabelSpace.build(sites), [Rows(labels, student, told)], known)
+    space = LabelSpace.build({**sites, "zealot": ["a", "b", "c", "d"]})
+    with_it = estimate(space, [Rows(labels, student, [*told, None])], [*known, None], [2])
+    assert without.accuracy is not None and without.accuracy == with_it.accuracy
+    assert without.accuracy.value == pytest.approx((student == truth).mean(), abs=0.012)
+
+
+def test_a_class_of_sites_that_were_left_out_stays_as_the_labels_have_it() -> None:
+    labels, _, answers, held = halves(5)
+    space = LabelSpace.build({"one": ["a", "b"], "zealot": ["c", "d"]})
+    rows = Rows(labels, np.full(len(labels), 2), [answers["one"], None])
+    found = estimate(space, [rows], [held["one"], None], [1])
+    assert found.accuracy is not None
+    assert found.accuracy.value == pytest.approx(labels[:, 2].mean())
+
+
+def test_a_site_that_answers_on_groups_tells_none_of_their_classes_apart() -> None:
+    labels, truth, answers, held = halves(6)
+    sites = {"one": ["a", "b"], "two": ["c", "d"], "zealot": ["ab", "cd"]}
+    space = LabelSpace.build(sites, groups={"ab": ["a", "b"], "cd": ["c", "d"]})
+    student = labels.argmax(axis=1)
+    found = estimate(space, [Rows(labels, student, [answers[name] for name in sites])], [held[name] for name in sites])
+    assert found.accuracy is not None
+    assert found.accuracy.value == pytest.approx((student == truth).mean(), abs=0.012)
+    assert found.sharpening == pytest.approx(3.0, rel=0.15)
+
+
 def test_by_hand_without_a_site_that_pulls() -> None:
     """Labels that say 3/4 and a site that claims 3/4: nothing is sharpened, and a student that follows is right so."""
     space = LabelSpace.build({"one": ["a", "b"]})
