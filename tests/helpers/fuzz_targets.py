@@ -679,7 +679,13 @@ def _stranger() -> Target:
     return Target(run, (pem,))
 
 
-_CODECS = {"floats": ("f32", "f16"), "squares": ("u8",), "largest": ("top-1", "top-3", "top-40"), "votes": ("votes",)}
+_CODECS = {
+    "floats": ("f32", "f16"),
+    "squares": ("u8",),
+    "largest": ("top-1", "top-3", "top-40"),
+    "shares": ("top-1-u8", "top-3-u8", "top-40-u8"),
+    "votes": ("votes",),
+}
 """Encodings by the codec that reads them."""
 TARGETS: dict[str, Target] = {
     **{f"rows-{name}": _rows(*encodings) for name, encodings in _CODECS.items()},
