@@ -6,7 +6,7 @@ Does not live here: the record (common/cards.SiteCard), what is told beside it t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def card_of(
         description=description,
         policy=policy.version,
         holdout_accuracy=accuracy if policy.holdout_accuracy else None,
-        holdout_ap=holdout_ap(settings) if policy.holdout_accuracy else None,
+        holdout_ap=_few_digits(holdout_ap(settings)) if policy.holdout_accuracy else None,
         calibration=_calibration(teacher) if policy.holdout_accuracy else None,
         class_priors=_class_priors(settings, teacher) if policy.class_priors else None,
         coverage=_coverage(policy, coverage),
@@ -93,11 +93,20 @@ def _calibration(teacher: Teacher | MultiTeacher) -> CalibrationCard | None:
     return CalibrationCard(
         method=record.method,
         samples=record.samples,
-        ece_before=record.before.ece,
-        ece_after=record.after.ece,
-        nll_before=record.before.nll,
-        nll_after=record.after.nll,
+        ece_before=_few_digits(record.before.ece),
+        ece_after=_few_digits(record.after.ece),
+        nll_before=_few_digits(record.before.nll),
+        nll_after=_few_digits(record.after.nll),
     )
+
+
+@overload
+def _few_digits(mean: float) -> float: ...
+@overload
+def _few_digits(mean: None) -> None: ...
+def _few_digits(mean: float | None) -> float | None:
+    """Return a mean over private images in thousandths: all its digits would tell what it is a mean of."""
+    return None if mean is None else round(mean, 3)
 
 
 def _class_priors(settings: SiteSettings, teacher: Teacher | MultiTeacher) -> tuple[float, ...] | None:
