@@ -6,7 +6,7 @@ Does not live here: the record (common/cards.SiteCard), what is told beside it t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +45,7 @@ def card_of(
     """
     description, accuracy = describe_teacher(settings)
     policy = settings.policy
+    precision = holdout_ap(settings) if policy.holdout_accuracy else None
     return SiteCard(
         labels=settings.teacher.labels,
         name=settings.name,
@@ -54,7 +55,7 @@ def card_of(
         description=description,
         policy=policy.version,
         holdout_accuracy=accuracy if policy.holdout_accuracy else None,
-        holdout_ap=_few_digits(holdout_ap(settings)) if policy.holdout_accuracy else None,
+        holdout_ap=None if precision is None else _few_digits(precision),
         calibration=_calibration(teacher) if policy.holdout_accuracy else None,
         class_priors=_class_priors(settings, teacher) if policy.class_priors else None,
         coverage=_coverage(policy, coverage),
@@ -100,13 +101,9 @@ def _calibration(teacher: Teacher | MultiTeacher) -> CalibrationCard | None:
     )
 
 
-@overload
-def _few_digits(mean: float) -> float: ...
-@overload
-def _few_digits(mean: None) -> None: ...
-def _few_digits(mean: float | None) -> float | None:
+def _few_digits(mean: float) -> float:
     """Return a mean over private images in thousandths: all its digits would tell what it is a mean of."""
-    return None if mean is None else round(mean, 3)
+    return round(mean, 3)
 
 
 def _class_priors(settings: SiteSettings, teacher: Teacher | MultiTeacher) -> tuple[float, ...] | None:

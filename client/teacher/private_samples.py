@@ -60,10 +60,7 @@ def held_out(settings: SiteSettings, data: ImageData, digest: str) -> tuple[NDAr
 
     Labels (n,) are numbered as the teacher's classes. Raises `TeacherError` when it was trained on other data.
     """
-    if trained_record(settings).data_digest != digest:
-        raise TeacherError(
-            f"{settings.name}: the private data are not those that the teacher was trained on", hint=RETRAIN
-        )
+    _need_same(settings, digest)
     labels, _ = present_classes(data)
     _, ids = split(labels, wanted(settings).holdout, derive(settings.seed, HOLDOUT))
     return ids, labels[ids]
@@ -74,13 +71,17 @@ def held_out_multi(settings: SiteSettings, data: ImageData, digest: str) -> tupl
 
     Labels (n, k) are in the teacher's order. Raises `TeacherError` when it was trained on other data.
     """
+    _need_same(settings, digest)
+    labels, _ = present_labels(data)
+    _, ids = split_images(labels, wanted(settings).holdout, derive(settings.seed, HOLDOUT))
+    return ids, labels[ids]
+
+
+def _need_same(settings: SiteSettings, digest: str) -> None:
     if trained_record(settings).data_digest != digest:
         raise TeacherError(
             f"{settings.name}: the private data are not those that the teacher was trained on", hint=RETRAIN
         )
-    labels, _ = present_labels(data)
-    _, ids = split_images(labels, wanted(settings).holdout, derive(settings.seed, HOLDOUT))
-    return ids, labels[ids]
 
 
 def split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

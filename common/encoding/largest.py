@@ -41,6 +41,13 @@ class Sent:
     values: NDArray[np.float32]
     other: NDArray[np.float32]
 
+    def in_full(self, classes: int) -> NDArray[np.float32]:
+        """Return the rows over all classes, (n, classes)."""
+        out = np.empty((len(self.ids), classes), np.float32)
+        out[:] = self.other[:, None]
+        np.put_along_axis(out, self.ids, self.values, axis=1)
+        return out
+
 
 @dataclass(frozen=True)
 class LargestRows:
@@ -94,6 +101,12 @@ class LargestRows:
         return rows["ids"].astype(np.int64), self._as_read(rows["values"]), rest
 
 
+def names_none(ids: NDArray[Any], classes: int, what: str = "class") -> RowProblem | None:
+    """Say which of (n, m) rows names a class, or label, that does not exist, the first; None when none does."""
+    row = first(np.any(ids >= classes, axis=1))
+    return None if row is None else (row, f"names {what} {int(ids[row].max())} of {classes}, which are counted from 0")
+
+
 def not_in_order(ids: NDArray[np.int64], values: NDArray[np.float32]) -> int | None:
     """Return the first of (n, m) rows whose values do not fall, equal ones by id; None when all do."""
     falls = (values[:, :-1] > values[:, 1:]) | ((values[:, :-1] == values[:, 1:]) & (ids[:, :-1] < ids[:, 1:]))
@@ -122,9 +135,8 @@ class Largest(LargestRows):
     def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
         """Say which of (n, row_bytes) encoded rows is not as it must be; None when all are."""
         ids, values, rest = self._parts(raw, classes)
-        row = first(np.any(ids >= classes, axis=1))
-        if row is not None:
-            return row, f"names class {int(ids[row].max())} of {classes}, which are counted from 0"
+        if found := names_none(ids, classes):
+            return found
         known = values if rest is None else np.concatenate([values, rest], axis=1)
         if found := log_prob_problem(known):
             return found
@@ -144,11 +156,7 @@ class Largest(LargestRows):
 
     def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
         """Return the (n, k) log-probabilities of (n, row_bytes) encoded rows that have no problem; they sum to 1."""
-        sent = self.sent(raw, classes)
-        out = np.empty((len(raw), classes), np.float32)
-        out[:] = sent.other[:, None]
-        np.put_along_axis(out, sent.ids, sent.values, axis=1)
-        return out
+        return self.sent(raw, classes).in_full(classes)
 
     def sent(self, raw: NDArray[np.uint8], classes: int) -> Sent:
         """Return what `unpack` does, but not more than was sent."""
@@ -175,8 +183,7 @@ class Votes:
     def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
         """Say which of (n, row_bytes) encoded rows names no class; None when all do."""
         ids = raw.view(id_type(classes))[:, 0]
-        row = first(ids >= classes)
-        return None if row is None else (row, f"names class {int(ids[row])} of {classes}, which are counted from 0")
+        return names_none(ids[:, None], classes)
 
     def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
         """Return the (n, k) log-probabilities of (n, row_bytes) encoded rows that have no problem; they sum to 1."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from consilience.common.encoding.floats import RowProblem, first
-from consilience.common.encoding.largest import OTHERS, LargestRows, named_twice, not_in_order
+from consilience.common.encoding.largest import OTHERS, LargestRows, named_twice, names_none, not_in_order
 
 MOST_ODDS = 100.0
 """No log-odds are told above it: beyond, no single answer can outweigh others without end."""
@@ -125,9 +125,8 @@ class OddsLargest(LargestRows):
     def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
         """Say which of (n, row_bytes) encoded rows is not as it must be; None when all are."""
         ids, values, rest = self._parts(raw, classes)
-        row = first(np.any(ids >= classes, axis=1))
-        if row is not None:
-            return row, f"names label {int(ids[row].max())} of {classes}, which are counted from 0"
+        if found := names_none(ids, classes, "label"):
+            return found
         known = values if rest is None else np.concatenate([values, rest], axis=1)
         row = first(~np.all(np.abs(known) <= MOST_ODDS, axis=1))
         if row is not None:

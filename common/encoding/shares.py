@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consilience.common.encoding.floats import RowProblem, first
-from consilience.common.encoding.largest import Sent, largest, named_twice
+from consilience.common.encoding.largest import Sent, largest, named_twice, names_none
 
 LEAST_LEVELS = 16
 """How many numbers every class has, at least."""
@@ -40,10 +40,9 @@ _APART = 2.0**-16
 
 def _cell(classes: int) -> tuple[np.dtype[np.unsignedinteger], int]:
     """Return the type of a cell over `classes` classes, and how many levels it tells."""
-    for name, most in (("u1", 2**8), ("<u2", 2**16), ("<u4", 2**32)):
-        if most >= LEAST_LEVELS * classes or name == "<u4":
-            return np.dtype(name), min(MOST_LEVELS, most // classes)
-    raise AssertionError(classes)
+    widths = (("u1", 2**8), ("<u2", 2**16), ("<u4", 2**32))
+    name, most = next((name, most) for name, most in widths if most >= LEAST_LEVELS * classes)
+    return np.dtype(name), min(MOST_LEVELS, most // classes)
 
 
 def _even(sent: int, classes: int) -> NDArray[np.float64]:
@@ -86,9 +85,8 @@ class LargestShares:
     def problem(self, raw: NDArray[np.uint8], classes: int) -> RowProblem | None:
         """Say which of (n, row_bytes) encoded rows is not as it must be; None when all are."""
         ids, level = self._parts(raw, classes)
-        row = first(np.any(ids >= classes, axis=1))
-        if row is not None:
-            return row, f"names class {int(ids[row].max())} of {classes}, which are counted from 0"
+        if found := names_none(ids, classes):
+            return found
         if (row := named_twice(ids)) is not None:
             return row, "names a class twice"
         if ids.shape[1] < classes or (row := first(level[:, -1] > 0)) is None:
@@ -97,11 +95,7 @@ class LargestShares:
 
     def unpack(self, raw: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
         """Return the (n, k) log-probabilities of (n, row_bytes) encoded rows that have no problem; they sum to 1."""
-        sent = self.sent(raw, classes)
-        out = np.empty((len(raw), classes), np.float32)
-        out[:] = sent.other[:, None]
-        np.put_along_axis(out, sent.ids, sent.values, axis=1)
-        return out
+        return self.sent(raw, classes).in_full(classes)
 
     def sent(self, raw: NDArray[np.uint8], classes: int) -> Sent:
         """Return what `unpack` does, but not more than was sent."""
@@ -114,10 +108,10 @@ class LargestShares:
         values[:, 1:] += left[:, :-1]
         apart = _APART * np.arange(sent)
         falling = np.minimum.accumulate(values + apart, axis=1) - apart
-        cut = np.exp(values).sum(axis=1) - np.exp(falling).sum(axis=1)
-        lifted = np.any(values > falling + _APART / 2, axis=1)
-        values = np.where(lifted[:, None], falling, values)
-        values[lifted, 0] = np.log(np.exp(values[lifted, 0]) + cut[lifted])
+        lifted = np.flatnonzero(np.any(values > falling + _APART / 2, axis=1))
+        cut = np.exp(values[lifted]).sum(axis=1) - np.exp(falling[lifted]).sum(axis=1)
+        values[lifted] = falling[lifted]
+        values[lifted, 0] = np.log(np.exp(values[lifted, 0]) + cut)
         other = left[:, -1] - np.log(classes - sent) if sent < classes else np.full(len(raw), -np.inf)
         return Sent(ids, values.astype(np.float32), other.astype(np.float32))
 
