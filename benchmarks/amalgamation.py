@@ -21,10 +21,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,6 @@ import numpy as np
 from images import Images, Labels, Source, add_data, difference, folders_of, read, save, spread, write_pools
 from numpy.typing import NDArray
 
-from consilience.common.files import read_json, write_json
 from consilience.common.nets import build
 from consilience.common.nets.taps import taps
 from consilience.common.pool import Pool
@@ -56,7 +54,7 @@ from consilience.common.settings import (
 from consilience.common.settings_file import dump_settings
 from consilience.server.learning import StudentModel
 from harness import options, show
-from jobs import all_of, do_job, train_quietly
+from jobs import by_seed, do_job, train_quietly
 
 RATES = (0.03, 0.1)
 """Peak learning rates that each method has the choice of."""
@@ -246,22 +244,28 @@ def agreement(
     return float((found == labels).mean())
 
 
-def choose(scenario: Scenario, home: Path, paths: list[Path]) -> dict[str, dict[str, float]]:
-    """Return each method's agreement under each rate, under the first seed."""
-    labels = unified(0, home, paths)
+def choose(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Return each method's agreement under each rate."""
+    paths = prepare(scenario, seed, home, folders)
+    train_quietly(paths)
+    labels = unified(seed, home, paths)
     return {
-        method: {str(rate): agreement(scenario, method, rate, 0, home, paths, labels) for rate in RATES}
+        method: {str(rate): agreement(scenario, method, rate, seed, home, paths, labels) for rate in RATES}
         for method in scenario.methods
     }
 
 
 def measure(
-    scenario: Scenario, seed: int, home: Path, paths: list[Path], agreed: dict[str, dict[str, float]]
+    scenario: Scenario, seed: int, home: Path, folders: Sequence[Path], agreed: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """Return the figures of one scenario under one seed."""
+    paths = prepare(scenario, seed, home, folders)
+    train_quietly(paths)
     rates = {method: float(max(held, key=lambda rate: held[rate])) for method, held in agreed.items()}
     reports = {m: do(scenario, m, rates[m], seed, home, paths) for m in scenario.methods}
     told = reports["KD"]["baselines"]
+    for path in paths:
+        shutil.rmtree(path.parent / "state" / "released", ignore_errors=True)
     return {
         "students": {method: report["student"]["accuracy"] for method, report in reports.items()},
         "rates": rates,
@@ -291,23 +295,14 @@ def main() -> None:
     """Measure what is not measured yet, and show everything."""
     arguments = options(__doc__, arguments_too)
     scenarios = QUICK if arguments.quick else {name: SCENARIOS[name] for name in arguments.only}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
-        for seed in range(1 if arguments.quick else arguments.seeds):  # seed by seed: a part says something of all
-            for name, scenario in scenarios.items():
-                done, chosen = work / f"{name}-{seed}.json", work / f"{name}-rates.json"
-                if not done.exists():
-                    home = work / f"{name}-{seed}"
-                    paths = prepare(scenario, seed, home, folders_of(arguments))
-                    all_of(train_quietly, paths, quick=arguments.quick)
-                    if not chosen.exists():
-                        write_json(chosen, choose(scenario, home, paths))
-                    write_json(done, measure(scenario, seed, home, paths, read_json(chosen)))
-                    for path in paths:
-                        shutil.rmtree(path.parent / "state" / "released", ignore_errors=True)
-                found[name].append(read_json(done))
-                print(f"{name}, seed {seed}: {found[name][-1]['students']}", file=sys.stderr)
+    folders = folders_of(arguments)
+    choices = {f"{name} rates": partial(choose, scenario, folders=folders) for name, scenario in scenarios.items()}
+    chosen = by_seed(arguments, choices, lambda agreed: agreed, seeds=1)
+    measures = {
+        name: partial(measure, scenario, folders=folders, agreed=chosen[f"{name} rates"][0])
+        for name, scenario in scenarios.items()
+    }
+    found = by_seed(arguments, measures, lambda figures: figures["students"])
     for name, figures in found.items():
         rows = [
             (

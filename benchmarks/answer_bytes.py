@@ -9,22 +9,20 @@ good as f32 where its student, on average over seeds, loses at most half a point
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from images import difference, spread
 
-from consilience.common.files import read_json, write_json
 from consilience.common.progress import Reporter
 from consilience.common.settings import Ask, Encoding, Fit, JobSettings, Judge, NpzData, Student, TrainTeacher
 from consilience.deploy.simulation import embedded_job, prepare
-from harness import options, show
-from jobs import all_of, do_job, train_quietly
+from harness import add_seeds, options, show
+from jobs import by_seed, do_job, students, train_quietly
 
 ENCODINGS: tuple[Encoding, ...] = ("f32", "f16", "u8", "top-3", "top-3-u8", "top-1", "top-1-u8", "votes")
 HALVED: tuple[Encoding, ...] = ("f32", "u8", "top-3", "votes")
@@ -47,9 +45,9 @@ def demo(seed: int, *, quick: bool) -> JobSettings:
     return job.model_copy(update={"simulation": simulation})
 
 
-def do(task: tuple[JobSettings, Path, list[Path]]) -> dict[str, Any]:
-    """Do a job with the sites at `paths` and return what it came to."""
-    report = do_job(*task)
+def do(settings: JobSettings, run: Path, paths: list[Path]) -> dict[str, Any]:
+    """Do a job in the folder `run` with the sites at `paths` and return what it came to."""
+    report = do_job(settings, run, paths)
     return {
         "student": report["student"]["accuracy"],
         "estimate": report["quality"]["accuracy"],
@@ -65,48 +63,27 @@ def measure(seed: int, home: Path, *, quick: bool) -> dict[str, Any]:
     home.mkdir(parents=True, exist_ok=True)
     with Reporter() as reporter:
         paths = prepare(whole.simulation, whole, home, reporter)
-    all_of(train_quietly, paths, quick=quick)
+    train_quietly(paths)
     held = home / "simulation"
     half = len(np.load(held / "pool-labels.npy")) // 2
     asked = {name: Ask(encoding=name) for name in ENCODINGS}
     asked |= {f"{name}, half": Ask(encoding=name, samples=half) for name in HALVED}
-    jobs = [
-        whole.model_copy(
-            update={
-                "name": "answer-bytes",
-                "simulation": None,
-                "pool": held / "pool",
-                "ask": ask,
-                "judge": Judge(test=NpzData(kind="npz", path=held / "test.npz")),
-            }
-        )
-        for ask in asked.values()
-    ]
-    tasks = [(job, home / "runs" / name.replace(", ", "-"), paths) for name, job in zip(asked, jobs, strict=True)]
-    # One after another: a site's ledger is open in one process at a time.
-    return dict(zip(asked, map(do, tasks), strict=True))
-
-
-def arguments_too(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's own options."""
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep runs and figures here, and go on from them")
-    parser.add_argument("--seeds", type=int, default=5)
+    about = {
+        "name": "answer-bytes",
+        "simulation": None,
+        "pool": held / "pool",
+        "judge": Judge(test=NpzData(kind="npz", path=held / "test.npz")),
+    }
+    return {
+        name: do(whole.model_copy(update={**about, "ask": ask}), home / "runs" / name.replace(", ", "-"), paths)
+        for name, ask in asked.items()
+    }
 
 
 def main() -> None:
     """Measure what is not measured yet, and show everything."""
-    arguments = options(__doc__, arguments_too)
-    found = []
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
-        for seed in range(1 if arguments.quick else arguments.seeds):
-            done = work / f"seed-{seed}.json"
-            if not done.exists():
-                write_json(done, measure(seed, work / f"seed-{seed}", quick=arguments.quick))
-            found.append(read_json(done))
-            print(
-                f"seed {seed}: " + ", ".join(f"{k} {v['student']:.3f}" for k, v in found[-1].items()), file=sys.stderr
-            )
+    arguments = options(__doc__, add_seeds)
+    found = by_seed(arguments, {"seed": partial(measure, quick=arguments.quick)}, students)["seed"]
     base = [each["f32"] for each in found]
     rows, good = [], []
     for name in sorted(found[0], key=lambda name: -found[0][name]["bytes"]):

@@ -9,19 +9,17 @@ no better than random beyond chance where the interval of `less random`, over se
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from images import add_data, difference, folders_of, spread
 from small_sites import Scenario
 
-from consilience.common.files import read_json, write_json
 from consilience.common.settings import Ask, Choose, JobSettings, Judge, NpzData
 from harness import options, show
-from jobs import do_job
+from jobs import by_seed, do_job, students
 
 CLASSES = tuple(tuple(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2)) for site in range(5))
 """Site i knows three of five pairs of classes, so that each class has three owners."""
@@ -70,15 +68,8 @@ def main() -> None:
     """Measure what is not measured yet, and show everything."""
     arguments = options(__doc__, add_data)
     scenario, budgets = (QUICK, QUICK_BUDGETS) if arguments.quick else (SCENARIO, BUDGETS)
-    found = []
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
-        for seed in range(1 if arguments.quick else arguments.seeds):
-            done = work / f"choosing-{seed}.json"
-            if not done.exists():
-                write_json(done, measure(scenario, budgets, seed, work / f"choosing-{seed}", folders_of(arguments)))
-            found.append(read_json(done))
-            print(f"seed {seed}: { {k: round(v['student'], 3) for k, v in found[-1].items()} }", file=sys.stderr)
+    measures = {"choosing": partial(measure, scenario, budgets, folders=folders_of(arguments))}
+    found = by_seed(arguments, measures, students)["choosing"]
     rows = []
     for name in jobs_of(budgets):
         budget, _, choose = name.partition(" ")

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import resize
 from consilience.common.settings import (
@@ -50,7 +48,7 @@ from consilience.common.settings_file import dump_settings, load_settings
 from consilience.server.contract import RunContract
 from consilience.server.stores import stores_about
 from harness import options, show
-from jobs import all_of, do_job, train_quietly
+from jobs import by_seed, do_job, train_quietly
 
 OVERLAP = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
 DISJOINT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
@@ -195,20 +193,14 @@ def job(scenario: Scenario, seed: int, home: Path, variant: str, other: float) -
     )
 
 
-def do(task: tuple[JobSettings, Path, list[Path]]) -> dict[str, Any]:
-    """Do a job with the sites at `paths` and return its report."""
-    return do_job(*task)
-
-
 def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) -> dict[str, Any]:
     """Return the figures of one scenario under one seed."""
     home.mkdir(parents=True, exist_ok=True)
     paths = prepare(scenario, seed, home, folders)
     other = OTHER if name == "unknown" else 0.0
     variants = [v for v in VARIANTS if not (v == "direct" and (other or name == "quick"))]
-    all_of(train_quietly, paths, quick=name == "quick")
-    tasks = [(job(scenario, seed, home, v, other), home / "runs" / v, paths) for v in variants]
-    reports = dict(zip(variants, all_of(do, tasks, quick=name == "quick"), strict=True))
+    train_quietly(paths)
+    reports = {v: do_job(job(scenario, seed, home, v, other), home / "runs" / v, paths) for v in variants}
     full = reports["coverage"]
     return {
         "students": {v: report["student"]["accuracy"] for v, report in reports.items()},
@@ -294,16 +286,8 @@ def main() -> None:
     arguments = options(__doc__, arguments_too)
     scenarios = {"quick": QUICK} if arguments.quick else {name: SCENARIOS[name] for name in arguments.only}
     folders = folders_of(arguments)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
-        for seed in range(1 if arguments.quick else arguments.seeds):  # seed by seed: a part says something of all
-            for name, scenario in scenarios.items():
-                done = work / f"{name}-{seed}.json"
-                if not done.exists():
-                    write_json(done, measure(name, scenario, seed, work / f"{name}-{seed}", folders))
-                found[name].append(read_json(done))
-                print(f"{name}, seed {seed}: {found[name][-1]['students']}", file=sys.stderr)
+    measures = {name: partial(measure, name, scenario, folders=folders) for name, scenario in scenarios.items()}
+    found = by_seed(arguments, measures, lambda figures: figures["students"])
     rows = [
         (
             name,

@@ -11,9 +11,8 @@ accuracy as reports tell it without labels.
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ from images import add_data, difference, folders_of, save, spread
 from small_sites import Scenario
 
 from consilience.common.data import open_data
-from consilience.common.files import read_json, write_json
 from consilience.common.settings import Ask, JobSettings, Judge, Labels, NpzData, SiteSettings
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.partition_groups import coarsened
 from harness import options, show
-from jobs import do_job, train_quietly
+from jobs import by_seed, do_job, students, train_quietly
 
 GROUPS = {"upper": (0, 2, 4, 6), "shoes": (5, 7, 9)}
 ALL = tuple(range(10))
@@ -56,7 +54,7 @@ def coarse_twin(path: Path) -> Path:
     held = save(folder / "private.npz", (data.read(), data.need_labels(name)), list(data.class_names))
     twin = settings.model_copy(update={"name": name, "data": held, "state": folder / "state", "key": folder / "key"})
     dump_settings(twin, folder / "site.yaml")
-    train_quietly(folder / "site.yaml")
+    train_quietly([folder / "site.yaml"])
     return folder / "site.yaml"
 
 
@@ -108,18 +106,9 @@ def main() -> None:
     """Measure what is not measured yet, and show everything."""
     arguments = options(__doc__, add_data)
     scenarios = QUICK if arguments.quick else SCENARIOS
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
-        for seed in range(1 if arguments.quick else arguments.seeds):
-            for name, scenario in scenarios.items():
-                done = work / f"groups-{name}-{seed}.json"
-                if not done.exists():
-                    home = work / f"groups-{name}-{seed}"
-                    write_json(done, measure(scenario, seed, home, folders_of(arguments)))
-                found[name].append(read_json(done))
-                told = {who: round(held["student"], 3) for who, held in found[name][-1].items()}
-                print(f"{name}, seed {seed}: {told}", file=sys.stderr)
+    folders = folders_of(arguments)
+    measures = {name: partial(measure, scenario, folders=folders) for name, scenario in scenarios.items()}
+    found = by_seed(arguments, measures, students)
     rows = [
         (
             name,

@@ -29,6 +29,12 @@ def options(
     return parser.parse_args()
 
 
+def add_seeds(parser: argparse.ArgumentParser, seeds: int = 5) -> None:
+    """Add the options of a benchmark under several seeds that keeps what is done."""
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep runs and figures here, and go on from them")
+    parser.add_argument("--seeds", type=int, default=seeds)
+
+
 def show(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], figures: dict[str, Any], path: Path | None
 ) -> None:

@@ -20,6 +20,7 @@ from scipy import stats
 from consilience.common.data import ImageData, open_data
 from consilience.common.pool import Pool
 from consilience.common.settings import EmbeddedData, NpzData
+from harness import add_seeds
 
 Images, Labels = NDArray[np.uint8], NDArray[np.int64]
 
@@ -94,10 +95,9 @@ def folders_of(arguments: argparse.Namespace) -> list[Path]:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a benchmark that reads images and keeps what is done."""
+    """Add the options of a benchmark that reads images, under several seeds."""
     parser.add_argument("--data", type=Path, action="append", metavar="FOLDER", help="where NAME-SPLIT.npz files lie")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep runs and figures here, and go on from them")
-    parser.add_argument("--seeds", type=int, default=5)
+    add_seeds(parser)
 
 
 def spread(values: Sequence[float | None], scale: float = 100.0) -> str:

@@ -22,12 +22,13 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from images import spread
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
@@ -56,7 +57,7 @@ from consilience.common.settings import (
 )
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.deploy.simulation import embedded_job, prepare, train_site
-from harness import options, show
+from harness import add_seeds, options, show
 from jobs import do_job
 
 DELTA = 1e-5
@@ -227,16 +228,9 @@ def measure(name: str, protection: Protection, seed: int, home: Path, *, quick: 
     }
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return mean and standard deviation, in per cent."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
-
-
 def arguments_too(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's own options."""
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep runs and figures here, and go on from them")
-    parser.add_argument("--seeds", type=int, default=3)
+    add_seeds(parser, seeds=3)
     parser.add_argument("--only", nargs="*", choices=sorted(PROTECTIONS), default=list(PROTECTIONS))
 
 

@@ -10,9 +10,8 @@ refused has none. `by class` is the mean error of the recall of single classes, 
 from __future__ import annotations
 
 import statistics
-import sys
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 from images import add_data, folders_of, spread
 from small_sites import Scenario
 
-from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool
 from consilience.common.settings import Ask, JobSettings, Judge, NpzData
 from consilience.server.answered import usable
@@ -29,7 +27,7 @@ from consilience.server.learning import StudentModel
 from consilience.server.publishing_quality import pool_quality
 from consilience.server.stores import stores_about
 from harness import options, show
-from jobs import do_job
+from jobs import by_seed, do_job
 
 FIVE = tuple(tuple(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2)) for site in range(5))
 THREE = ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0))
@@ -105,18 +103,9 @@ def main() -> None:
     """Measure what is not measured yet, and show everything."""
     arguments = options(__doc__, add_data)
     scenarios = QUICK if arguments.quick else SCENARIOS
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
-        for seed in range(1 if arguments.quick else arguments.seeds):  # seed by seed: a part says something of all
-            for number, (name, scenario) in enumerate(scenarios.items()):
-                done = work / f"quality-{number}-{seed}.json"
-                if not done.exists():
-                    home = work / f"quality-{number}-{seed}"
-                    write_json(done, measure(scenario, seed, home, folders_of(arguments)))
-                found[name].append(read_json(done))
-                last = {way: value(found[name][-1], way) for way in WAYS}
-                print(f"{name}, seed {seed}: {found[name][-1]['accuracy']:.3f}, {last}", file=sys.stderr)
+    folders = folders_of(arguments)
+    measures = {name: partial(measure, scenario, folders=folders) for name, scenario in scenarios.items()}
+    found = by_seed(arguments, measures, lambda f: {"accuracy": f["accuracy"], **{way: value(f, way) for way in WAYS}})
     every = {**found, "all": [f for figures in found.values() for f in figures]}
     rows = []
     for name, figures in every.items():

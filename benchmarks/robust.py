@@ -9,9 +9,8 @@ same with every attack. A second table has the mean accuracy of unified labels o
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from small_sites import Scenario
 
 from consilience.common.encoding import encode
-from consilience.common.files import read_json, write_json
 from consilience.common.pool import Pool, PoolImages
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
@@ -33,7 +31,7 @@ from consilience.server.labelling import unify_pool
 from consilience.server.learning import ByLoss, StudentModel, learn, soft_label_loss
 from consilience.server.stores import stores_about
 from harness import options, show
-from jobs import do_job
+from jobs import by_seed, do_job, students
 
 CLASSES = tuple(tuple(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2)) for site in range(5))
 """Site i knows three of five pairs of classes, so that each class has three owners."""
@@ -125,17 +123,10 @@ def measure(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) 
 def main() -> None:
     """Measure what is not measured yet, and show everything."""
     arguments = options(__doc__, add_data)
-    found = []
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
-        for seed in range(1 if arguments.quick else arguments.seeds):
-            done = work / f"robust-{seed}.json"
-            if not done.exists():
-                home = work / f"robust-{seed}"
-                scenario = QUICK if arguments.quick else SCENARIO
-                write_json(done, measure(scenario, seed, home, folders_of(arguments)))
-            found.append(read_json(done))
-            print(f"seed {seed}: { {k: round(v['student'], 3) for k, v in found[-1].items()} }", file=sys.stderr)
+    scenario = QUICK if arguments.quick else SCENARIO
+    found = by_seed(arguments, {"robust": partial(measure, scenario, folders=folders_of(arguments))}, students)[
+        "robust"
+    ]
     rows = []
     for attack in ATTACKS:
         plain, robust = ([f[f"{attack}, {kind}"] for f in found] for kind in ("plain", "robust"))

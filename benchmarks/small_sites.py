@@ -62,6 +62,6 @@ class Scenario:
                 seed=1000 * seed + k,
             )
             dump_settings(settings, path)
-            train_quietly(path)
             paths.append(path)
+        train_quietly(paths)
         return paths

@@ -6,12 +6,14 @@ packages or images of its own.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
 import runpy
 import sys
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -118,3 +120,32 @@ def test_the_rate_of_a_method_is_one_that_its_student_learns_by(monkeypatch: pyt
             assert epochs + (slow.layer_wise.epochs if layers else 0) == scenario.epochs
             told[method] = settings
         assert len({json.dumps(each, sort_keys=True) for each in told.values()}) == len(scenario.methods)
+
+
+def squared(power: int, seed: int, home: Path) -> dict[str, int]:
+    """A measurement, for processes to hand each other."""
+    with (home.parent / "measured.txt").open("a") as log:
+        log.write(f"{home.name}\n")
+    return {"value": seed**power, "process": os.getpid()}
+
+
+@pytest.mark.slow
+def test_what_is_measured_is_kept_by_name_and_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In processes of their own, in the order of seeds, and a second call measures what is missing alone."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    by_seed = importlib.import_module("jobs").by_seed
+    arguments = argparse.Namespace(work=tmp_path, quick=False, seeds=2)
+    measures = {"to the 2": partial(squared, 2), "cubed": partial(squared, 3)}
+    found = by_seed(arguments, measures, lambda figures: figures["value"])
+    assert {name: [f["value"] for f in held] for name, held in found.items()} == {"to the 2": [0, 1], "cubed": [0, 1]}
+    assert os.getpid() not in {f["process"] for held in found.values() for f in held}
+    said = ["to the 2, seed 0: 0", "cubed, seed 0: 0", "to the 2, seed 1: 1", "cubed, seed 1: 1"]
+    assert capsys.readouterr().err.splitlines() == said
+    (tmp_path / "cubed-1.json").unlink()
+    (tmp_path / "measured.txt").unlink()
+    assert by_seed(arguments, measures, str)["to the 2"] == found["to the 2"]
+    assert (tmp_path / "measured.txt").read_text() == "cubed-1\n"
+    quick = by_seed(argparse.Namespace(work=None, quick=True, seeds=2), {"cubed": partial(squared, 3)}, str)
+    assert quick == {"cubed": [{"value": 0, "process": os.getpid()}]}
