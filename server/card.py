@@ -24,7 +24,7 @@ from consilience.server.report_filtered import filtered_summary
 from consilience.server.report_findings import Findings, SiteFindings
 from consilience.server.report_multi import multi_lines
 from consilience.server.report_page import CONTENDERS
-from consilience.server.report_privacy import privacy_summary, sealing_line
+from consilience.server.report_privacy import privacy_summary, sealing_line, what_left
 from consilience.server.report_quality import quality_summary
 
 _SPECIAL = re.compile(
@@ -271,6 +271,15 @@ def _privacy(findings: Findings) -> str:
         ]
         for name, f in featured
     ]
+    tails = findings.filtered or {"lent": {}, "asked": {}}
+    rows += [
+        [f"{escape(name)} (last blocks, lent)", MISSING, MISSING, "f32", _bytes(size)]
+        for name, size in tails["lent"].items()
+    ]
+    rows += [
+        [f"{escape(name)} (last blocks, asked)", count(spent["samples"]), MISSING, "f32", _bytes(spent["received"])]
+        for name, spent in tails["asked"].items()
+    ]
     features = (
         "Some sites also told features of their teachers' layers, which say far more about an image than an answer "
         "does. "
@@ -283,12 +292,12 @@ def _privacy(findings: Findings) -> str:
     return "\n\n".join(
         [
             "## Privacy",
-            f"{escape(privacy_summary(findings))} Soft labels over the pool left the sites. No private sample, weight "
-            f"or gradient did, and no code of the server ran at a site. {sealing_line(findings)} {_answer(findings)}; "
-            "answers can tell something about the data that a teacher was trained on, and so can this student, "
-            f"which was trained from them. {coverage}{features}Beside its site card (name, class names, the teacher in "
-            "words and its fingerprint, the policy's version; where the policy allows it, the teacher's accuracy and "
-            "calibration on held-out private images and the shares of the classes) each site let out:",
+            f"{escape(privacy_summary(findings))} Soft labels over the pool left the sites. "
+            f"{escape(what_left(findings))} No code of the server ran at a site. {sealing_line(findings)} "
+            f"{_answer(findings)}; answers can tell something about the data that a teacher was trained on, and so can "
+            f"this student, which was trained from them. {coverage}{features}Beside its site card (name, class names, "
+            "the teacher in words and its fingerprint, the policy's version; where the policy allows it, the teacher's "
+            "accuracy and calibration on held-out private images and the shares of the classes) each site let out:",
             table(head, rows, right=4),
         ]
     )

@@ -24,6 +24,7 @@ from consilience.common.errors import SettingsError
 from consilience.common.files import canonical_json, create_array, sha256, write_json
 from consilience.common.labels import LabelSpace
 from consilience.common.nets import default_device
+from consilience.common.pages.numbers import listing
 from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings, largest_sent
@@ -57,7 +58,14 @@ def check_concentration(job: JobSettings, space: LabelSpace, cards: Sequence[Sit
     settings = job.student.concentration
     if job.student.learning != "concentration":
         return
-    verticals_of(space, settings, job.labels.synonyms)
+    verticals = verticals_of(space, settings, job.labels.synonyms).among(Chosen.of(job, space).classes)
+    alone = [name for name, classes in verticals.table.items() if len(classes) == 1]
+    if settings.head.scaling != "none" and alone:
+        raise SettingsError(
+            f"job.yaml: field 'student.concentration.head.scaling' is {settings.head.scaling!r}, which teaches a "
+            f"vertical of one wanted class nothing, for its one score is brought to length 1: {listing(alone, 10)}",
+            hint="Set scaling to none, or name verticals with two wanted classes or more",
+        )
     silent = [card.name for card in cards if card.coverage is None]
     if settings.routing == "coverage" and settings.target == "specialist" and silent:
         raise SettingsError(

@@ -131,7 +131,11 @@ def branches_told(run: Path, cards: Sequence[SiteCard]) -> dict[str, Any]:
     told: dict[str, Any] = read_json(run / "student" / FILE)
     asked = run / "tails" / ASKED
     sites = {branch["site"] for branch in told["branches"]}
-    lent = [card.name for card in cards if card.name in sites and card.tail is not None and card.tail.allow == "blocks"]
+    lent = {
+        card.name: card.tail.bytes
+        for card in cards
+        if card.name in sites and card.tail is not None and card.tail.allow == "blocks"
+    }
     return {**told, "lent": lent, "asked": read_json(asked) if asked.exists() else {}}
 
 

@@ -410,7 +410,7 @@ class Job:
         return Tails(self.run / "tails", self.settings, exchange)
 
     def learn_oracle(self, chosen: Chosen) -> list[dict[str, Any]] | None:
-        """Train the same student with the pool's true labels in RUN/oracle; None where none are of its classes."""
+        """Train the student's architecture by the pool's true labels in RUN/oracle; None where none are its classes."""
         judge = self.settings.judge
         if judge.pool_labels is None or self.test is None:
             return None

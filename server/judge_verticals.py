@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 class VerticalScores:
     """`within[v]` and `against_all[v]` of each vertical, None for one of whose classes there is no test image.
 
+    `within` is None for a vertical of one class too: there is nothing to rank its images against.
     Each is the mean over a vertical's classes, of which there are test images, of a class's average precision. Within:
     among the images of the vertical, by log-probabilities over its classes alone, as a specialist is judged. Against
     all: among all test images, by log-probabilities over all classes. The means are over verticals.
@@ -53,7 +54,8 @@ def judge_verticals(truth: ArrayLike, log_probs: ArrayLike, verticals: Sequence[
         own = scores[np.ix_(here, held)].astype(np.float64)
         own -= np.logaddexp.reduce(own, axis=1, keepdims=True) if len(here) else 0.0
         present = [at for at, label in enumerate(held) if (labels[here] == label).any()]
-        within.append(_mean([average_precision(labels[here] == held[at], own[:, at]) for at in present]))
+        ranked = present if len(held) > 1 else []
+        within.append(_mean([average_precision(labels[here] == held[at], own[:, at]) for at in ranked]))
         against.append(_mean([average_precision(labels == held[at], scores[:, held[at]]) for at in present]))
     return VerticalScores(tuple(within), tuple(against))
 

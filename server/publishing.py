@@ -107,12 +107,18 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         )
     learning, chosen = settings.student.learning, outcome.chosen
     settled = joined and learning == "direct-ce" and (chosen.everything or chosen.other)
-    silent = learning != "concentration" and not settings.student.learns_labels
-    instead = "student.filtered.target: unified" if learning == "filtered" else "student.learning: soft-labels"
+    silent = learning not in ("concentration", "filtered") and not settings.student.learns_labels
     if max(chosen.taught.components) > 0 and silent and not settled:
         warnings.append(
             f"The student learnt by {learning}, which says nothing about the odds between components; "
-            f"{instead} would follow the rule unify.across."
+            "student.learning: soft-labels would follow the rule unify.across."
+        )
+    if learning == "filtered" and not settings.student.learns_labels and not space.multi and len(chosen.sites) > 1:
+        filtered = settings.student.filtered
+        fields = [*(["joint: true"] * (not filtered.joint)), *(["target: unified"] * (filtered.target == "teachers"))]
+        warnings.append(
+            f"Nothing taught the student the odds between its branches, one for each of {len(chosen.sites):,} sites; "
+            f"student.filtered: {{{', '.join(fields)}}} would learn them from unified labels."
         )
     if diagnostics.lacking:
         warnings.append(

@@ -30,8 +30,22 @@ def chosen_summary(findings: Findings) -> str:
         return f"{words}."
     if student.other_share is not None:
         words += f". {percent(student.other_share)} of the pool, by its unified labels, is of others"
-    rest = "are the output “other”" if student.other else "count in training by how likely they are of a wanted class"
-    return f"{words}; such images {rest}."
+    return f"{words}; such images {_rest(findings)}."
+
+
+def _rest(findings: Findings) -> str:
+    """Say what becomes of images of no wanted class."""
+    if findings.student.other:
+        return "are the output “other”"
+    specialists, branches = findings.concentration, findings.filtered
+    if specialists is not None and specialists["target"] == "specialist":
+        return "are learned as of no wanted class"
+    by_mass = "count in training by how likely they are of a wanted class"
+    if branches is None:
+        return by_mass
+    if branches["together"] and branches["target"] == "unified":
+        return f"{by_mass}, but when blocks are trained one by one: there they count as any"
+    return "count in training as any"
 
 
 def unwanted_words(findings: Findings) -> str:

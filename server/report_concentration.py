@@ -35,11 +35,15 @@ def concentration_summary(findings: Findings) -> str:
     else:
         text += "from unified soft labels. "
     text += f"Kept of each sample: at most {number_of(told['keep'], 'probability', 'probabilities')}"
-    short = [held["name"] for held in told["verticals"] if held["kept"] < told["keep"]]
+    verticals = told["verticals"] if told["target"] == "specialist" else []
+    short = [held["name"] for held in verticals if held["kept"] < told["keep"]]
     text += f"; all classes of {listing(short)}, which has no more. " if len(short) == 1 else ""
     text += f"; all classes of {listing(short)}, which have no more. " if len(short) > 1 else ". " if not short else ""
     head, weights = told["head"], number_of(told["weights"], "weight")
-    text += f"Its head has layers of {head['first']:,} and {head['second']:,} units, {_HEADS[head['kind']]}: {weights}."
+    text += f"Its head has layers of {head['first']:,} and {head['second']:,} units, {_HEADS[head['kind']]}"
+    text += f", {head['shared']:,} of the second one shared" * bool(head["shared"]) + f": {weights}."
+    if head["scaling"] != "none":
+        text += f" A vertical’s scores are brought to length 1 and scaled by {head['scaling']}."
     if (mean := told.get("mpvap")) and mean["within"] is not None:
         text += f" Mean average precision over verticals: {percent(mean['within'])} within a vertical, "
         text += f"{percent(mean['against_all'])} against all classes."

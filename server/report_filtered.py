@@ -32,7 +32,7 @@ def filtered_summary(findings: Findings) -> str:
     what = {"teachers": "each branch its teacher’s answers", "unified": "from unified soft labels"}[told["target"]]
     text += f"All together learned {what}." if told["together"] else "It was not trained all together at the end."
     if told["lent"]:
-        text += f" Blocks were lent by {listing(told['lent'])}."
+        text += f" Blocks were lent by {listing(list(told['lent']))}."
     for site, asked in told["asked"].items():
         text += f" The blocks of {site} stayed there, and were asked {number_of(asked['rounds'], 'question')} about "
         text += f"{number_of(asked['samples'], 'sample')}: {size(asked['sent'])} there, {size(asked['received'])} back."

@@ -21,7 +21,7 @@ CONTENDERS = (
     ("unified_ensemble", "Unified ensemble", "all sites asked each time, answers unified"),
     ("naive", "Naive ensemble", "mean of the probabilities of the sites that know a label"),
     ("best_site", "Best single site", "the best of the sites on its own; of a label it does not know it says nothing"),
-    ("oracle", "Oracle", "the same student, trained with the pool’s true labels"),
+    ("oracle", "Oracle", "the student’s architecture, trained with the pool’s true labels"),
 )
 MOST_LABELS, LOWEST_LABELS = 40, 20
 """Rows of the table of labels; of more labels, those with the lowest average precision."""

@@ -29,7 +29,7 @@ from consilience.server.report_coverage import coverage_views
 from consilience.server.report_filtered import filtered_views
 from consilience.server.report_findings import Findings
 from consilience.server.report_multi import multi_view
-from consilience.server.report_privacy import sealing_line
+from consilience.server.report_privacy import sealing_line, what_left
 from consilience.server.report_quality import quality_views
 from consilience.server.report_samples import sample_views
 
@@ -41,7 +41,7 @@ CONTENDERS = (
     ("max_confidence", "Most confident site", "the class of the largest probability"),
     ("least_uncertain", "Least uncertain site", "the class of the answer with the least relative entropy"),
     ("best_site", "Best single site", "the best of the sites on its own"),
-    ("oracle", "Oracle", "the same student, trained with the pool’s true labels"),
+    ("oracle", "Oracle", "the student’s architecture, trained with the pool’s true labels"),
 )
 MOST_SITES, MOST_CLASSES, MOST_SETS = 40, 40, 10
 """Rows of the tables of sites, of classes and of owner sets; what is beyond stands in report.json."""
@@ -83,6 +83,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "chosen": chosen_summary(findings),
         "groups": groups_summary(report["labels"]["groups"]),
         "unwanted": unwanted_words(findings),
+        "left": what_left(findings),
         "sealing": sealing_line(findings),
         "settings": yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True),
         "most_sites": MOST_SITES,

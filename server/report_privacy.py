@@ -1,6 +1,6 @@
 """What the report and the card say of differential privacy, and of who could read answers on their way.
 
-Does not live here: what sites said (server/guarantees), what left them (server/card).
+Does not live here: what sites said (server/guarantees), how much of what left them (server/card).
 """
 
 from __future__ import annotations
@@ -26,6 +26,28 @@ def audit_lines(findings: Findings) -> list[str]:
     """Return what each site's audit of its own answers says, a sentence each, and that it proves nothing."""
     lines = [f"Audit by {name}: {audit.sentence}" for name, audit in findings.audits.items()]
     return [*lines, "An attack that fails is no guarantee."] if lines else []
+
+
+def what_left(findings: Findings) -> str:
+    """Say what of private samples, weights and gradients left the sites, and what did not."""
+    told = findings.filtered or {}
+    lent, asked = list(told.get("lent", {})), list(told.get("asked", {}))
+    telling = [site.name for site in findings.sites if site.features is not None]
+    never = ["private sample", *([] if lent or telling else ["weight"]), *([] if asked else ["gradient"])]
+    text = f"No {' or '.join(filter(None, [', '.join(never[:-1]), never[-1]]))} left a site."
+    if telling:
+        text += (
+            f" Features of the teacher’s layers for that pool did, from {listing(telling)}: maps of early layers at "
+            "full size give away those layers’ weights (docs/amalgamation.md)."
+        )
+    if lent:
+        text += f" The weights of the teacher’s last blocks did, from {listing(lent)}: they were lent."
+    if asked:
+        text += (
+            f" What last blocks give for features that the server sent, and the gradients of these features, did from "
+            f"{listing(asked)}."
+        )
+    return text
 
 
 def sealing_line(findings: Findings) -> str:

@@ -75,10 +75,10 @@ class _Blocked(torch.autograd.Function):
             if scaled:
                 if len(gammas[v]) > 1:
                     d_gammas.append((step * unit).sum(dim=0))
+                else:
+                    d_gammas.append(torch.linalg.vecdot(step, unit).sum().view(1))
                 step *= gammas[v]
                 along = torch.linalg.vecdot(step, unit)[:, None]
-                if len(gammas[v]) == 1:
-                    d_gammas.append(along.sum().view(1) / gammas[v])
                 step = step.addcmul_(unit, along * (length > FLOOR), value=-1).div_(floored)
             step = step.to(kind)
             d_weights.append((step.T @ fed).to(weight.dtype) if ctx.needs_input_grad[4 + scaled + v] else None)

@@ -127,7 +127,7 @@ def test_a_student_of_lent_blocks_is_told_loaded_and_exported(home: Path, report
         ("east", ["a", "b"], "teacher"),
         ("west", ["d"], "teacher"),
     ]
-    assert (told["lent"], told["asked"], told["target"]) == (["east", "west"], {}, "unified")
+    assert (list(told["lent"]), told["asked"], told["target"]) == (["east", "west"], {}, "unified")
     parts = told["parameters"]
     assert report["student"]["parameters"] == parts["total"] == parts["trunk"] + parts["filters"] + parts["branches"]
     assert report["student"]["classes"] == WANTED
@@ -138,6 +138,10 @@ def test_a_student_of_lent_blocks_is_told_loaded_and_exported(home: Path, report
         assert f"for all 5 classes that the sites know has {parts['whole']:,}" in text
     assert "Trunk and branches" in page
     assert "without their data (UHC" in card, "weights did leave"
+    for text in (page, card):
+        assert "No private sample or gradient left a site. The weights of the teacher’s last blocks did, from" in text
+    assert "kept its data, and answered" in page
+    assert f"east (last blocks, lent) | – | – | f32 | {told['lent']['east']:,} (" in card
     student = StudentModel(home / "run" / "student")
     assert isinstance(student.model, FilteredStudent)
     assert sum(each.numel() for each in student.model.parameters()) == parts["total"]
@@ -179,7 +183,11 @@ def test_asked_blocks_teach_what_lent_ones_do_and_all_is_counted(
             assert spent["sent"] + spent["received"] <= plan.bytes
     assert {branch["begins"] for branch in asked["branches"]} == {"fresh"}
     assert "stayed there, and were asked" in (home / "run" / "card.md").read_text()
-    assert "without their data or weights" in (home / "run" / "card.md").read_text()
+    card = (home / "run" / "card.md").read_text().replace("\xa0", " ")
+    assert "without their data or weights" in card
+    assert "No private sample or weight left a site. What last blocks give for features that the server sent" in card
+    spent = asked["asked"]["east"]
+    assert f"east (last blocks, asked) | {spent['samples']:,} | – | f32 | {spent['received']:,} (" in card
     shutil.rmtree(home / "run")
     do(home, sites_of("blocks", multi=multi), reporter, filtered, **more)
     lent = told_of(home)
@@ -192,7 +200,7 @@ def test_asked_blocks_teach_what_lent_ones_do_and_all_is_counted(
 def test_sites_may_differ_in_what_they_allow(home: Path, reporter: Reporter) -> None:
     do(home, sites_of({"east": "blocks", "west": "questions"}), reporter)
     told = told_of(home)
-    assert (told["lent"], list(told["asked"])) == (["east"], ["west"])
+    assert (list(told["lent"]), list(told["asked"])) == (["east"], ["west"])
     assert [branch["begins"] for branch in told["branches"]] == ["teacher", "fresh"]
 
 
