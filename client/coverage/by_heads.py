@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 
 from consilience.client.coverage.head import EPOCHS, Heads, parts_of, train_heads
 from consilience.client.coverage.prior import FIRST_PRIOR, estimate_prior
-from consilience.client.coverage.samples import MOST_POOL, digests, refuse_copies, shape_of, some
+from consilience.client.coverage.samples import (
+    MOST_POOL,
+    AbstainError,
+    class_weights,
+    digests,
+    refuse_copies,
+    shape_of,
+    some,
+)
 from consilience.client.coverage.vectors import Vectors
 from consilience.client.teacher.private_samples import held_out, held_out_multi
 from consilience.common.data import ImageData
@@ -42,10 +50,6 @@ _SAME = 1e-6
 Floats = NDArray[np.float64]
 
 
-class AbstainError(Exception):
-    """There is too little to learn from; the text says what is missing."""
-
-
 def learn_heads(
     settings: SiteSettings,
     data: ImageData,
@@ -54,9 +58,10 @@ def learn_heads(
     pool: Pool,
     vectors: Vectors,
     on_images: Callable[[int, int], None] | None = None,
-) -> tuple[Heads, Floats, Floats, float]:
+) -> tuple[Heads, Floats, Floats, float, Floats | None]:
     """Return heads, scores (n,) of private images that are new to the teacher and (m,) of the pool's, and the prior.
 
+    Last comes how much each of these n counts; None: all the same.
     `digest` is that of `data`; `private` are ids, labels and the number of classes, as samples.mine gives them.
     `on_images` is told how many images of how many the teacher has seen just now. Raises `AbstainError` when too few
     private images are new to the teacher or its vectors are all the same, `CoverageError` when too many private images
@@ -98,9 +103,11 @@ def learn_heads(
     if max(np.ptp(ours, axis=0).max(), np.ptp(theirs, axis=0).max(), np.abs(ours[0] - theirs[0]).max()) < _SAME:
         raise AbstainError(f"the teacher's {settings.coverage.family} are the same for every image")
     parts = parts_of(our_digests), parts_of(their_digests)
+    by_class = class_weights(settings, labels, private[2])
+    weights = None if by_class is None else by_class[labels[new]]
 
     def scores(prior: float, epochs: int) -> tuple[Heads, Floats, Floats]:
-        heads = train_heads(ours, labels, private[2], theirs, parts, prior, seed, epochs)
+        heads = train_heads(ours, labels, private[2], theirs, parts, prior, seed, epochs, by_class)
         found = heads, heads.scores(ours[new], parts[0][new]), heads.scores(theirs, parts[1])
         if not (np.isfinite(found[1]).all() and np.isfinite(found[2]).all()):
             raise CoverageError(
@@ -109,9 +116,9 @@ def learn_heads(
             )
         return found
 
-    prior = settings.coverage.prior or estimate_prior(*scores(FIRST_PRIOR, EPOCHS // 3)[1:])
+    prior = settings.coverage.prior or estimate_prior(*scores(FIRST_PRIOR, EPOCHS // 3)[1:], weights)
     heads, held, pooled = scores(prior, EPOCHS)
-    return heads, held, pooled, settings.coverage.prior or estimate_prior(held, pooled)
+    return heads, held, pooled, settings.coverage.prior or estimate_prior(held, pooled, weights), weights
 
 
 def score_by_heads(heads: Heads, vectors: Vectors, images: Images) -> Floats:

@@ -38,9 +38,15 @@ class Platt(Settings):
         return np.clip(expit(self.slope * scores.astype(np.float64) + self.offset), LOWEST, 1 - LOWEST)
 
 
-def fit_platt(mine: NDArray[np.floating], pool: NDArray[np.floating], prior: float) -> Platt:
+def fit_platt(
+    mine: NDArray[np.floating],
+    pool: NDArray[np.floating],
+    prior: float,
+    weights: NDArray[np.floating] | None = None,
+) -> Platt:
     """Fit by maximum likelihood: (n,) held-out private and (m,) pool scores, prior in (0, 1]; two parameters.
 
+    `weights` (n,) positive: how much each private score counts; None: all the same.
     Where higher scores are not more often private the slope is 0, and coverage is the prior for every score. Raises
     `ValueError` for scores that are missing or not finite.
     """
@@ -54,13 +60,14 @@ def fit_platt(mine: NDArray[np.floating], pool: NDArray[np.floating], prior: flo
     widths = (high - low, float(np.std(both)))  # the first, where it can be had: a few extreme scores do not widen it
     width = next((width for width in widths if width > SAME), 1.0)
     x_held, x_seen = (held - centre) / width, (seen - centre) / width
+    counts = np.ones(len(held)) if weights is None else weights / weights.mean()
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         of_mine, of_pool = (parameters[0] * x + parameters[1] for x in (x_held, x_seen))
         # c / (1 + c) = 1 / (2 + e^-l) and 1 / (1 + c) = (1 + e^-l) / (2 + e^-l) for the logit l of c
-        private = np.logaddexp(math.log(2), -of_mine).mean()
+        private = (counts * np.logaddexp(math.log(2), -of_mine)).mean()
         public = (np.logaddexp(math.log(2), -of_pool) - np.logaddexp(0, -of_pool)).mean()
-        slope_mine = -expit(-of_mine - math.log(2))
+        slope_mine = -counts * expit(-of_mine - math.log(2))
         slope_pool = expit(-of_pool) - expit(-of_pool - math.log(2))
         by_offset = prior * slope_mine.mean() + slope_pool.mean()
         by_steep = prior * (slope_mine * x_held).mean() + (slope_pool * x_seen).mean()

@@ -77,11 +77,12 @@ def train_heads(
     prior: float,
     seed: int,
     epochs: int = EPOCHS,
+    weights: NDArray[np.float64] | None = None,
 ) -> Heads:
     """Return heads that have learned from private vectors (n, size) of `labels` (n,) in [0, classes), and the pool's.
 
-    `parts` are the parts of both, (n,) and (m,); `prior` is as `PositiveUnlabelled` takes it. On the CPU the same
-    arguments give the same heads. Vectors are finite; n and m at least 1.
+    `parts` are the parts of both, (n,) and (m,); `prior` and `weights` are as `PositiveUnlabelled` takes them. On the
+    CPU the same arguments give the same heads. Vectors are finite; n and m at least 1.
     """
     device = default_device()
     heads = Heads(private.shape[1], classes, seed)
@@ -90,7 +91,8 @@ def train_heads(
     heads.scale.copy_(torch.from_numpy(np.where(deviation > _FLAT, deviation, 1.0)))
     heads.to(device)
     inputs = torch.from_numpy(np.concatenate([private, pool])).to(device).sub_(heads.centre).div_(heads.scale)
-    loss = PositiveUnlabelled(torch.from_numpy(labels).to(device), classes, prior, "vectors")
+    counts = None if weights is None else torch.tensor(weights, dtype=torch.float32).to(device)
+    loss = PositiveUnlabelled(torch.from_numpy(labels).to(device), classes, prior, "vectors", counts)
     part_of, ours = np.concatenate(parts), np.arange(len(private) + len(pool)) < len(private)
     for part, head in enumerate(heads.heads):
         own, others = (np.flatnonzero((part_of != part) & who) for who in (ours, ~ours))

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from consilience.client.coverage.by_heads import AbstainError, learn_heads
+from consilience.client.coverage.by_heads import learn_heads
 from consilience.client.coverage.calibrate import fit_platt
 from consilience.client.coverage.learned import (
     FOLDER,
@@ -36,7 +36,7 @@ from consilience.client.coverage.learned import (
 )
 from consilience.client.coverage.prior import FIRST_PRIOR, auroc, estimate_prior
 from consilience.client.coverage.risk import PositiveUnlabelled
-from consilience.client.coverage.samples import Samples, gather, mine
+from consilience.client.coverage.samples import LEAST_POOL, LEAST_PRIVATE, AbstainError, Samples, gather, mine
 from consilience.client.coverage.scoring import score_of
 from consilience.client.coverage.vectors import Vectors, vectors_of
 from consilience.client.teacher import load_any
@@ -50,8 +50,6 @@ from consilience.common.pool import Pool
 from consilience.common.seeds import derive
 from consilience.common.settings import Fit, Preprocessing, SiteSettings
 
-LEAST_PRIVATE = LEAST_POOL = 200
-"""Images below which there is nothing to learn from, and too few to calibrate on."""
 STYLE = 0.98
 """With a higher chance than this that a private image has a higher score than one of the pool, the network has not
 seen classes but where the images come from, or none of the pool is of the site's classes."""
@@ -120,11 +118,13 @@ def _learn(
     prior, fit = chosen.prior, settings.coverage_fit
     if prior is None:
         short = _train(settings, samples, preprocessing, _short(fit), FIRST_PRIOR, "first prior", on_epoch)
-        prior = estimate_prior(*_scores(settings, short, samples, pool, preprocessing))
+        prior = estimate_prior(*_scores(settings, short, samples, pool, preprocessing), samples.held_out_weights)
     model = _train(settings, samples, preprocessing, fit, prior, "coverage", on_epoch)
     held, of_pool = _scores(settings, model, samples, pool, preprocessing)
-    prior = chosen.prior or estimate_prior(held, of_pool)
-    return _record(settings, {**about, "classes": classes, "preprocessing": preprocessing}, model, held, of_pool, prior)
+    weights = samples.held_out_weights
+    prior = chosen.prior or estimate_prior(held, of_pool, weights)
+    about = {**about, "classes": classes, "preprocessing": preprocessing}
+    return _record(settings, about, model, held, of_pool, prior, weights)
 
 
 def _learn_heads(
@@ -137,8 +137,8 @@ def _learn_heads(
 ) -> CoverageRecord:
     """Do as `_learn` by heads on the teacher's vectors."""
     private = _enough(settings, data, pool)
-    heads, held, of_pool, prior = learn_heads(settings, data, about["data"], private, pool, vectors, on_images)
-    return _record(settings, {**about, "classes": private[2]}, heads, held, of_pool, prior)
+    found = learn_heads(settings, data, about["data"], private, pool, vectors, on_images)
+    return _record(settings, {**about, "classes": private[2]}, *found)
 
 
 def _enough(settings: SiteSettings, data: ImageData, pool: Pool) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
@@ -159,17 +159,21 @@ def _record(
     held: NDArray[np.float64],
     of_pool: NDArray[np.float64],
     prior: float,
+    weights: NDArray[np.float64] | None,
 ) -> CoverageRecord:
-    """Write the model, calibrate on the scores (n,) of held-out private images and (m,) of the pool's, and say all."""
+    """Write the model, calibrate on the scores (n,) of held-out private images and (m,) of the pool's, and say all.
+
+    `weights` (n,): how much each of the former counts; None: all the same.
+    """
     path = settings.state / MODEL
     save_model(path, model)
     record = CoverageRecord(
         **about,
         model=sha256_file(path),
-        calibration=fit_platt(held, of_pool, prior),
+        calibration=fit_platt(held, of_pool, prior, weights),
         prior=prior,
         held_out=len(held),
-        private_over_pool=auroc(held, of_pool),
+        private_over_pool=auroc(held, of_pool, weights),
     )
     return record.model_copy(update={"warnings": _warnings(record)})
 
@@ -218,7 +222,8 @@ def _train(
         seed=derive(settings.seed, "coverage weights"),
     )
     labels = torch.from_numpy(samples.labels).to(default_device())
-    loss = PositiveUnlabelled(labels, samples.classes, prior, sha256(samples.labels.tobytes()))
+    weights = None if samples.weights is None else torch.tensor(samples.weights, dtype=torch.float32).to(labels.device)
+    loss = PositiveUnlabelled(labels, samples.classes, prior, sha256(samples.labels.tobytes()), weights)
     try:
         train(
             model,

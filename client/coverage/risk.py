@@ -22,20 +22,27 @@ class PositiveUnlabelled:
     heart: they are left out there. Telling its own classes apart, not just "mine", makes the network see what they are.
     """
 
-    def __init__(self, labels: Tensor, classes: int, prior: float, about: str) -> None:
-        """`about` names the samples, so that a training is not resumed with others."""
-        self._labels, self._classes, self._prior = labels, classes, prior
-        self.fingerprint = sha256(canonical_json([about, classes, prior]))
+    def __init__(self, labels: Tensor, classes: int, prior: float, about: str, weights: Tensor | None = None) -> None:
+        """`about` names the samples, so that a training is not resumed with others.
+
+        `weights` (K,): how much a private sample of each class counts, 1 on average over samples; None: 1 each.
+        """
+        self._labels, self._classes, self._prior, self._weights = labels, classes, prior, weights
+        self.fingerprint = sha256(
+            canonical_json([about, classes, prior, None if weights is None else weights.tolist()])
+        )
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return the scalar risk of (b, K + 1) logits for the samples `ids` (b,); a part without samples counts 0."""
         log_probs = torch.log_softmax(logits, dim=1)
         private = ids < len(self._labels)
         mine, pool = log_probs[private], log_probs[~private]
-        of_others = _mean(-pool[:, self._classes]) - self._prior * _mean(-mine[:, self._classes])
-        own = -mine.gather(1, self._labels[ids[private], None])[:, 0]
-        return self._prior * _mean(own) + of_others.clamp(min=0)
+        labels = self._labels[ids[private]]
+        weights = None if self._weights is None else self._weights[labels]
+        of_others = _mean(-pool[:, self._classes]) - self._prior * _mean(-mine[:, self._classes], weights)
+        own = -mine.gather(1, labels[:, None])[:, 0]
+        return self._prior * _mean(own, weights) + of_others.clamp(min=0)
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.sum() / max(len(values), 1)
+def _mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    return (values if weights is None else values * weights).sum() / max(len(values), 1)

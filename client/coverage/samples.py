@@ -19,6 +19,8 @@ from consilience.common.preprocessing import Images, fit_shape
 from consilience.common.seeds import derive
 from consilience.common.settings import Preprocessing, SiteSettings
 
+LEAST_PRIVATE = LEAST_POOL = 200
+"""Images below which there is nothing to learn from, and too few to calibrate on."""
 ONE_HELD_OUT_IN = 5
 """Of so many private images the network does not learn from one: prior and calibration come from these."""
 MOST_POOL = 200_000
@@ -28,6 +30,10 @@ MOST_COPIES = 0.2
 the site's own, and that it may be anybody's."""
 LEAST_SHARE = 0.25
 """Private images, or the pool's, are repeated until they are this share of an epoch: every batch needs some of both."""
+
+
+class AbstainError(Exception):
+    """There is too little to learn from; the text says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,16 @@ class Samples:
     classes: int
     held_out: Images
     """Private images that are not learned from, in the pool's shape."""
+    weights: NDArray[np.float64] | None
+    """As `class_weights` gives them."""
+    held_out_labels: NDArray[np.int64]
     pool: NDArray[np.int64]
     """Ids of the pool's images, sorted."""
+
+    @property
+    def held_out_weights(self) -> NDArray[np.float64] | None:
+        """How much each held-out image counts; None: all the same."""
+        return None if self.weights is None else self.weights[self.held_out_labels]
 
 
 def mine(settings: SiteSettings, data: ImageData) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
@@ -93,22 +107,46 @@ def gather(
 ) -> Samples:
     """Read the private images `ids` (n,) with `labels` (n,) in [0, classes), and the pool's.
 
-    Raises `CoverageError` when too many of the private images are in the pool, `DataError`, `PoolError`.
+    Raises `AbstainError` where too few of the private images differ, `CoverageError` when too many of them are in the
+    pool, `DataError`, `PoolError`.
     """
-    shape = shape_of(pool)
-    learned, held_out = hold_out(labels, derive(settings.seed, "coverage holdout"))
-    private = fit_shape(data.read(ids[learned]), shape)
+    shape, seed = shape_of(pool), derive(settings.seed, "coverage holdout")
+    every = fit_shape(data.read(ids), shape)
+    told = digests(every)
+    first = {digest: at for at, digest in reversed(list(enumerate(told)))}
+    # Copies of an image go the same way: what is held out must not have been learned from.
+    single = np.unique([first[digest] for digest in told])
+    if len(single) < LEAST_PRIVATE:
+        raise AbstainError(
+            f"{len(ids):,} private images of its classes are {len(single):,} different ones, too few: {LEAST_PRIVATE} "
+            "are needed"
+        )
+    held_out = np.isin([first[digest] for digest in told], single[hold_out(labels[single], seed)[1]])
+    private = every[~held_out]
     of_pool = some(len(pool), MOST_POOL, derive(settings.seed, "coverage pool"))
     public = pool.take(of_pool)
-    refuse_copies(settings, digests(private), digests(public), len(of_pool) / len(pool))
+    refuse_copies(settings, told, digests(public), len(of_pool) / len(pool))
     privates, publics = repeats(len(private), len(public))
     return Samples(
         images=np.concatenate([private] * privates + [public] * publics),
-        labels=np.tile(labels[learned], privates),
+        labels=np.tile(labels[~held_out], privates),
         classes=classes,
-        held_out=fit_shape(data.read(ids[held_out]), shape),
+        held_out=every[held_out],
+        weights=class_weights(settings, labels, classes),
+        held_out_labels=labels[held_out],
         pool=of_pool,
     )
+
+
+def class_weights(settings: SiteSettings, labels: NDArray[np.int64], classes: int) -> NDArray[np.float64] | None:
+    """Return how much a private image of each class (K,) counts, 1 on average over those of `labels` (n,) in [0, K).
+
+    None where all count the same: `coverage.shares` is `private`, or the classes have as many images each.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    if settings.coverage.shares == "private" or (counts == counts[0]).all():
+        return None
+    return len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1.0))
 
 
 def hold_out(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

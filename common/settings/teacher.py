@@ -161,6 +161,10 @@ class Coverage(Settings):
     """Means and deviations; size and channels are the pool's."""
     prior: float | None = Field(default=None, gt=0, le=1)
     """Share of the pool that is of the site's classes, where the site knows it; by default it is estimated."""
+    shares: Literal["private", "equal"] = "private"
+    """How frequent the site's classes are taken to be in the pool, beside one another: as among its private images, or
+    equally. Coverage of classes that are more frequent in the pool than taken is too low. With `private` coverage tells
+    the shares of the classes among the private images to whoever sees it beside answers; with `equal` it does not."""
 
     @model_validator(mode="after")
     def _shaped_as_the_pool(self) -> Coverage:

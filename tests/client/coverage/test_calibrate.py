@@ -106,3 +106,12 @@ def test_a_map_that_is_none_is_refused(slope: float, offset: float) -> None:
 
 def test_a_map_of_no_scores_gives_none() -> None:
     assert Platt(slope=1, offset=0)(np.empty(0)).shape == (0,)
+
+
+def test_a_weight_is_a_score_given_so_often() -> None:
+    mine, pool, prior = drawn(1.5, -1.0, 2_000)
+    counts = np.random.default_rng(1).integers(1, 5, len(mine))
+    found, repeated = fit_platt(mine, pool, prior, counts / 7), fit_platt(np.repeat(mine, counts), pool, prior)
+    # the two centre scores elsewhere, which moves nothing but where the search ends
+    assert (found.slope, found.offset) == pytest.approx((repeated.slope, repeated.offset), rel=1e-3)
+    assert found != fit_platt(mine, pool, prior)

@@ -19,12 +19,12 @@ from consilience.__main__ import app
 from consilience.client.coverage import CoverageRecord, load_coverage, read_record, tell_coverage
 from consilience.client.coverage import samples as samples_module
 from consilience.client.coverage.learned import LearnedCoverage
-from consilience.client.coverage.learning import LEAST_POOL, LEAST_PRIVATE, learn_coverage
+from consilience.client.coverage.learning import learn_coverage
 from consilience.client.coverage.prior import auroc
-from consilience.client.coverage.samples import gather, hold_out, refuse_copies
+from consilience.client.coverage.samples import LEAST_POOL, LEAST_PRIVATE, gather, hold_out, mine, refuse_copies
 from consilience.client.site import Site
 from consilience.common.cards import CoverageCard
-from consilience.common.data import from_arrays
+from consilience.common.data import from_arrays, open_data
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import CoverageError, RunError, SettingsError, StorageError, TeacherError
 from consilience.common.files import lock
@@ -201,6 +201,38 @@ def test_a_hosted_teacher_that_knows_some_classes_of_the_data(tmp_path: Path) ->
     assert record.classes == 2
     assert record.held_out == round((labels < 2).sum() / 5)
     assert auroc(told[IS_MINE], told[~IS_MINE]) > 0.9
+
+
+def test_classes_taken_as_equally_frequent_do_not_tell_how_frequent_they_are(tmp_path: Path) -> None:
+    """Nine in ten private images are of one class; of the pool's of the site's classes one in two is."""
+    images, labels = drawn([0] * 9 + [1], 400, 5)
+    told = {}
+    for shares in ("private", "equal"):
+        settings = make(tmp_path / shares, images, labels=labels, coverage={**COVERAGE, "shares": shares})
+        learn_coverage(settings)
+        coverage = loaded(settings).scores(PUBLIC)
+        told[shares] = [float(coverage[k == PUBLIC_LABELS].mean()) for k in range(2)]
+    assert told["private"][1] < told["private"][0] / 2
+    assert told["equal"][1] > 0.75 * told["equal"][0]
+
+
+def test_copies_of_an_image_are_held_out_together(tmp_path: Path) -> None:
+    """Data in which each image is there three times: what calibrates is of images that nothing was learned from."""
+    few = PRIVATE[:250]
+    settings = make(tmp_path, np.concatenate([few] * 3), labels=np.concatenate([PRIVATE_LABELS[:250]] * 3))
+    assert settings.data is not None
+    data, pool = open_data(settings.data), Pool.open(settings.pools[0])
+    samples = gather(settings, data, *mine(settings, data), pool)
+    learned = {image.tobytes() for image in samples.images[: len(samples.labels)]}
+    assert len(samples.held_out) == 150
+    assert not any(image.tobytes() in learned for image in samples.held_out)
+    again = make(
+        tmp_path / "few", np.concatenate([PRIVATE[:150]] * 3), labels=np.concatenate([PRIVATE_LABELS[:150]] * 3)
+    )
+    learn_coverage(again)
+    assert str(record_of(again).abstains).startswith(
+        "450 private images of its classes are 150 different ones, too few"
+    )
 
 
 @pytest.mark.parametrize(("private", "public"), [(1, 3), (3, 1)])

@@ -84,3 +84,24 @@ def test_nothing_comes_of_nothing(mine: list[float], pool: list[float]) -> None:
 def test_ranks_are_scikit_learn_s_with_ties(mine: np.ndarray, pool: np.ndarray) -> None:
     truth = np.repeat([1, 0], [len(mine), len(pool)])
     assert auroc(mine, pool) == pytest.approx(roc_auc_score(truth, np.concatenate([mine, pool])), abs=1e-12)
+
+
+@given(SCORES, SCORES, st.lists(st.integers(1, 4), min_size=1, max_size=6))
+def test_a_weight_is_a_score_given_so_often(mine: np.ndarray, pool: np.ndarray, times: list[int]) -> None:
+    """Of ranks alone; in the estimate's margin repeated samples are no more samples than they were."""
+    counts = np.resize(times, len(mine))
+    repeated = np.repeat(mine, counts)
+    assert auroc(mine, pool, counts * 0.3) == pytest.approx(auroc(repeated, pool), abs=1e-12)
+    even = np.full(len(mine), 0.7)
+    assert estimate_prior(mine, pool, even) == pytest.approx(estimate_prior(mine, pool), abs=1e-9)
+
+
+def test_weights_undo_that_some_were_drawn_more_often() -> None:
+    """Half of the mine-ish scores are one kind, far off; it is 30 times as frequent in the private sample."""
+    random = np.random.default_rng(0)
+    kinds = [(60_00, 8.0), (200, 4.0)]
+    mine = np.concatenate([random.normal(far, 0.5, n) for n, far in kinds])
+    weights = np.repeat([3100 / 6000, 3100 / 200], [n for n, _ in kinds])
+    pool = np.concatenate([random.normal(far, 0.5, n) for n, far in ((1000, 8.0), (1000, 4.0), (2000, 0.0))])
+    assert estimate_prior(mine, pool) == pytest.approx(0.26, abs=0.03)
+    assert estimate_prior(mine, pool, weights) == pytest.approx(0.5, abs=0.03)

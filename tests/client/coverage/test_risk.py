@@ -103,3 +103,16 @@ def test_another_prior_sample_or_number_of_classes_is_another_training() -> None
     found = {PositiveUnlabelled(labels, classes, prior, about).fingerprint for about, classes, prior in made}
     assert len(found) == 4
     assert PositiveUnlabelled(labels, 3, 0.4, "a").fingerprint in found
+
+
+def test_a_weight_is_a_sample_given_so_often() -> None:
+    """Classes of 2, 2 and 1 samples; weights 1 on average, against each class repeated to the same number."""
+    logits = torch.from_numpy(np.random.default_rng(5).normal(0, 2, (8, 4)))
+    ids = torch.tensor([0, 1, 2, 3, 4, 9, 10, 11])
+    weights = torch.tensor([5 / 6, 5 / 6, 5 / 3], dtype=torch.float64)
+    weighed = PositiveUnlabelled(torch.tensor(LABELS), 3, 0.4, "about", weights)
+    every = torch.tensor([0, 1, 2, 3, 4, 4, 5, 6, 7])  # rows of the scores; the last private one twice
+    repeated = PositiveUnlabelled(torch.tensor([*LABELS, LABELS[-1]]), 3, 0.4, "about")
+    at = torch.tensor([0, 1, 2, 3, 4, 5, 9, 10, 11])
+    assert weighed(logits, ids).item() == pytest.approx(repeated(logits[every], at).item(), rel=1e-12)
+    assert weighed.fingerprint != PositiveUnlabelled(torch.tensor(LABELS), 3, 0.4, "about").fingerprint
