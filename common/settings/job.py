@@ -450,6 +450,11 @@ class JobSettings(Settings):
                 f"unify.robust is True, which student.learning {learning!r} cannot follow: it learns from the answers "
                 "as they are; set it to false, or student.learning to soft-labels"
             )
+        if self.unify.temperature != 1 and learning == "filtered" and not learns_labels:
+            raise ValueError(
+                f"unify.temperature is {self.unify.temperature:g}, which student.learning 'filtered' cannot follow "
+                "where branches learn their teachers' answers as they are; set it to 1, or filtered.target to unified"
+            )
         if self.labels.groups:
             refuse_for_groups(self)
         if learning == "concentration":

@@ -300,3 +300,10 @@ def test_a_simulation_s_sites_take_its_mechanism_or_refuse_it_at_once() -> None:
     job = parse_settings(raw, JobSettings, source="job.yaml", folder=Path("/settings"))
     assert job.simulation is not None
     assert job.simulation.privacy == Pate(mechanism="pate", parts=3, sigma=2)
+
+
+def test_branches_that_learn_answers_as_they_are_cannot_soften_them() -> None:
+    student = {"architecture": "cnn3", "learning": "filtered", "classes": ["a", "b"]}
+    raw = {"name": "job", "unify": {"temperature": 3}, "student": {**student, "filtered": {"target": "teachers"}}}
+    assert "unify.temperature is 3, which student.learning 'filtered' cannot follow" in message(raw, JobSettings)
+    JobSettings.model_validate({**raw, "student": student})
