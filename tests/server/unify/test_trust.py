@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 
 from consilience.common.errors import UnifyError
-from consilience.server.unify.trust import Comparisons, outvoted
+from consilience.server.unify.trust import Comparisons
+from consilience.server.unify.verdicts import outvoted
 
 FIVE = [tuple(sorted(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2))) for site in range(5)]
 """Five sites; every class has three owners."""
