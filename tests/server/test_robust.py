@@ -45,6 +45,17 @@ def answers(swap: bool = False, turn: bool = False) -> dict[str, np.ndarray]:
     return found
 
 
+def five(random: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[str]]]:
+    """Return true classes of ten, and answers and classes of five sites, three of which own each class."""
+    truth, told, classes = random.integers(0, 10, SIZE), {}, {}
+    for i in range(5):
+        held = np.array([c for c in range(10) if (c // 2 - i) % 5 in (0, 1, 2)])
+        rows = random.normal(0, 1, (SIZE, len(held))) + 4.0 * (truth[:, None] == held)
+        told[f"s{i}"] = log_softmax(rows, axis=1).astype(np.float32)
+        classes[f"s{i}"] = [f"c{c}" for c in held]
+    return truth, told, classes
+
+
 def stores(folder: Path, told: dict[str, np.ndarray], missing: dict[str, int] | None = None) -> list[AnswerStore]:
     made = []
     for site, rows in told.items():
@@ -131,16 +142,9 @@ def test_classes_that_a_liar_alone_knows_are_left_out_and_named(
 def test_a_liar_that_always_names_its_own_class_costs_the_others_classes_nothing(
     tmp_path: Path, cards: list[SiteCard], left: float, rest: str
 ) -> None:
-    """Five sites, three owners a class, and a class `x` that only the liar knows, to which it gives all but `left`."""
-    sets = [tuple(c for c in range(10) if (c // 2 - i) % 5 in (0, 1, 2)) for i in range(5)]
-    names = [f"s{i}" for i in range(5)]
+    """There is a class `x` that only the liar knows, to which it gives all but `left`."""
     random = np.random.default_rng(1)
-    truth = random.integers(0, 10, SIZE)
-    told = {}
-    for name, held in zip(names, sets, strict=True):
-        rows = random.normal(0, 1, (SIZE, len(held))) + 4.0 * (truth[:, None] == np.array(held))
-        told[name] = log_softmax(rows, axis=1).astype(np.float32)
-    classes = {name: [f"c{c}" for c in held] for name, held in zip(names, sets, strict=True)}
+    truth, told, classes = five(random)
     order = [f"c{c}" for c in range(10)]
     honest = LabelSpace.build(classes, order=order)
     whole, _ = run(tmp_path / "honest", honest, cards, stores(tmp_path / "honest", told))
@@ -157,6 +161,28 @@ def test_a_liar_that_always_names_its_own_class_costs_the_others_classes_nothing
     right = [float((labels.argmax(axis=1) == truth).mean()) for labels in (whole, plain, robust)]
     assert right[1] < 0.5
     assert right[2] > right[0] - 0.02
+
+
+@pytest.mark.parametrize("liars", [("s2",), ("s1", "s3")])
+def test_sites_that_lie_half_of_the_time_pull_labels_less(
+    tmp_path: Path, cards: list[SiteCard], liars: tuple[str, ...]
+) -> None:
+    random = np.random.default_rng(4)
+    truth, told, classes = five(random)
+    space = LabelSpace.build(classes, order=[f"c{c}" for c in range(10)])
+    honest, _ = run(tmp_path / "honest", space, cards, stores(tmp_path / "honest", told), robust=True)
+    for name in liars:
+        rows = told[name]
+        lie = np.where(np.arange(6) == random.integers(0, 6, SIZE)[:, None], np.log(0.98), np.log(0.02 / 5))
+        told[name] = np.where(random.random((SIZE, 1)) < 0.5, lie, rows).astype(np.float32)
+    held = stores(tmp_path / "lied", told)
+    plain, _ = run(tmp_path / "plain", space, cards, held)
+    robust, about = run(tmp_path / "robust", space, cards, held, robust=True)
+    assert about.trust is not None
+    assert about.trust.doubted == set(liars)
+    assert not any(site.left_out for site in about.trust.sites.values())
+    right = [float((labels.argmax(axis=1) == truth).mean()) for labels in (honest, plain, robust)]
+    assert right[2] > right[1] + 0.4 * (right[0] - right[1])
 
 
 def test_samples_that_only_outvoted_sites_answered_have_no_label(
