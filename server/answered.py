@@ -125,9 +125,7 @@ def read_known(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.concatenate([np.empty(0, np.bool_), *(store.answered(start, stop) for start, stop in runs(ids))])
 
 
-def usable(
-    stores: Sequence[AnswerStore], space: LabelSpace, told: Sequence[frozenset[int]] | None = None
-) -> Usable:
+def usable(stores: Sequence[AnswerStore], space: LabelSpace, told: Sequence[frozenset[int]] | None = None) -> Usable:
     """Find the samples that can be learnt from. `stores` are those of the sites of `space`, about one pool.
 
     `told`: the classes that each site tells, by default all of its own; of others labels say nothing.

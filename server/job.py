@@ -56,8 +56,8 @@ from consilience.server.learning import (
 from consilience.server.lessons import Learnt, lesson_of, student_needs
 from consilience.server.multi_label import check_test_kind
 from consilience.server.progress import Progress
-from consilience.server.rounds import choose_more
 from consilience.server.robust import labelled
+from consilience.server.rounds import choose_more
 from consilience.server.settings import Home
 from consilience.server.signatures import Signatures
 from consilience.server.stores import all_stores, lacked, stores_about
@@ -361,7 +361,7 @@ class Job:
             if 0 < told.trust < 1:
                 self.events.add("answers-weighed", site=name, trust=told.trust, agreement=told.agreement)
                 self.reporter.say(
-                    f"Warning: others confirm less of what site {name} answers; it counts {told.trust:.2f} times as much"
+                    f"Warning: others confirm less of what site {name} answers; it counts {told.trust:.2f} times"
                 )
             if told.left_out:
                 self.events.add("answers-left-out", site=name, classes=told.left_out, agreement=told.agreement)

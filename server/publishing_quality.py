@@ -41,8 +41,8 @@ def pool_quality(
 ) -> Quality:
     """Estimate the quality of a student of every class of `space`, by the unified `labels` (n, L) and the answers.
 
-    Sites of whose answers `trust` leaves any out, or believes less, say nothing of the labels. `apart`: labelled samples
-    for which the answers that count hang together less than all sites do. `joined`: coverage decides the odds between
+    Sites of whose answers `trust` leaves any out, or lets them count less, say nothing of the labels. `apart`: labelled
+    samples for which the answers that count hang together less than all sites do. `joined`: coverage decides the odds between
     components. Raises `StorageError`, `PoolError`, `StudentError`.
     """
     keep = kept(space, trust, range(len(space.sites)))

@@ -155,8 +155,9 @@ class Unify(Settings):
 
     robust: bool = False
     """Compare the sites' answers over the pool, leave out those of a site that a majority of the others contradicts, as
-    a whole or about single classes, and let one of whose answers the others confirm less count less (docs/robust.md). Of classes with fewer than three owners nothing
-    can be known. Needs single answers, and a student that learns unified labels and nothing of sites' own blocks."""
+    a whole or about single classes, and let one of whose answers the others confirm less count less (docs/robust.md).
+    Of classes with fewer than three owners nothing can be known. Needs single answers, and a student that learns
+    unified labels and nothing of sites' own blocks."""
 
     def strength_of(self, site: str) -> float:
         """How much a site's coverage counts."""

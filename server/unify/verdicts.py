@@ -171,9 +171,7 @@ def _minority(group: list[int], verdicts: IntArray, values: FloatArray) -> set[i
     return set(group) - set(left) if 2 * int(beside.any(axis=1).sum()) > len(group) else None
 
 
-def _weights(
-    count: int, comparisons: Comparisons, ignored: set[int], cells: set[tuple[int, int]]
-) -> tuple[float, ...]:
+def _weights(count: int, comparisons: Comparisons, ignored: set[int], cells: set[tuple[int, int]]) -> tuple[float, ...]:
     """Return how much each site counts: all, unless its answers deliver clearly less than others' do.
 
     Site i delivers to site j cov(i, j) / var(i): of what its answers claim, what j confirms. This is alike for all
