@@ -138,7 +138,7 @@ def usable(stores: Sequence[AnswerStore], space: LabelSpace, told: Sequence[froz
     told = told or [space.tells(i) for i in range(len(space.sites))]
     for start, stop in _cuts(stores, block_size(space)):
         for pattern, rows in patterns(stores, np.arange(start, stop)):
-            unknown = everything.difference(*(told[i] for i in np.flatnonzero(pattern)))
+            unknown = everything.difference(*(told[int(i)] for i in np.flatnonzero(pattern)))
             mask[start + rows] = bool(pattern.any()) if space.multi else not unknown
             if not mask[start + rows[0]]:
                 lacking.update(dict.fromkeys(unknown, len(rows)))

@@ -42,8 +42,8 @@ def pool_quality(
     """Estimate the quality of a student of every class of `space`, by the unified `labels` (n, L) and the answers.
 
     Sites of whose answers `trust` leaves any out, or lets them count less, say nothing of the labels. `apart`: labelled
-    samples for which the answers that count hang together less than all sites do. `joined`: coverage decides the odds between
-    components. Raises `StorageError`, `PoolError`, `StudentError`.
+    samples for which the answers that count hang together less than all sites do. `joined`: coverage decides the odds
+    between components. Raises `StorageError`, `PoolError`, `StudentError`.
     """
     keep = kept(space, trust, range(len(space.sites)))
     if (max(keep.components(space)) > 0 or 2 * apart > samples.count) and not joined:
