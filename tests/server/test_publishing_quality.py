@@ -34,7 +34,7 @@ def estimated(folder: Path, bridge: SiteTrust | None = None, *, apart: int = 0, 
     for site, held in zip(SPACE.sites, SPACE.class_sets, strict=True):
         rows = np.log(posterior[:, held])
         rows -= np.logaddexp.reduce(rows, axis=1)[:, None]
-        about = {"pool": DIGEST, "encoding": "f32", "teacher": DIGEST, "policy": POLICY}
+        about: dict[str, Any] = {"pool": DIGEST, "encoding": "f32", "teacher": DIGEST, "policy": POLICY}
         store = AnswerStore(folder / site, About(site=site, size=SIZE, classes=len(held), **about))
         store.append(Answer(Question(job="job", start=0, stop=SIZE, **about), encode(rows, "f32"), 0.0))
         stores.append(store)

@@ -165,6 +165,7 @@ def test_two_camps_of_equal_size_are_divided(random: np.random.Generator) -> Non
     found = judge(sets, answers)
     assert found.divided
     assert not found.sites
+    assert found.weights == (1.0,) * 4
 
 
 HUB = [(0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 2), (3, 4, 5), (6, 7, 0)]
@@ -186,6 +187,23 @@ def test_an_honest_site_between_liars_is_not_outvoted(
     assert (found.sites, found.cells, found.divided) == (frozenset(), frozenset(), True)
     assert found.unjudged == tuple(range(max(map(max, sets)) + 1))
     assert found.weights == (1.0,) * len(sets)
+
+
+def test_two_liars_who_share_no_classes_do_not_outvote_even_where_most_sites_go_with_somebody(
+    random: np.random.Generator,
+) -> None:
+    sets = [HUB[0], HUB[1], HUB[2], (6, 7, 8, 9), *[(8, 9, 10)] * 3]
+    answers = dawid_skene(sets, random.integers(0, 11, 5000), [0.9] * len(sets), random)
+    for site in (1, 2):
+        answers[site] = lies(answers[site], "flipped", random)
+    found = judge(sets, answers)
+    assert (found.sites, found.divided) == (frozenset(), False)
+
+
+def test_of_owners_who_cannot_all_be_compared_nothing_is_known(random: np.random.Generator) -> None:
+    """Class 0 has three owners, the first and the last of whom share nothing else."""
+    sets = [(0, 1), (0, 1, 2), (0, 2)]
+    assert judge(sets, dawid_skene(sets, random.integers(0, 3, 2000), [0.9] * 3, random)).unjudged == (0, 1, 2)
 
 
 def test_a_liar_is_outvoted_by_two_who_go_with_one_another(random: np.random.Generator) -> None:
