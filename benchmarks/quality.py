@@ -67,9 +67,8 @@ def measure(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) 
     confidence = float(np.exp(scores.max(axis=1)).mean())
     found: dict[str, Any] = {"accuracy": report["student"]["accuracy"], "student's confidence": confidence}
     for way, cards in (("claimed", silent), ("held-out", contract.sites)):
-        told = pool_quality(
-            pool, contract.space, stores, cards, labels, student, usable(stores, contract.space), seed, joined=False
-        )
+        about = (pool, contract.space, stores, cards, labels, student, usable(stores, contract.space), seed)
+        told = pool_quality(*about, apart=0, joined=False)
         found[way] = told.model_dump(mode="json")
     found["labels' confidence"] = float(labels[np.arange(len(pool)), scores.argmax(axis=1)].mean())
     classes = {name: c["recall"]["value"] for name, c in found["held-out"]["classes"].items() if c["recall"]}

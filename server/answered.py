@@ -125,16 +125,20 @@ def read_known(store: AnswerStore, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.concatenate([np.empty(0, np.bool_), *(store.answered(start, stop) for start, stop in runs(ids))])
 
 
-def usable(stores: Sequence[AnswerStore], space: LabelSpace) -> Usable:
-    """Find the samples that can be learnt from. `stores` are those of the sites of `space`, about one pool."""
+def usable(stores: Sequence[AnswerStore], space: LabelSpace, told: Sequence[frozenset[int]] | None = None) -> Usable:
+    """Find the samples that can be learnt from. `stores` are those of the sites of `space`, about one pool.
+
+    `told`: the classes that each site tells, by default all of its own; of others labels say nothing.
+    """
     total = stores[0].about.size
     if all(store.complete for store in stores):
         return Usable(total, None, {})
     mask, lacking = np.zeros(total, np.bool_), Counter[int]()
-    everything, told = set(range(len(space))), [space.tells(i) for i in range(len(space.sites))]
+    everything = frozenset(range(len(space))) if told is None else frozenset[int]().union(*told)
+    told = told or [space.tells(i) for i in range(len(space.sites))]
     for start, stop in _cuts(stores, block_size(space)):
         for pattern, rows in patterns(stores, np.arange(start, stop)):
-            unknown = everything.difference(*(told[i] for i in np.flatnonzero(pattern)))
+            unknown = everything.difference(*(told[int(i)] for i in np.flatnonzero(pattern)))
             mask[start + rows] = bool(pattern.any()) if space.multi else not unknown
             if not mask[start + rows[0]]:
                 lacking.update(dict.fromkeys(unknown, len(rows)))

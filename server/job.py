@@ -56,6 +56,7 @@ from consilience.server.learning import (
 from consilience.server.lessons import Learnt, lesson_of, student_needs
 from consilience.server.multi_label import check_test_kind
 from consilience.server.progress import Progress
+from consilience.server.robust import labelled
 from consilience.server.rounds import choose_more
 from consilience.server.settings import Home
 from consilience.server.signatures import Signatures
@@ -143,6 +144,7 @@ class Job:
             else:
                 labels, diagnostics = unify_pool(self.run / "labels", space, stores, cards, unify, *rest)
             self._tell_checks(diagnostics)
+            samples = labelled(space, stores, samples, diagnostics.trust)
         with self._stage("learn"):
             used = believed(space, coverage, diagnostics.checks)
             share = 1.0
@@ -356,6 +358,11 @@ class Job:
                 self.events.add("coverage-left-out", site=site, reason=verdict.reason, agreement=verdict.agreement)
                 self.reporter.say(f"Warning: the coverage of site {site} is left out: {verdict.reason}")
         for name, told in () if diagnostics.trust is None else diagnostics.trust.sites.items():
+            if 0 < told.trust < 1:
+                self.events.add("answers-weighed", site=name, trust=told.trust, agreement=told.agreement)
+                self.reporter.say(
+                    f"Warning: others confirm less of what site {name} answers; it counts {told.trust:.2f} times"
+                )
             if told.left_out:
                 self.events.add("answers-left-out", site=name, classes=told.left_out, agreement=told.agreement)
                 what = "all its answers" if not told.trust else f"what it says of {listing(list(told.left_out), 8)}"

@@ -23,11 +23,11 @@ from consilience.common.files import RowWriter, canonical_json, create_array, re
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.settings import Unify
-from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, usable
+from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, need_usable, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.coverage_check import Verdict, believed, check_coverage
 from consilience.server.grouped import AnyUnifier, group_unifier
-from consilience.server.robust import Kept, Trust, cut, find_trust, kept
+from consilience.server.robust import Kept, Trust, cut, find_trust, kept, labelled
 from consilience.server.unify import Prior, UnifiedLabels, Unifier
 from consilience.server.unify.blocks import in_threads
 from consilience.server.unify.top import TopLabels
@@ -73,7 +73,7 @@ def unifier(
     """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`.
 
     `covered`: coverage comes with the answers; without it nothing says that a sample is outside the label space.
-    `keep`: what counts of these sites' answers; by default all.
+    `keep`: what counts of these sites' answers; by default all. Labels are of the classes of `keep`.
     """
     keep = keep or kept(space, None, range(len(space.sites)) if sites is None else sites)
     chosen, class_sets = keep.sites, keep.class_sets(space)
@@ -81,7 +81,7 @@ def unifier(
         return group_unifier(space, settings, chosen, covered=covered)
     prior = None
     if settings.prior_correction:
-        target = np.full(len(space), 1 / len(space))
+        target = np.full(len(keep.classes), 1 / len(keep.classes))
         known = []
         for i, classes, columns in zip(chosen, class_sets, keep.columns, strict=True):
             told = cards[i].class_priors
@@ -91,7 +91,7 @@ def unifier(
         prior = Prior(target, known)
     return Unifier(
         class_sets,
-        len(space),
+        len(keep.classes),
         method=settings.method,
         weights=[w * settings.weights.get(space.sites[i], 1.0) for i, w in zip(chosen, keep.weights, strict=True)],
         temperature=settings.temperature,
@@ -208,8 +208,9 @@ def unify_pool(
     Each sample's label comes from the sites that answered it, with the coverage of those that gave it (`coverage`:
     one store a site, None for a site that was not asked). For method `ce`, coverage that is noise or inverted in the
     eyes of the other sites is left out; samples drawn by `seed` show it. With `settings.other` above 0 there is
-    `folder`/other.npy, (n,) float32, too. Rows of samples that are not usable are zero: they have no label. Returns
-    the labels and the diagnostics. Raises `UnifyError`, `StorageError`.
+    `folder`/other.npy, (n,) float32, too. Rows of samples that are not usable are zero: they have no label; with
+    `settings.robust` so are those of which only outvoted sites tell some class (`labelled`). Returns the labels and the
+    diagnostics. Raises `UnifyError`, `AskingError`, `StorageError`.
     """
     key = labels_key(space, stores, settings, coverage, seed)
     path, notes, outside = folder / "q.npy", folder / "diagnostics.json", folder / "other.npy"
@@ -219,6 +220,7 @@ def unify_pool(
         return np.load(path, mmap_mode="r"), done
     samples = samples or usable(stores, space)
     trust = find_trust(space, stores, samples) if settings.robust else None
+    samples = need_usable(labelled(space, stores, samples, trust))
     solvers = _Solvers(space, settings, cards, trust)
     labels = create_array(path, np.float32, (samples.size, len(space)))
     other = create_array(outside, np.float32, (samples.size,)) if settings.other else None
@@ -244,7 +246,7 @@ def unify_pool(
             if other is not None and anchored(solve, keep.class_sets(space), given):
                 solve = solvers(block.sites, True)
             unified = solve(rows, coverage=given, alone=True)
-            put(block.ids, unified.probs)
+            put(block.ids, keep.spread(unified.probs, space))
             put_other(block.ids, unified.other)
             covering = [i for i, values in zip(keep.sites, given or [], strict=False) if values is not None]
             return block, unified, covering, int(solve.components.max()) > apart_from

@@ -127,8 +127,8 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         )
     if diagnostics.apart:
         warnings.append(
-            f"For {diagnostics.apart:,} samples the sites that answered fall apart into more components than all sites "
-            "do: about the odds between those the rule unify.across decides."
+            f"For {diagnostics.apart:,} samples the sites that answered, and whose answers count, fall apart into more "
+            "components than all sites do: about the odds between those the rule unify.across decides."
         )
     judgement: Judgement | None = None
     labelled: LabelJudgement | None = None
@@ -240,12 +240,13 @@ def _chosen_from(outcome: Outcome) -> tuple[int | None, str | None]:
 def _joined(outcome: Outcome) -> bool:
     """Whether coverage decides the odds between components: at most one has no site that gave all of it."""
     space = outcome.space
-    used = believed(space, outcome.coverage, outcome.diagnostics.checks)
-    told = list(zip(space.class_sets, used, strict=True))
+    keep = kept(space, outcome.diagnostics.trust, range(len(space.sites)))
+    components, used = keep.components(space), believed(space, outcome.coverage, outcome.diagnostics.checks)
+    told = [(classes, used[i]) for i, classes in zip(keep.sites, keep.class_sets(space), strict=True)]
     if outcome.settings.unify.method == "sd" and any(store is None or not store.complete for _, store in told):
         return False
-    covered = {space.components[classes[0]] for classes, store in told if store is not None and store.complete}
-    return bool(covered) and len(covered) >= max(space.components)
+    covered = {components[classes[0]] for classes, store in told if store is not None and store.complete}
+    return bool(covered) and len(covered) >= max(components)
 
 
 def _outside(outcome: Outcome) -> tuple[float | None, int | None]:
@@ -329,7 +330,8 @@ def _quality(outcome: Outcome, student: StudentModel, *, joined: bool) -> Qualit
         drawn = np.arange(samples.size) < outcome.pool.first
         samples = replace(samples, mask=drawn if samples.mask is None else drawn & samples.mask)
     about = (outcome.pool, outcome.space, outcome.stores, outcome.cards, outcome.labels, student, samples)
-    return pool_quality(*about, outcome.settings.seed, outcome.diagnostics.trust, joined=joined)
+    found = outcome.diagnostics
+    return pool_quality(*about, outcome.settings.seed, found.trust, apart=found.apart, joined=joined)
 
 
 def _amalgamation(outcome: Outcome) -> dict[str, Any] | None:
@@ -406,11 +408,13 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
         if len(whole) < len(answers):
             absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
             warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
-        if len(frozenset[int]().union(*(space.tells(i) for i in whole))) == len(space):
+        keep = kept(space, outcome.diagnostics.trust, whole)
+        everyone = kept(space, outcome.diagnostics.trust, range(len(space.sites)))
+        told_there = frozenset[int]().union(*(space.tells(i) for i in whole))
+        if len(told_there) == len(space) and keep.classes == everyone.classes:
             used = believed(space, outcome.test_coverage, outcome.diagnostics.checks)
             covers = [used[i] for i in whole]
             told = {c.about.site: c.read(0, len(test))[:, 0] for c in covers if c is not None and c.complete}
-            keep = kept(space, outcome.diagnostics.trust, whole)
             block = Block(np.arange(len(test)), answers, [told.get(site) for site in space.sites])
             rows, values = cut(block, keep)
             coverage = usable_coverage(settings.unify, values)
@@ -418,7 +422,7 @@ def _judgement(outcome: Outcome, student: StudentModel) -> tuple[Judgement | Non
             if settings.unify.other and anchored(solve, keep.class_sets(space), coverage):
                 solve = unifier(space, settings.unify, outcome.cards, keep=keep)
             found = solve(rows, coverage=coverage)
-            unified = chosen.labels(found.probs, found.other)
+            unified = chosen.labels(keep.spread(found.probs, space), found.other)
             partly = [c.about.site for c in covers if c is not None and not c.complete]
             if partly:
                 warnings.append(

@@ -17,7 +17,7 @@ from consilience.server.answers import AnswerStore
 from consilience.server.labelling_top import Labels
 from consilience.server.learning import StudentModel
 from consilience.server.quality import FEWEST, HeldOut, Quality, Rows, estimate
-from consilience.server.robust import Trust
+from consilience.server.robust import Trust, kept
 
 MOST, LEAST = 4000, 300
 """Samples looked at: fewer of them, the more classes there are."""
@@ -36,21 +36,24 @@ def pool_quality(
     seed: int,
     trust: Trust | None = None,
     *,
+    apart: int,
     joined: bool,
 ) -> Quality:
     """Estimate the quality of a student of every class of `space`, by the unified `labels` (n, L) and the answers.
 
-    Sites of whose answers `trust` leaves any out say nothing of the labels. `joined`: coverage decides the odds between
-    components. Raises `StorageError`, `PoolError`, `StudentError`.
+    Sites of whose answers `trust` leaves any out, or lets them count less, say nothing of the labels. `apart`: labelled
+    samples for which the answers that count hang together less than all sites do. `joined`: coverage decides the odds
+    between components. Raises `StorageError`, `PoolError`, `StudentError`.
     """
-    if max(space.components) > 0 and not joined:
+    keep = kept(space, trust, range(len(space.sites)))
+    if (max(keep.components(space)) > 0 or 2 * apart > samples.count) and not joined:
         return Quality(reason="the sites' classes fall apart into components, whose odds no answer tells")
     ids = np.arange(samples.size) if samples.ids is None else samples.ids
     most = min(MOST, max(LEAST, _VALUES // len(space)))
     if len(ids) > most:
         ids = np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
     held = [_held_out(card) for card in cards]
-    out = set() if trust is None else {site for site, told in trust.sites.items() if told.left_out}
+    out = frozenset[str]() if trust is None else trust.doubted
 
     def rows() -> Iterator[Rows]:
         for block in blocks(stores, max(1, min(_BLOCK, _BLOCK_VALUES // len(space))), None, ids):

@@ -54,12 +54,22 @@ def quality_warnings(findings: Findings) -> list[str]:
     found = []
     if (trust := findings.trust) is not None:
         for name, site in trust.sites.items():
+            if 0 < site.trust < 1:
+                found.append(
+                    f"Site {name}: the others confirm less of its answers than of one another's, so that they count "
+                    f"{site.trust:.2f} times as much. It may lie now and then, or be surer than it should be."
+                )
             if not site.left_out:
                 continue
             what = "its answers are" if not site.trust else f"what it says of {listing(list(site.left_out), 8)} is"
             found.append(
                 f"Site {name}: {what} left out of unification, for most of the sites that know the same classes "
                 "contradict it. It may lie, hardly know them, or mean something else by their names."
+            )
+        if trust.lost:
+            found.append(
+                f"No label has {listing(list(trust.lost), 8)}: none but sites that are left out know such a class. Ask "
+                "more sites that know it."
             )
         if trust.divided:
             found.append(
@@ -122,6 +132,7 @@ def _site(findings: Findings, name: str) -> dict[str, Any]:
         "agreement": None if trust is None else trust.agreement,
         "compared": 0 if trust is None else trust.sites,
         "samples": 0 if trust is None else round(trust.samples),
+        "weight": None if trust is None else trust.trust,
         "left_out": "" if trust is None else "all" if not trust.trust else listing(list(trust.left_out), 8),
     }
 

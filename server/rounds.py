@@ -23,6 +23,7 @@ from consilience.server.choosing import Round, next_samples
 from consilience.server.chosen import Chosen
 from consilience.server.labelling import load_other, unify_pool
 from consilience.server.learning import ByLoss, StudentModel, learn, soft_label_loss
+from consilience.server.robust import labelled
 
 FOLDER = "rounds"
 """Of a run: what is made between rounds, until their samples are kept."""
@@ -51,6 +52,7 @@ def choose_more(
     labels, diagnostics = unify_pool(
         folder / "labels", space, stores, cards, job.unify, reporter, samples, coverage, job.seed
     )
+    samples = labelled(space, stores, samples, diagnostics.trust)
     chosen, other = Chosen.of(job, space), load_other(folder / "labels")
     share = 1.0 if chosen.everything else chosen.share(labels, other, samples.ids)
     wanted = chosen.wanted(share, job.student.fit.batch_size)

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -98,6 +99,39 @@ def test_secure_sums_that_miss_a_bar_are_told(monkeypatch: pytest.MonkeyPatch) -
     for worse in ({"median_seconds": 4.1}, {"bytes": 3.1}, {"largest_difference": float("nan")}, {"same_arg_max": 0.9}):
         (told,) = missed({**paths, "secure, 3 lost": {**good, **worse}})
         assert told.startswith("secure, 3 lost: ")
+
+
+def test_robust_students_that_miss_the_bar_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    made = importlib.import_module("robust")
+    rights = {f"{attack}, {kind}": 0.8 for attack in made.ATTACKS for kind in ("plain", "robust")}
+
+    def missed(*changes: dict[str, float]) -> list[str]:
+        return list(made.missed([{k: {"student": v} for k, v in {**rights, **change}.items()} for change in changes]))
+
+    assert missed({}, {}) == []
+    assert (
+        missed({"half, robust": 0.785}, {"half, robust": 0.797, "random, plain": 0.1, "colluding, robust": 0.1}) == []
+    )
+    assert missed({"half, robust": 0.785}, {"half, robust": 0.794}) == ["half: 1.05 points lost, 1.00 allowed"]
+    assert missed({"none, robust": 0.79}, {"none, robust": 0.8}, {"none, robust": 0.805}) == []
+    assert len(missed({"none, robust": 0.795}, {"none, robust": 0.796}, {"none, robust": 0.795})) == 1
+
+
+def test_lies_of_the_robust_benchmark_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    lie, random = importlib.import_module("robust").lie, np.random.default_rng(0)
+    rows = np.log(random.dirichlet(np.ones(6), 2000)).astype(np.float32)
+    targeted = np.exp(lie(rows, "targeted", random))
+    assert targeted[:, 0].max() < 0.01
+    assert np.allclose(targeted[:, 1], np.exp(rows[:, 0]) + np.exp(rows[:, 1]), atol=1e-5)
+    assert np.array_equal(targeted[:, 2:], np.exp(rows[:, 2:]))
+    half = (lie(rows, "half", random) == rows).all(axis=1).mean()
+    assert 0.45 < half < 0.55
+    own = lie(rows, "own", random)
+    assert own.shape == (2000, 7)
+    assert (own.argmax(axis=1) == 6).all()
+    assert lie(rows, "random", random).dtype == np.float32
 
 
 def test_the_rate_of_a_method_is_one_that_its_student_learns_by(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,9 +154,10 @@ class Unify(Settings):
     With more, `labels/other.npy` says how likely a sample is outside, and soft labels count by the rest."""
 
     robust: bool = False
-    """Compare the sites' answers over the pool, and leave out those of a site that a majority of the others
-    contradicts, as a whole or about single classes (docs/robust.md). Of classes with fewer than three owners nothing
-    can be known. Needs single answers, and a student that learns unified labels."""
+    """Compare the sites' answers over the pool, leave out those of a site that a majority of the others contradicts, as
+    a whole or about single classes, and let one of whose answers the others confirm less count less (docs/robust.md).
+    Of classes with fewer than three owners nothing can be known. Needs single answers, and a student that learns
+    unified labels and nothing of sites' own blocks."""
 
     def strength_of(self, site: str) -> float:
         """How much a site's coverage counts."""
@@ -444,6 +445,11 @@ class JobSettings(Settings):
             raise ValueError(
                 f"unify.other is {self.unify.other:g}, which student.learning {learning!r} cannot follow; "
                 "set it to 0, or student.learning to soft-labels"
+            )
+        if self.unify.robust and learning == "filtered":
+            raise ValueError(
+                "unify.robust is True, and student.learning is 'filtered', whose branches learn from every site, also "
+                "from one that is left out of unification; set it to false, or student.learning to soft-labels"
             )
         if self.unify.robust and not learns_labels:
             raise ValueError(

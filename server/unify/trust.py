@@ -1,7 +1,7 @@
-"""Whom the others contradict: sites whose answers do not go with those of a majority, as a whole or about a class.
+"""How far sites' answers go together: moments of pairs of sites, gathered block by block.
 
-Lives here: moments of pairs of sites, gathered block by block, and the verdicts that follow. Does not live here: where
-answers come from and what is done with a site that is outvoted (server/robust).
+Does not live here: whom the others contradict (server/unify/verdicts), where answers come from and what is done with a
+site that is outvoted (server/robust).
 
 Two sites are compared on the classes that both know, by their answers restricted and renormalised to these. Sites that
 see the same thing raise and lower a class's probability on the same samples: its *correlation* over the pool is high,
@@ -24,14 +24,6 @@ from consilience.server.unify.result import Answers
 
 FloatArray = npt.NDArray[np.float64]
 
-LEAST_CORRELATION = 0.3
-"""Two sites contradict one another where their correlation is clearly below this."""
-CLEARLY = 2.0
-"""How many standard errors below, by Fisher's transformation, of 1 / sqrt(samples - 3) each. Two sites must say so."""
-FEWEST = 20.0
-"""Samples, by the two sites' own answers, below which nothing is said about the two, or about a class of theirs."""
-FEWEST_OWNERS = 3
-"""Sites that must be comparable for one to be outvoted: two who disagree may either of them be right."""
 _NOTHING = 1e-12
 """Variance of a probability that is as good as constant."""
 
@@ -40,15 +32,36 @@ _NOTHING = 1e-12
 class Comparison:
     """What two sites' answers have to do with one another, on the k classes that both know.
 
-    `correlation` and `samples`: of all these classes together; `by_class` (k,) and `samples_by_class` (k,): of each.
-    Samples count by how likely they are of one of the classes (of this class) in the eyes of these sites.
+    `covariance` (k,) of the two sites' probabilities of each class, `variances` (2, k) of either's.
+    `samples`: how many samples this rests on, of all these classes together, and `samples_by_class` (k,) of each. They
+    count by how likely they are of one of the classes (of this class) in the eyes of the one site that holds them the
+    likelier, and no more than differ in weight: a site that leaves these classes a little of every sample has spoken.
     """
 
     classes: tuple[int, ...]
-    correlation: float
+    covariance: FloatArray
+    variances: FloatArray
     samples: float
-    by_class: FloatArray
     samples_by_class: FloatArray
+
+    @property
+    def correlation(self) -> float:
+        """Of all classes together."""
+        return float(_ratio(self.covariance.sum(), *self.variances.sum(axis=1)))
+
+    @property
+    def by_class(self) -> FloatArray:
+        """(k,) the correlation of each class."""
+        return _ratio(self.covariance, *self.variances)
+
+    def without(self, classes: frozenset[int]) -> Comparison:
+        """Return the same on the classes that are not among these."""
+        left = [k for k, c in enumerate(self.classes) if c not in classes]
+        if len(left) == len(self.classes):
+            return self
+        samples = min(self.samples, float(self.samples_by_class[left].sum()))
+        parts = self.covariance[left], self.variances[:, left], samples, self.samples_by_class[left]
+        return Comparison(tuple(self.classes[k] for k in left), *parts)
 
 
 class Comparisons:
@@ -93,7 +106,8 @@ class _Moments:
     def __init__(self, left: list[int], right: list[int]) -> None:
         self.left, self.right = left, right
         self._sums = np.zeros((5, len(left)))
-        self._weight = 0.0
+        self._weight = self._squares = 0.0
+        self._mass = np.zeros(2)
 
     def add(self, one: FloatArray, two: FloatArray) -> None:
         mass_one, s = _restricted(one[:, self.left])
@@ -102,6 +116,8 @@ class _Moments:
         v = np.sqrt(mass_one * mass_two)
         weighted_s, weighted_t = v[:, None] * s, v[:, None] * t
         self._weight += float(v.sum())
+        self._squares += float((v * v).sum())
+        self._mass += [mass_one.sum(), mass_two.sum()]
         self._sums += [
             weighted_s.sum(0),
             weighted_t.sum(0),
@@ -111,149 +127,18 @@ class _Moments:
         ]
 
     def result(self, classes: list[int]) -> Comparison:
-        total = max(self._weight, 1e-300)
-        mean_s, mean_t, square_s, square_t, product = self._sums / total
-        variance_s, variance_t = square_s - mean_s**2, square_t - mean_t**2
-        covariance = product - mean_s * mean_t
+        mean_s, mean_t, square_s, square_t, product = self._sums / max(self._weight, 1e-300)
+        # Kish's number of samples of equal weight does not shrink with a site's mass on these classes as a whole.
+        equal = self._weight**2 / max(self._squares, 1e-300)
+        samples = min(equal, float(self._mass.max()))
         return Comparison(
             tuple(classes),
-            float(_ratio(covariance.sum(), variance_s.sum(), variance_t.sum())),
-            self._weight,
-            _ratio(covariance, variance_s, variance_t),
+            product - mean_s * mean_t,
+            np.stack([square_s - mean_s**2, square_t - mean_t**2]),
+            samples,
             # The larger of the two: a site that never speaks of a class is told by one that does.
-            np.maximum(self._sums[0], self._sums[1]),
+            np.maximum(mean_s, mean_t) * samples,
         )
-
-
-@dataclass(frozen=True)
-class Outvoted:
-    """Who is outvoted: sites as a whole, and (site, class) of sites that are not.
-
-    `correlations[i]`: the median of site i's correlations with those that it can be compared with, NaN without any;
-    `compared[i]`: how many these are; `samples[i]`: the fewest samples of those comparisons.
-    `divided`: whether some sites could be compared, contradict one another, and no majority of them goes together; then
-    nobody of them is outvoted. `unjudged`: the classes of which nothing can be known, for fewer than three owners can
-    be compared on them or these are divided.
-    """
-
-    sites: frozenset[int]
-    cells: frozenset[tuple[int, int]]
-    correlations: FloatArray
-    compared: tuple[int, ...]
-    samples: tuple[float, ...]
-    divided: bool
-    unjudged: tuple[int, ...]
-
-
-def outvoted(class_sets: Sequence[Sequence[int]], comparisons: dict[tuple[int, int], Comparison]) -> Outvoted:
-    """Judge all sites, then the others class by class.
-
-    A site is outvoted where it contradicts more of those left than it goes with, two at least; the one with the
-    largest surplus first, and the rest are looked at again. What is left must be a majority of those compared.
-    """
-    count = len(class_sets)
-    verdicts = np.zeros((count, count), np.int64)
-    told: list[list[tuple[float, float]]] = [[] for _ in range(count)]
-    for (i, j), found in comparisons.items():
-        verdict = _verdict(found.correlation, found.samples)
-        verdicts[i, j] = verdicts[j, i] = verdict
-        if verdict:
-            for site in (i, j):
-                told[site].append((found.correlation, found.samples))
-    values = np.full((count, count), np.nan)
-    for (i, j), found in comparisons.items():
-        values[i, j] = values[j, i] = found.correlation
-    bad: set[int] = set()
-    divided = False
-    for group in _groups(verdicts):
-        against = _minority(group, verdicts, values)
-        divided |= against is None
-        bad |= against or set()
-    cells, unjudged = _by_class(class_sets, comparisons, bad)
-    return Outvoted(
-        sites=frozenset(bad),
-        cells=frozenset(cells),
-        correlations=np.array([np.median([c for c, _ in held]) if held else np.nan for held in told]),
-        compared=tuple(len(held) for held in told),
-        samples=tuple(min((n for _, n in held), default=0.0) for held in told),
-        divided=divided,
-        unjudged=tuple(unjudged),
-    )
-
-
-def _by_class(
-    class_sets: Sequence[Sequence[int]], comparisons: dict[tuple[int, int], Comparison], bad: set[int]
-) -> tuple[set[tuple[int, int]], list[int]]:
-    owners: dict[int, list[int]] = {}
-    for site, classes in enumerate(class_sets):
-        for c in classes:
-            owners.setdefault(int(c), []).append(site)
-    place = {pair: {c: k for k, c in enumerate(found.classes)} for pair, found in comparisons.items()}
-    cells: set[tuple[int, int]] = set()
-    unjudged = []
-    for c, known in sorted(owners.items()):
-        size = len(class_sets)
-        verdicts, values = np.zeros((size, size), np.int64), np.full((size, size), np.nan)
-        everyone = np.zeros((size, size), np.int64)
-        for a, i in enumerate(known):
-            for j in known[a + 1 :]:
-                if (k := place.get((i, j), {}).get(c)) is None:
-                    continue
-                found = comparisons[i, j]
-                verdict = _verdict(float(found.by_class[k]), float(found.samples_by_class[k]))
-                everyone[i, j] = everyone[j, i] = verdict
-                if i not in bad and j not in bad:
-                    verdicts[i, j] = verdicts[j, i] = verdict
-                    values[i, j] = values[j, i] = found.by_class[k]
-        judged = any(len(group) >= FEWEST_OWNERS for group in _groups(everyone))
-        for group in _groups(verdicts):
-            against = _minority(group, verdicts, values)
-            judged = judged and against is not None
-            cells |= {(site, c) for site in against or ()}
-        if not judged:
-            unjudged.append(c)
-    return cells, unjudged
-
-
-def _verdict(correlation: float, samples: float) -> int:
-    """Return -1 where two contradict one another, 1 where they do not, 0 where nothing can be said."""
-    if samples < FEWEST:
-        return 0
-    bound = math.tanh(math.atanh(min(max(correlation, -0.999999), 0.999999)) + CLEARLY / math.sqrt(samples - 3))
-    return -1 if bound < LEAST_CORRELATION else 1
-
-
-def _groups(verdicts: npt.NDArray[np.int64]) -> list[list[int]]:
-    """Return the sites that comparisons link, directly or by others; single ones are left out."""
-    left, groups = set(np.flatnonzero(verdicts.any(axis=1)).tolist()), []
-    while left:
-        group, new = set[int](), {min(left)}
-        while new:
-            group |= new
-            new = {int(j) for i in new for j in np.flatnonzero(verdicts[i])} - group
-        left -= group
-        groups.append(sorted(group))
-    return groups
-
-
-def _minority(group: list[int], verdicts: npt.NDArray[np.int64], values: FloatArray) -> set[int] | None:
-    """Return who of `group` is outvoted; None where it is divided: those left are no majority, or go with nobody."""
-    left = list(group)
-    while True:
-        part = verdicts[np.ix_(left, left)]
-        contradicted, surplus = (part < 0).sum(axis=1), -part.sum(axis=1)
-        candidates = [k for k in range(len(left)) if surplus[k] > 0 and contradicted[k] >= FEWEST_OWNERS - 1]
-        if not candidates:
-            break
-
-        def rank(k: int, rows: list[int] = left, over: npt.NDArray[np.int64] = surplus) -> tuple[float, float, int]:
-            held = values[rows[k], rows]
-            return -float(over[k]), float(np.median(held[np.isfinite(held)])), rows[k]
-
-        del left[min(candidates, key=rank)]
-    if (part < 0).any() and (2 * len(left) <= len(group) or not (part > 0).any()):
-        return None
-    return set(group) - set(left) if 2 * len(left) > len(group) else None
 
 
 def _log_probs(site: int, answers: Answers, width: int) -> FloatArray:

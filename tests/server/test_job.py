@@ -719,6 +719,31 @@ def test_how_likely_samples_are_outside_goes_into_learning(home: Path, reporter:
     assert not (home / "plain" / "labels" / "other.npy").exists()
 
 
+def test_samples_that_only_a_liar_answered_and_its_own_class_are_not_learnt(home: Path, reporter: Reporter) -> None:
+    def telling(step: int, width: int, stop: int) -> Handler:
+        def answer(question: Question, attempt: int) -> RecordDict:
+            if question.start >= stop:
+                return refusing(question, attempt)
+            likely = np.arange(question.start, question.stop)[:, None] % 3 == (np.arange(width) + step) % 3
+            rows = np.where(likely & (np.arange(width) < 3), 0.8, 0.1)
+            rows = np.log(rows / rows.sum(axis=1, keepdims=True))
+            return Answer(question, encode(rows, question.encoding), 0.1).to_content()
+
+        return answer
+
+    handlers = {"liar": telling(1, 4, 99), "one": telling(0, 3, 32), "two": telling(0, 3, 32)}
+    classes = {"liar": ("a", "b", "c", "own"), "one": ("a", "b", "c"), "two": ("a", "b", "c")}
+    report = do(home, handlers, reporter, classes=classes, unify={"robust": True}, ask={"min_sites": 1})
+    assert report["unify"]["trust"]["lost"] == ["own"]
+    assert report["pool"]["left_out"] == 8
+    assert any("No label has own" in warning for warning in report["warnings"])
+    labels = np.load(home / "run" / "labels" / "q.npy")
+    assert not labels[32:].any()
+    assert not labels[:, 3].any()
+    assert np.array_equal(labels[:32].argmax(axis=1), np.arange(32) % 3)
+    assert report["baselines"]["unified_ensemble"]["accuracy"] is not None
+
+
 def test_a_site_that_the_others_contradict_is_left_out_and_named(home: Path, reporter: Reporter) -> None:
     def telling(step: int) -> Handler:
         def answer(question: Question, attempt: int) -> RecordDict:

@@ -849,14 +849,14 @@ def estimated(**changes: Any) -> Findings:
     told[CLASSES[3]] = ClassQuality(recall=None, labels=None, owners=1, samples=2, advice="more pool")
     own = SiteQuality(student=share, known=0.9, by="held-out", labels=0.6)
     trust = {
-        "s00": SiteTrust(agreement=0.9, sites=2, samples=90.5),
+        "s00": SiteTrust(agreement=0.9, sites=2, samples=90.5, trust=0.42),
         "s01": SiteTrust(agreement=0.8, sites=2, samples=90.5, left_out=("<b>bag",)),
         "s02": SiteTrust(agreement=-0.2, sites=2, samples=80, trust=0.0, left_out=("boot", "dress")),
     }
     sites = {"s00": own.model_copy(update={"advice": "recalibrate"}), "s01": own}
     return make(
         quality=Quality(accuracy=share, unsharpened=0.7, sharpening=1.2, samples=900, classes=told, sites=sites),
-        trust=Trust(sites=trust, unjudged=("dress",), divided=True),
+        trust=Trust(sites=trust, unjudged=("dress",), divided=True, lost=("boot",)),
         **changes,
     )
 
@@ -870,6 +870,8 @@ def test_trust_and_the_estimate_without_labels_are_told() -> None:
     for words in (
         "Site s01: what it says of <b>bag is left out",
         "Site s02: its answers are left out",
+        "Site s00: the others confirm less of its answers than of one another's, so that they count 0.42 times as much",
+        "No label has boot: none but sites that are left out know such a class",
         "contradict one another without a majority",
         "honesty of sites on dress",
         "Site s00: by the unified labels it is right on 60.0",
@@ -877,6 +879,7 @@ def test_trust_and_the_estimate_without_labels_are_told() -> None:
         assert words in warnings
     page = render_html(findings, report)
     assert "What can be known without labels" in page
+    assert '<td class="n">0.42</td>' in page
     assert "<b>bag" not in page
     assert "75.0" in card_markdown(findings, report)
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 
 from consilience.common.errors import UnifyError
-from consilience.server.unify.trust import Comparisons, outvoted
+from consilience.server.unify.trust import Comparisons
+from consilience.server.unify.verdicts import outvoted
 
 FIVE = [tuple(sorted(c for c in range(10) if (c // 2 - site) % 5 in (0, 1, 2))) for site in range(5)]
 """Five sites; every class has three owners."""
@@ -164,6 +165,120 @@ def test_two_camps_of_equal_size_are_divided(random: np.random.Generator) -> Non
     found = judge(sets, answers)
     assert found.divided
     assert not found.sites
+    assert found.weights == (1.0,) * 4
+
+
+HUB = [(0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 2), (3, 4, 5), (6, 7, 0)]
+CHAIN = [(0, 1, 2), (1, 2, 3, 4), (3, 4, 5)]
+
+
+@pytest.mark.parametrize(("sets", "liars"), [(HUB, (1, 2)), (HUB, (1, 2, 3)), (CHAIN, (0, 2))])
+def test_an_honest_site_between_liars_is_not_outvoted(
+    sets: list[tuple[int, ...]], liars: tuple[int, ...], random: np.random.Generator
+) -> None:
+    """The liars contradict it, but share no classes, so that nothing says that they go with one another."""
+    truth = random.integers(0, max(map(max, sets)) + 1, 4000)
+    answers = dawid_skene(sets, truth, [0.9] * len(sets), random)
+    honestly = judge(sets, answers)
+    assert (honestly.sites, honestly.cells, honestly.divided) == (frozenset(), frozenset(), False)
+    for site in liars:
+        answers[site] = lies(answers[site], "flipped", random)
+    found = judge(sets, answers)
+    assert (found.sites, found.cells, found.divided) == (frozenset(), frozenset(), True)
+    assert found.unjudged == tuple(range(max(map(max, sets)) + 1))
+    assert found.weights == (1.0,) * len(sets)
+
+
+def test_two_liars_who_share_no_classes_do_not_outvote_even_where_most_sites_go_with_somebody(
+    random: np.random.Generator,
+) -> None:
+    sets = [HUB[0], HUB[1], HUB[2], (6, 7, 8, 9), *[(8, 9, 10)] * 3]
+    answers = dawid_skene(sets, random.integers(0, 11, 5000), [0.9] * len(sets), random)
+    for site in (1, 2):
+        answers[site] = lies(answers[site], "flipped", random)
+    found = judge(sets, answers)
+    assert (found.sites, found.divided) == (frozenset(), False)
+
+
+def test_of_owners_who_cannot_all_be_compared_nothing_is_known(random: np.random.Generator) -> None:
+    """Class 0 has three owners, the first and the last of whom share nothing else."""
+    sets = [(0, 1), (0, 1, 2), (0, 2)]
+    assert judge(sets, dawid_skene(sets, random.integers(0, 3, 2000), [0.9] * 3, random)).unjudged == (0, 1, 2)
+
+
+def test_a_liar_is_outvoted_by_two_who_go_with_one_another(random: np.random.Generator) -> None:
+    sets = [(0, 1, 2, 3), (0, 1, 2), (1, 2, 3)]
+    answers = dawid_skene(sets, random.integers(0, 4, 3000), [0.9] * 3, random)
+    answers[0] = lies(answers[0], "flipped", random)
+    found = judge(sets, answers)
+    assert found.sites == {0}
+    assert found.unjudged == (0, 3)
+
+
+@pytest.mark.parametrize("left", [0.5, 1e-4, 1e-9])
+def test_a_site_does_not_get_out_of_comparisons_by_claiming_samples_for_its_own_class(
+    left: float, random: np.random.Generator
+) -> None:
+    """What it says of the others' classes is judged, however little of a sample it leaves them."""
+    sets = [*FIVE[:2], (*FIVE[2], 10), *FIVE[3:]]
+    answers = dawid_skene(FIVE, random.integers(0, 10, 2000), [0.9] * 5, random)
+    for kind, out in (("random", {2}), ("flipped", {2}), ("honest", set())):
+        rows = answers[2] if kind == "honest" else lies(answers[2], kind, random)
+        claim = np.full((len(rows), 1), np.log1p(-left))
+        told = [*answers[:2], np.concatenate([rows + np.log(left), claim], axis=1), *answers[3:]]
+        found = judge(sets, told)
+        assert found.sites == out
+        assert found.compared == (4,) * 5
+
+
+def calibrated(noise: Sequence[float], random: np.random.Generator, size: int = 3000) -> list[np.ndarray]:
+    """Return answers of the sites of `FIVE` who see the truth under noise of their own, and know how much."""
+    truth, answers = random.integers(0, 10, size), []
+    for classes, own in zip(FIVE, noise, strict=True):
+        seen = (truth[:, None] == np.array(classes)) + random.normal(0, own, (size, len(classes)))
+        answers.append(log_softmax(seen / own**2, axis=1))
+    return answers
+
+
+@pytest.mark.parametrize("noise", [(0.4,) * 5, (0.7,) * 5, (0.3, 0.4, 0.9, 0.4, 0.3), (0.3, 0.5, 0.5, 0.7, 0.7)])
+@pytest.mark.parametrize("size", [200, 3000])
+def test_honest_sites_count_fully_however_little_they_know(
+    noise: tuple[float, ...], size: int, random: np.random.Generator
+) -> None:
+    for _ in range(3):
+        assert judge(FIVE, calibrated(noise, random, size)).weights == (1.0,) * 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "liars", "most"), [("random", (2,), 0.95), ("flipped", (2,), 0.3), ("flipped", (1, 3), 0.3)]
+)
+def test_sites_that_lie_half_of_the_time_count_less_and_others_fully(
+    kind: str, liars: tuple[int, ...], most: float, random: np.random.Generator
+) -> None:
+    answers = calibrated((0.3, 0.3, 0.3, 0.4, 0.3), random)
+    for site in liars:
+        half = random.random(len(answers[site])) < 0.5
+        answers[site] = np.where(half[:, None], lies(answers[site], kind, random), answers[site])
+    found = judge(FIVE, answers)
+    assert found.sites <= set(liars)
+    for site, weight in enumerate(found.weights):
+        if site not in liars:
+            assert weight == 1.0
+        elif site not in found.sites:
+            assert 0.1 <= weight < most
+
+
+def test_a_weight_is_the_fourth_power_of_what_a_site_delivers(random: np.random.Generator) -> None:
+    """The share is of 0.7 of what others do: here two sites alike, beside a third that is right half of the time."""
+    sets, truth = [(0, 1, 2, 3)] * 3, np.arange(200_000) % 4
+    sure = np.log(np.where(truth[:, None] == np.arange(4), 0.97, 0.01))
+    half = np.where(random.random((len(truth), 1)) < 0.5, lies(sure, "random", random), sure)
+    found = judge(sets, [sure, sure, half])
+    covariance = np.cov(np.exp(sure[:, 0]), np.exp(half[:, 0]))
+    share = covariance[0, 1] / min(covariance[1, 1], np.sqrt(covariance[0, 0] * covariance[1, 1]))
+    assert found.weights[:2] == (1.0, 1.0)
+    assert found.weights[2] == pytest.approx(((share + 2 / np.sqrt(len(truth))) / 0.7) ** 4, rel=0.05)
+    assert judge(sets[:2], [sure, half]).weights == (1.0, 1.0)
 
 
 def test_classes_with_fewer_than_three_owners_are_unjudged(random: np.random.Generator) -> None:
