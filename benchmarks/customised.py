@@ -1,8 +1,8 @@
 """Claim: students of chosen labels are smaller than one of all, and no worse made by filtered amalgamation than by KD.
 
 Three sites label canvases of one to four Fashion-MNIST objects, each by five labels, of which neighbours share some;
-private images, pool and test images are made of objects of their own. Wanted are four labels that two sites know, of
-which they share one (`two sites`), three of which two sites share two (`shared`), and one of each site (`one each`). Per
+private images, pool and test images are made of objects of their own. Wanted are four labels that two sites know, one
+of which both do (`two sites`), three of which two sites share two (`shared`), and one of each site (`one each`). Per
 seed and wanted labels the same architecture learns from the same pool by filtered amalgamation, sites lending their
 blocks (Ye et al., IJCAI 2019), its branches begun by these or at random; from the unified soft labels of the wanted
 labels, KD; and from the same with a last block and a head of its own for what is wanted of each site. Students of all
@@ -35,7 +35,7 @@ from scipy import stats
 from torch import nn
 
 from consilience.client.teacher import load_any
-from consilience.client.teacher.multi import MultiTeacher
+from consilience.client.teacher.multi_calibrated import CalibratedMulti
 from consilience.common.data import open_data
 from consilience.common.epochs import EpochRecord
 from consilience.common.label_scores import average_precision
@@ -173,18 +173,16 @@ def canvases(objects: tuple[Images, Labels], names: Sequence[str], count: int, s
 def prepare(scenario: Scenario, seed: int, path: Path, folders: Sequence[Path]) -> Home:
     """Make the pools, the test set and the sites' folders, and train the teachers; what is there stays."""
     images, labels, names = read(scenario.data, "train", folders)
-    images = images if images.ndim == 4 else images[..., None]
-    *parts, own = np.array_split(np.random.default_rng(seed).permutation(len(images)), len(scenario.sites) + 1)
-    pool = canvases((images[own], labels[own]), names, scenario.pool, seed)
-    tested, truth, _ = read(scenario.data, "test", folders)
-    test = canvases((tested if tested.ndim == 4 else tested[..., None], truth), names, scenario.test, seed)
+    *own, rest = np.array_split(np.random.default_rng(seed).permutation(len(images)), len(scenario.sites) + 1)
+    pool = canvases((images[rest], labels[rest]), names, scenario.pool, 10 * seed + 8)
+    test = canvases(read(scenario.data, "test", folders)[:2], names, scenario.test, 10 * seed + 9)
     write_pools(path, pool, test, names)
     kept = round(scenario.pool * (1 - CHOSEN_ON))
     for name, part in (("learned", slice(kept)), ("chosen-on", slice(kept, None))):
         write_pools(path / name, (pool[0][part], pool[1][part]), (test[0][:1], test[1][:1]), names)
     sites = []
-    for at, (known, part) in enumerate(zip(scenario.sites, parts, strict=True)):
-        private = canvases((images[part], labels[part]), names, scenario.private, 1000 * seed + at)
+    for at, (known, held) in enumerate(zip(scenario.sites, own, strict=True)):
+        private = canvases((images[held], labels[held]), names, scenario.private, 10 * seed + at)
         folder = path / f"site-{at + 1}"
         labelled = save(folder / "private.npz", (private[0], private[1][:, known]), [names[label] for label in known])
         fit = Fit(epochs=scenario.teacher_epochs, precision="f32")
@@ -318,15 +316,17 @@ def measure(
 
     def judged(method: str, wanted: Sequence[int]) -> dict[str, Any]:
         model = made(scenario, method, wanted, rates[method], home)
+        about = model.model.about if isinstance(model.model, FilteredStudent) else None
         return {
             "ap": precisions(truth, model.log_probs(images), model.labels, home.names),
             "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
-            "branches": [branch.block for branch in model.model.about.branches] if model.filtered else [],
+            "branches": [each.block for each in about.branches] if about else [],
         }
 
     teachers = {}
     for site in home.sites:
-        teacher: MultiTeacher = load_any(load_settings(site, SiteSettings))
+        teacher = load_any(load_settings(site, SiteSettings))
+        assert isinstance(teacher, CalibratedMulti)
         teachers[site.parent.name] = precisions(truth, teacher.log_odds(images), teacher.classes, home.names)
     return {
         "names": home.names,

@@ -61,6 +61,7 @@ def type_in(name: str, file: Path, said: Path) -> None:
         "choosing",
         "common_feature",
         "coverage",
+        "customised",
         "feature_memory",
         "fuzz_decoders",
         "groups",
@@ -120,6 +121,39 @@ def test_the_rate_of_a_method_is_one_that_its_student_learns_by(monkeypatch: pyt
             assert epochs + (slow.layer_wise.epochs if layers else 0) == scenario.epochs
             told[method] = settings
         assert len({json.dumps(each, sort_keys=True) for each in told.values()}) == len(scenario.methods)
+
+
+def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_each_site_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("customised")
+    scenario = made.SCENARIO
+    slow, fast = min(scenario.rates), max(scenario.rates)
+    told = {}
+    for method in (*made.CUSTOMISED, *made.FULL):
+        first, other = (made.student(scenario, method, ("a", "b"), rate) for rate in (slow, fast))
+        filtered = first.learning == "filtered"
+        assert first.fit.epochs + 3 * first.filtered.epochs * filtered == 24  # cnn3 has three blocks
+        assert (first.fit.learning_rate, other.fit.learning_rate) == (slow, fast)
+        assert (first.filtered.learning_rate, other.filtered.learning_rate) == (slow, fast)
+        told[method] = first
+    assert {method for method, each in told.items() if each.learning == "filtered"} == {
+        made.FILTERED,
+        made.RANDOM,
+        made.ALL_FILTERED,
+    }
+    assert [each.filtered.branches for method, each in told.items() if method in made.CUSTOMISED] == [
+        "teacher",
+        "random",
+        "teacher",
+        "teacher",
+    ]
+    about = made.separate_heads(scenario, (2, 0, 8))
+    assert [(each.task, each.classes, each.block, each.filters) for each in about.branches] == [
+        ("site-1", (0, 1), 2, 0),
+        ("site-3", (1, 2), 2, 0),
+    ]
 
 
 def squared(power: int, seed: int, home: Path) -> dict[str, int]:
