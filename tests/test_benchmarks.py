@@ -134,18 +134,21 @@ def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_eac
     for method in (*made.CUSTOMISED, *made.FULL):
         first, other = (made.student(scenario, method, ("a", "b"), rate) for rate in (slow, fast))
         filtered = first.learning == "filtered"
-        assert first.fit.epochs + 3 * first.filtered.epochs * filtered == 24  # cnn3 has three blocks
+        blocks = 3 * first.filtered.epochs * filtered  # cnn3 has three
+        assert first.fit.epochs + blocks == 24 + 12 * (method == made.LONGER)
         assert (first.fit.learning_rate, other.fit.learning_rate) == (slow, fast)
         assert (first.filtered.learning_rate, other.filtered.learning_rate) == (slow, fast)
         told[method] = first
     assert {method for method, each in told.items() if each.learning == "filtered"} == {
         made.FILTERED,
         made.RANDOM,
+        made.LONGER,
         made.ALL_FILTERED,
     }
     assert [each.filtered.branches for method, each in told.items() if method in made.CUSTOMISED] == [
         "teacher",
         "random",
+        "teacher",
         "teacher",
         "teacher",
     ]
