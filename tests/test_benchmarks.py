@@ -62,6 +62,7 @@ def type_in(name: str, file: Path, said: Path) -> None:
         "choosing",
         "common_feature",
         "coverage",
+        "customised",
         "feature_memory",
         "fuzz_decoders",
         "groups",
@@ -154,6 +155,42 @@ def test_the_rate_of_a_method_is_one_that_its_student_learns_by(monkeypatch: pyt
             assert epochs + (slow.layer_wise.epochs if layers else 0) == scenario.epochs
             told[method] = settings
         assert len({json.dumps(each, sort_keys=True) for each in told.values()}) == len(scenario.methods)
+
+
+def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_each_site_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("customised")
+    scenario = made.SCENARIO
+    slow, fast = min(scenario.rates), max(scenario.rates)
+    told = {}
+    for method in (*made.CUSTOMISED, *made.FULL):
+        first, other = (made.student(scenario, method, ("a", "b"), rate) for rate in (slow, fast))
+        filtered = first.learning == "filtered"
+        blocks = 3 * first.filtered.epochs * filtered  # cnn3 has three
+        assert first.fit.epochs + blocks == 24 + 12 * (method == made.LONGER)
+        assert (first.fit.learning_rate, other.fit.learning_rate) == (slow, fast)
+        assert other.filtered == first.filtered
+        told[method] = first
+    assert {method for method, each in told.items() if each.learning == "filtered"} == {
+        made.FILTERED,
+        made.RANDOM,
+        made.LONGER,
+        made.ALL_FILTERED,
+    }
+    assert [each.filtered.branches for method, each in told.items() if method in made.CUSTOMISED] == [
+        "teacher",
+        "random",
+        "teacher",
+        "teacher",
+        "teacher",
+    ]
+    about = made.separate_heads(scenario, (2, 0, 8))
+    assert [(each.task, each.classes, each.block, each.filters) for each in about.branches] == [
+        ("site-1", (0, 1), 2, 0),
+        ("site-3", (1, 2), 2, 0),
+    ]
 
 
 def squared(power: int, seed: int, home: Path) -> dict[str, int]:

@@ -11,7 +11,6 @@ is made of them, and the finished student is without.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,21 +210,6 @@ def parameters(about: StudentAbout) -> Parts:
         sum(_count(branch.filters) for branch in branches),
         tuple(_count(branch.blocks) for branch in branches),
     )
-
-
-def separate_heads(
-    architecture: str, channels: int, classes: int, tasks: Sequence[tuple[str, tuple[int, ...], int]]
-) -> StudentAbout:
-    """Return the description of the baseline: a whole network, and a head for each task on its last features.
-
-    `tasks` are names, the student's classes, and how many others each teacher knows.
-    """
-    last = skeleton(architecture, 1).count
-    branches = tuple(
-        BranchAbout(task=name, block=last, architecture=architecture, classes=some, others=others, filters=0)
-        for name, some, others in tasks
-    )
-    return StudentAbout(architecture=architecture, channels=channels, classes=classes, branches=branches)
 
 
 def _count(module: nn.Module) -> int:

@@ -36,7 +36,6 @@ from consilience.server.student.filtered_student import (
     parameters,
     read_about,
     rebuild,
-    separate_heads,
     trimmed,
 )
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher, pooled
@@ -330,8 +329,12 @@ def test_scores_may_learn_another_loss() -> None:
 
 
 @torch.no_grad()
-def test_the_baseline_is_a_network_with_a_head_a_task() -> None:
-    about = separate_heads(NAME, 1, 5, [("a", (0, 3), 4), ("b", (1, 2, 4), 0)])
+def test_branches_without_filters_are_heads_on_the_trunk_s_features() -> None:
+    heads = [
+        BranchAbout(task=task, block=3, architecture=NAME, classes=classes, others=others, filters=0)
+        for task, classes, others in (("a", (0, 3), 4), ("b", (1, 2, 4), 0))
+    ]
+    about = StudentAbout(architecture=NAME, channels=1, classes=5, branches=tuple(heads))
     student = FilteredStudent(about, 3).eval()
     parts = parameters(about)
     assert parts.filters == 0
