@@ -28,6 +28,8 @@ CLEARLY = 3.0
 LEVEL = 2.0
 """A level is mended that is off by more than this, in logits: odds seven times too high or too low. Honest coverage is
 off by less, as far as measured (docs/unify.md), and stays as it came; so small an error changes labels by little."""
+CLAIMED = 0.2
+"""The coverage of sites that share out all classes adds up to 1; by more than this it is off on no honest sites seen."""
 FEWEST = 200
 """With fewer samples no verdict is given: by chance alone, the agreement of good coverage may then be low."""
 
@@ -126,6 +128,25 @@ def claimed(space: LabelSpace, stores: Sequence[AnswerStore], coverage: Coverage
             total += float(np.sum(told, dtype=np.float64))
             count += len(block.ids)
     return total / count if count >= FEWEST else None
+
+
+def wrong_claims(claimed: float | None, *, closed: bool) -> str | None:
+    """Return what is wrong with a sum of mean coverage, as `claimed` has it; None where it is near 1, or not known.
+
+    `closed`: every sample is held to be of a known class; otherwise less than 1 is to be expected.
+    """
+    if claimed is None or not (claimed > 1 + CLAIMED or (closed and claimed < 1 - CLAIMED)):
+        return None
+    text = (
+        f"No two sites share a class, and their mean coverage adds up to {claimed:.2f} where 1 is right: the level of "
+        f"some site's coverage is too {'high, or it is inverted' if claimed > 1 else 'low'}"
+    )
+    if claimed < 1:
+        text += ", or the pool has images of no known class (then set unify.other above 0)"
+    return (
+        f"{text}. Nothing else decides between their classes, so labels may be wrong. Look for the site whose mean "
+        "coverage is not its share of the pool and have it learn coverage again, or set ask.coverage to false."
+    )
 
 
 def believed(space: LabelSpace, coverage: CoverageStores, verdicts: Mapping[str, Verdict]) -> list[AnswerStore | None]:

@@ -58,8 +58,8 @@ class Diagnostics(BaseModel):
     checks: dict[str, Verdict] = {}
     """Site -> what the others say of its coverage, where they can; method `ce` only."""
     claimed: float | None = None
-    """How many classes of sites a sample is of, on average, by the sites' own coverage, where the sites share all
-    classes out among them: 1 if every sample is of a known class and every level is right."""
+    """The sum over sites of their mean coverage, where they share all classes out among them: 1 if every sample is of
+    a known class and every level is right. None elsewhere."""
     trust: Trust | None = None
     """What the sites' answers say of one another's; None without `unify.robust`."""
 
