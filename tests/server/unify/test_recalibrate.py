@@ -113,7 +113,7 @@ def test_who_orders_samples_well_is_never_ignored_however_little_the_others_leav
     # All sites claim far too much, so the others leave about one sample to this one: its level is what is wrong.
     random = np.random.default_rng(3)
     z = random.normal(0, 3, 400)
-    masses = sigmoid(z - 14)
+    masses = sigmoid(z - 10)
     assert 0.1 < masses.sum() < 2
     found = recalibrate([sigmoid(z + 4)], lambda site: masses)[0]
     assert found is not None
