@@ -26,10 +26,10 @@ MOST = 4000
 CLEARLY = 3.0
 """How many standard errors a difference, or an offset, must be to be no chance."""
 LEVEL = 2.0
-"""A level is mended that is off by more than this, in logits: odds seven times too high or too low. Honest coverage is
-off by less, as far as measured (docs/unify.md), and stays as it came; so small an error changes labels by little."""
+"""A level is mended that is off by more than this, in logits: odds seven times too high or too low. Honest coverage of
+pools without strangers is off by less (docs/unify.md) and stays as it came: mending little helps no more than it harms."""
 CLAIMED = 0.2
-"""The coverage of sites that share out all classes adds up to 1; by more than this it is off on no honest sites seen."""
+"""The coverage of sites that share out all classes adds up to 1; no honest sites seen are off by more."""
 FEWEST = 200
 """With fewer samples no verdict is given: by chance alone, the agreement of good coverage may then be low."""
 
@@ -113,7 +113,9 @@ def check_coverage(
     return {space.sites[i]: found[i] for i in sorted(found)}
 
 
-def claimed(space: LabelSpace, stores: Sequence[AnswerStore], coverage: CoverageStores, samples: Usable) -> float | None:
+def claimed(
+    space: LabelSpace, stores: Sequence[AnswerStore], coverage: CoverageStores, samples: Usable
+) -> float | None:
     """Return the sum over sites of their mean coverage, on the usable samples: 1 if every sample is of one site.
 
     None where the class sets are not a partition of the label space, where a site gives no coverage, or where there

@@ -362,12 +362,12 @@ class Job:
             elif verdict.offset:
                 self.events.add("coverage-mended", site=site, offset=verdict.offset)
                 self.reporter.say(f"Warning: the level of the coverage of site {site} is wrong, and mended")
-        if told := wrong_claims(diagnostics.claimed, closed=not self.settings.unify.other):
-            self.reporter.say(f"Warning: {told}")
-        for name, trusted in () if diagnostics.trust is None else diagnostics.trust.sites.items():
-            if trusted.left_out:
-                self.events.add("answers-left-out", site=name, classes=trusted.left_out, agreement=trusted.agreement)
-                what = "all its answers" if not trusted.trust else f"what it says of {listing(list(trusted.left_out), 8)}"
+        if wrong := wrong_claims(diagnostics.claimed, closed=not self.settings.unify.other):
+            self.reporter.say(f"Warning: {wrong}")
+        for name, told in () if diagnostics.trust is None else diagnostics.trust.sites.items():
+            if told.left_out:
+                self.events.add("answers-left-out", site=name, classes=told.left_out, agreement=told.agreement)
+                what = "all its answers" if not told.trust else f"what it says of {listing(list(told.left_out), 8)}"
                 self.reporter.say(f"Warning: most others contradict site {name}; left out: {what}")
 
     def _forget_timing(self, space: LabelSpace, stores: list[AnswerStore], coverage: CoverageStores) -> None:

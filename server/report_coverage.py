@@ -85,9 +85,11 @@ def coverage_warnings(findings: Findings) -> list[str]:
                 f"(agreement with the other sites {decimal(told.agreement, 2)}; 0.5 is chance)."
             )
         if told.offset:
+            strangers = "" if told.offset < 0 else ", or say by unify.other that the pool has images of no known class"
             found.append(
-                f"Site {site.name}: its coverage is far too {'high' if told.offset < 0 else 'low'} by what the other sites "
-                f"say of the same samples; its logits were moved by {told.offset:+.1f}. Have it learn coverage again."
+                f"Site {site.name}: its coverage is far too {'high' if told.offset < 0 else 'low'} by what the other "
+                f"sites say of the same samples; its logits were moved by {told.offset:+.1f}. "
+                f"Have it learn coverage again{strangers}."
             )
     unify = findings.unify
     if told_of_all := wrong_claims(unify.claimed, closed=unify.other is None):
@@ -116,9 +118,7 @@ def _idle(findings: Findings) -> list[str]:
     space, unify = findings.space, findings.unify
     if space.multi or unify.method != "ce" or unify.other is not None:
         return []
-    return [
-        site.name for site in _gave(findings) if len(space.class_sets[space.sites.index(site.name)]) == len(space)
-    ]
+    return [site.name for site in _gave(findings) if len(space.class_sets[space.sites.index(site.name)]) == len(space)]
 
 
 def _gave(findings: Findings) -> list[SiteFindings]:

@@ -259,9 +259,7 @@ def test_levels_of_sites_that_share_no_class_are_warned_of_together(
     assert left_out(report) == {}
 
 
-def test_nothing_is_claimed_together_by_sites_that_do_not_share_out_all_classes(
-    home: Path, reporter: Reporter
-) -> None:
+def test_nothing_is_claimed_together_by_sites_that_do_not_share_out_all_classes(home: Path, reporter: Reporter) -> None:
     assert do(home, reporter, {"east": GOOD, "north": GOOD}, APART, judged=False)["unify"]["claimed"] is None
     inverted = do(home, reporter, {"east": GOOD, "north": INVERTED, "west": GOOD}, APART, "out", judged=False)
     assert left_out(inverted).keys() == {"north"}
