@@ -27,7 +27,7 @@ CLEARLY = 3.0
 """How many standard errors a difference, or an offset, must be to be no chance."""
 LEVEL = 2.0
 """A level is mended that is off by more than this, in logits: odds seven times too high or too low. Honest coverage of
-pools without strangers is off by less (docs/unify.md) and stays as it came: mending little helps no more than it harms."""
+pools without strangers is off by less (docs/unify.md) and stays as it came: to mend it helps and harms alike."""
 CLAIMED = 0.2
 """The coverage of sites that share out all classes adds up to 1; no honest sites seen are off by more."""
 FEWEST = 200
@@ -118,10 +118,11 @@ def claimed(
 ) -> float | None:
     """Return the sum over sites of their mean coverage, on the usable samples: 1 if every sample is of one site.
 
-    None where the class sets are not a partition of the label space, where a site gives no coverage, or where there
-    are too few samples of which every site gave it. Raises `StorageError`.
+    None where the class sets are not a partition of the label space or there is one alone, where a site gives no
+    coverage, or where there are too few samples of which every site gave it. Raises `StorageError`.
     """
-    if sum(map(len, space.class_sets)) != len(space) or any(store is None for store in coverage):
+    partition = len(space.sites) > 1 and sum(map(len, space.class_sets)) == len(space)
+    if not partition or any(store is None for store in coverage):
         return None
     total, count = 0.0, 0
     for block in blocks(stores, block_size(space), coverage, samples.ids):

@@ -264,6 +264,8 @@ def test_nothing_is_claimed_together_by_sites_that_do_not_share_out_all_classes(
     inverted = do(home, reporter, {"east": GOOD, "north": INVERTED, "west": GOOD}, APART, "out", judged=False)
     assert left_out(inverted).keys() == {"north"}
     assert inverted["unify"]["claimed"] is None
+    one = do(home, reporter, {"x": lambda c: c * 0.3}, {"x": NAMES}, "one", judged=False)
+    assert one["unify"]["claimed"] is None
 
 
 def test_nobody_is_judged_by_a_rule(home: Path, reporter: Reporter) -> None:
