@@ -1,13 +1,14 @@
-"""Whether a site's coverage can be believed: what the other sites say of the same samples, and who is left out.
+"""Whether a site's coverage can be believed: what the others say of the same samples, who is left out or mended.
 
-Lives here: the choice of samples, the others' opinion, streamed, and the verdicts. Does not live here: the map that
-compares the two (server/unify/recalibrate), and how coverage is used (server/labelling).
+Lives here: the choice of samples, the others' opinion, streamed, and the verdicts. Does not live here: how the two are
+compared (server/unify/recalibrate), and how coverage is used (server/labelling).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +18,18 @@ from consilience.common.labels import LabelSpace
 from consilience.server.answered import CoverageStores, Usable, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.grouped import AnyUnifier
+from consilience.server.levels import MovedCoverage
 from consilience.server.unify import recalibrate
 
 MOST = 4000
 """Samples looked at: enough to know the agreement to about 0.01."""
 CLEARLY = 3.0
-"""How many standard errors coverage must be higher by to be clearly higher."""
+"""How many standard errors a difference, or an offset, must be to be no chance."""
+LEVEL = 2.0
+"""A level is mended that is off by more than this, in logits: odds seven times too high or too low. Honest coverage of
+pools without strangers is off by less (docs/unify.md) and stays as it came: to mend it helps and harms alike."""
+CLAIMED = 0.2
+"""The coverage of sites that share out all classes adds up to 1; no honest sites seen are off by more."""
 FEWEST = 200
 """With fewer samples no verdict is given: by chance alone, the agreement of good coverage may then be low."""
 
@@ -35,6 +42,7 @@ class Verdict(BaseModel):
 
     `agreement`: how often a sample that the others take for one of the site's classes has more coverage than one that
     they do not, on `samples` samples; 0.5 is chance. `reason`: why it is left out of unification; empty if it is not.
+    `offset`: what its logits are moved by because its level is wrong; 0 where it is used as it came.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +50,15 @@ class Verdict(BaseModel):
     agreement: float
     samples: int
     reason: str = ""
+    offset: float = 0.0
+
+
+class _Seen(NamedTuple):
+    """A verdict, whether no rule has a part in it, and the offset where the level is wrong and the answers show it."""
+
+    verdict: Verdict
+    firm: bool
+    offset: float | None
 
 
 def check_coverage(
@@ -51,6 +68,8 @@ def check_coverage(
     solvers: Solvers,
     samples: Usable,
     seed: int,
+    *,
+    mend: bool = True,
 ) -> dict[str, Verdict]:
     """Return site -> verdict, for the sites of whose coverage the others can say something.
 
@@ -60,29 +79,91 @@ def check_coverage(
     together, and a rule shares that out, this may clear a site that was bad before, but not make one bad; a site that
     nobody can judge any more keeps the verdict it had. Where sites share no class, what the others leave over counts as
     a site's own, images of no known class among it, which an honest site ranks lowest: no site is bad whose coverage is
-    clearly higher on average where the others see its classes. Raises `UnifyError`, `StorageError`.
+    clearly higher on average where the others see its classes.
+
+    With `mend`, for a world without an outside, a level that is far off is mended where classes overlap, so that the
+    others' answers determine it: the worst first, as one wrong level makes the others look wrong. Where class sets do
+    not overlap the levels of all sites are tied together by coverage alone, and which is wrong cannot be told.
+    Raises `UnifyError`, `StorageError`.
     """
     left = [i for i, store in enumerate(coverage) if store is not None]
     if not left or samples.count < FEWEST:
         return {}
     ids = _draw(samples, seed)
     found: dict[int, Verdict] = {}
+    offsets: dict[int, float] = {}
     while left:
-        kept = [store if i in left else None for i, store in enumerate(coverage)]
-        for i, (verdict, firm) in _verdicts(space, stores, kept, solvers, ids).items():
+        kept = [_mended(store, offsets.get(i, 0.0)) if i in left else None for i, store in enumerate(coverage)]
+        seen = _verdicts(space, stores, kept, solvers, ids)
+        for i, (verdict, firm, _) in seen.items():
             if firm or (i in found and not verdict.reason):
                 found[i] = verdict
         bad = [i for i in left if i in found and found[i].reason]
-        if not bad:
+        if bad:
+            left.remove(min(bad, key=lambda i: (found[i].agreement, space.sites[i])))
+            continue
+        # Each once: what is left after the others are mended, too, is small.
+        wrong = {i: told.offset for i, told in seen.items() if told.offset is not None and i not in offsets}
+        if not wrong or not mend:
             break
-        left.remove(min(bad, key=lambda i: (found[i].agreement, space.sites[i])))
+        worst = min(wrong, key=lambda i: (-abs(wrong[i]), space.sites[i]))
+        offsets[worst] = wrong[worst]
+    for i in set(offsets).intersection(left):
+        found[i] = found[i].model_copy(update={"offset": offsets[i]})
     return {space.sites[i]: found[i] for i in sorted(found)}
 
 
+def claimed(
+    space: LabelSpace, stores: Sequence[AnswerStore], coverage: CoverageStores, samples: Usable
+) -> float | None:
+    """Return the sum over sites of their mean coverage, on the usable samples: 1 if every sample is of one site.
+
+    None where the class sets are not a partition of the label space or there is one alone, where a site gives no
+    coverage, or where there are too few samples of which every site gave it. Raises `StorageError`.
+    """
+    partition = len(space.sites) > 1 and sum(map(len, space.class_sets)) == len(space)
+    if not partition or any(store is None for store in coverage):
+        return None
+    total, count = 0.0, 0
+    for block in blocks(stores, block_size(space), coverage, samples.ids):
+        told = [values for values in block.coverage if values is not None]
+        if len(told) == len(coverage):
+            total += float(np.sum(told, dtype=np.float64))
+            count += len(block.ids)
+    return total / count if count >= FEWEST else None
+
+
+def wrong_claims(claimed: float | None, *, closed: bool) -> str | None:
+    """Return what is wrong with a sum of mean coverage, as `claimed` has it; None where it is near 1, or not known.
+
+    `closed`: every sample is held to be of a known class; otherwise less than 1 is to be expected.
+    """
+    if claimed is None or not (claimed > 1 + CLAIMED or (closed and claimed < 1 - CLAIMED)):
+        return None
+    text = (
+        f"No two sites share a class, and their mean coverage adds up to {claimed:.2f} where 1 is right: the level of "
+        f"some site's coverage is too {'high, or it is inverted' if claimed > 1 else 'low'}"
+    )
+    if claimed < 1:
+        text += ", or the pool has images of no known class (then set unify.other above 0)"
+    return (
+        f"{text}. Nothing else decides between their classes, so labels may be wrong. Look for the site whose mean "
+        "coverage is not its share of the pool and have it learn coverage again, or set ask.coverage to false."
+    )
+
+
 def believed(space: LabelSpace, coverage: CoverageStores, verdicts: Mapping[str, Verdict]) -> list[AnswerStore | None]:
-    """Return the stores of coverage with None for the sites that the verdicts leave out."""
-    out = {site for site, verdict in verdicts.items() if verdict.reason}
-    return [None if site in out else store for site, store in zip(space.sites, coverage, strict=True)]
+    """Return the stores of coverage with None for the sites that the verdicts leave out, and wrong levels mended."""
+    told = [verdicts.get(site) for site in space.sites]
+    return [
+        store if verdict is None else None if verdict.reason else _mended(store, verdict.offset)
+        for verdict, store in zip(told, coverage, strict=True)
+    ]
+
+
+def _mended(store: AnswerStore | None, offset: float) -> AnswerStore | None:
+    """Return a store with its logits moved; the store itself where there is nothing to move."""
+    return MovedCoverage(store, offset) if store is not None and offset else store
 
 
 def _draw(samples: Usable, seed: int) -> NDArray[np.int64]:
@@ -99,13 +180,14 @@ def _verdicts(
     coverage: CoverageStores,
     solvers: Solvers,
     ids: NDArray[np.int64],
-) -> dict[int, tuple[Verdict, bool]]:
-    """Return site -> verdict with the coverage of just these sites, and whether no rule has a part in it."""
+) -> dict[int, _Seen]:
+    """Return site -> what is seen of it with the coverage of just these sites."""
     told: dict[int, list[NDArray[np.float32]]] = {i: [] for i, store in enumerate(coverage) if store is not None}
     masses: dict[int, list[NDArray[np.float64]]] = {i: [] for i in told}
-    firm: dict[int, list[NDArray[np.bool_]]] = {i: [] for i in told}
+    firmness: dict[int, list[NDArray[np.int64]]] = {i: [] for i in told}
     for block in blocks(stores, block_size(space), coverage, ids):
         answers = [rows for rows in block.answers if rows is not None]
+        linked = not solvers(block.sites, False).components.any()
         for i in told:
             own = block.coverage[i]
             if own is None:
@@ -117,18 +199,21 @@ def _verdicts(
             if determined or given is not None:
                 told[i].append(own)
                 masses[i].append(unified.probs[:, list(space.class_sets[i])].sum(axis=1, dtype=np.float64))
-                firm[i].append(np.full(len(own), determined))
+                firmness[i].append(np.full(len(own), int(determined) + int(determined and linked)))
     found = {}
     for i in told:
         if sum(map(len, told[i])) < FEWEST:
             continue
-        values, mass, sure = np.concatenate(told[i]), np.concatenate(masses[i]), np.concatenate(firm[i])
-        if enough := bool(sure.sum() >= FEWEST):
-            values, mass = values[sure], mass[sure]
+        values, mass, firm = np.concatenate(told[i]), np.concatenate(masses[i]), np.concatenate(firmness[i])
+        # The firmest that are enough: 2 where answers alone determine the mass, 1 where coverage helps, 0 where a rule.
+        least = next(least for least in (2, 1, 0) if least == 0 or (firm >= least).sum() >= FEWEST)
+        values, mass = values[firm >= least], mass[firm >= least]
         (fit,) = recalibrate([values], partial(_sole, mass))
         if fit is not None and np.isfinite(fit.agreement):
             reason = "" if _clearly_higher(values, mass) else fit.reason
-            found[i] = Verdict(agreement=fit.agreement, samples=len(values), reason=reason), enough
+            verdict = Verdict(agreement=fit.agreement, samples=len(values), reason=reason)
+            wrong = least == 2 and abs(fit.offset) > max(LEVEL, CLEARLY * fit.error)
+            found[i] = _Seen(verdict, least > 0, fit.offset if wrong else None)
     return found
 
 

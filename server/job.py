@@ -37,7 +37,7 @@ from consilience.server.chosen import Chosen
 from consilience.server.components import lacking_components
 from consilience.server.concentration import check_concentration, head_plan
 from consilience.server.contract import RunContract
-from consilience.server.coverage_check import believed
+from consilience.server.coverage_check import believed, wrong_claims
 from consilience.server.enrolment import Enrolment, enrol
 from consilience.server.events import Events
 from consilience.server.filtered import owners
@@ -266,13 +266,17 @@ class Job:
     def _complete(self, contract: RunContract, *, so_far: bool = False) -> set[str]:
         """Return the sites that answered everything, and whose principal components are here if the job needs them.
 
-        `so_far`: everything that is chosen.
+        `so_far`: everything that is chosen, and coverage or not: what a site lacks of that the others make up for.
         """
         if (summed := self._summed(contract)) is not None:
             return set(summed.survivors)
         lacking = {card.name for card in contract.sites if lacking_components(self.run, self.settings, card)}
         held = self._all_answers(contract)
-        told = {name for name, stores in held.items() if all(s.done if so_far else s.complete for s in stores)}
+        told = {
+            name
+            for name, stores in held.items()
+            if all(s.complete or (so_far and (s.done or s.about.kind == "coverage")) for s in stores)
+        }
         return told - lacking
 
     def _reported(self, contract: RunContract) -> bool:
@@ -352,11 +356,16 @@ class Job:
         return samples
 
     def _tell_checks(self, diagnostics: Diagnostics) -> None:
-        """Say whose coverage and whose answers are left out of unification."""
+        """Say whose coverage and whose answers are left out of unification, and what is wrong with levels."""
         for site, verdict in diagnostics.checks.items():
             if verdict.reason:
                 self.events.add("coverage-left-out", site=site, reason=verdict.reason, agreement=verdict.agreement)
                 self.reporter.say(f"Warning: the coverage of site {site} is left out: {verdict.reason}")
+            elif verdict.offset:
+                self.events.add("coverage-mended", site=site, offset=verdict.offset)
+                self.reporter.say(f"Warning: the level of the coverage of site {site} is wrong, and mended")
+        if wrong := wrong_claims(diagnostics.claimed, closed=not self.settings.unify.other):
+            self.reporter.say(f"Warning: {wrong}")
         for name, told in () if diagnostics.trust is None else diagnostics.trust.sites.items():
             if 0 < told.trust < 1:
                 self.events.add("answers-weighed", site=name, trust=told.trust, agreement=told.agreement)

@@ -25,7 +25,7 @@ from consilience.common.progress import Reporter
 from consilience.common.settings import Unify
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, need_usable, usable
 from consilience.server.answers import AnswerStore
-from consilience.server.coverage_check import Verdict, believed, check_coverage
+from consilience.server.coverage_check import Verdict, believed, check_coverage, claimed
 from consilience.server.grouped import AnyUnifier, group_unifier
 from consilience.server.robust import Kept, Trust, cut, find_trust, kept, labelled
 from consilience.server.unify import Prior, UnifiedLabels, Unifier
@@ -57,6 +57,9 @@ class Diagnostics(BaseModel):
     """Of multi-label sites: labels of samples that no site which answered the sample knows."""
     checks: dict[str, Verdict] = {}
     """Site -> what the others say of its coverage, where they can; method `ce` only."""
+    claimed: float | None = None
+    """The sum over sites of their mean coverage, where they share all classes out among them: 1 if every sample is of
+    a known class and every level is right. None elsewhere."""
     trust: Trust | None = None
     """What the sites' answers say of one another's; None without `unify.robust`."""
 
@@ -207,10 +210,10 @@ def unify_pool(
 
     Each sample's label comes from the sites that answered it, with the coverage of those that gave it (`coverage`:
     one store a site, None for a site that was not asked). For method `ce`, coverage that is noise or inverted in the
-    eyes of the other sites is left out; samples drawn by `seed` show it. With `settings.other` above 0 there is
-    `folder`/other.npy, (n,) float32, too. Rows of samples that are not usable are zero: they have no label; with
-    `settings.robust` so are those of which only outvoted sites tell some class (`labelled`). Returns the labels and the
-    diagnostics. Raises `UnifyError`, `AskingError`, `StorageError`.
+    eyes of the other sites is left out, and a level that is far off is mended where classes overlap; samples drawn by
+    `seed` show it. With `settings.other` above 0 there is `folder`/other.npy, (n,) float32, too. Rows of samples that
+    are not usable are zero: they have no label; with `settings.robust` so are those of which only outvoted sites tell
+    some class (`labelled`). Returns the labels and the diagnostics. Raises `UnifyError`, `AskingError`, `StorageError`.
     """
     key = labels_key(space, stores, settings, coverage, seed)
     path, notes, outside = folder / "q.npy", folder / "diagnostics.json", folder / "other.npy"
@@ -230,7 +233,8 @@ def unify_pool(
     if coverage is not None and settings.method == "ce":
         # Coverage is about the truth, not about the truth softened, and the other sites know no outside.
         plain = settings.model_copy(update={"temperature": 1.0, "other": 0.0})
-        checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed)
+        closed = not settings.other
+        checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed, mend=closed)
         coverage = believed(space, coverage, checks)
     tally = Tally()
     apart_from = max(space.components)
@@ -269,6 +273,7 @@ def unify_pool(
         **tally.told(samples.count),
         coverage=covered,
         checks=checks,
+        claimed=None if coverage is None else claimed(space, stores, coverage, samples),
         trust=trust,
     )
     write_json(notes, diagnostics.model_dump(mode="json"))

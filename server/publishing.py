@@ -140,7 +140,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         about_test = ["The server knows sums of answers only: what needs single answers, as baselines do, is left out."]
     many = pool_labels(outcome) if space.multi else None
     truth = None if space.multi else _pool_truth(outcome)
-    told = coverage_findings(outcome.pool, space, outcome.stores, outcome.coverage, diagnostics.checks, truth)
+    told = coverage_findings(outcome.pool, space, outcome.stores, outcome.coverage, diagnostics, truth)
     aurocs = _coverage_aurocs(outcome, truth, many)
     return Findings(
         job=settings.name,
@@ -177,6 +177,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             settings.unify.strength if settings.unify.method == "ce" else None,
             settings.unify.strengths,
             *_outside(outcome),
+            diagnostics.claimed,
         ),
         student=StudentFindings(
             settings.student.architecture,

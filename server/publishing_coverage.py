@@ -6,7 +6,7 @@ wording or picture (server/report_coverage). Of teachers' answers only the large
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,9 @@ from consilience.common.pool import Pool
 from consilience.server.answered import CoverageStores, block_size
 from consilience.server.answers import AnswerStore
 from consilience.server.asked_pool import numbers_in
-from consilience.server.coverage_check import Verdict
 from consilience.server.judge import softmax
 from consilience.server.judge_coverage import coverage_figures, ends
+from consilience.server.labelling import Diagnostics
 from consilience.server.report_findings import CoverageExamples, CoverageFindings
 
 
@@ -27,7 +27,7 @@ def coverage_findings(
     space: LabelSpace,
     stores: Sequence[AnswerStore],
     coverage: CoverageStores,
-    verdicts: Mapping[str, Verdict],
+    diagnostics: Diagnostics,
     truth: NDArray[np.int64] | None,
 ) -> dict[str, CoverageFindings]:
     """Return site -> what its coverage is like on the pool, for the sites that gave any.
@@ -45,13 +45,15 @@ def coverage_findings(
         confidence = None if mine is None else _confidence(store, block_size(space))[ids]
 
         largest, smallest = ends(values)
-        verdict = verdicts.get(site)
+        verdict = diagnostics.checks.get(site)
         found[site] = CoverageFindings(
             figures=coverage_figures(values, mine, confidence),
             largest=_examples(pool, ids[largest], values[largest], truth),
             smallest=_examples(pool, ids[smallest], values[smallest], truth),
             agreement=None if verdict is None else verdict.agreement,
             left_out=(verdict.reason or None) if verdict else None,
+            offset=verdict.offset if verdict else 0.0,
+            used=diagnostics.coverage.get(site, 0),
         )
     return found
 

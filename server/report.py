@@ -81,6 +81,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             "strengths": dict(findings.unify.strengths),
             "other": findings.unify.other,
             "mostly_other": findings.unify.mostly_other,
+            "claimed": findings.unify.claimed,
             "coverage": coverage_summary(findings) or None,
             "trust": trust_dict(findings),
         },

@@ -11,6 +11,7 @@ from typing import Any
 from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import decimal, listing, number_of, percent
 from consilience.server import plots, plots_coverage
+from consilience.server.coverage_check import wrong_claims
 from consilience.server.judge_coverage import CoverageFigures
 from consilience.server.report_findings import CoverageExamples, CoverageFindings, Findings, SiteFindings
 from consilience.server.report_samples import png_data_uri
@@ -43,12 +44,15 @@ def coverage_summary(findings: Findings) -> str:
     if not gave:
         return ""
     unify = findings.unify
-    used = [site.name for site in gave if site.coverage.left_out is None]
+    idle = _idle(findings)
+    used = [site.name for site in gave if site.coverage.used and site.name not in idle]
     text = f"{number_of(len(gave), 'site')} gave coverage: {listing([site.name for site in gave])}."
+    if unify.strength is not None and idle:
+        text += f" That of {listing(idle)} counts for nothing: who knows every class has every sample."
     if not used:
-        text += " None of it was used."
+        text += " None of it was used" + (", for method sd needs that of every site." if unify.method == "sd" else ".")
     elif unify.strength is not None:
-        out = [site.name for site in gave if site.name not in used]
+        out = [site.name for site in gave if site.coverage.left_out is not None]
         text += f" It was used with strength {unify.strength:g}"
         others = [f"{site} {value:g}" for site, value in sorted(unify.strengths.items()) if site in used]
         text += f" ({listing(others)})" if others else ""
@@ -80,6 +84,16 @@ def coverage_warnings(findings: Findings) -> list[str]:
                 f"Site {site.name}: its coverage is left out of unification because {told.left_out} "
                 f"(agreement with the other sites {decimal(told.agreement, 2)}; 0.5 is chance)."
             )
+        if told.offset:
+            strangers = "" if told.offset < 0 else ", or say by unify.other that the pool has images of no known class"
+            found.append(
+                f"Site {site.name}: its coverage is far too {'high' if told.offset < 0 else 'low'} by what the other "
+                f"sites say of the same samples; its logits were moved by {told.offset:+.1f}. "
+                f"Have it learn coverage again{strangers}."
+            )
+    unify = findings.unify
+    if told_of_all := wrong_claims(unify.claimed, closed=unify.other is None):
+        found.append(told_of_all)
     return found
 
 
@@ -99,6 +113,14 @@ def coverage_views(findings: Findings) -> dict[str, Any] | None:
     }
 
 
+def _idle(findings: Findings) -> list[str]:
+    """Return the sites whose coverage says nothing, as they know every class and no sample is of another."""
+    space, unify = findings.space, findings.unify
+    if space.multi or unify.method != "ce" or unify.other is not None:
+        return []
+    return [site.name for site in _gave(findings) if len(space.class_sets[space.sites.index(site.name)]) == len(space)]
+
+
 def _gave(findings: Findings) -> list[SiteFindings]:
     return [site for site in findings.sites if site.coverage.figures is not None]
 
@@ -116,6 +138,7 @@ def _row(site: SiteFindings) -> dict[str, Any]:
         "error": figures.calibration_error,
         "agreement": site.coverage.agreement,
         "left_out": site.coverage.left_out is not None,
+        "mended": bool(site.coverage.offset),
     }
 
 

@@ -73,7 +73,8 @@ class CoverageFindings:
     `encoding` is None where it was not asked; `bytes` is the size of the `answers`; `missed` are samples that it was
     asked about and did not answer. `figures` and the examples `largest` and `smallest` are about the pool alone, None
     where the site told nothing about it. `agreement` with the other sites is None where they cannot judge it;
-    `left_out` says why its coverage is left out of unification.
+    `left_out` says why its coverage is left out of unification, and `offset` what its logits were moved by there.
+    `used`: samples in whose labels it has a part.
     """
 
     asked: bool = False
@@ -86,6 +87,8 @@ class CoverageFindings:
     smallest: CoverageExamples | None = None
     agreement: float | None = None
     left_out: str | None = None
+    offset: float = 0.0
+    used: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ class UnifyFindings:
     `joined`: the sites' coverage decides the odds between components, and not the rule `across`. `strength`: how much
     coverage counts beside answers, None for a method that knows no such thing; `strengths`: sites of which that is
     something else. `other`: how likely a sample is outside the label space on average, and `mostly_other`: how many
-    samples count less than half for that; None in a closed world.
+    samples count less than half for that; None in a closed world. `claimed`: the sum over sites of their
+    mean coverage, where they share all classes out among them; None elsewhere.
     """
 
     method: str
@@ -161,6 +165,7 @@ class UnifyFindings:
     strengths: Mapping[str, float] = field(default_factory=dict)
     other: float | None = None
     mostly_other: int | None = None
+    claimed: float | None = None
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ class Ask(Settings):
     """Seconds after asking began at which it ends, with whatever was answered; by default it ends when all is asked.
     It runs on while the server is down; a run that is submitted again has all of it again."""
     min_sites: int | None = Field(default=None, ge=1)
-    """With fewer sites that answered every question the job stops; by default it needs them all. With this or
-    `wait_for`, a site that cannot present itself, does not fit the job or does not agree to the contract is left out
-    as long as enough others remain; with neither it stops the job."""
+    """With fewer sites that answered every question, but for those about coverage, the job stops; by default it
+    needs them all. With this or `wait_for`, a site that cannot present itself, does not fit the job or does not
+    agree to the contract is left out as long as enough others remain; with neither it stops the job."""
 
     @property
     def parts(self) -> int:

@@ -1,7 +1,7 @@
-"""Repairing coverage that is wrong, by what the other sites say about the same samples.
+"""Coverage that is wrong, in order or in level, by what the other sites say about the same samples.
 
-Lives here: one monotone map per site, its fit, and the verdict on coverage that says nothing. Does not live here:
-the unification that gives the others' opinion, or a site's own calibration.
+Lives here: how well a site's coverage orders samples, how far its level is off, and moving it. Does not live here: the
+unification that gives the others' opinion, what is made of it (server/coverage_check), a site's own calibration.
 """
 
 from __future__ import annotations
@@ -23,39 +23,51 @@ FloatArray = npt.NDArray[np.float64]
 LEAST_AGREEMENT = 0.55
 """Coverage that orders samples less like the other sites than this is ignored; 0.5 is a coin."""
 
-_STEPS = 100
+_FARTHEST = math.log1p(-LEAST) - math.log(LEAST)
+"""The largest logit of coverage."""
+_HALVINGS = 60
+"""Of the range in which an offset is looked for: more would not be seen in fp64."""
 
 
 @dataclass(frozen=True)
 class Recalibration:
-    """What to make of one site's coverage c: sigmoid(a logit c + b), a >= 0.
+    """What the others say of one site's coverage.
 
+    offset     what its logits are to be moved by, so that on average it is what the others say: the likeliest map
+               that changes the level and nothing else
+    error      standard error of the offset: it is large where the others see next to none of the site's classes, or
+               nothing else
     agreement  the probability that a sample of the site's classes, in the eyes of the others, has more coverage
                than a sample of other classes (ties count half): 0.5 is chance, less is inverted, and 1 takes
                others who are never in doubt
-    reason     empty, or why a is 0: then c is to be ignored, and b alone is the others' mean
+    reason     empty, or why the coverage is to be ignored, which is so where `agreement` is below 0.55
     """
 
-    a: float
-    b: float
+    offset: float
+    error: float
     agreement: float
     reason: str
 
     def __call__(self, coverage: npt.ArrayLike) -> FloatArray:
-        """The repaired coverage, of the same shape."""
-        return _sigmoid(self.a * _logit(np.asarray(coverage, np.float64)) + self.b)
+        """Return the coverage with its level mended, of the same shape."""
+        return moved(coverage, self.offset)
+
+
+def moved(coverage: npt.ArrayLike, offset: float) -> FloatArray:
+    """Return coverage in [0, 1], of any shape, with its logits moved by `offset`."""
+    return _sigmoid(_logit(np.asarray(coverage, np.float64)) + offset)
 
 
 def recalibrate(coverage: Coverage, masses: Callable[[int], npt.ArrayLike]) -> list[Recalibration | None]:
-    """One map per site, None for a site without coverage.
+    """What the others say of each site's coverage, None for a site without.
 
     coverage  as for `unify`, over the whole pool: n rows
     masses    masses(i) is (n,) q(L_i) in [0, 1], estimated without the coverage of site i: unify with None in its
-              place and add up its classes. Where nothing but its own coverage bears on that mass, the map learns
+              place and add up its classes. Where nothing but its own coverage bears on that mass, this tells of
               nothing but the rule across components: then do not use it
 
-    The map minimises the cross-entropy of the repaired coverage to those masses, with the weight of one sample
-    on a = 1, b = 0. Raises UnifyError as `unify` does for coverage, and for masses of a wrong shape or value.
+    The offset minimises the cross-entropy of the moved coverage to those masses: mean coverage is then mean mass.
+    Raises UnifyError as `unify` does for coverage, and for masses of a wrong shape or value.
     """
     rows = next((int(values.shape[0]) for values in coverage if values is not None), 0)
     check_coverage(coverage, len(coverage), rows)
@@ -84,35 +96,20 @@ def _masses(site: int, values: npt.ArrayLike, rows: int) -> FloatArray:
 
 def _fit(logit: FloatArray, target: FloatArray) -> Recalibration:
     agreement = _agreement(logit, target)
-    level = float(_logit(np.array(target.mean() if target.size else 0.5)))
+    reason = ""
     if agreement < 1 - LEAST_AGREEMENT:
-        return Recalibration(0.0, level, agreement, "it is high where the other sites see none of its classes")
-    if agreement < LEAST_AGREEMENT:
-        return Recalibration(0.0, level, agreement, "it does not tell the site's classes from others")
-    design = np.stack([logit, np.ones_like(logit)], axis=1)
-    prior: FloatArray = np.array([1.0, 0.0])
-    x: FloatArray = prior.copy()
-    value = _loss(design, target, x, prior)
-    for _ in range(_STEPS):
-        found = _sigmoid(design @ x)
-        gradient = design.T @ (found - target) + (x - prior)
-        hessian = (design * (found * (1 - found))[:, None]).T @ design + np.eye(2)
-        step = np.asarray(-np.linalg.solve(hessian, gradient), np.float64)
-        length = 1.0
-        while length > 1e-9 and _loss(design, target, x + length * step, prior) > value:
-            length /= 2
-        x = x + length * step
-        value = _loss(design, target, x, prior)
-        if float(np.abs(step).max()) < 1e-9:
-            break
-    if x[0] <= 0:
-        return Recalibration(0.0, level, agreement, "it rises where the other sites see less of its classes")
-    return Recalibration(float(x[0]), float(x[1]), agreement, "")
-
-
-def _loss(design: FloatArray, target: FloatArray, x: FloatArray, prior: FloatArray) -> float:
-    z = design @ x
-    return float((np.logaddexp(0.0, z) - target * z).sum() + 0.5 * ((x - prior) ** 2).sum())
+        reason = "it is high where the other sites see none of its classes"
+    elif agreement < LEAST_AGREEMENT:
+        reason = "it does not tell the site's classes from others"
+    if not target.size:
+        return Recalibration(0.0, math.inf, agreement, reason)
+    # The mean of the moved coverage grows with the offset, and what is looked for lies within the bounds of coverage.
+    low, high = -2 * _FARTHEST, 2 * _FARTHEST
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _sigmoid(logit + middle).mean() < target.mean() else (low, middle)
+    found = _sigmoid(logit + high)
+    return Recalibration(high, float(1 / np.sqrt((found * (1 - found)).sum())), agreement, reason)
 
 
 def _agreement(logit: FloatArray, target: FloatArray) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
-from consilience.server import publishing
+from consilience.server import lessons, publishing
 from consilience.server.answers import AnswerStore
 from consilience.server.app import app as server_app
 from consilience.server.contract import RunContract
@@ -577,9 +578,15 @@ def test_nobody_is_asked_for_coverage_that_is_not_wanted(
     assert not list((home / "run" / "answers").glob("*/*-coverage"))
 
 
-def test_a_site_has_answered_everything_when_it_has_given_its_coverage(home: Path, reporter: Reporter) -> None:
-    with pytest.raises(AskingError, match=r"2 of 3 sites.*fine lacks coverage of 52 samples \(.*teacher-failed"):
-        do_with(home, covering({**THREE, "fine": no_coverage}), reporter)
+def test_a_site_that_fails_at_its_coverage_takes_part_without_and_is_asked_again(
+    home: Path, reporter: Reporter
+) -> None:
+    report = do_with(home, covering({**THREE, "fine": no_coverage}), reporter)
+    assert [site["took_part"] for site in report["sites"]] == [True] * 3
+    assert any(re.match(r"Site fine: no coverage for 52.*teacher-failed", w) for w in report["warnings"])
+    do_with(home, Sites(THREE, classes=CLASSES_OF, coverage={"coarse": ("u8",)}), reporter, run="none")
+    labels = [np.load(home / run / "labels" / "q.npy") for run in ("run", "none")]
+    assert np.array_equal(*labels)
     sites = covering()
     do_with(home, sites, reporter)
     assert sites.attempts == {}
@@ -642,8 +649,7 @@ def test_a_site_with_coverage_is_folded_in(home: Path, reporter: Reporter) -> No
 
 
 def test_a_site_whose_coverage_changed_is_named(home: Path, reporter: Reporter) -> None:
-    with pytest.raises(AskingError):
-        do_with(home, covering({**THREE, "fine": no_coverage}), reporter)
+    do_with(home, covering({**THREE, "fine": no_coverage}), reporter)
     other = Sites(THREE, classes=CLASSES_OF, coverage={**OFFERS, "fine": ("u8",)})
     with pytest.raises(RunError, match="changed: site fine"):
         do_with(home, other, reporter)
@@ -712,9 +718,20 @@ def test_what_decides_between_components_is_said(
     assert ("Across components the sites’ coverage decides" in (home / "run" / "report.html").read_text()) is joined
 
 
-def test_how_likely_samples_are_outside_goes_into_learning(home: Path, reporter: Reporter) -> None:
-    do_with(home, covering(), reporter, unify={"other": 0.5}, judge={"pool_labels": None})
+def test_how_likely_samples_are_outside_goes_into_learning(
+    home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"unify": {"other": 0.5}, "judge": {"pool_labels": None}}
+    report = do_with(home, covering(), reporter, **changes)
     assert np.load(home / "run" / "labels" / "other.npy").shape == (SAMPLES,)
+    with monkeypatch.context() as patched:
+        patched.setattr(lessons, "load_other", lambda _: None)
+        blind = do_with(home, covering(), reporter, run="blind", **changes)
+    for name in ("q.npy", "other.npy"):  # the labels are the same, and only what is learnt of them differs
+        assert np.array_equal(*(np.load(home / run / "labels" / name) for run in ("run", "blind")))
+    assert report["learning"]["student"][0]["loss"] != blind["learning"]["student"][0]["loss"]
+    models = [(home / run / "student" / "model.safetensors").read_bytes() for run in ("run", "blind")]
+    assert (models[0] == models[1]) is False
     do_with(home, covering(), reporter, run="plain", judge={"pool_labels": None})
     assert not (home / "plain" / "labels" / "other.npy").exists()
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from flwr.app import RecordDict
-from scipy.special import log_softmax
+from scipy.special import expit, log_softmax, logit
 from sklearn.metrics import roc_auc_score
 
 from consilience.common.data import from_arrays
@@ -38,6 +38,11 @@ GOOD: Told = lambda c: c  # noqa: E731
 CONSTANT: Told = lambda c: np.full_like(c, 0.4)  # noqa: E731
 INVERTED: Told = lambda c: 1 - c  # noqa: E731
 NOISE: Told = lambda c: np.random.default_rng(1).permutation(SAMPLES)[: len(c)] / SAMPLES  # noqa: E731
+
+
+def moved(by: float) -> Told:
+    """Coverage whose level is wrong by so many logits."""
+    return lambda c: expit(logit(np.clip(c, 1e-4, 1 - 1e-4)) + by)
 
 
 def true_coverage(classes: tuple[str, ...]) -> np.ndarray:
@@ -113,9 +118,9 @@ def left_out(report: dict[str, Any]) -> dict[str, str]:
     return {name: reason for name, reason in told.items() if reason}
 
 
-def events(home: Path, run: str = "run") -> list[dict[str, Any]]:
+def events(home: Path, run: str = "run", name: str = "coverage-left-out") -> list[dict[str, Any]]:
     lines = (home / run / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == "coverage-left-out"]
+    return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +187,106 @@ def test_a_site_that_nobody_can_judge_is_believed(home: Path, reporter: Reporter
     assert left_out(report) == {}
     assert report["sites"][0]["coverage"]["agreement"] is None
     assert any("nearly the same for every sample (from 0.400 to 0.400)" in w for w in report["warnings"])
+
+
+@pytest.mark.parametrize("learning", ["soft-labels", "direct-ce"])
+@pytest.mark.parametrize("by", [4.0, -4.0])
+def test_a_wrong_level_is_mended_where_classes_overlap_and_said(
+    home: Path, reporter: Reporter, by: float, learning: str
+) -> None:
+    # At full strength, where a level counts.
+    student = {"architecture": "cnn3", "learning": learning, "fit": {"epochs": 1, "precision": "f32", "augment": False}}
+    changes: dict[str, Any] = {"unify": {"strength": 1.0}, "student": student}
+    good = dict.fromkeys(RING, moved(0))
+    right = do(home, reporter, good, run="right", **changes)
+    wrong = do(home, reporter, {**good, "north": moved(by)}, **changes)
+    offsets = {row["name"]: row["coverage"]["offset"] for row in wrong["sites"]}
+    assert offsets == {"east": 0, "north": pytest.approx(-by, abs=0.4), "west": 0}
+    assert [event["offset"] for event in events(home, name="coverage-mended")] == [offsets["north"]]
+    said = [w for w in wrong["warnings"] if "logits were moved" in w]
+    assert len(said) == 1
+    assert said[0].startswith(f"Site north: its coverage is far too {'high' if by > 0 else 'low'}")
+    assert said[0] in (home / "run" / "card.md").read_text()
+    assert "level mended" in (home / "run" / "report.html").read_text()
+    assert left_out(wrong) == {}
+    labels = [np.load(home / run / "labels" / "q.npy") for run in ("run", "right")]
+    assert np.abs(labels[0] - labels[1]).mean() < 0.01
+    # The ensemble and who learns directly see the mended level, too: else these would be far off.
+    assert wrong["baselines"]["unified_ensemble"]["accuracy"] == right["baselines"]["unified_ensemble"]["accuracy"]
+    losses = [r["learning"]["student"][0]["loss"] for r in (wrong, right)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_honest_levels_are_left_alone(home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = do(home, reporter, {"east": GOOD, "north": moved(1.5), "west": moved(-1.5)})
+    assert [row["coverage"]["offset"] for row in report["sites"]] == [0, 0, 0]
+    assert not [w for w in report["warnings"] if "logits were moved" in w or "adds up" in w]
+    assert report["unify"]["claimed"] is None
+    monkeypatch.setattr(coverage_check, "LEVEL", float("inf"))
+    do(home, reporter, {"east": GOOD, "north": moved(1.5), "west": moved(-1.5)}, run="unchecked")
+    assert np.array_equal(*(np.load(home / run / "labels" / "q.npy") for run in ("run", "unchecked")))
+
+
+def test_levels_are_not_mended_where_samples_may_be_of_no_class(home: Path, reporter: Reporter) -> None:
+    told = {"east": GOOD, "north": moved(-4), "west": GOOD}
+    report = do(home, reporter, told, unify={"other": 0.1}, judged=False)
+    assert [row["coverage"]["offset"] for row in report["sites"]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("told", "other", "words"),
+    [
+        (dict.fromkeys(APART, GOOD), 0.0, None),
+        ({"east": moved(3), "north": GOOD, "west": GOOD}, 0.0, "too high, or it is inverted"),
+        (dict.fromkeys(APART, INVERTED), 0.0, "adds up to 2.00"),
+        (dict.fromkeys(APART, moved(4)), 0.0, "too high, or it is inverted"),
+        (dict.fromkeys(APART, moved(4)), 0.1, "too high, or it is inverted"),
+        (dict.fromkeys(APART, moved(-3)), 0.0, "then set unify.other above 0"),
+        (dict.fromkeys(APART, moved(-3)), 0.1, None),
+    ],
+)
+def test_levels_of_sites_that_share_no_class_are_warned_of_together(
+    home: Path, reporter: Reporter, told: dict[str, Told], other: float, words: str | None
+) -> None:
+    report = do(home, reporter, told, APART, unify={"other": other}, judged=False)
+    said = [warning for warning in report["warnings"] if "adds up to" in warning]
+    assert len(said) == (words is not None)
+    assert all(words in warning and "learn coverage again" in warning for warning in said if words)
+    assert all(warning in (home / "run" / "card.md").read_text() for warning in said)
+    means = [told[name](true_coverage(APART[name])).mean() for name in APART]
+    assert report["unify"]["claimed"] == pytest.approx(sum(means), abs=1e-3)
+    # Who orders samples as the others do is believed, whatever the level.
+    assert left_out(report) == {}
+
+
+def test_nothing_is_claimed_together_by_sites_that_do_not_share_out_all_classes(home: Path, reporter: Reporter) -> None:
+    assert do(home, reporter, {"east": GOOD, "north": GOOD}, APART, judged=False)["unify"]["claimed"] is None
+    inverted = do(home, reporter, {"east": GOOD, "north": INVERTED, "west": GOOD}, APART, "out", judged=False)
+    assert left_out(inverted).keys() == {"north"}
+    assert inverted["unify"]["claimed"] is None
+    one = do(home, reporter, {"x": lambda c: c * 0.3}, {"x": NAMES}, "one", judged=False)
+    assert one["unify"]["claimed"] is None
+
+
+def test_nobody_is_judged_by_a_rule(home: Path, reporter: Reporter) -> None:
+    """Two of four sites say what is theirs: what the first leaves, the rule shares out among the other three."""
+    four = {"a": ("a", "b"), "b": ("c", "d"), "c": ("e",), "d": ("f",)}
+    report = do(home, reporter, {"a": GOOD, "b": INVERTED}, four)
+    assert left_out(report) == {}
+    assert [row["coverage"]["agreement"] for row in report["sites"]] == [None] * 4
+
+
+def test_it_is_said_whose_coverage_counts_for_nothing(home: Path, reporter: Reporter) -> None:
+    every = do(home, reporter, dict.fromkeys(("x", "y"), GOOD), {"x": NAMES, "y": NAMES}, judged=False)
+    told = "That of x, y counts for nothing: who knows every class has every sample. None of it was used."
+    assert told in every["unify"]["coverage"]
+    some = do(home, reporter, {"x": GOOD, "y": GOOD}, {"x": NAMES, "y": ("a", "b")}, "some", judged=False)
+    assert "That of x counts for nothing" in some["unify"]["coverage"]
+    assert "It was used with strength 0.1." in some["unify"]["coverage"]
+    sd = do(home, reporter, {"east": GOOD}, run="sd", unify={"method": "sd"}, judged=False)
+    assert "None of it was used, for method sd needs that of every site." in sd["unify"]["coverage"]
+    whole = do(home, reporter, dict.fromkeys(RING, GOOD), run="whole", unify={"method": "sd"}, judged=False)
+    assert "None of it was used" not in whole["unify"]["coverage"]
 
 
 def test_other_methods_and_few_samples_leave_coverage_alone(

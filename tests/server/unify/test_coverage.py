@@ -272,6 +272,13 @@ def test_other_takes_what_every_site_denies() -> None:
     np.testing.assert_allclose(closed.probs[0, :2].sum(), (0.2 + 0.9) / 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("left", [0.5, 0.1, 0.01, 1e-3, 1e-4])
+def test_other_takes_what_is_left_over_however_little_that_and_its_prior_are(left: float) -> None:
+    # Its price lies between the floor under masses and that over the mass: it tells the floor, not the mass.
+    found = unify(rows([1.0], [1.0]), [[0], [1]], coverage=column(1 - left, 1e-6), other=1e-12)
+    np.testing.assert_allclose(found.other, left - 1e-6, rtol=1e-3)
+
+
 def test_what_one_component_denies_belongs_to_the_others() -> None:
     sets = [[0, 1], [2, 3, 4], [5, 6]]
     answers = rows([0.9, 0.1], [0.5, 0.3, 0.2], [0.6, 0.4])
