@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,13 @@ from consilience.common.encoding import encode
 from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
-from consilience.common.settings import Unify
+from consilience.common.settings import JobSettings, Unify
 from consilience.server import labelling_top
 from consilience.server.answered import usable
 from consilience.server.answers import AnswerStore
 from consilience.server.answers_about import About
 from consilience.server.labelling import unify_pool
-from consilience.server.labelling_top import TopRows, unify_pool_top
+from consilience.server.labelling_top import TopRows, classes_kept, unify_pool_top
 
 DIGEST, POLICY, SIZE, KEEP = "a" * 64, "c" * 16, 60, 3
 CLASSES = {"one": ["a", "b", "c", "d", "e"], "three": ["a", "b", "f", "e"], "two": ["e", "f", "g", "c", "d"]}
@@ -108,3 +109,28 @@ def test_labels_are_made_once_for_the_same_answers(
     np.testing.assert_array_equal(again.values, before)
     with pytest.raises(TypeError):
         unify_pool_top(tmp_path / "top", SPACE, held, SETTINGS, 2, reporter)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "no coverage"),
+        ({"ask": {"encoding": "top-2"}}, "no coverage"),
+        ({"ask": {"encoding": "f16"}}, "no coverage"),
+        ({"unify": {"method": "sd"}}, "no coverage"),
+        ({"unify": {"prior_correction": True}}, "no coverage"),
+        ({"unify": {"robust": True}}, "no coverage"),
+        ({"student": {"architecture": "cnn3", "learning": "soft-labels"}}, "no coverage"),
+        ({}, "coverage"),
+        ({}, "apart"),
+    ],
+)
+def test_labels_stay_sparse_where_nothing_else_is_needed(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    verticals = {"first": ["a", "b", "c"], "second": ["d", "e", "f", "g"]}
+    concentration = {"target": "unified", "verticals": verticals, "keep": 3}
+    student = {"architecture": "cnn3", "learning": "concentration", "concentration": concentration}
+    job = JobSettings.model_validate({"name": "job", "ask": {"encoding": "top-3"}, "student": student, **change})
+    held = stores(tmp_path, {})
+    apart = LabelSpace.build({"one": ["a", "b", "c"], "two": ["d", "e", "f", "g"]})
+    found = classes_kept(job, apart if told == "apart" else SPACE, held if told == "coverage" else [None] * 3)
+    assert found == (3 if not change and told == "no coverage" else None)

@@ -229,3 +229,17 @@ def test_where_sites_and_labels_say_otherwise_of_the_sites_nothing_is_estimated(
     assert "beyond chance" in found.reason
     assert found.sites["one"].advice == "recalibrate"
     assert all(site.student is None for site in found.sites.values())
+
+
+@pytest.mark.parametrize(("count", "told"), [(50, None), (50_000, None), (50, 400), (50_000, 400)])
+def test_the_interval_by_hand(count: int, told: int | None) -> None:
+    """Two standard errors: of what sites say of themselves and 2 points of the model, then of chance in the pool."""
+    space = LabelSpace.build({"one": ["a", "b"]})
+    labels = np.tile([[0.75, 0.25], [0.25, 0.75]], (count, 1))
+    held = None if told is None else HeldOut(0.75, told)
+    found = estimate(space, [Rows(labels, labels.argmax(1), [np.log(labels)])], [held]).accuracy
+    assert found is not None
+    variance = 0.75 * 0.25
+    error = np.sqrt(0.02**2 + (variance / told if told else 0))
+    half = 2 * np.hypot(error, np.sqrt(variance / (2 * count)))
+    assert (found.low, found.high) == (pytest.approx(0.75 - half), pytest.approx(0.75 + half))
