@@ -1,12 +1,14 @@
 """Groups of classes: which of a site's class names stand for several classes of the label space.
 
-Lives here: `labels.groups` checked, and from a site's class names to what each of them is about. Does not live here:
-the label space (labels), unification of answers on groups (server/unify/groups).
+Lives here: `labels.groups` checked, from a site's class names to what each of them is about, and what that leaves open.
+Does not live here: the label space (labels), unification of answers on groups (server/unify/groups).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from consilience.common.errors import LabelError
 
@@ -96,3 +98,42 @@ def entries_of(who: str, names: Mapping[str, str], groups: Groups) -> list[tuple
                 )
             holder[label] = name
     return found
+
+
+MOST_COMPARED = 1000
+"""Classes, those that no site tells apart counted once, up to which open odds are looked for: a matrix of so many
+squared is taken apart."""
+_SAME = 1e-7
+
+
+def open_odds(classes: Sequence[int], sites: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, ...]]:
+    """Return the parts of `classes` between which the answers leave odds open; empty where they determine all.
+
+    `classes` are those of one component of the overlap graph, `sites` what each site's answers are about, singly or in
+    groups. A site tells the odds between the sums of its entries' probabilities. Whether these determine a label is a
+    question of rank: of the directions in which a label may move so that no site's odds change. It is asked at one
+    label, drawn once and for all; where it holds there it holds at nearly every label. Of more than `MOST_COMPARED`
+    classes nothing is said.
+    """
+    place = {label: at for at, label in enumerate(classes)}
+    if not 1 < len(place) <= MOST_COMPARED:
+        return []
+    label = np.random.default_rng(0).uniform(1, 2, len(place))
+    rows = []
+    for entries in sites:
+        sums = []
+        for entry in entries:
+            held = [place[c] for c in entry if c in place]
+            if held:
+                row = np.zeros(len(place))
+                row[held] = label[held] / label[held].sum()  # of the log of the sum, by the logs of its parts
+                sums.append(row)
+        rows += [row - sums[0] for row in sums[1:]]
+    if not rows:
+        return []
+    _, sizes, directions = np.linalg.svd(np.array(rows))
+    moves = directions[int((sizes > _SAME * sizes[0]).sum()) :]
+    parts: dict[tuple[int, ...], list[int]] = {}
+    for at, c in enumerate(classes):
+        parts.setdefault(tuple(np.round(moves[:, at] / _SAME / 10).astype(np.int64)), []).append(c)
+    return [tuple(held) for held in parts.values()] if len(moves) > 1 else []

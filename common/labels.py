@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from consilience.common.errors import LabelError
-from consilience.common.groups import Groups, entries_of, read_groups
+from consilience.common.groups import Groups, entries_of, open_odds, read_groups
 
 Entries = tuple[tuple[int, ...], ...]
 """What each of a site's answers is about: one class, or the classes of a group."""
@@ -180,12 +180,34 @@ class LabelSpace:
         """Return the classes that two sites both know, in the order of the label space."""
         return tuple(sorted(set(self.class_sets[site]) & set(self.class_sets[other])))
 
+    @property
+    def _open(self) -> list[list[tuple[int, ...]]]:
+        """Of each component of which groups leave odds open: the sets of classes between which they are."""
+        if not self.grouped:
+            return []
+        twins = {label for labels in self.lumped for label in labels[1:]}
+        entries = [self.entries(site) for site in range(len(self.sites))]
+        members = [
+            [label for label, c in enumerate(self.components) if c == k and label not in twins]
+            for k in range(max(self.components) + 1)
+        ]
+        return [parts for held in members if (parts := open_odds(held, entries))]
+
+    def _braced(self, labels: Sequence[int]) -> str:
+        return "{" + ", ".join(self.names[label] for label in labels) + "}"
+
     def warnings(self) -> list[str]:
         """Say in plain words what overlap and groups leave open; empty where nothing is."""
         found = [
             f"No site tells {', '.join(self.names[c] for c in labels[:20])} apart: they are known as a group alone, "
             "and get equal shares of it. A site that answers on each of them would tell."
             for labels in self.lumped
+        ]
+        found += [
+            f"Answers do not determine all odds between {'; '.join(self._braced(part) for part in parts[:10])}: groups "
+            "tell what some of these come to together. What is open is as an even start leaves it. A site that knows "
+            "classes of two of these sets would settle it."
+            for parts in self._open
         ]
         apart = {label for labels in self.lumped for label in labels}
         unsaid = [self.names[c] for c, sites in enumerate(self.tellers) if not sites and c not in apart]
@@ -197,10 +219,7 @@ class LabelSpace:
         count = max(self.components) + 1
         if count == 1:
             return found
-        groups = [
-            "{" + ", ".join(n for n, c in zip(self.names, self.components, strict=True) if c == k) + "}"
-            for k in range(count)
-        ]
+        groups = [self._braced([label for label, c in enumerate(self.components) if c == k]) for k in range(count)]
         return [
             *found,
             f"The class sets fall apart into {count} components that share no class: {'; '.join(groups)}. "

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import least_squares
 
 from consilience.common.errors import LabelError, SettingsError
 from consilience.common.labels import LabelSpace
@@ -186,3 +188,49 @@ def test_a_job_with_groups_comes_back_from_its_file(tmp_path: Path, learning: st
     held = load_settings(tmp_path / "job.yaml", JobSettings)
     assert held == made
     assert not held.same_job(held.model_copy(update={"labels": held.labels.model_copy(update={"groups": {}})}))
+
+
+FARM = {"animal": ["cat", "dog", "cow", "horse"]}
+
+
+def test_odds_that_stay_open_inside_a_group_are_warned_of() -> None:
+    sites = {"coarse": ["animal", "bus"], "pets": ["cat", "dog"], "stable": ["cow", "horse"]}
+    (warning,) = LabelSpace.build(sites, groups=FARM).warnings()
+    assert "all odds between {cat, dog}; {cow, horse}; {bus}: groups" in warning
+    assert LabelSpace.build({**sites, "both": ["dog", "cow"]}, groups=FARM).warnings() == []
+    # a class of the one and a class outside are enough: what is left of the animals are the others
+    assert LabelSpace.build({**sites, "street": ["dog", "bus"]}, groups=FARM).warnings() == []
+
+
+NAMED = st.lists(st.sampled_from(["a", "b", "c", "d", "g0", "g1"]), min_size=2, max_size=5, unique=True)
+
+
+@given(st.lists(NAMED, min_size=1, max_size=4))
+def test_odds_are_open_exactly_where_a_label_can_move_unseen(named: list[list[str]]) -> None:
+    """Against a search for another label that gives every site the same answers, from many starts."""
+    groups = {"g0": ["a", "b"], "g1": ["c", "d"]}
+    held = [n for n in named if not any(c in n for g in n if g in groups for c in groups[g])]
+    sites = {f"s{k}": names for k, names in enumerate(held) if len(names) > 1}
+    if not sites:
+        return
+    space = LabelSpace.build(sites, groups=groups)
+    entries = [space.entries(k) for k in range(len(space.sites))]
+    random = np.random.default_rng(1)
+    truth = random.dirichlet(np.ones(len(space)))
+
+    def told(logs: np.ndarray) -> np.ndarray:
+        values = np.exp(logs)
+        sums = [[values[list(e)].sum() for e in held] for held in entries]
+        return np.concatenate([np.log(np.array(s[1:]) / s[0]) for s in sums])
+
+    wanted = told(np.log(truth))
+    moved = False
+    for _ in range(8):
+        start = np.log(truth) + random.normal(0, 0.5, len(space))
+        found = least_squares(lambda logs: told(logs) - wanted, start, xtol=1e-14, ftol=1e-14, gtol=1e-14)
+        if np.abs(found.fun).max() < 1e-9:
+            gap = found.x - np.log(truth)
+            for k in range(max(space.components) + 1):
+                own = gap[[c for c, n in enumerate(space.components) if n == k]]
+                moved = moved or bool(np.ptp(own) > 1e-4)
+    assert moved == bool(space.lumped or any("do not determine all odds" in line for line in space.warnings()))
