@@ -85,10 +85,10 @@ class CoverageRecord(Settings):
 
     @property
     def told(self) -> str:
-        """The record in one line, for the site's own eyes."""
+        """The record in one line, for the site's own eyes. Where there is a warning, AUROC may be of something else."""
         if self.abstains is not None:
             return f"none: {self.abstains}"
-        ranking = "" if self.auroc is None else f", AUROC about {self.auroc:.3f}"
+        ranking = "" if self.auroc is None or self.warnings else f", AUROC about {self.auroc:.3f}"
         found = f"{self.how}: {self.prior:.3g} of the pool of the site's classes{ranking}, "
         found += f"by {self.held_out:,} held-out images"
         return "; ".join([found, *(f"Warning: {warning}" for warning in self.warnings)])

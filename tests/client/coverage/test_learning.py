@@ -157,6 +157,7 @@ def test_a_pool_without_the_site_s_classes(tmp_path: Path) -> None:
 def test_a_pool_of_another_style(tmp_path: Path) -> None:
     record = learn_coverage(make(tmp_path, public=255 - PUBLIC // 2))
     assert any("how the images were made" in warning for warning in record.warnings)
+    assert "AUROC" not in record.told, "it would be that of telling styles apart"
 
 
 def test_a_pool_of_the_site_s_classes_alone(tmp_path: Path) -> None:
