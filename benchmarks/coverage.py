@@ -211,6 +211,7 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
         "best_site": full["baselines"]["best_site"]["accuracy"],
         "oracle": (full["baselines"]["oracle"] or {}).get("accuracy"),
         "coverage_auroc": [site["coverage_auroc"] for site in full["sites"]],
+        "offsets": [site["coverage"]["offset"] for site in full["sites"]],
         "baseline_auroc": baselines(scenario, paths, np.load(home / "pool-labels.npy"), seed),
         "ceiling": ceiling(home, np.load(home / "pool-labels.npy")),
         "own_classes": [
