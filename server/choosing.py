@@ -28,10 +28,13 @@ from consilience.common.progress import Task
 from consilience.common.settings import Ask, Student
 from consilience.server.answered import blocks
 from consilience.server.answers import AnswerStore
+from consilience.server.judge_groups import meeting
 from consilience.server.learning import StudentModel, build_student
 
 BLOCK = 1024
 """Samples of the pool that are looked at together."""
+_LEAST = -700.0
+"""Log-probability of an event of which nothing is left."""
 NEIGHBOURS = 10
 """Asked samples, nearest in the student's features, from which a sample's disagreement is expected."""
 
@@ -85,8 +88,8 @@ def check_pairs(ask: Ask, space: LabelSpace) -> None:
     """Raise `SettingsError` where sites are to differ and no two of them can: none share two classes."""
     if ask.choose == "disagreement" and not _pairs(space):
         raise SettingsError(
-            "job.yaml: field 'ask.choose' is 'disagreement', and no two sites share two classes, about which they "
-            "could differ",
+            "job.yaml: field 'ask.choose' is 'disagreement', and no two sites share two classes, or groups that "
+            "can be compared, about which they could differ",
             hint="Set ask.choose to uncertainty or k-centre",
         )
 
@@ -95,16 +98,16 @@ def disagreement(space: LabelSpace, answers: Sequence[NDArray[Any] | None]) -> N
     """Return how much sites differ on each sample, (b,) in nats, NaN where no pair of them answered.
 
     `answers[i]` (b, k_i) log-probabilities of site i, None where it did not answer. Of each two sites that share two
-    classes or more: the Jensen-Shannon divergence between their answers restricted to these and renormalised, times the
-    root of what both sites' mass on them is together, since of an image of other classes they only guess. The mean over
-    these pairs.
+    classes or more, or events by groups: the Jensen-Shannon divergence between their answers restricted to these and
+    renormalised, times the root of what both sites' mass on them is together, since of an image of other classes they
+    only guess. The mean over these pairs.
     """
     found = []
     for i, j, left, right in _pairs(space):
         one, two = answers[i], answers[j]
         if one is None or two is None:
             continue
-        logits = [np.asarray(rows, np.float64)[:, columns] for rows, columns in ((one, left), (two, right))]
+        logits = [_of_events(np.asarray(rows, np.float64), by) for rows, by in ((one, left), (two, right))]
         p, q = (softmax(part, axis=1) for part in logits)
         mean = (p + q) / 2
         divergence = (rel_entr(p, mean) + rel_entr(q, mean)).sum(axis=1) / 2
@@ -114,18 +117,29 @@ def disagreement(space: LabelSpace, answers: Sequence[NDArray[Any] | None]) -> N
     return np.mean(found, axis=0) if found else np.full(rows, np.nan)
 
 
-def _pairs(space: LabelSpace) -> list[tuple[int, int, list[int], list[int]]]:
-    """Return each two sites that share two classes or more, and the columns of these in either's answers.
+def _pairs(space: LabelSpace) -> list[tuple[int, int, NDArray[Any], NDArray[Any]]]:
+    """Return each two sites that both tell of two events or more, and these in either's answers, as `_of_events` takes.
 
-    A group counts where both answer on it.
+    An event is a class, or where a site answers on groups the least set of classes that both know as a whole.
     """
-    found = []
-    told = [[frozenset(entry) for entry in space.entries(site)] for site in range(len(space.sites))]
-    for (i, one), (j, two) in combinations(enumerate(told), 2):
-        shared = [entry for entry in one if entry in two]
-        if len(shared) > 1:
-            found.append((i, j, [one.index(c) for c in shared], [two.index(c) for c in shared]))
+    found: list[tuple[int, int, NDArray[Any], NDArray[Any]]] = []
+    for i, j in combinations(range(len(space.sites)), 2):
+        if space.grouped and (space.grouped[i] is not None or space.grouped[j] is not None):
+            sums = meeting(space, i, j)
+            if sums is not None:
+                found.append((i, j, *sums))
+        elif len(shared := space.shared(i, j)) > 1:
+            one, two = ({c: k for k, c in enumerate(space.class_sets[site])} for site in (i, j))
+            found.append((i, j, np.array([one[c] for c in shared]), np.array([two[c] for c in shared])))
     return found
+
+
+def _of_events(rows: NDArray[np.float64], by: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the log-probabilities of events from those of answers: by columns (e,), or by 0 and 1 (k, e) that add."""
+    if by.ndim == 1:
+        return rows[:, by]
+    with np.errstate(divide="ignore"):  # an event of which nothing is left
+        return np.maximum(np.log(np.exp(rows) @ by), _LEAST)
 
 
 def _scored(

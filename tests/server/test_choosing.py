@@ -159,16 +159,21 @@ def test_disagreement_is_that_of_pairs_on_what_they_share(space: LabelSpace) -> 
     assert np.isnan(disagreement(space, [rows[0], None, None])).all()
 
 
-def test_sites_differ_on_groups_that_both_answer_on() -> None:
+def test_sites_differ_on_groups_and_on_the_classes_of_one_that_the_other_knows_whole() -> None:
     sites = {"east": ("pet", "cow", "hen"), "north": ("cat", "dog", "cow"), "west": ("hen", "pet")}
     groups = {"pet": ("cat", "dog")}
     space = LabelSpace.build(sites, groups=groups)
     rng = np.random.default_rng(0)
     answers = [log_softmax(rng.normal(0, 2, (6, len(held))), axis=1).astype(np.float32) for held in sites.values()]
-    east, _, west = (rows.astype(np.float64) for rows in answers)  # north shares the cow alone
-    p, q = softmax(east[:, [0, 2]], axis=1), softmax(west[:, [1, 0]], axis=1)
-    expected = np.sqrt(np.exp(east[:, [0, 2]]).sum(axis=1)) * jensenshannon(p, q, axis=1) ** 2
+    east, north, west = (np.exp(rows.astype(np.float64)) for rows in answers)  # north and west share pets alone
+    pets = np.stack([north[:, 0] + north[:, 1], north[:, 2]], axis=1)
+    expected = np.zeros(6)
+    for p, q in ((east[:, [0, 2]], west[:, [1, 0]]), (east[:, [0, 1]], pets)):
+        mass = p.sum(axis=1) * q.sum(axis=1)
+        expected += np.sqrt(mass) * jensenshannon(p, q, axis=1) ** 2 / 2
     assert np.allclose(disagreement(space, answers), expected, atol=1e-6)
+    answers[1][:, 2] = -800.0  # no cow at all: finite all the same
+    assert np.isfinite(disagreement(space, answers)).all()
 
 
 @pytest.mark.parametrize("how", ["uncertainty", "disagreement", "k-centre"])
