@@ -139,7 +139,8 @@ def _of_events(rows: NDArray[np.float64], by: NDArray[Any]) -> NDArray[np.float6
     if by.ndim == 1:
         return rows[:, by]
     with np.errstate(divide="ignore"):  # an event of which nothing is left
-        return np.maximum(np.log(np.exp(rows) @ by), _LEAST)
+        found: NDArray[np.float64] = np.maximum(np.log(np.exp(rows) @ by), _LEAST)
+    return found
 
 
 def _scored(
