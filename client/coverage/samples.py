@@ -115,13 +115,14 @@ def gather(
     told = digests(every)
     first = {digest: at for at, digest in reversed(list(enumerate(told)))}
     # Copies of an image go the same way: what is held out must not have been learned from.
-    single = np.unique([first[digest] for digest in told])
+    image = np.array([first[digest] for digest in told])
+    single = np.unique(image)
     if len(single) < LEAST_PRIVATE:
         raise AbstainError(
             f"{len(ids):,} private images of its classes are {len(single):,} different ones, too few: {LEAST_PRIVATE} "
             "are needed"
         )
-    held_out = np.isin([first[digest] for digest in told], single[hold_out(labels[single], seed)[1]])
+    held_out = np.isin(image, single[hold_out(labels[single], seed)[1]])
     private = every[~held_out]
     of_pool = some(len(pool), MOST_POOL, derive(settings.seed, "coverage pool"))
     public = pool.take(of_pool)
