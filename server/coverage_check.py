@@ -113,28 +113,29 @@ def check_coverage(
     return {space.sites[i]: found[i] for i in sorted(found)}
 
 
-def claimed(
-    space: LabelSpace, stores: Sequence[AnswerStore], coverage: CoverageStores, samples: Usable
-) -> float | None:
-    """Return the sum over sites of their mean coverage, on the usable samples: 1 if every sample is of one site.
+class Claims:
+    """The sum over sites of their mean coverage, added up block by block: 1 if every sample is of one site."""
 
-    None where the class sets are not a partition of the label space or there is one alone, where a site gives no
-    coverage, or where there are too few samples of which every site gave it. Raises `StorageError`.
-    """
-    partition = len(space.sites) > 1 and sum(map(len, space.class_sets)) == len(space)
-    if not partition or any(store is None for store in coverage):
-        return None
-    total, count = 0.0, 0
-    for block in blocks(stores, block_size(space), coverage, samples.ids):
-        told = [values for values in block.coverage if values is not None]
-        if len(told) == len(coverage):
-            total += float(np.sum(told, dtype=np.float64))
-            count += len(block.ids)
-    return total / count if count >= FEWEST else None
+    def __init__(self, space: LabelSpace) -> None:
+        self._sites = len(space.sites)
+        self._partition = self._sites > 1 and sum(map(len, space.class_sets)) == len(space)
+        self._total, self._count = 0.0, 0
+
+    def add(self, coverage: Sequence[NDArray[np.float32] | None]) -> None:
+        """Count a block's coverage, (b,) a site or None; samples of which a site gave none do not count."""
+        told = [values for values in coverage if values is not None]
+        if self._partition and len(told) == self._sites:
+            self._total += float(np.sum(told, dtype=np.float64))
+            self._count += len(told[0])
+
+    @property
+    def sum(self) -> float | None:
+        """None where the class sets are not a partition of the label space, or too few samples count."""
+        return self._total / self._count if self._count >= FEWEST else None
 
 
 def wrong_claims(claimed: float | None, *, closed: bool) -> str | None:
-    """Return what is wrong with a sum of mean coverage, as `claimed` has it; None where it is near 1, or not known.
+    """Return what is wrong with a sum of mean coverage, as `Claims` has it; None where it is near 1, or not known.
 
     `closed`: every sample is held to be of a known class; otherwise less than 1 is to be expected.
     """

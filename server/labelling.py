@@ -25,7 +25,7 @@ from consilience.common.progress import Reporter
 from consilience.common.settings import Unify
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, need_usable, usable
 from consilience.server.answers import AnswerStore
-from consilience.server.coverage_check import Verdict, believed, check_coverage, claimed
+from consilience.server.coverage_check import Claims, Verdict, believed, check_coverage
 from consilience.server.grouped import AnyUnifier, group_unifier
 from consilience.server.robust import Kept, Trust, cut, find_trust, kept, labelled
 from consilience.server.unify import Prior, UnifiedLabels, Unifier
@@ -236,7 +236,7 @@ def unify_pool(
         closed = not settings.other
         checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed, mend=closed)
         coverage = believed(space, coverage, checks)
-    tally = Tally()
+    tally, claims = Tally(), Claims(space)
     apart_from = max(space.components)
     task = reporter.start("unifying", samples.count)
     size = min(block_size(space), solvers(tuple(range(len(space.sites))), False).block)
@@ -265,6 +265,7 @@ def unify_pool(
             for i in covering:
                 covered[space.sites[i]] += len(block.ids)
             tally.add(unified, len(block.ids), apart=more)
+            claims.add(block.coverage)
             task.advance(len(block.ids))
     diagnostics = Diagnostics(
         key=key,
@@ -273,7 +274,7 @@ def unify_pool(
         **tally.told(samples.count),
         coverage=covered,
         checks=checks,
-        claimed=None if coverage is None else claimed(space, stores, coverage, samples),
+        claimed=claims.sum,
         trust=trust,
     )
     write_json(notes, diagnostics.model_dump(mode="json"))
