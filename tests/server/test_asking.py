@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,6 @@ def nothing_enclosed(node: int, agreement: Agreement) -> None:
 
 def about(site: str) -> About:
     return About(site=site, pool=DIGEST, size=SIZE, teacher=DIGEST, policy=POLICY, encoding="f32", classes=CLASSES)
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
 
 
 def run(tmp_path: Path, sites: Sites, reporter: Reporter, **settings: Any) -> tuple[dict[str, AnswerStore], Any]:

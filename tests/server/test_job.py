@@ -6,7 +6,6 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from consilience.server.app import app as server_app
 from consilience.server.contract import RunContract
 from consilience.server.job import Job
 from consilience.server.report import comparable
+from helpers.jobs import JUDGED, build_home, job_settings, noise, run_job
 from helpers.sites import COVERAGE, DIGEST, POLICY, Handler, Sites, covered, grid_of, honest, refusing
 
 SAMPLES, TEST = 40, 12
@@ -39,38 +39,13 @@ SAMPLES, TEST = 40, 12
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (SAMPLES, 16, 16), np.uint8)
-    Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
-    test = rng.integers(0, 256, (TEST, 16, 16), np.uint8)
-    Pool.build(from_arrays(test, None, (), where="test"), tmp_path / "test-pool")
-    np.savez(tmp_path / "test.npz", x=test, y=np.arange(TEST) % 4, names=np.array(["c", "b", "a", "z"]))
-    np.save(tmp_path / "labels.npy", np.arange(SAMPLES) % 4)
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    pool, test = noise(0, SAMPLES, TEST)
+    names, labels = ("c", "b", "a", "z"), np.arange(SAMPLES) % 4
+    return build_home(tmp_path, pool, test, np.arange(TEST) % 4, names, pool_labels=labels)
 
 
 def settings(home: Path, **changes: Any) -> JobSettings:
-    fit = {"epochs": 1, "precision": "f32", "augment": False}
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {"encoding": "f32", "question_size": 16, "retries": 0},
-        "student": {"architecture": "cnn3", "fit": fit},
-        "judge": {
-            "test": {"kind": "npz", "path": "test.npz"},
-            "test_pool": "test-pool",
-            "pool_labels": "labels.npy",
-        },
-    }
-    for key, value in changes.items():
-        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    return job_settings(home, JUDGED, changes)
 
 
 def do(
@@ -97,13 +72,7 @@ def do_with(
     submission: float = 0.0,
     **changes: Any,
 ) -> dict[str, Any]:
-    folder = home / run
-    folder.mkdir(exist_ok=True)
-    dump_settings(settings(home, **changes), folder / "job.yaml")
-    with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid, fold_in=fold_in, submission=submission)
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
+    return run_job(home, sites, settings(home, **changes), reporter, run, fold_in=fold_in, submission=submission)
 
 
 def test_a_site_that_fails_stops_the_job_by_default_and_names_itself(home: Path, reporter: Reporter) -> None:

@@ -15,21 +15,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from consilience.__main__ import app
-from consilience.common.data import from_arrays
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.errors import ConsilienceError, DataError, SettingsError
 from consilience.common.files import read_json
-from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
-from consilience.server.job import Job
 from consilience.server.learning import StudentModel
 from consilience.server.report import comparable
 from consilience.server.unify import unify
 from helpers.feature_answers import features_card, images, tap_cards, teacher, telling
-from helpers.sites import Handler, Sites, grid_of, refusing
+from helpers.jobs import JUDGED, build_home, job_settings, run_job
+from helpers.sites import Handler, Sites, refusing
 
 SAMPLES, TEST = 48, 24
 CLASSES = {"east": ("a", "b", "c"), "north": ("c", "d", "e"), "west": ("e", "f", "a")}
@@ -64,38 +61,20 @@ def sites_of(classes: dict[str, tuple[str, ...]] = CLASSES, covers: tuple[str, .
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    Pool.build(from_arrays(images(SAMPLES)[..., 0], None, (), where="test"), tmp_path / "pool")
-    test = images(TEST, 5)[..., 0]
-    Pool.build(from_arrays(test, None, (), where="test"), tmp_path / "test-pool")
-    np.savez(tmp_path / "test.npz", x=test, y=np.arange(TEST) % len(NAMES), names=NAMES)
-    np.save(tmp_path / "labels.npy", np.arange(SAMPLES) % len(NAMES))
-    return tmp_path
+    pool, test = images(SAMPLES)[..., 0], images(TEST, 5)[..., 0]
+    truth, labels = np.arange(TEST) % len(NAMES), np.arange(SAMPLES) % len(NAMES)
+    return build_home(tmp_path, pool, test, truth, NAMES.tolist(), pool_labels=labels)
 
 
 def settings(home: Path, student: dict[str, Any], **changes: Any) -> JobSettings:
     fit = {"epochs": 2, "batch_size": 16, "precision": "f32", "learning_rate": 0.05}
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {"encoding": "f32", "question_size": 16, "retries": 0, **changes.pop("ask", {})},
-        "student": {"architecture": "cnn3@0.25", "fit": fit, **student},
-        "judge": {
-            "test": {"kind": "npz", "path": "test.npz"},
-            "test_pool": "test-pool",
-            "pool_labels": "labels.npy",
-        },
-        **changes,
-    }
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    own = {"student": {"architecture": "cnn3@0.25", "fit": fit}}
+    return job_settings(home, JUDGED, own, {"student": student}, changes)
 
 
 def do(home: Path, sites: Sites, run: str = "run", *, changes: dict[str, Any] | None = None, **student: Any) -> Any:
-    folder = home / run
-    folder.mkdir(exist_ok=True)
-    dump_settings(settings(home, student, **(changes or {})), folder / "job.yaml")
-    with Reporter(quiet=True) as reporter, grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid)
-    return read_json(folder / "report.json")
+    with Reporter(quiet=True) as reporter:
+        return run_job(home, sites, settings(home, student, **(changes or {})), reporter, run)
 
 
 def plain(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,15 @@ from consilience.client.features import learn_bases
 from consilience.client.teacher import load_teacher
 from consilience.common.cards import TapCard
 from consilience.common.components import enclose
-from consilience.common.data import from_arrays
 from consilience.common.encoding import feature_bytes
 from consilience.common.encoding.features import basis_bytes, pack_basis
 from consilience.common.errors import AskingError, RunError, SettingsError
 from consilience.common.files import read_json, write_json
 from consilience.common.identity import make_key
-from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Contract, Enclosed
 from consilience.common.settings import JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.common.settings_file import dump_settings
 from consilience.common.vouching import Signer
 from consilience.deploy.local_grid import LocalGrid
 from consilience.deploy.simulation import NOWHERE, admit
@@ -37,7 +35,8 @@ from consilience.server.settings import Home
 from helpers.commands import call
 from helpers.feature_answers import features_card, images, in_components, tap_cards, teacher, telling
 from helpers.feature_site import PREPROCESSING, make_pool, make_settings, network
-from helpers.sites import Enclosing, Sites, grid_of
+from helpers.jobs import build_home, job_settings, run_job
+from helpers.sites import Enclosing, Sites
 
 SAMPLES = 48
 PIXELS = images(SAMPLES)
@@ -51,15 +50,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    Pool.build(from_arrays(PIXELS[..., 0], None, (), where="test"), tmp_path / "pool")
-    np.savez(tmp_path / "test.npz", x=images(12, 5)[..., 0], y=np.arange(12) % 6, names=np.array(list("abcdef")))
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    about = (PIXELS[..., 0], images(12, 5)[..., 0], np.arange(12) % 6, "abcdef")
+    return build_home(tmp_path, *about, test_pool=False)
 
 
 EAST, BASES = in_components(teacher(LAYERS["east"], 1), PIXELS, tap_cards(teacher(LAYERS["east"], 1), "east"), NUMBER)
@@ -84,31 +76,19 @@ def sites_of(enclosing: Enclosing = honest, east: tuple[TapCard, ...] = EAST) ->
 
 
 def settings(home: Path, learning: str, **changes: Any) -> JobSettings:
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {"encoding": "f32", "question_size": 16, "retries": 0, **changes.pop("ask", {})},
-        "student": {
-            "architecture": "cnn3@0.15",
-            "learning": learning,
-            "fit": {"epochs": 1, "batch_size": 16, "precision": "f32", "learning_rate": 0.05},
-            "layer_wise": {"epochs": 1},
-            "common_feature": {"spaces": [{"width": 4}]},
-        },
-        "judge": {"test": {"kind": "npz", "path": "test.npz"}},
-        **changes,
+    own = {
+        "architecture": "cnn3@0.15",
+        "learning": learning,
+        "fit": {"epochs": 1, "batch_size": 16, "precision": "f32", "learning_rate": 0.05},
+        "layer_wise": {"epochs": 1},
+        "common_feature": {"spaces": [{"width": 4}]},
     }
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    return job_settings(home, {"student": own}, changes)
 
 
 def do(home: Path, sites: Sites, reporter: Reporter, learning: str = "layer-wise", **changes: Any) -> dict[str, Any]:
-    folder, submission = home / "run", changes.pop("submission", 1.0)
-    folder.mkdir(exist_ok=True)
-    dump_settings(settings(home, learning, **changes), folder / "job.yaml")
-    with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid, submission=submission)
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
+    submission = changes.pop("submission", 1.0)
+    return run_job(home, sites, settings(home, learning, **changes), reporter, submission=submission)
 
 
 def asked(sites: Sites, site: str = "east") -> list[tuple[str, ...]]:

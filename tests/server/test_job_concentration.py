@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,21 +10,19 @@ import pytest
 import torch
 from flwr.common import RecordDict
 
-from consilience.common.data import from_arrays
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.errors import SettingsError
 from consilience.common.files import read_json
-from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import CoverageEncoding, JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server import concentration as server_concentration
 from consilience.server.export import export_student
 from consilience.server.job import Job
 from consilience.server.learning import StudentModel
 from consilience.server.student.sparse_loss import SparseSoftmax
-from helpers.sites import Handler, Sites, grid_of
+from helpers.jobs import build_home, job_settings, run_job
+from helpers.sites import Handler, Sites
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -46,17 +43,9 @@ def pictures(labels: np.ndarray, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    Pool.build(from_arrays(pictures(TRUTH, 0), None, (), where="test"), tmp_path / "pool")
     labels = np.arange(TEST) % 6
-    np.savez(tmp_path / "test.npz", x=pictures(labels, 1), y=labels, names=np.array(NAMES))
-    np.save(tmp_path / "labels.npy", TRUTH)
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    about = (pictures(TRUTH, 0), pictures(labels, 1), labels, NAMES)
+    return build_home(tmp_path, *about, pool_labels=TRUTH, test_pool=False)
 
 
 def site(classes: tuple[str, ...]) -> Handler:
@@ -85,31 +74,17 @@ def sites_of(classes: dict[str, tuple[str, ...]], covering: tuple[str, ...]) -> 
 
 def settings(home: Path, concentration: dict[str, Any], **more: Any) -> JobSettings:
     head = {"first": 64, "second": 32, "scaling": "none", **concentration.pop("head", {})}
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {"encoding": "f32", "question_size": 16, "retries": 0},
-        "student": {
-            "architecture": "cnn3@0.5",
-            "learning": "concentration",
-            "concentration": {**concentration, "head": head},
-            "fit": {"epochs": 12, "batch_size": 12, "precision": "f32", "learning_rate": 0.05, "augment": False},
-            **more.pop("student", {}),
-        },
-        "judge": {"test": {"kind": "npz", "path": "test.npz"}},
-        **more,
+    own = {
+        "architecture": "cnn3@0.5",
+        "learning": "concentration",
+        "concentration": {**concentration, "head": head},
+        "fit": {"epochs": 12, "batch_size": 12, "precision": "f32", "learning_rate": 0.05, "augment": False},
     }
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    return job_settings(home, {"student": own}, more)
 
 
 def do(home: Path, sites: Sites, reporter: Reporter, concentration: dict[str, Any], **more: Any) -> dict[str, Any]:
-    run = home / "run"
-    run.mkdir(exist_ok=True)
-    dump_settings(settings(home, concentration, **more), run / "job.yaml")
-    with grid_of(sites) as grid:
-        Job.open(run, reporter).do(grid)
-    report: dict[str, Any] = read_json(run / "report.json")
-    return report
+    return run_job(home, sites, settings(home, concentration, **more), reporter)
 
 
 def test_each_sample_is_taught_by_the_site_that_covers_it(home: Path, reporter: Reporter) -> None:

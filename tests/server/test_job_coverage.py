@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,17 +13,14 @@ from flwr.app import RecordDict
 from scipy.special import expit, log_softmax, logit
 from sklearn.metrics import roc_auc_score
 
-from consilience.common.data import from_arrays
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.files import read_json
-from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
-from consilience.common.settings import CoverageEncoding, JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.common.settings import CoverageEncoding
 from consilience.server import coverage_check
-from consilience.server.job import Job
-from helpers.sites import Handler, Sites, grid_of
+from helpers.jobs import JUDGED, build_home, job_settings, noise, run_job
+from helpers.sites import Handler, Sites
 
 SAMPLES, TEST = 400, 30
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -68,19 +65,8 @@ def site(classes: tuple[str, ...], told: Told) -> Handler:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (SAMPLES, 16, 16), np.uint8)
-    Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
-    Pool.build(from_arrays(pixels[:TEST], None, (), where="test"), tmp_path / "test-pool")
-    np.savez(tmp_path / "test.npz", x=pixels[:TEST], y=LABELS[:TEST], names=np.array(NAMES))
-    np.save(tmp_path / "labels.npy", LABELS)
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    (pool,) = noise(0, SAMPLES)
+    return build_home(tmp_path, pool, pool[:TEST], LABELS[:TEST], NAMES, pool_labels=LABELS)
 
 
 def do(
@@ -93,24 +79,10 @@ def do(
     **changes: Any,
 ) -> dict[str, Any]:
     """Do a job; a site that `told` does not name gives no coverage."""
-    judge: dict[str, Any] = {"test": {"kind": "npz", "path": "test.npz"}, "test_pool": "test-pool"}
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {"encoding": "f32", "question_size": 200, "retries": 0},
-        "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32", "augment": False}},
-        "judge": judge | ({"pool_labels": "labels.npy"} if judged else {}),
-        **changes,
-    }
     handlers = {name: site(known, told.get(name, GOOD)) for name, known in classes.items()}
     sites = Sites(handlers, classes=classes, coverage=dict.fromkeys(told, ("f16",)))
-    folder = home / run
-    folder.mkdir(exist_ok=True)
-    dump_settings(parse_settings(raw, JobSettings, source="job.yaml", folder=home), folder / "job.yaml")
-    with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid)
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
+    judge = JUDGED if judged else {"judge": {"test_pool": "test-pool"}}
+    return run_job(home, sites, job_settings(home, judge, {"ask": {"question_size": 200}}, changes), reporter, run)
 
 
 def left_out(report: dict[str, Any]) -> dict[str, str]:

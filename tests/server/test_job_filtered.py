@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,14 @@ import torch
 from flwr.app import ConfigRecord
 from flwr.common import RecordDict
 
-from consilience.common.data import from_arrays
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, ConsilienceError, ProtocolError, SettingsError, StudentError
 from consilience.common.files import read_json, write_json
 from consilience.common.nets.tail_plan import sides, tail_demand
-from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question, Refusal
 from consilience.common.settings import JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.common.settings_file import dump_settings
 from consilience.deploy.local_grid import FIRST_NODE
 from consilience.server.contract import RunContract
 from consilience.server.export import export_student
@@ -31,7 +28,8 @@ from consilience.server.learning import StudentModel
 from consilience.server.student.filtered_student import FilteredStudent
 from helpers.feature_answers import images, log_probs, teacher
 from helpers.filtered import TailSite, logits
-from helpers.sites import Handler, ScriptedGrid, Sites, grid_of
+from helpers.jobs import build_home, job_settings, run_job
+from helpers.sites import Handler, ScriptedGrid, Sites
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 CLASSES = {"east": ("a", "b", "c"), "west": ("c", "d", "e")}
@@ -42,18 +40,10 @@ WANTED = ["a", "b", "d"]
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    Pool.build(from_arrays(PIXELS, None, (), where="test"), tmp_path / "pool")
-    names = np.array(["a", "b", "c", "d", "e"])
-    np.savez(tmp_path / "test.npz", x=images(20, 3), y=np.arange(20) % 5, names=names)
+    test, names = images(20, 3), ("a", "b", "c", "d", "e")
     many = np.random.default_rng(0).integers(0, 2, (20, 5)).astype(np.int8)
-    np.savez(tmp_path / "many.npz", x=images(20, 3), y=many, names=names)
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    np.savez(tmp_path / "many.npz", x=test, y=many, names=np.array(names))
+    return build_home(tmp_path, PIXELS, test, np.arange(20) % 5, names, test_pool=False)
 
 
 def handler(answers: np.ndarray) -> Handler:
@@ -80,22 +70,14 @@ def sites_of(
 
 
 def settings(home: Path, filtered: dict[str, Any], student: dict[str, Any], **more: Any) -> JobSettings:
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "student": {
-            "architecture": "cnn3@0.3",
-            "learning": "filtered",
-            "classes": WANTED,
-            "filtered": {"epochs": 1, **filtered},
-            "fit": {"epochs": 2, "batch_size": 8, "precision": "f32", "augment": False},
-            **student,
-        },
-        "judge": {"test": {"kind": "npz", "path": "test.npz"}},
-        **more,
-        "ask": {"encoding": "f32", "question_size": 32, "retries": 0, "wait": 5, **more.get("ask", {})},
+    own = {
+        "architecture": "cnn3@0.3",
+        "learning": "filtered",
+        "classes": WANTED,
+        "filtered": {"epochs": 1, **filtered},
+        "fit": {"epochs": 2, "batch_size": 8, "precision": "f32", "augment": False},
     }
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    return job_settings(home, {"student": own, "ask": {"question_size": 32, "wait": 5}}, {"student": student}, more)
 
 
 def do(
@@ -106,13 +88,7 @@ def do(
     student: dict[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    run = home / "run"
-    run.mkdir(exist_ok=True)
-    dump_settings(settings(home, filtered or {}, student or {}, **more), run / "job.yaml")
-    with grid_of(sites) as grid:
-        Job.open(run, reporter).do(grid)
-    report: dict[str, Any] = read_json(run / "report.json")
-    return report
+    return run_job(home, sites, settings(home, filtered or {}, student or {}, **more), reporter)
 
 
 def told_of(home: Path) -> dict[str, Any]:
@@ -164,7 +140,7 @@ def test_a_student_of_lent_blocks_is_told_loaded_and_exported(home: Path, report
 def test_asked_blocks_teach_what_lent_ones_do_and_all_is_counted(
     home: Path, reporter: Reporter, filtered: dict[str, Any], multi: bool
 ) -> None:
-    sites, more = sites_of(multi=multi), {"judge": {}}
+    sites, more = sites_of(multi=multi), {"judge": {"test": None}}
     report = do(home, sites, reporter, filtered, **more)
     asked = report["student"]["filtered"]
     job = settings(home, filtered, {})

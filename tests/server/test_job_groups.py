@@ -11,7 +11,6 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from consilience.common.cards import SiteCard
-from consilience.common.data import from_arrays
 from consilience.common.encoding import encode, encode_coverage
 from consilience.common.errors import AskingError, LabelError, RunError, SettingsError, UnifyError
 from consilience.common.files import read_json
@@ -20,17 +19,16 @@ from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings, Unify
-from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.answers import AnswerStore
 from consilience.server.answers_about import About
 from consilience.server.contract import RunContract
-from consilience.server.job import Job
 from consilience.server.labelling import labels_key, unify_pool
 from consilience.server.report import comparable
 from consilience.server.stores import stores_about
 from consilience.server.unify import GroupUnifier, unify
 from helpers.feature_answers import features_card, images, tap_cards, teacher, telling
-from helpers.sites import Handler, Sites, grid_of, refusing
+from helpers.jobs import JUDGED, build_home, job_settings, run_job
+from helpers.sites import Handler, Sites, refusing
 
 SAMPLES, TEST = 48, 24
 GROUPS = {"animal": ["cat", "dog", "cow"], "pet": ["cat", "dog"]}
@@ -68,39 +66,20 @@ def sites_of(classes: dict[str, tuple[str, ...]] = CLASSES, covered: tuple[str, 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    Pool.build(from_arrays(images(SAMPLES)[..., 0], None, (), where="test"), tmp_path / "pool")
-    test = images(TEST, 5)[..., 0]
-    Pool.build(from_arrays(test, None, (), where="test"), tmp_path / "test-pool")
-    np.savez(tmp_path / "test.npz", x=test, y=np.arange(TEST) % len(NAMES), names=NAMES)
-    np.save(tmp_path / "labels.npy", np.arange(SAMPLES) % len(NAMES))
-    return tmp_path
+    pool, test = images(SAMPLES)[..., 0], images(TEST, 5)[..., 0]
+    truth, labels = np.arange(TEST) % len(NAMES), np.arange(SAMPLES) % len(NAMES)
+    return build_home(tmp_path, pool, test, truth, NAMES.tolist(), pool_labels=labels)
 
 
 def settings(home: Path, **changes: Any) -> JobSettings:
     fit = {"epochs": 1, "batch_size": 16, "precision": "f32", "learning_rate": 0.05}
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "labels": {"groups": GROUPS, **changes.pop("labels", {})},
-        "ask": {"encoding": "f32", "question_size": 16, "retries": 0, **changes.pop("ask", {})},
-        "student": {"architecture": "cnn3@0.25", "fit": fit, **changes.pop("student", {})},
-        "judge": {
-            "test": {"kind": "npz", "path": "test.npz"},
-            "test_pool": "test-pool",
-            "pool_labels": "labels.npy",
-        },
-        **changes,
-    }
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    own = {"labels": {"groups": GROUPS}, "student": {"architecture": "cnn3@0.25", "fit": fit}}
+    return job_settings(home, JUDGED, own, changes)
 
 
 def do(home: Path, sites: Sites, run: str = "run", *, fold_in: bool = False, **changes: Any) -> Any:
-    folder = home / run
-    folder.mkdir(exist_ok=True)
-    dump_settings(settings(home, **changes), folder / "job.yaml")
-    with Reporter(quiet=True) as reporter, grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid, fold_in=fold_in)
-    return read_json(folder / "report.json")
+    with Reporter(quiet=True) as reporter:
+        return run_job(home, sites, settings(home, **changes), reporter, run, fold_in=fold_in)
 
 
 def told(home: Path, pool: str = "pool", run: str = "run", **changes: Any) -> list[AnswerStore]:

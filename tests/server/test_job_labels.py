@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,16 @@ import torch
 from flwr.app import RecordDict
 from scipy.special import expit, logit
 
-from consilience.common.data import from_arrays
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, DataError, LabelError, SettingsError
 from consilience.common.files import read_json
-from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
-from consilience.common.settings import JobSettings, LabelKind
-from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.common.settings import LabelKind
 from consilience.server.export import export_student
-from consilience.server.job import Job
 from consilience.server.learning import StudentModel
-from helpers.sites import Handler, Sites, grid_of, honest, refusing, rows
+from helpers.jobs import JUDGED, build_home, job_settings, noise, run_job
+from helpers.sites import Handler, Sites, honest, refusing, rows
 
 SAMPLES, TEST = 40, 12
 CLASSES = {"east": ("a", "b", "c"), "west": ("c", "d", "e")}
@@ -34,22 +30,11 @@ CLASSES = {"east": ("a", "b", "c"), "west": ("c", "d", "e")}
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (SAMPLES, 16, 16), np.uint8)
-    Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
-    test = rng.integers(0, 256, (TEST, 16, 16), np.uint8)
-    Pool.build(from_arrays(test, None, (), where="test"), tmp_path / "test-pool")
-    names = np.array(["e", "d", "c", "b", "z"])
-    np.savez(tmp_path / "test.npz", x=test, y=rng.integers(0, 2, (TEST, 5)), names=names)
-    np.savez(tmp_path / "single.npz", x=test, y=np.arange(TEST) % 4, names=names[:4])
-    np.save(tmp_path / "labels.npy", rng.integers(-1, 2, (SAMPLES, 5)))
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    pool, test = noise(0, SAMPLES, TEST)
+    rng, names = np.random.default_rng(1), ("e", "d", "c", "b", "z")
+    np.savez(tmp_path / "single.npz", x=test, y=np.arange(TEST) % 4, names=np.array(names[:4]))
+    truth, labels = rng.integers(0, 2, (TEST, 5)), rng.integers(-1, 2, (SAMPLES, 5))
+    return build_home(tmp_path, pool, test, truth, names, pool_labels=labels)
 
 
 def do(
@@ -60,29 +45,9 @@ def do(
     coverage: Any = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    fit = {"epochs": 1, "precision": "f32", "augment": False}
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {"encoding": "f32", "question_size": 16, "retries": 0},
-        "student": {"architecture": "cnn3", "fit": fit},
-        "judge": {
-            "test": {"kind": "npz", "path": "test.npz"},
-            "test_pool": "test-pool",
-            "pool_labels": "labels.npy",
-        },
-    }
-    for key, value in changes.items():
-        raw[key] = {**raw.get(key, {}), **value}
-    folder = home / "run"
-    folder.mkdir(exist_ok=True)
-    dump_settings(parse_settings(raw, JobSettings, source="job.yaml", folder=home), folder / "job.yaml")
     kinds = dict.fromkeys(CLASSES, "multi") if labels is None else labels
     sites = Sites(handlers or dict.fromkeys(CLASSES, honest), classes=CLASSES, labels=kinds, coverage=coverage)  # type: ignore[arg-type]
-    with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid)
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
+    return run_job(home, sites, job_settings(home, JUDGED, changes), reporter)
 
 
 def odds(start: int, stop: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,18 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import RecordDict
 
-from consilience.common.data import from_arrays
 from consilience.common.encoding import encode
 from consilience.common.errors import AskingError, SettingsError, StorageError
-from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.samples_asked import drawn
 from consilience.common.settings import JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server import job as job_module
-from consilience.server.job import Job
 from consilience.server.signatures import Signatures, check_signatures, complaint
 from consilience.server.unify import unify
-from helpers.sites import DIGEST, POLICY, Handler, Sites, grid_of, honest, refusing, rows
+from helpers.jobs import JUDGED, build_home, job_settings, noise, run_job
+from helpers.sites import DIGEST, POLICY, Handler, Sites, honest, refusing, rows
 
 SAMPLES, TEST, ASKED = 60, 12, 25
 ENDS = (8, 16, 25)
@@ -37,40 +33,17 @@ CHOICES = ("uncertainty", "disagreement", "k-centre")
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (SAMPLES, 16, 16), np.uint8)
-    Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
-    test = rng.integers(0, 256, (TEST, 16, 16), np.uint8)
-    Pool.build(from_arrays(test, None, (), where="test"), tmp_path / "test-pool")
-    np.savez(tmp_path / "test.npz", x=test, y=np.arange(TEST) % 3, names=np.array(["c", "b", "a"]))
-    np.save(tmp_path / "labels.npy", rng.integers(0, 3, SAMPLES))
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    pool, test = noise(0, SAMPLES, TEST)
+    labels = np.random.default_rng(1).integers(0, 3, SAMPLES)
+    return build_home(tmp_path, pool, test, np.arange(TEST) % 3, ("c", "b", "a"), pool_labels=labels)
 
 
 def settings(home: Path, **changes: Any) -> JobSettings:
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {
-            "encoding": "f32",
-            "question_size": 8,
-            "retries": 0,
-            "samples": ASKED,
-            "choose": "k-centre",
-            "rounds": len(ENDS),
-        },
-        "student": {"architecture": "cnn3@0.25", "fit": {"epochs": 1, "precision": "f32", "augment": False}},
-        "judge": {"test": {"kind": "npz", "path": "test.npz"}, "test_pool": "test-pool", "pool_labels": "labels.npy"},
+    own = {
+        "ask": {"question_size": 8, "samples": ASKED, "choose": "k-centre", "rounds": len(ENDS)},
+        "student": {"architecture": "cnn3@0.25"},
     }
-    for key, value in changes.items():
-        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    return job_settings(home, JUDGED, own, changes)
 
 
 def turned(question: Question, attempt: int) -> RecordDict:
@@ -80,13 +53,7 @@ def turned(question: Question, attempt: int) -> RecordDict:
 
 
 def do(home: Path, sites: Sites, reporter: Reporter, *, run: str = "run", **changes: Any) -> dict[str, Any]:
-    folder = home / run
-    folder.mkdir(exist_ok=True)
-    dump_settings(settings(home, **changes), folder / "job.yaml")
-    with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid)
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
+    return run_job(home, sites, settings(home, **changes), reporter, run)
 
 
 def noting(asked: dict[str, list[int]], name: str, handler: Handler, pool: str) -> Handler:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,19 @@ from flwr.app import RecordDict
 from consilience.common.data import from_arrays
 from consilience.common.encoding import encode
 from consilience.common.errors import ConsilienceError, PoolError, SettingsError, StorageError
-from consilience.common.files import read_json
 from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import MOST_SPAN, Answer, Question
 from consilience.common.samples_asked import drawn
 from consilience.common.settings import JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.answers import AnswerStore
 from consilience.server.answers_about import About
 from consilience.server.asked_pool import AskedPool, reach, span
-from consilience.server.job import Job
 from consilience.server.learning import StudentModel
 from consilience.server.signatures import Signatures, check_signatures, complaint
 from consilience.server.unify import unify
-from helpers.sites import DIGEST, POLICY, Handler, Sites, covered, grid_of, honest, refusing, rows
+from helpers.jobs import JUDGED, build_home, job_settings, noise, run_job
+from helpers.sites import DIGEST, POLICY, Handler, Sites, covered, honest, refusing, rows
 
 SAMPLES, TEST, ASKED = 60, 12, 25
 KEYS = {name: ec.derive_private_key(k + 2, ec.SECP384R1()) for k, name in enumerate(("one", "two"))}
@@ -37,33 +34,14 @@ KEYS = {name: ec.derive_private_key(k + 2, ec.SECP384R1()) for k, name in enumer
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (SAMPLES, 16, 16), np.uint8)
-    Pool.build(from_arrays(pixels, None, (), where="test"), tmp_path / "pool")
-    test = rng.integers(0, 256, (TEST, 16, 16), np.uint8)
-    Pool.build(from_arrays(test, None, (), where="test"), tmp_path / "test-pool")
-    np.savez(tmp_path / "test.npz", x=test, y=np.arange(TEST) % 3, names=np.array(["c", "b", "a"]))
-    np.save(tmp_path / "labels.npy", rng.integers(0, 3, SAMPLES))
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    pool, test = noise(0, SAMPLES, TEST)
+    labels = np.random.default_rng(1).integers(0, 3, SAMPLES)
+    return build_home(tmp_path, pool, test, np.arange(TEST) % 3, ("c", "b", "a"), pool_labels=labels)
 
 
 def settings(home: Path, **changes: Any) -> JobSettings:
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {"encoding": "f32", "question_size": 8, "retries": 0, "samples": ASKED},
-        "student": {"architecture": "cnn3", "fit": {"epochs": 1, "precision": "f32", "augment": False}},
-        "judge": {"test": {"kind": "npz", "path": "test.npz"}, "test_pool": "test-pool", "pool_labels": "labels.npy"},
-    }
-    for key, value in changes.items():
-        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    own = {"ask": {"question_size": 8, "samples": ASKED}}
+    return job_settings(home, JUDGED, own, changes)
 
 
 class Noting(Sites):
@@ -83,13 +61,7 @@ class Noting(Sites):
 
 
 def do(home: Path, sites: Sites, reporter: Reporter, *, run: str = "run", **changes: Any) -> dict[str, Any]:
-    folder = home / run
-    folder.mkdir(exist_ok=True)
-    dump_settings(settings(home, **changes), folder / "job.yaml")
-    with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid)
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
+    return run_job(home, sites, settings(home, **changes), reporter, run)
 
 
 def whole() -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ DIGEST, POLICY, SIZE, KEEP = "a" * 64, "c" * 16, 60, 3
 CLASSES = {"one": ["a", "b", "c", "d", "e"], "three": ["a", "b", "f", "e"], "two": ["e", "f", "g", "c", "d"]}
 SPACE = LabelSpace.build(CLASSES)
 SETTINGS = Unify(weights={"two": 2.0})
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
 
 
 def stores(folder: Path, answered: dict[str, list[tuple[int, int]]], chance: int = 0) -> list[AnswerStore]:
