@@ -10,7 +10,8 @@ amalgamation and the joint phase share them, half each.
 
 The rate of each method is the one, of two, under which a student agrees best with the unified labels of a tenth of the
 pool that it did not learn from, under the first seed: no label of the pool or the test images is seen there. It is the
-peak of the joint phase or of the whole, and layers, whose rate is constant, learn by half of it. The oracle has KD's
+peak of the joint phase or of the whole, and layers, whose rate is constant, learn by half of it; scores by squared
+error take a tenth of either, as in every job. The oracle has KD's
 rate: by that choice it cannot have one of its own. A seed decides which images are private and which are the pool,
 initial weights and the order of training; none is picked. The difference to KD is paired by seed, with its 95 %
 interval by Student's t. What is done is kept in the folder `--work`, and a second call goes on from there.
@@ -57,7 +58,7 @@ from harness import options, show
 from jobs import by_seed, do_job, train_quietly
 
 RATES = (0.03, 0.1)
-"""Peak learning rates that each method has the choice of."""
+"""Peak learning rates that each method has the choice of; of concatenated scores a tenth counts."""
 CHOSEN_ON = 0.1
 """Share of the pool by which the rate is chosen."""
 MANY = Limits(per_job=None, per_month=None, lifetime=None)

@@ -27,7 +27,7 @@ from consilience.common.nets.taps import taps
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
-from consilience.common.settings import JobSettings, Student
+from consilience.common.settings import Fit, JobSettings, Student
 from consilience.common.taps_asked import components_asked, tap_in
 from consilience.server.answers import AnswerStore
 from consilience.server.components import components_path, lacking_components
@@ -43,7 +43,7 @@ from consilience.server.student.learn_common import (
     told_of,
 )
 from consilience.server.student.learn_layers import LayerLesson, LayerTaps, need_layers
-from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
+from consilience.server.student.scores import SQUARED_RATE, ConcatenatedScores, ConcatenatedSoftmax
 from consilience.server.student.site_taps import SiteTap, told_by_all
 from consilience.server.student.wanted import Wanted
 from consilience.server.student_taps import StudentTaps
@@ -89,6 +89,14 @@ def concatenated_loss(
     if job.student.learning == "layer-wise":
         return ConcatenatedScores(*about)
     return ConcatenatedSoftmax(*about, temperature=job.unify.temperature)
+
+
+def joint_fit(settings: Student) -> Fit:
+    """Return how the whole student is trained: by `student.fit`, scores by squared error at a part of its rate."""
+    fit = settings.fit
+    if settings.learning == "layer-wise" and settings.target == "concatenated":
+        return fit.model_copy(update={"learning_rate": SQUARED_RATE * fit.learning_rate})
+    return fit
 
 
 def feature_lesson(
@@ -189,15 +197,16 @@ class LayersThenAll:
         told = self.layers.teach(model, images, _beside(folder), device, workers=_workers(device), on_layer=on_layer)
         records: list[EpochRecord] = []
         if self.settings.layer_wise.joint:
+            fit = joint_fit(self.settings)
             records = train(
                 model,
                 images,
                 self.scores,
-                self.settings.fit,
+                fit,
                 self.settings.preprocessing,
                 seed=self.seed,
                 folder=folder / "training",
-                on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
+                on_epoch=epoch_task(reporter, f"training {name}", fit.epochs),
                 device=device,
             )
         picture = self.layers.picture(model, images, _beside(folder), device)

@@ -197,7 +197,8 @@ class LayerWise(Settings):
     layers: bool = True
     """Whether layers are trained by themselves; without, no features are asked for, and the joint phase is all."""
     joint: bool = True
-    """Whether the whole student is trained after its layers, by `student.fit`."""
+    """Whether the whole student is trained after its layers, by `student.fit`; for scores side by side
+    (`target: concatenated`) at a tenth of its learning rate."""
     target: Target = "unified"
 
     @model_validator(mode="after")

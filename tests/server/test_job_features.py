@@ -279,6 +279,18 @@ def test_the_target_is_unified_or_the_sites_scores_side_by_side(home: Path, repo
         assert weights(home, f"{field}-unified") != weights(home, f"{field}-concatenated")
 
 
+@pytest.mark.parametrize("layers", [True, False])
+def test_the_whole_student_learns_the_squared_error_of_scores_at_a_tenth_of_its_rate(
+    home: Path, reporter: Reporter, layers: bool
+) -> None:
+    cards, rates = cards_of(LAYERS, ("east", "north")), {}
+    for target in ("unified", "concatenated"):
+        sites = sites_of(APART, LAYERS, cards)
+        report = do(home, sites, reporter, "layer-wise", target, layer_wise={"layers": layers, "target": target})
+        rates[target] = [epoch["learning_rate"] for epoch in report["learning"]["student"]]
+    assert rates["concatenated"] == pytest.approx([rate / 10 for rate in rates["unified"]])
+
+
 def test_what_a_job_will_bring_is_said_before_it_is_asked_for(home: Path) -> None:
     sites, said = sites_of(CHAIN, LAYERS, LAYERED), list[tuple[str, int]]()
 
