@@ -34,6 +34,12 @@ _METHODS = {
 _TARGETS = {"unified": "unified soft labels", "concatenated": "the sites' scores side by side"}
 
 
+def learning_words(findings: Findings) -> str:
+    """Return the student's way of learning, and where it could take features, whether it did without."""
+    learning = findings.student.learning
+    return f"{learning}, from labels alone" if learning in _METHODS and findings.amalgamation is None else learning
+
+
 def amalgamation_summary(findings: Findings) -> str:
     """Return in a sentence or two by which method features were learnt from, and whose; empty where none were."""
     told = findings.amalgamation

@@ -291,6 +291,38 @@ def test_the_whole_student_learns_the_squared_error_of_scores_at_a_tenth_of_its_
     assert rates["concatenated"] == pytest.approx([rate / 10 for rate in rates["unified"]])
 
 
+@pytest.mark.parametrize("target", ["unified", "concatenated"])
+def test_without_mmd_no_features_are_asked_for_and_none_are_claimed(home: Path, target: str) -> None:
+    """Reconstruction trains the common networks alone: the student would be that of labels."""
+    sites = sites_of(APART, LAYERS, cards_of(LAYERS, ("east", "north")))
+    said: list[tuple[str, int]] = []
+
+    class Heard(Reporter):
+        def say(self, line: str) -> None:
+            said.append((line, len(sites.attempts)))
+
+    with Heard(quiet=True) as reporter:
+        report = do(home, sites, reporter, "common-feature", common_feature={"mmd": 0, "target": target})
+        assert report["amalgamation"] is None
+        assert not sites.asked_features
+        assert sum("common_feature.mmd is 0" in line and "labels alone" in line for line in report["warnings"]) == 1
+        assert [asked for line, asked in said if "common_feature.mmd is 0" in line] == [0]
+        page, card = (home / "run" / "report.html").read_text(), (home / "run" / "card.md").read_text()
+        for text in (page, card):
+            assert "common-feature, from labels alone" in text
+            assert "by common-feature learning" not in text
+        if target == "unified":
+            do(home, sites_of(APART, LAYERS, {}), reporter, "soft-labels", run="labels")
+            assert weights(home) == weights(home, "labels")
+
+
+def test_scores_that_nothing_teaches_are_warned_of(home: Path, reporter: Reporter) -> None:
+    sites = sites_of(APART, LAYERS, cards_of(LAYERS, ("east", "north")))
+    report = do(home, sites, reporter, "common-feature", common_feature={"soft": 0, "spaces": [{"width": 4}]})
+    assert sum("common_feature.soft is 0: nothing teaches" in line for line in report["warnings"]) == 1
+    assert "common-feature learning (Luo et al., IJCAI 2019)" in (home / "run" / "card.md").read_text()
+
+
 def test_what_a_job_will_bring_is_said_before_it_is_asked_for(home: Path) -> None:
     sites, said = sites_of(CHAIN, LAYERS, LAYERED), list[tuple[str, int]]()
 
@@ -593,3 +625,30 @@ def test_what_corrects_soft_labels_goes_with_unified_targets_alone(home: Path) -
     raw["student"]["layer_wise"]["target"] = "concatenated"
     with pytest.raises(SettingsError, match=r"prior_correction corrects soft labels"):
         parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+@pytest.mark.parametrize(
+    ("unify", "words"),
+    [
+        ({"temperature": 2.0}, r"unify.temperature is 2, and student.layer_wise.target is 'concatenated'.*to unified"),
+        (
+            {"weights": {"east": 0.5}},
+            r"unify.weights.east is 0.5, and student.\w*.target is 'concatenated'.*to unified",
+        ),
+        ({"weights": {"east": 1.0}}, ""),
+    ],
+    ids=["temperature", "weights", "weights of one"],
+)
+def test_what_scores_side_by_side_do_not_follow_is_refused(
+    home: Path, learning: str, unify: dict[str, Any], words: str
+) -> None:
+    raw = settings(home, learning).model_dump(mode="json")
+    raw["unify"].update(unify)
+    assert parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    raw["student"][learning.replace("-", "_")]["target"] = "concatenated"
+    if not words or ("temperature" in unify and learning == "common-feature"):  # its softmax is of that temperature
+        assert parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    else:
+        with pytest.raises(SettingsError, match=words):
+            parse_settings(raw, JobSettings, source="job.yaml", folder=home)
