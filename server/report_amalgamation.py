@@ -15,9 +15,10 @@ from consilience.common.pages.figures import BAR, BLUE, GREY, INK, RUST, site_co
 from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server import plots, plots_amalgamation
 from consilience.server.report_findings import Findings, SiteFindings
+from consilience.server.student.site_taps import FEW
 
 LITTLE = 0.5
-"""Below this share of a layer's variance, and of the pool's samples, amalgamated features are warned of."""
+"""Below this share of a layer's variance amalgamated features are warned of."""
 MOST_CURVES = 12
 """Layers whose losses are drawn, the last ones."""
 MOST_LISTED = 40
@@ -56,21 +57,25 @@ def amalgamation_summary(findings: Findings) -> str:
 def amalgamation_warnings(findings: Findings) -> list[str]:
     """Return what is suspicious about features, in plain words."""
     found, without = [], (findings.amalgamation or {}).get("without", ())
+    used = findings.pool.size - findings.pool.left_out
     for site in findings.sites:
         told = site.features
         if told is not None and told.missed and site.name in findings.space.sites:
             missing = number_of(told.missed, "sample")
             found.append(f"Site {site.name}: features of {missing} of {told.answers + told.missed:,} went unanswered.")
         if told is not None and told.answers and site.name in without:
-            found.append(
-                f"Site {site.name}: its features were left out: it did not tell all of them of any two samples. It "
-                "took part by its labels alone."
+            few = (findings.amalgamation or {}).get("too_few", {}).get(site.name)
+            why = (
+                "it did not tell all of them of any two samples"
+                if few is None
+                else f"it told features of too few samples, {few:,} of {used:,}"
             )
-    samples, used = (findings.amalgamation or {}).get("samples"), findings.pool.size - findings.pool.left_out
-    if samples is not None and samples < LITTLE * used:
+            found.append(f"Site {site.name}: its features were left out: {why}. It took part by its labels alone.")
+    samples = (findings.amalgamation or {}).get("samples")
+    if samples is not None and samples < FEW * used:
         found.append(
-            f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site told at every "
-            "layer."
+            f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site whose features "
+            "were taken told at every layer."
         )
     for layer in (findings.amalgamation or {}).get("layers", ()):
         if layer.get("explained", 1.0) < LITTLE:

@@ -6,7 +6,7 @@ what is learnt from features (learn_common, learn_layers).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ from consilience.server.components import read_components
 
 BLOCK_VALUES = 2**22
 """Numbers that a block of features holds at most, for each site."""
+FEW = 0.5
+"""Below this share of the samples that can be learnt from, too few are told by all sites together."""
 SCALE_SAMPLES = 256
 """Samples, spread evenly, that a tap's scale is measured on."""
 
@@ -84,6 +86,26 @@ class SiteTap:
 def told_by_all(taps: Sequence[SiteTap], samples: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the places in `samples` (m,), pool ids, of those that every one of `taps` tells, ascending."""
     return np.flatnonzero(np.logical_and.reduce([tap.known[samples] for tap in taps]))
+
+
+def most_together(known: Mapping[str, NDArray[np.bool_]], enough: Callable[[Collection[str]], bool]) -> list[str]:
+    """Return the sites that stay where those are left out that keep the samples told by all below `FEW`.
+
+    `known[site]` (m,): which samples it told. One at a time leaves, of those after whose leaving the others are
+    `enough`: the one by which most samples are gained, then the one that told fewest, then by name. None does in vain.
+    """
+    left = sorted(known)
+    stages = [(int(np.logical_and.reduce([known[site] for site in left]).sum()), left)]
+    while stages[-1][0] < FEW * len(known[left[0]]):
+        may = [site for site in left if enough([other for other in left if other != site])]
+        if not may:
+            break
+        count = np.sum([known[site] for site in left], axis=0)
+        gained = {site: int(((count == len(left) - 1) & ~known[site]).sum()) for site in may}
+        out = min(may, key=lambda site: (-gained[site], int(known[site].sum()), site))
+        left = [site for site in left if site != out]
+        stages.append((stages[-1][0] + gained[out], left))
+    return max(stages, key=lambda stage: stage[0])[1]  # the first of the best
 
 
 def in_blocks(ids: NDArray[np.int64], values: int, most: int = BLOCK_VALUES) -> Iterator[NDArray[np.int64]]:

@@ -469,6 +469,45 @@ def test_a_site_that_lacks_a_layer_is_left_out_of_the_layers_where_others_suffic
         do(home, sites, reporter, "layer-wise", run="wide", architecture="cnn3@0.5", ask={"min_sites": 2})
 
 
+WIDE = dict.fromkeys(("east", "north", "south", "west"), "cnn3@0.2")
+FOUR = {**CHAIN, "south": ("a", "b", "c")}
+
+
+@pytest.mark.parametrize(
+    ("upto", "out", "samples"),
+    [
+        ({"south": 4}, ["south"], SAMPLES),
+        ({"south": 4, "west": 4}, ["south", "west"], SAMPLES),  # neither leaves alone to any gain
+        ({"north": 20, "south": 4}, ["south", "north"], SAMPLES),
+        ({"south": 24}, [], 24),  # half is enough
+        ({"north": 4, "south": 4, "west": 4}, [], 4),  # east alone is too narrow
+    ],
+)
+def test_sites_that_told_few_samples_leave_the_layers_to_those_that_told_more(
+    home: Path, reporter: Reporter, upto: dict[str, int], out: list[str], samples: int
+) -> None:
+    sites = sites_of(FOUR, WIDE, cards_of(WIDE, tuple(WIDE)))
+
+    def fewer(whole: Handler, told: int) -> Handler:
+        return lambda question, attempt: (
+            refusing(question, attempt)
+            if question.kind == "features" and question.start >= told
+            else whole(question, attempt)
+        )
+
+    for site, told in upto.items():
+        sites.handlers[site] = fewer(sites.handlers[site], told)
+    report = do(home, sites, reporter, "layer-wise", ask={"min_sites": 1, "question_size": 4})
+    told = report["amalgamation"]
+    assert (told["samples"], told["without"]) == (samples, sorted(out))
+    assert told["layers"][0]["channels"].keys() == WIDE.keys() - set(out)
+    for site in WIDE:
+        words = f"Site {site}: its features were left out: it told features of too few samples, {upto.get(site)} of 48."
+        assert any(words in line for line in report["warnings"]) == (site in out)
+    assert any("Layers learned from" in line for line in report["warnings"]) == (samples < SAMPLES / 2)
+    assert {site["name"] for site in report["sites"] if site["took_part"]} == WIDE.keys()
+
+
 def changed(cards: Cards, site: str, **fields: Any) -> Cards:
     return cards | {site: (cards[site][0].model_copy(update=fields), *cards[site][1:])}
 
