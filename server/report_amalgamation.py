@@ -56,7 +56,8 @@ def amalgamation_summary(findings: Findings) -> str:
 
 def amalgamation_warnings(findings: Findings) -> list[str]:
     """Return what is suspicious about features, in plain words."""
-    found, without = [], (findings.amalgamation or {}).get("without", ())
+    found, told_of = [], findings.amalgamation or {}
+    without = told_of.get("without", ())
     used = findings.pool.size - findings.pool.left_out
     for site in findings.sites:
         told = site.features
@@ -64,26 +65,32 @@ def amalgamation_warnings(findings: Findings) -> list[str]:
             missing = number_of(told.missed, "sample")
             found.append(f"Site {site.name}: features of {missing} of {told.answers + told.missed:,} went unanswered.")
         if told is not None and told.answers and site.name in without:
-            few = (findings.amalgamation or {}).get("too_few", {}).get(site.name)
+            few = told_of.get("too_few", {}).get(site.name)
             why = (
                 "it did not tell all of them of any two samples"
                 if few is None
                 else f"it told features of too few samples, {few:,} of {used:,}"
             )
             found.append(f"Site {site.name}: its features were left out: {why}. It took part by its labels alone.")
-    samples = (findings.amalgamation or {}).get("samples")
+    samples = told_of.get("samples")
     if samples is not None and samples < FEW * used:
         found.append(
             f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site whose features "
             "were taken told at every layer."
         )
-    for layer in (findings.amalgamation or {}).get("layers", ()):
+    for layer in told_of.get("layers", ()):
         if layer.get("explained", 1.0) < LITTLE:
             found.append(
                 f"At {layer['tap']} the amalgamated features keep {percent(layer['explained'])} of the variance of the "
                 "sites': a wider student would keep more."
             )
-    for at, space in enumerate((findings.amalgamation or {}).get("spaces", ())):
+    for at, space in enumerate(told_of.get("spaces", ())):
+        found += [
+            f"Site {site}: in common at the student's {space['student']} reconstruction misses {percent(missed)} of "
+            "its features, more than there is: the common space tells nothing of them."
+            for site, missed in space["missed"].items()
+            if missed > 1 and told_of["weights"]["reconstruction"]
+        ]
         if space["averaged"]:
             found.append(
                 f"In common at the student's {space['student']}: maps of unequal size were averaged down to "

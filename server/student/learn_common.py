@@ -4,7 +4,7 @@ Lives here: which features meet in a space and in which form, the module that th
 what is told of it afterwards. Does not live here: the networks of a space (common_feature), the loop (common/nets), the
 soft-target term (soft_labels, scores).
 
-Features of a site count in units of their own root mean square, so that a term weighs the same however large a
+Features of a site count in units of a median sample's root mean square, so that a term weighs the same however large a
 teacher's features are. A sample that a site told nothing of has no part in that site's terms; it has one in the
 others'. The networks of a space are normalised by batch, as in the authors' later code: the paper trains them without,
 by Adam, and the loop trains by gradient descent.
@@ -98,8 +98,8 @@ class Space:
         return features.mean(dim=(2, 3)) if self.vectors and features.ndim == 4 else features
 
     def given(self, tap: SiteTap, ids: NDArray[np.int64], device: torch.device) -> Tensor:
-        """Return a site's features of the samples `ids`, pool ids, in units of their root mean square."""
-        return self.formed(torch.from_numpy(tap.take(ids) / np.float32(tap.scale)).to(device, non_blocking=True))
+        """Return a site's features of the samples `ids`, pool ids, in units of their scale, none too large."""
+        return self.formed(torch.from_numpy(tap.bounded(ids) / np.float32(tap.scale)).to(device, non_blocking=True))
 
 
 class CommonStudent(nn.Module):

@@ -25,6 +25,8 @@ FEW = 0.5
 """Below this share of the samples that can be learnt from, too few are told by all sites together."""
 SCALE_SAMPLES = 256
 """Samples, spread evenly, that a tap's scale is measured on."""
+BOUND = 10.0
+"""Scales that a sample's root mean square is at most: what is larger than any honest sample is brought down to it."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,16 @@ class SiteTap:
 
     @cached_property
     def scale(self) -> float:
-        """Root mean square of the features of a few samples; 1 where they are all 0, or there are none."""
+        """Root mean square of the features of the median one of a few samples, which a single odd one does not move.
+
+        Of all of these where that is 0; 1 where they are all 0, or there are none.
+        """
         ids = np.flatnonzero(self.known)
         if not len(ids):
             return 1.0
         some = ids[np.unique(np.linspace(0, len(ids) - 1, SCALE_SAMPLES).astype(np.int64))]
-        squares = [np.square(self.take(part), dtype=np.float64).sum() for part in in_blocks(some, self.card.values)]
-        return float(np.sqrt(np.sum(squares) / (len(some) * self.card.values))) or 1.0
+        squares = np.concatenate([_mean_squares(self.take(part)) for part in in_blocks(some, self.card.values)])
+        return float(np.sqrt(np.median(squares) or np.mean(squares))) or 1.0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -65,12 +70,20 @@ class SiteTap:
         """
         return self.store.take(ids).reshape(len(ids), *self.card.shape)
 
+    def bounded(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the same, a sample of a root mean square above `BOUND` scales brought down to it. Raises as `take`."""
+        held = self.take(ids)
+        large = np.sqrt(_mean_squares(held)) / (BOUND * self.scale)
+        if (large > 1).any():
+            held = held / np.maximum(large, 1).astype(np.float32).reshape(-1, *[1] * (held.ndim - 1))
+        return held
+
     def channels(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the same in the layer's own channels, (b, card.channels, ...): of components, what they stand for.
+        """Return `bounded` in the layer's own channels, (b, card.channels, ...): of components, what they stand for.
 
         Raises `StorageError` as `take`, and where the components themselves are lost or damaged.
         """
-        held = self.take(ids)
+        held = self.bounded(ids)
         if self.card.components is None:
             return held
         directions, mean = self._basis
@@ -81,6 +94,11 @@ class SiteTap:
     def _basis(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         assert self.components is not None
         return read_components(self.components, self.card)
+
+
+def _mean_squares(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return each sample's, (b,)."""
+    return np.square(features.reshape(len(features), -1), dtype=np.float64).mean(axis=1)
 
 
 def told_by_all(taps: Sequence[SiteTap], samples: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from flwr.app import RecordDict
 
 from consilience.common.cards import TapCard
 from consilience.common.data import from_arrays
+from consilience.common.encoding.features import basis_bytes
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import AskingError, ConsilienceError, SettingsError, StudentError
 from consilience.common.files import read_json
@@ -28,7 +29,7 @@ from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.asked_pool import span
 from consilience.server.job import Job
-from helpers.feature_answers import features_card, images, tap_cards, teacher, telling
+from helpers.feature_answers import features_card, images, in_components, tap_cards, teacher, telling
 from helpers.sites import Handler, Sites, grid_of, refusing
 
 SAMPLES, TEST = 48, 12
@@ -316,6 +317,20 @@ def test_without_mmd_no_features_are_asked_for_and_none_are_claimed(home: Path, 
             assert weights(home) == weights(home, "labels")
 
 
+@pytest.mark.parametrize("weight", [10, 0])
+def test_a_site_whose_features_are_not_explained_is_warned_of(home: Path, reporter: Reporter, weight: float) -> None:
+    """Decoders that have hardly learned miss more than all; those that are not to learn say nothing."""
+    sites = sites_of(APART, LAYERS, cards_of(LAYERS, ("east", "north")))
+    terms = {"reconstruction": weight, "spaces": [{"width": 4}]}
+    fit = {"epochs": 1, "batch_size": 16, "precision": "f32", "learning_rate": 1e-6}
+    report = do(home, sites, reporter, "common-feature", common_feature=terms, fit=fit)
+    (space,) = report["amalgamation"]["spaces"]
+    assert min(space["missed"].values()) > 1
+    words = "in common at the student's layer3 reconstruction misses"
+    said = sum(words in line and f"Site {site}:" in line for line in report["warnings"] for site in APART)
+    assert said == (2 if weight else 0)
+
+
 def test_scores_that_nothing_teaches_are_warned_of(home: Path, reporter: Reporter) -> None:
     sites = sites_of(APART, LAYERS, cards_of(LAYERS, ("east", "north")))
     report = do(home, sites, reporter, "common-feature", common_feature={"soft": 0, "spaces": [{"width": 4}]})
@@ -512,6 +527,10 @@ def changed(cards: Cards, site: str, **fields: Any) -> Cards:
     return cards | {site: (cards[site][0].model_copy(update=fields), *cards[site][1:])}
 
 
+def changed_last(cards: Cards, site: str, **fields: Any) -> Cards:
+    return cards | {site: (*cards[site][:-1], cards[site][-1].model_copy(update=fields))}
+
+
 LAYERED = cards_of(LAYERS, ("east", "west"))
 EAST = sum(card.values for card in LAYERED["east"])
 REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
@@ -575,6 +594,12 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         {},
         r"the sites have 4096 \+ 1 channels at layer1; allowed are 4,096 together",
     ),
+    "too many channels in common": (
+        changed_last(LAYERED, "east", channels=4_097, shape=(4_097, 4, 4)),
+        "common-feature",
+        {"ask": {"feature_bytes": 2**40}},
+        r"site east's tap layer3 has 4,097 channels.* 4,096 .*policy.features.taps.layer3.channels.*another",
+    ),
     "a size of vectors": (
         cards_of(LAYERS, ("east", "west"), ["layer2", "penultimate"]),
         "common-feature",
@@ -624,6 +649,22 @@ def test_where_others_are_enough_a_site_of_another_layout_is_left_out(home: Path
     report = do(home, sites_of(classes, odd, cards), reporter, "layer-wise", ask={"min_sites": 3})
     assert "differ in layout" in report["left_out"]["extra"]
     assert "extra" not in report["amalgamation"]["without"]
+
+
+def test_principal_components_of_a_tap_with_many_channels_meet_in_common(home: Path, reporter: Reporter) -> None:
+    """What counts is what leaves: a layer of more channels than a space takes may be reduced at its site."""
+    network = teacher(LAYERS["east"], 1)
+    cards = cards_of(LAYERS, ("east", "west"), ["layer3"])
+    reduced, bases = in_components(network, PIXELS, cards["east"], 4)
+    many = 4_097
+    about = reduced[0].components
+    assert about is not None
+    about = about.model_copy(update={"bytes": basis_bytes(4, many)})
+    cards["east"] = (reduced[0].model_copy(update={"channels": many, "components": about}),)
+    sites = sites_of(CHAIN, LAYERS, cards)
+    sites.handlers["east"] = telling(network, PIXELS, cards["east"], bases)
+    report = do(home, sites, reporter, "common-feature", common_feature={"spaces": [{"width": 4}]})
+    assert report["amalgamation"]["spaces"][0]["missed"].keys() == {"east", "west"}
 
 
 def test_a_site_that_declares_too_many_bytes_is_left_out_alone(home: Path, reporter: Reporter) -> None:

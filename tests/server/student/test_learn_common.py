@@ -110,12 +110,34 @@ def test_the_loss_is_that_of_a_direct_computation(tmp_path: Path, form: str, upt
     assert float(told.total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_features_count_in_units_of_their_root_mean_square(tmp_path: Path) -> None:
+def test_features_count_in_units_of_the_median_samples_root_mean_square(tmp_path: Path) -> None:
     made = tap(tmp_path, "east", "cnn3@0.2", 2, "layer2")
     values = made.take(np.arange(COUNT))
-    assert made.scale == pytest.approx(float(np.sqrt(np.square(values, dtype=np.float64).mean())), rel=1e-6)
+    squares = np.square(values, dtype=np.float64).mean(axis=(1, 2, 3))
+    assert made.scale == pytest.approx(float(np.sqrt(np.median(squares))), rel=1e-6)
     zeros = stored(tmp_path, "zero", made.card, np.zeros_like(values))
     assert zeros.scale == 1
+    few = np.zeros_like(values)
+    few[3] = 8
+    assert stored(tmp_path, "few", made.card, few).scale == pytest.approx(8 / np.sqrt(COUNT), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["maps", "vectors"])
+def test_one_sample_of_huge_features_does_not_silence_the_others(tmp_path: Path, form: str) -> None:
+    """As f16 lets through: in units of a mean over all, the others would come to nothing."""
+    name = "layer2" if form == "maps" else "penultimate"
+    honest = tap(tmp_path, "honest", "cnn3@0.2", 2, name)
+    values = honest.take(np.arange(COUNT)).copy()
+    values[7] = 65_504
+    odd = stored(tmp_path, "odd", honest.card, values)
+    shape = SHAPES["layer3"] if form == "maps" else SHAPES["penultimate"]
+    space = Space("layer3" if form == "maps" else "penultimate", shape, (odd,))
+    others = np.delete(np.arange(COUNT), 7)
+    given = space.given(odd, others, CPU)
+    np.testing.assert_allclose(given, space.given(honest, others, CPU), rtol=0.1)
+    large = space.given(odd, np.array([6, 7]), CPU)
+    assert float(large[1].square().mean().sqrt()) == pytest.approx(10, rel=1e-3)
+    assert torch.equal(large[0], space.given(odd, np.array([6]), CPU)[0])
 
 
 @pytest.mark.parametrize("upto", [0, 1])

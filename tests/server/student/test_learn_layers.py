@@ -197,6 +197,18 @@ def test_principal_components_stand_for_the_channels_that_they_came_from(tmp_pat
     assert LayerTaps("layer2", (tap,)).channels == [6]
 
 
+def test_one_sample_of_huge_features_does_not_silence_the_others(tmp_path: Path) -> None:
+    """All variance would be its, and the layers' targets of the other samples as good as 0."""
+    networks = two()
+    honest = told(tmp_path, networks)[1]
+    values = honest.taps[0].take(IDS).copy()
+    values[7] = 65_504
+    odd = LayerTaps("layer2", (stored(tmp_path / "odd", "east", honest.taps[0].card, values), honest.taps[1]))
+    others = np.delete(IDS, 7)
+    spread = how(odd, 5)(others).var(axis=(0, 2, 3)).sum() / how(honest, 5)(others).var(axis=(0, 2, 3)).sum()
+    assert spread > 0.1
+
+
 def test_a_training_killed_within_a_layer_goes_on_from_its_last_epoch_to_the_same_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
