@@ -169,9 +169,8 @@ def _space(space: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, An
     return {
         "student": space["student"],
         "form": f"maps of {size} with {space['width']} channels" if size else f"vectors of {space['width']} numbers",
-        "samples": space["samples"],
         "rows": [
-            {"site": site, "tap": tap, "missed": space["missed"].get(site)}
+            {"site": site, "tap": tap, "missed": space["missed"].get(site), "samples": space["samples"].get(site)}
             for site, tap in list(space["sites"].items())[:MOST_LISTED]
         ],
         "picture": _picture(space["picture"], colours, f"The common space at the student’s {space['student']}"),

@@ -98,7 +98,8 @@ class SiteTap:
 
 def _mean_squares(features: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return each sample's, (b,)."""
-    return np.square(features.reshape(len(features), -1), dtype=np.float64).mean(axis=1)
+    found: NDArray[np.float64] = np.square(features, dtype=np.float64).mean(axis=tuple(range(1, features.ndim)))
+    return found
 
 
 def told_by_all(taps: Sequence[SiteTap], samples: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -384,7 +384,8 @@ def test_features_that_are_none_leave_the_site_by_its_labels_or_stop_the_job_wit
     report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]
-    assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+    samples = told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]
+    assert samples == (16 if learning == "layer-wise" else {"east": SAMPLES, "west": 16})
 
 
 def test_three_sites_are_amalgamated_one_after_another_and_by_descent(home: Path, reporter: Reporter) -> None:
@@ -457,10 +458,32 @@ def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, l
     report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]
-    assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+    samples = told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]
+    assert samples == (16 if learning == "layer-wise" else {"east": SAMPLES, "west": 16})
     said = any("Layers learned from 16\u00a0samples of 48" in line for line in report["warnings"])
     assert said == (learning == "layer-wise")
     assert told["without"] == ["north"]
+
+
+def test_sites_that_told_disjoint_parts_are_measured_each_on_its_own(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(LAYERS, ("east", "west"), ["layer3"])
+    sites = sites_of(CHAIN, LAYERS, cards)
+    for site, first in (("east", 0), ("west", 32)):
+
+        def part(question: Question, attempt: int, whole: Handler = sites.handlers[site], first: int = first) -> Any:
+            told = question.kind != "features" or (question.start >= 32) == (first == 32)
+            return whole(question, attempt) if told else refusing(question, attempt)
+
+        sites.handlers[site] = part
+    spaces = {"spaces": [{"width": 4}]}
+    report = do(home, sites, reporter, "common-feature", ask={"min_sites": 1}, common_feature=spaces)
+    (space,) = report["amalgamation"]["spaces"]
+    assert space["samples"] == {"east": 32, "west": 16}
+    assert all(missed > 0 for missed in (space["missed"]["east"], space["missed"]["west"]))
+    points = {who: len(held) for who, held in space["picture"]["points"].items()}
+    assert points == {"student": SAMPLES, "site east": 32, "site west": 16}
+    page = (home / "run" / "report.html").read_text()
+    assert re.search(r"of 32\s+samples", page)
 
 
 def test_a_site_that_lacks_a_layer_is_left_out_of_the_layers_where_others_suffice(
