@@ -126,6 +126,7 @@ def feature_lesson(
             ids,
             job.student.layer_wise,
             job.student.preprocessing,
+            architecture=job.student.architecture,
             batch=job.student.fit.batch_size,
             seed=job.seed,
         )

@@ -195,6 +195,7 @@ class LayerLesson:
 
     `layers` are the sites' taps in the student's order, the scores left out; `scores` is the loss that the score layer
     learns by, `fingerprint` what it stands for. `samples` (m,): training's sample j is the pool's samples[j].
+    `architecture` names the student, whose widths features are amalgamated to.
     """
 
     def __init__(
@@ -206,6 +207,7 @@ class LayerLesson:
         settings: LayerWise,
         preprocessing: Preprocessing,
         *,
+        architecture: str,
         batch: int,
         seed: int,
     ) -> None:
@@ -222,10 +224,8 @@ class LayerLesson:
         self._batch = min(batch, len(self.places))
         told = [[layer.name, *(tap.fingerprint for tap in layer.taps)] for layer in layers]
         about = settings.model_dump(mode="json", exclude={"joint"})
-        self.fingerprint = (
-            f"layer-wise {sha256(canonical_json([told, about, preprocessing.model_dump(mode='json'), batch, seed]))} "
-            f"{fingerprint}"
-        )
+        rest = [preprocessing.model_dump(mode="json"), architecture, batch, seed]
+        self.fingerprint = f"layer-wise {sha256(canonical_json([told, about, *rest]))} {fingerprint}"
 
     def teach(
         self,
