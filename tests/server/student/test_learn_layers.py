@@ -358,7 +358,8 @@ def test_batch_normalisation_ends_with_the_statistics_of_all_samples(tmp_path: P
     scores(made)
     assert len(norms) == len(given) == 3
     for norm, rows in zip(norms, given, strict=True):
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         torch.testing.assert_close(norm.running_mean, rows.mean(dim=1), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norm.running_var, rows.var(dim=1, correction=0), rtol=1e-4, atol=1e-5)
 
