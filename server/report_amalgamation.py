@@ -165,12 +165,13 @@ def _between(first: str, last: str, share: float) -> str:
 
 
 def _space(space: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Any]:
+    measured = space.get("measured", {})  # which runs of earlier versions do not tell
     size = "×".join(map(str, space["size"])) if space["size"] else None
     return {
         "student": space["student"],
         "form": f"maps of {size} with {space['width']} channels" if size else f"vectors of {space['width']} numbers",
         "rows": [
-            {"site": site, "tap": tap, "missed": space["missed"].get(site), "samples": space["samples"].get(site)}
+            {"site": site, "tap": tap, "missed": space["missed"].get(site), "samples": measured.get(site)}
             for site, tap in list(space["sites"].items())[:MOST_LISTED]
         ],
         "picture": _picture(space["picture"], colours, f"The common space at the student’s {space['student']}"),

@@ -225,7 +225,7 @@ def told_of(
                 "size": space.meeting,
                 "averaged": space.averaged,
                 "missed": missed,
-                "samples": measured,
+                "measured": measured,
                 "picture": picture(joined),
             }
         )

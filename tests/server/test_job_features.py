@@ -384,7 +384,7 @@ def test_features_that_are_none_leave_the_site_by_its_labels_or_stop_the_job_wit
     report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]
-    samples = told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]
+    samples = told["samples"] if learning == "layer-wise" else told["spaces"][0]["measured"]
     assert samples == (16 if learning == "layer-wise" else {"east": SAMPLES, "west": 16})
 
 
@@ -458,7 +458,7 @@ def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, l
     report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]
-    samples = told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]
+    samples = told["samples"] if learning == "layer-wise" else told["spaces"][0]["measured"]
     assert samples == (16 if learning == "layer-wise" else {"east": SAMPLES, "west": 16})
     said = any("Layers learned from 16\u00a0samples of 48" in line for line in report["warnings"])
     assert said == (learning == "layer-wise")
@@ -478,7 +478,7 @@ def test_sites_that_told_disjoint_parts_are_measured_each_on_its_own(home: Path,
     spaces = {"spaces": [{"width": 4}]}
     report = do(home, sites, reporter, "common-feature", ask={"min_sites": 1}, common_feature=spaces)
     (space,) = report["amalgamation"]["spaces"]
-    assert space["samples"] == {"east": 32, "west": 16}
+    assert space["measured"] == {"east": 32, "west": 16}
     assert all(missed > 0 for missed in (space["missed"]["east"], space["missed"]["west"]))
     points = {who: len(held) for who, held in space["picture"]["points"].items()}
     assert points == {"student": SAMPLES, "site east": 32, "site west": 16}
@@ -507,7 +507,7 @@ def test_a_site_that_lacks_a_layer_is_left_out_of_the_layers_where_others_suffic
         do(home, sites, reporter, "layer-wise", run="wide", architecture="cnn3@0.5", ask={"min_sites": 2})
 
 
-WIDE = dict.fromkeys(("east", "north", "south", "west"), "cnn3@0.2")
+WIDE: dict[str, str] = dict.fromkeys(("east", "north", "south", "west"), "cnn3@0.2")
 FOUR = {**CHAIN, "south": ("a", "b", "c")}
 
 

@@ -209,7 +209,7 @@ def test_what_is_told_of_a_space(tmp_path: Path) -> None:
     model = CommonStudent(student(), [space], Weights(), seed=0)
     (told,) = told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 8)
     assert told["sites"] == {"east": "layer4", "west": "layer2"}
-    assert told["samples"] == {"east": COUNT, "west": 30}
+    assert told["measured"] == {"east": COUNT, "west": 30}
     points = {who: len(points) for who, points in told["picture"]["points"].items()}
     assert points == {"student": COUNT, "site east": COUNT, "site west": 30}
 
@@ -227,7 +227,7 @@ def test_what_reconstruction_misses_is_measured_as_it_was_trained(tmp_path: Path
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], held) for name, held in before.items())
     assert not any(module.training for module in model.modules())
-    assert told["samples"] == {"east": COUNT, "west": 27}
+    assert told["measured"] == {"east": COUNT, "west": 27}
     assert max(told["missed"].values()) < 1
     common, missed = space_of(model).train(), 0.0
     with torch.no_grad():
@@ -243,11 +243,11 @@ def test_a_site_that_told_one_sample_is_not_told_of(tmp_path: Path) -> None:
     space = vectors(tmp_path, 1)
     model = CommonStudent(student(), [space], Weights(), seed=0)
     (told,) = told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 1)
-    assert told["samples"] == {"east": COUNT, "west": 0}
+    assert told["measured"] == {"east": COUNT, "west": 0}
     assert told["missed"].keys() == {"east"}
     assert told["picture"]["points"].keys() == {"student", "site east"}
     (told,) = told_of(model, [space], PIXELS[:1], np.arange(1), PLAIN, CPU, 1)
-    assert (told["samples"], told["missed"], told["picture"]) == ({"east": 0, "west": 0}, {}, None)
+    assert (told["measured"], told["missed"], told["picture"]) == ({"east": 0, "west": 0}, {}, None)
 
 
 def test_a_picture_holds_few_numbers_of_large_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
