@@ -4,16 +4,18 @@
 joint phase alone by squared error to the concatenated scores, layer-wise amalgamation before that phase, which is the
 paper's own method (Shen et al., AAAI 2019), and before one with unified labels. `different`: VGG-6, ResNet-8 and a
 MobileNet, whose classes overlap ({0-4}, {3-7}, {6-9, 0}): labels alone, common-feature learning (Luo et al., IJCAI
-2019) of vectors, of the last maps, and of vectors with one of its terms left out. In both the same student learns from
-the pool's true labels (`oracle`). All have the same student, pool, schedule and number of epochs; layer-wise
+2019) of vectors, of the last maps, and of vectors with one of its terms left out: without soft targets nothing teaches
+the scores, and without MMD it is KD, so that there is no such row. In both the same student learns from the pool's true
+labels (`oracle`). All have the same student, pool, schedule and number of epochs; layer-wise
 amalgamation and the joint phase share them, half each.
 
 The rate of each method is the one, of two, under which a student agrees best with the unified labels of a tenth of the
 pool that it did not learn from, under the first seed: no label of the pool or the test images is seen there. It is the
-peak of the joint phase or of the whole, and layers, whose rate is constant, learn by half of it. The oracle has KD's
-rate: by that choice it cannot have one of its own. A seed decides which images are private and which are the pool,
-initial weights and the order of training; none is picked. The difference to KD is paired by seed, with its 95 %
-interval by Student's t. What is done is kept in the folder `--work`, and a second call goes on from there.
+peak of the joint phase or of the whole, and layers, whose rate is constant, learn by half of it; scores by squared
+error take a tenth of either, as in every job. The oracle has KD's rate: by that choice it cannot have one of its own. A
+seed decides which images are private and which are the pool, initial weights and the order of training; none is picked.
+The difference to KD is paired by seed, with its 95 % interval by Student's t. What is done is kept in the folder
+`--work`, and a second call goes on from there.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ from harness import options, show
 from jobs import by_seed, do_job, train_quietly
 
 RATES = (0.03, 0.1)
-"""Peak learning rates that each method has the choice of."""
+"""Peak learning rates that each method has the choice of; of concatenated scores a tenth counts."""
 CHOSEN_ON = 0.1
 """Share of the pool by which the rate is chosen."""
 MANY = Limits(per_job=None, per_month=None, lifetime=None)
@@ -91,7 +93,7 @@ SCENARIOS = {
         ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 0)),
         ("vgg6", "resnet8", "mobilenet-small"),
         "resnet8",
-        ("KD", "CFL", "CFL, maps", "CFL, no MMD", "CFL, no reconstruction", "CFL, no soft targets"),
+        ("KD", "CFL", "CFL, maps", "CFL, no reconstruction", "CFL, no soft targets"),
     ),
 }
 QUICK = {
@@ -118,7 +120,7 @@ QUICK = {
         epochs=1,
     ),
 }
-TERMS = {"MMD": "mmd", "reconstruction": "reconstruction", "soft targets": "soft"}
+TERMS = {"reconstruction": "reconstruction", "soft targets": "soft"}
 
 
 def student(scenario: Scenario, method: str, rate: float) -> Student:

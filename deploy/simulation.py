@@ -21,6 +21,7 @@ from consilience.client.app import app as client_app
 from consilience.client.app import forget_sites
 from consilience.client.coverage import learn_and_show
 from consilience.client.features import learn_and_show_bases
+from consilience.client.features.untrained import check_untrained
 from consilience.client.privacy import train_private, training_epochs
 from consilience.client.teacher import calibrate_any
 from consilience.common.data import ImageData, open_data
@@ -96,6 +97,8 @@ def prepare_run(job: JobSettings, run: Path, reporter: Reporter) -> tuple[JobSet
     settings = _with_simulated_parts(job, run)
     _keep_job(settings, run)
     paths = prepare(job.simulation, job, run, reporter)
+    for path in paths:
+        check_untrained(load_settings(path, SiteSettings))
     began = time.perf_counter()
     for path in paths:
         train_site(path, reporter)

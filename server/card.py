@@ -16,7 +16,7 @@ from consilience.common.pages.numbers import MISSING, count, decimal, number_of,
 from consilience.common.settings import largest_sent, sent_in_bytes
 from consilience.server.grouped import groups_summary
 from consilience.server.judge_labels import LabelJudgement
-from consilience.server.report_amalgamation import amalgamation_summary
+from consilience.server.report_amalgamation import amalgamation_summary, learning_words
 from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_concentration import concentration_summary
 from consilience.server.report_coverage import coverage_summary
@@ -91,7 +91,7 @@ def _about(findings: Findings, report: Mapping[str, Any]) -> str:
         f"* Architecture: {escape(student.architecture)}"
         + (f", {number_of(student.parameters, 'parameter')}" if student.parameters is not None else ""),
         f"* Input: one image, as the pool's: {shape} (height × width × channels), 8 bits a value",
-        f"* Learning: {escape(student.learning)}",
+        f"* Learning: {escape(learning_words(findings))}",
     ]
     if told := chosen_summary(findings):
         facts.append(f"* Classes: {escape(told)}")

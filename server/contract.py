@@ -18,7 +18,7 @@ from consilience.common.files import read_json, write_json
 from consilience.common.job_key import JobKey
 from consilience.common.labels import Entries, LabelSpace
 from consilience.common.protocol import Contract, TailDemand
-from consilience.common.settings import JobSettings, LabelKind, allowed_by, encoding_names
+from consilience.common.settings import JobSettings, LabelKind, Student, allowed_by, encoding_names
 from consilience.common.subsets import subset_text
 from consilience.common.taps_asked import taps_asked
 from consilience.server.answers_about import coverage_encoding
@@ -90,7 +90,7 @@ class RunContract(BaseModel):
             pools=pools,
             owners=owners,
             components=space.components,
-            warnings=(*space.warnings(), *group_warnings(job.labels, space)),
+            warnings=(*space.warnings(), *group_warnings(job.labels, space), *term_warnings(job.student)),
         )
 
     @property
@@ -237,6 +237,24 @@ def _check_features(job: JobSettings, cards: Sequence[SiteCard], space: LabelSpa
             f"{', '.join(shared[:10])}",
             hint="Set it to unified",
         )
+
+
+def term_warnings(student: Student) -> list[str]:
+    """Return what common-feature learning with a term switched off does not do, in plain words."""
+    if student.learning != "common-feature":
+        return []
+    found, terms = [], student.common_feature
+    if not terms.mmd:
+        found.append(
+            "student.common_feature.mmd is 0, and nothing else of sites' features would reach the student: none are "
+            "asked for, and it learns from labels alone."
+        )
+    if not terms.soft:
+        found.append(
+            "student.common_feature.soft is 0: nothing teaches the student's scores, and its last layer stays at "
+            "random. Such a student is for its features, not for its answers."
+        )
+    return found
 
 
 def _changed(path: Path, what: str) -> RunError:

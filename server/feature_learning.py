@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from consilience.common.nets.taps import taps
 from consilience.common.pool import Pool
 from consilience.common.preprocessing import ImageRows
 from consilience.common.progress import Reporter
-from consilience.common.settings import JobSettings, Student
+from consilience.common.settings import Fit, JobSettings, Student
 from consilience.common.taps_asked import components_asked, tap_in
 from consilience.server.answers import AnswerStore
 from consilience.server.components import components_path, lacking_components
@@ -43,8 +43,8 @@ from consilience.server.student.learn_common import (
     told_of,
 )
 from consilience.server.student.learn_layers import LayerLesson, LayerTaps, need_layers
-from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
-from consilience.server.student.site_taps import SiteTap, told_by_all
+from consilience.server.student.scores import SQUARED_RATE, ConcatenatedScores, ConcatenatedSoftmax
+from consilience.server.student.site_taps import SiteTap, most_together
 from consilience.server.student.wanted import Wanted
 from consilience.server.student_taps import StudentTaps
 
@@ -91,6 +91,14 @@ def concatenated_loss(
     return ConcatenatedSoftmax(*about, temperature=job.unify.temperature)
 
 
+def joint_fit(settings: Student) -> Fit:
+    """Return how the whole student is trained: by `student.fit`, scores by squared error at a part of its rate."""
+    fit = settings.fit
+    if settings.learning == "layer-wise" and settings.target == "concatenated":
+        return fit.model_copy(update={"learning_rate": SQUARED_RATE * fit.learning_rate})
+    return fit
+
+
 def feature_lesson(
     run: Path,
     job: JobSettings,
@@ -108,7 +116,7 @@ def feature_lesson(
     ids = np.arange(len(pool)) if samples is None else samples
     student = StudentTaps(job, pool)
     if job.student.learning == "layer-wise":
-        layers = _layers(told, student, ids)
+        layers, few = _layers(told, student, ids)
         need_layers(layers)
         without = _others(cards, {tap.site for tap in layers[0].taps})
         lesson = LayerLesson(
@@ -118,10 +126,11 @@ def feature_lesson(
             ids,
             job.student.layer_wise,
             job.student.preprocessing,
+            architecture=job.student.architecture,
             batch=job.student.fit.batch_size,
             seed=job.seed,
         )
-        return LayersThenAll(lesson, scores, job.student, job.seed, without)
+        return LayersThenAll(lesson, scores, job.student, job.seed, without, few)
     spaces = []
     for wanted in job.student.common_feature.spaces:
         chosen = []
@@ -136,24 +145,34 @@ def feature_lesson(
     return TogetherInCommon(spaces, scores, job.student, job.seed, ids, without)
 
 
-def _layers(told: dict[str, dict[str, SiteTap]], student: StudentTaps, ids: NDArray[np.int64]) -> list[LayerTaps]:
-    """Return each layer's taps, of the sites that told every layer of some samples, if these are wide enough.
+def _layers(
+    told: dict[str, dict[str, SiteTap]], student: StudentTaps, ids: NDArray[np.int64]
+) -> tuple[list[LayerTaps], dict[str, int]]:
+    """Return each layer's taps, and of how many samples those sites told that told too few: site -> samples.
 
-    Layers learn from samples of which all is told: a site that lacks a layer would leave none. Where the others do not
-    do without it, all are returned.
+    Layers learn from samples of which all is told: a site that lacks a layer would leave none, and one that told little
+    no more than that. Such sites are left out where the others are wide enough without them; where they do not do
+    without one that lacks a layer, all are returned.
     """
     names = list(student.layouts)
-    whole = {
-        site: held
+    known = {
+        site: np.logical_and.reduce([held[name].known[ids] for name in names])
         for site, held in told.items()
-        if all(name in held for name in names) and len(told_by_all([held[name] for name in names], ids)) > 1
+        if all(name in held for name in names)
     }
-    enough = whole and all(
-        own.channels <= sum(held[name].card.channels for held in whole.values())
-        for name, own in student.layouts.items()
-    )
-    taken = (whole if enough else told).values()
-    return [LayerTaps(name, tuple(held[name] for held in taken if name in held)) for name in names]
+    whole = {site: held for site, held in told.items() if site in known and known[site].sum() > 1}
+
+    def enough(sites: Collection[str]) -> bool:
+        wide = [
+            own.channels <= sum(told[s][name].card.channels for s in sites) for name, own in student.layouts.items()
+        ]
+        return len(sites) > 0 and all(wide)
+
+    if not enough(whole):
+        return [LayerTaps(name, tuple(held[name] for held in told.values() if name in held)) for name in names], {}
+    kept = most_together({site: known[site] for site in whole}, enough)
+    few = {site: int(known[site].sum()) for site in whole if site not in kept}
+    return [LayerTaps(name, tuple(whole[site][name] for site in kept)) for name in names], few
 
 
 def _others(cards: Sequence[SiteCard], sites: set[str]) -> tuple[str, ...]:
@@ -169,6 +188,8 @@ class LayersThenAll:
     settings: Student
     seed: int
     without: tuple[str, ...]
+    few: Mapping[str, int]
+    """Those of `without` whose features were left out because they are of too few samples, and of how many."""
 
     @property
     def fingerprint(self) -> str:
@@ -189,19 +210,21 @@ class LayersThenAll:
         told = self.layers.teach(model, images, _beside(folder), device, workers=_workers(device), on_layer=on_layer)
         records: list[EpochRecord] = []
         if self.settings.layer_wise.joint:
+            fit = joint_fit(self.settings)
             records = train(
                 model,
                 images,
                 self.scores,
-                self.settings.fit,
+                fit,
                 self.settings.preprocessing,
                 seed=self.seed,
                 folder=folder / "training",
-                on_epoch=epoch_task(reporter, f"training {name}", self.settings.fit.epochs),
+                on_epoch=epoch_task(reporter, f"training {name}", fit.epochs),
                 device=device,
             )
         picture = self.layers.picture(model, images, _beside(folder), device)
-        _write(folder, self, {"layers": told, "samples": len(self.layers.places), "picture": picture})
+        about = {"samples": len(self.layers.places), "too_few": dict(self.few)}
+        _write(folder, self, {"layers": told, **about, "picture": picture})
         return model, records
 
 

@@ -21,7 +21,7 @@ from consilience.server.answers import AnswerStore
 from consilience.server.chosen import Chosen
 from consilience.server.concentration import concentration_lesson
 from consilience.server.enrolment import StudentNeeds
-from consilience.server.feature_learning import concatenated_loss, feature_lesson
+from consilience.server.feature_learning import concatenated_loss, feature_lesson, joint_fit
 from consilience.server.filtered import TailNeeds, filtered_lesson
 from consilience.server.labelling import load_other
 from consilience.server.labelling_top import Labels, TopRows
@@ -83,7 +83,7 @@ def lesson_of(learnt: Learnt, tails: Callable[[], Tails]) -> Lesson:
         return filtered_lesson(files, job, *about)
     if job.asks_features:
         return feature_lesson(learnt.run, job, learnt.cards, learnt.pool, loss, samples)
-    return ByLoss(loss, settings, job.seed)
+    return ByLoss(loss, settings.model_copy(update={"fit": joint_fit(settings)}), job.seed)
 
 
 def _wanted(learnt: Learnt) -> Wanted | None:

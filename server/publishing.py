@@ -32,7 +32,7 @@ from consilience.server.audits import read_audits
 from consilience.server.card import card_markdown
 from consilience.server.chosen import Chosen
 from consilience.server.concentration import FILE as CONCENTRATION
-from consilience.server.contract import RunContract
+from consilience.server.contract import RunContract, term_warnings
 from consilience.server.coverage_check import believed
 from consilience.server.feature_learning import FILE
 from consilience.server.filtered import branches_told
@@ -105,6 +105,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
         warnings.append(
             f"Unification did not converge for {diagnostics.not_converged:,} of {diagnostics.samples:,} samples."
         )
+    warnings += term_warnings(settings.student)
     learning, chosen = settings.student.learning, outcome.chosen
     settled = joined and learning == "direct-ce" and (chosen.everything or chosen.other)
     silent = learning not in ("concentration", "filtered") and not settings.student.learns_labels

@@ -15,9 +15,10 @@ from consilience.common.pages.figures import BAR, BLUE, GREY, INK, RUST, site_co
 from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server import plots, plots_amalgamation
 from consilience.server.report_findings import Findings, SiteFindings
+from consilience.server.student.site_taps import FEW
 
 LITTLE = 0.5
-"""Below this share of a layer's variance, and of the pool's samples, amalgamated features are warned of."""
+"""Below this share of a layer's variance amalgamated features are warned of."""
 MOST_CURVES = 12
 """Layers whose losses are drawn, the last ones."""
 MOST_LISTED = 40
@@ -32,6 +33,12 @@ _METHODS = {
     "common-feature": "common-feature learning (Luo et al., IJCAI 2019)",
 }
 _TARGETS = {"unified": "unified soft labels", "concatenated": "the sites' scores side by side"}
+
+
+def learning_words(findings: Findings) -> str:
+    """Return the student's way of learning, and where it could take features, whether it did without."""
+    learning = findings.student.learning
+    return f"{learning}, from labels alone" if learning in _METHODS and findings.amalgamation is None else learning
 
 
 def amalgamation_summary(findings: Findings) -> str:
@@ -49,30 +56,41 @@ def amalgamation_summary(findings: Findings) -> str:
 
 def amalgamation_warnings(findings: Findings) -> list[str]:
     """Return what is suspicious about features, in plain words."""
-    found, without = [], (findings.amalgamation or {}).get("without", ())
+    found, told_of = [], findings.amalgamation or {}
+    without = told_of.get("without", ())
+    used = findings.pool.size - findings.pool.left_out
     for site in findings.sites:
         told = site.features
         if told is not None and told.missed and site.name in findings.space.sites:
             missing = number_of(told.missed, "sample")
             found.append(f"Site {site.name}: features of {missing} of {told.answers + told.missed:,} went unanswered.")
         if told is not None and told.answers and site.name in without:
-            found.append(
-                f"Site {site.name}: its features were left out: it did not tell all of them of any two samples. It "
-                "took part by its labels alone."
+            few = told_of.get("too_few", {}).get(site.name)
+            why = (
+                "it did not tell all of them of any two samples"
+                if few is None
+                else f"it told features of too few samples, {few:,} of {used:,}"
             )
-    samples, used = (findings.amalgamation or {}).get("samples"), findings.pool.size - findings.pool.left_out
-    if samples is not None and samples < LITTLE * used:
+            found.append(f"Site {site.name}: its features were left out: {why}. It took part by its labels alone.")
+    samples = told_of.get("samples")
+    if samples is not None and samples < FEW * used:
         found.append(
-            f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site told at every "
-            "layer."
+            f"Layers learned from {number_of(samples, 'sample')} of {used:,}: these alone every site whose features "
+            "were taken told at every layer."
         )
-    for layer in (findings.amalgamation or {}).get("layers", ()):
+    for layer in told_of.get("layers", ()):
         if layer.get("explained", 1.0) < LITTLE:
             found.append(
                 f"At {layer['tap']} the amalgamated features keep {percent(layer['explained'])} of the variance of the "
                 "sites': a wider student would keep more."
             )
-    for at, space in enumerate((findings.amalgamation or {}).get("spaces", ())):
+    for at, space in enumerate(told_of.get("spaces", ())):
+        found += [
+            f"Site {site}: in common at the student's {space['student']} reconstruction misses {percent(missed)} of "
+            "its features, more than there is: the common space tells nothing of them."
+            for site, missed in space["missed"].items()
+            if missed > 1 and told_of["weights"]["reconstruction"]
+        ]
         if space["averaged"]:
             found.append(
                 f"In common at the student's {space['student']}: maps of unequal size were averaged down to "
@@ -147,13 +165,13 @@ def _between(first: str, last: str, share: float) -> str:
 
 
 def _space(space: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Any]:
+    measured = space.get("measured", {})  # which runs of earlier versions do not tell
     size = "×".join(map(str, space["size"])) if space["size"] else None
     return {
         "student": space["student"],
         "form": f"maps of {size} with {space['width']} channels" if size else f"vectors of {space['width']} numbers",
-        "samples": space["samples"],
         "rows": [
-            {"site": site, "tap": tap, "missed": space["missed"].get(site)}
+            {"site": site, "tap": tap, "missed": space["missed"].get(site), "samples": measured.get(site)}
             for site, tap in list(space["sites"].items())[:MOST_LISTED]
         ],
         "picture": _picture(space["picture"], colours, f"The common space at the student’s {space['student']}"),

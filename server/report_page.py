@@ -22,7 +22,7 @@ from consilience.common.pages.numbers import listing, number_of, percent
 from consilience.server import plots
 from consilience.server.grouped import groups_summary
 from consilience.server.judge import Judgement
-from consilience.server.report_amalgamation import amalgamation_views
+from consilience.server.report_amalgamation import amalgamation_views, learning_words
 from consilience.server.report_chosen import chosen_summary, unwanted_words
 from consilience.server.report_concentration import concentration_views
 from consilience.server.report_coverage import coverage_views
@@ -72,6 +72,7 @@ def render_page(findings: Findings, report: Mapping[str, Any]) -> str:
         "coverage": coverage_views(findings),
         "quality": quality_views(findings),
         "amalgamation": amalgamation_views(findings),
+        "learning_words": learning_words(findings),
         "concentration": concentration_views(findings),
         "filtered": filtered_views(findings),
         "stages": bars([(name, seconds) for name, seconds in report["timing"].items()]),

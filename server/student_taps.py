@@ -22,6 +22,8 @@ from consilience.server.student.own_taps import own_taps
 
 MOST_JOINED = 4_096
 """Channels of a layer that are amalgamated together: a matrix of them squared is 134 MB, and several are held."""
+MOST_MET = 4_096
+"""Channels of a tap that meets in a common space: its decoder has them squared as weights, 67 MB, held three times."""
 
 
 class StudentTaps:
@@ -45,6 +47,15 @@ class StudentTaps:
             )
         if self._job.student.learning == "layer-wise" and card.features is not None:
             self._check_layers(card.name, taps_asked(self._job, card))
+        elif self._job.student.learning == "common-feature":
+            for tap in taps_asked(self._job, card):
+                if tap.shape[0] > MOST_MET:
+                    raise SettingsError(
+                        f"job.yaml: field 'student.learning' is 'common-feature'; site {card.name}'s tap {tap.name} "
+                        f"has {tap.shape[0]:,} channels, and a common space takes {MOST_MET:,} of a site at most",
+                        hint=f"Ask that site to let principal components leave (policy.features.taps.{tap.name}."
+                        "channels), or name another of its taps in student.common_feature.spaces",
+                    )
 
     def announced(self, cards: Sequence[SiteCard]) -> str:
         """Say how many bytes of features each site is about to be asked for; empty where none is."""

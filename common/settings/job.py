@@ -197,7 +197,8 @@ class LayerWise(Settings):
     layers: bool = True
     """Whether layers are trained by themselves; without, no features are asked for, and the joint phase is all."""
     joint: bool = True
-    """Whether the whole student is trained after its layers, by `student.fit`."""
+    """Whether the whole student is trained after its layers, by `student.fit`; for scores side by side
+    (`target: concatenated`) at a tenth of its learning rate."""
     target: Target = "unified"
 
     @model_validator(mode="after")
@@ -227,6 +228,8 @@ class CommonFeature(Settings):
 
     The loss is `soft` times the soft targets', `mmd` times the distance in the common space and `reconstruction` times
     the teachers' reconstruction; 0 switches a term off. The paper's code: 1, 10 and 10.
+    With `mmd` 0 no features are asked for, and the student learns from labels alone: reconstruction does not reach it.
+    With `soft` 0 nothing teaches its scores.
     """
 
     spaces: tuple[CommonSpace, ...] = Field(default=(CommonSpace(),), min_length=1)
@@ -304,7 +307,9 @@ class Student(Settings):
     @property
     def learns_features(self) -> bool:
         """Whether features are learnt from."""
-        return self.learning == "common-feature" or (self.learning == "layer-wise" and self.layer_wise.layers)
+        if self.learning == "layer-wise":
+            return self.layer_wise.layers
+        return self.learning == "common-feature" and self.common_feature.mmd > 0
 
     @property
     def learns_labels(self) -> bool:
@@ -456,6 +461,7 @@ class JobSettings(Settings):
                 f"unify.robust is True, which student.learning {learning!r} cannot follow: it learns from the answers "
                 "as they are; set it to false, or student.learning to soft-labels"
             )
+        self._scores_side_by_side_fit()
         if self.unify.temperature != 1 and learning == "filtered" and not learns_labels:
             raise ValueError(
                 f"unify.temperature is {self.unify.temperature:g}, which student.learning 'filtered' cannot follow "
@@ -518,6 +524,23 @@ class JobSettings(Settings):
             if self.simulation.data == self.simulation.test:
                 raise ValueError("simulation.data and simulation.test are the same images; name another split")
         return self
+
+    def _scores_side_by_side_fit(self) -> None:
+        """Refuse what of unification the student would not follow where it learns sites' scores as they are."""
+        if self.student.target != "concatenated":
+            return
+        field = f"student.{self.student.learning.replace('-', '_')}.target"
+        if self.student.learning == "layer-wise" and self.unify.temperature != 1:
+            raise ValueError(
+                f"unify.temperature is {self.unify.temperature:g}, and {field} is 'concatenated', which learns the "
+                "sites' scores as they are; set the temperature to 1, or the target to unified"
+            )
+        for site, weight in self.unify.weights.items():
+            if weight != 1:
+                raise ValueError(
+                    f"unify.weights.{site} is {weight:g}, and {field} is 'concatenated', in which every site counts "
+                    "alike; leave unify.weights out, or set the target to unified"
+                )
 
     def _concentration_fits(self) -> None:
         chosen, sent = self.student.concentration, largest_sent(self.ask.encoding)

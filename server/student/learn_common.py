@@ -4,7 +4,7 @@ Lives here: which features meet in a space and in which form, the module that th
 what is told of it afterwards. Does not live here: the networks of a space (common_feature), the loop (common/nets), the
 soft-target term (soft_labels, scores).
 
-Features of a site count in units of their own root mean square, so that a term weighs the same however large a
+Features of a site count in units of a median sample's root mean square, so that a term weighs the same however large a
 teacher's features are. A sample that a site told nothing of has no part in that site's terms; it has one in the
 others'. The networks of a space are normalised by batch, as in the authors' later code: the paper trains them without,
 by Adam, and the loop trains by gradient descent.
@@ -33,10 +33,10 @@ from consilience.common.seeds import derive
 from consilience.common.settings import Preprocessing
 from consilience.server.student.common_feature import WIDTH, CommonFeature, CommonFeatureLearning, Weights
 from consilience.server.student.picture import picture
-from consilience.server.student.site_taps import SiteTap, told_by_all
+from consilience.server.student.site_taps import SiteTap
 
 SHOWN = 500
-"""Pool samples that reconstruction is measured on."""
+"""Samples that reconstruction is measured on, at most, of each site."""
 DRAWN = 1500
 """Points of a picture, of all sites and the student together."""
 MOST_VALUES = 4096
@@ -98,8 +98,8 @@ class Space:
         return features.mean(dim=(2, 3)) if self.vectors and features.ndim == 4 else features
 
     def given(self, tap: SiteTap, ids: NDArray[np.int64], device: torch.device) -> Tensor:
-        """Return a site's features of the samples `ids`, pool ids, in units of their root mean square."""
-        return self.formed(torch.from_numpy(tap.take(ids) / np.float32(tap.scale)).to(device, non_blocking=True))
+        """Return a site's features of the samples `ids`, pool ids, in units of their scale, none too large."""
+        return self.formed(torch.from_numpy(tap.bounded(ids) / np.float32(tap.scale)).to(device, non_blocking=True))
 
 
 class CommonStudent(nn.Module):
@@ -186,10 +186,10 @@ def told_of(
 ) -> list[dict[str, Any]]:
     """Return what the report tells of each trained space: who meets, what reconstruction misses, and a picture.
 
-    `spaces` are those that `model` was made for, `images` those learnt from, `samples` (m,) their pool ids; samples
-    that every site of the space told, spread evenly, in `batch` of them at least. The networks of a space normalise by
-    batch, as they were trained: their running statistics are of student and sites together. Random numbers are not
-    drawn, and the model is left as it was, in evaluation mode.
+    `spaces` are those that `model` was made for, `images` those learnt from, `samples` (m,) their pool ids. Each site
+    is measured on samples that it told itself, spread evenly, in `batch` of them at least. The networks of a space
+    normalise by batch, as they were trained: their running statistics are of student and sites together. Random
+    numbers are not drawn, and the model is left as it was, in evaluation mode.
     """
     model.eval()
     normalise = Normalise(preprocessing, device)
@@ -197,23 +197,25 @@ def told_of(
     for at, space in enumerate(spaces):
         common = model.common.taps[at]
         assert isinstance(common, CommonFeature)
-        places = told_by_all(space.taps, samples)
-        spread = np.unique(np.linspace(0, len(places) - 1, SHOWN).astype(np.int64))
-        places = places[spread] if len(places) > 1 else places[:0]  # one alone cannot be normalised by
+        drawn, least = max(2, DRAWN // (len(space.taps) + 1)), max(batch, 2)
         vectors: dict[str, list[NDArray[np.float32]]] = {"student": []}
-        missed = {tap.site: 0.0 for tap in space.taps}
-        drawn = max(2, DRAWN // (len(space.taps) + 1))
-        step = max(1, -(-len(places) // drawn))
-        for block in _parts(len(places), max(batch, 2)):
-            part, some = places[block], np.arange(len(places))[block] % step == 0
+        measured: dict[str, int] = {}
+        missed: dict[str, float] = {}
+        places = _spread(np.arange(len(samples)))
+        for part, some in _parts(places, least, drawn):
             shaped = normalise(torch.from_numpy(fit_shape(np.array(images[part]), preprocessing)).to(device))
             own = common.brought(space.formed(model(shaped)[1][at].float()))
             with _by_batch(common):
                 vectors["student"].append(_unit(common.project(own))[some])
-                for number, tap in enumerate(space.taps):
-                    given = common.brought(space.given(tap, samples[part], device))
-                    missed[tap.site] += common.unexplained(given, number) * len(part) / len(places)
+        for number, tap in enumerate(space.taps):
+            places = _spread(np.flatnonzero(tap.known[samples]))
+            measured[tap.site] = len(places)
+            for part, some in _parts(places, least, drawn):
+                given = common.brought(space.given(tap, samples[part], device))
+                with _by_batch(common):
+                    share = common.unexplained(given, number) * len(part) / len(places)
                     vectors.setdefault(f"site {tap.site}", []).append(_unit(common.project(given, number))[some])
+                missed[tap.site] = missed.get(tap.site, 0.0) + share
         joined = {who: np.concatenate(held) for who, held in vectors.items() if held}
         found.append(
             {
@@ -222,18 +224,30 @@ def told_of(
                 "width": common.width,
                 "size": space.meeting,
                 "averaged": space.averaged,
-                "missed": missed if len(places) else {},
-                "samples": len(places),
+                "missed": missed,
+                "measured": measured,
                 "picture": picture(joined),
             }
         )
     return found
 
 
-def _parts(samples: int, batch: int) -> list[slice]:
-    """Return slices of `batch` samples; the last takes the rest, so that none is too small to normalise by."""
-    starts = range(0, max(samples - batch, 0) + 1, batch) if samples else ()
-    return [slice(start, start + batch if start + 2 * batch <= samples else samples) for start in starts]
+def _spread(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return at most `SHOWN` of `places`, spread evenly; none of one, which cannot be normalised by."""
+    some = np.unique(np.linspace(0, len(places) - 1, SHOWN).astype(np.int64))
+    return places[some] if len(places) > 1 else places[:0]
+
+
+def _parts(places: NDArray[np.int64], batch: int, drawn: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Yield `places` by `batch`, and which of them are drawn, `drawn` of all at most.
+
+    The last part takes the rest, so that none is too small to normalise by.
+    """
+    samples = len(places)
+    chosen = np.arange(samples) % max(1, -(-samples // drawn)) == 0
+    for start in range(0, max(samples - batch, 0) + 1, batch) if samples else ():
+        part = slice(start, start + batch if start + 2 * batch <= samples else samples)
+        yield places[part], chosen[part]
 
 
 @contextmanager

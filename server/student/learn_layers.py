@@ -37,12 +37,11 @@ from consilience.server.student.folding import settle
 from consilience.server.student.kept import keep, kept
 from consilience.server.student.layer_wise import Schedule, kept_adapter, train_layers
 from consilience.server.student.picture import picture
+from consilience.server.student.scores import SQUARED_RATE
 from consilience.server.student.site_taps import SiteTap, in_blocks, told_by_all
 
 DESCENT_RATE = 0.05
 """Learning rate of `descent` where the largest variance along any direction is 1."""
-SCORES_RATE = 0.1
-"""Of the score layer's squared error, over that of the other layers."""
 DRAWN = 500
 """Samples in the picture."""
 
@@ -196,6 +195,7 @@ class LayerLesson:
 
     `layers` are the sites' taps in the student's order, the scores left out; `scores` is the loss that the score layer
     learns by, `fingerprint` what it stands for. `samples` (m,): training's sample j is the pool's samples[j].
+    `architecture` names the student, whose widths features are amalgamated to.
     """
 
     def __init__(
@@ -207,6 +207,7 @@ class LayerLesson:
         settings: LayerWise,
         preprocessing: Preprocessing,
         *,
+        architecture: str,
         batch: int,
         seed: int,
     ) -> None:
@@ -223,10 +224,8 @@ class LayerLesson:
         self._batch = min(batch, len(self.places))
         told = [[layer.name, *(tap.fingerprint for tap in layer.taps)] for layer in layers]
         about = settings.model_dump(mode="json", exclude={"joint"})
-        self.fingerprint = (
-            f"layer-wise {sha256(canonical_json([told, about, preprocessing.model_dump(mode='json'), batch, seed]))} "
-            f"{fingerprint}"
-        )
+        rest = [preprocessing.model_dump(mode="json"), architecture, batch, seed]
+        self.fingerprint = f"layer-wise {sha256(canonical_json([told, about, *rest]))} {fingerprint}"
 
     def teach(
         self,
@@ -263,7 +262,7 @@ class LayerLesson:
         pairs = [
             _Pairs(each, to, self.places, self._batch, self._seed) for each, to in zip(inputs, targets, strict=True)
         ]
-        times = SCORES_RATE if self._settings.target == "concatenated" else 1.0
+        times = SQUARED_RATE if self._settings.target == "concatenated" else 1.0
         schedules = [Schedule(epochs, rate)] * len(wanted) + [Schedule(epochs, rate * times, self._scores)]
         losses = train_layers(
             student,

@@ -17,6 +17,9 @@ from torch import Tensor
 from consilience.common.errors import StudentError
 from consilience.server.student.wanted import Wanted
 
+SQUARED_RATE = 0.1
+"""Of the scores' squared error, the learning rate over that of other losses: its gradient grows with the scores."""
+
 
 class ConcatenatedScores:
     """1/2 |s(x) - [z_1(x); ...; z_N(x)]|^2, mean over the batch (Shen et al., AAAI 2019).

@@ -492,3 +492,30 @@ def test_simulated_sites_tell_features_by_the_simulation_s_policy(tmp_path: Path
                 ("layer3", 4, False),
                 ("penultimate", 128, True),
             ]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "taps", "words"),
+    [
+        (
+            ["cnn3"],
+            {"*": {}, "nosuch": {}},
+            "site-1: field policy.features.taps.nosuch is no tap of the teacher; it has:",
+        ),
+        (["cnn3", "resnet8"], {"layer3": {}, "layer4": {}}, "site-1: field policy.features.taps.layer4 is no tap"),
+        (["resnet8", "cnn3"], {"layer3": {}, "layer4": {}}, "site-2: field policy.features.taps.layer4 is no tap"),
+    ],
+)
+def test_a_tap_that_a_teacher_will_not_have_is_refused_before_any_is_trained(
+    tmp_path: Path, consilience: Command, architectures: list[str], taps: dict[str, Any], words: str
+) -> None:
+    raw = job()
+    (teacher,) = raw["simulation"]["teachers"]
+    raw["simulation"]["teachers"] = [{**teacher, "architecture": name} for name in architectures]
+    raw["simulation"]["policy"] = {"features": {"taps": taps}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    result = consilience("simulate", tmp_path / "job.yaml", "--out", tmp_path / "run")
+    assert result.exit_code == 3
+    assert words in " ".join(result.output.split())
+    assert not list((tmp_path / "run").rglob("teacher.json"))
+    assert not list((tmp_path / "run").rglob("training"))

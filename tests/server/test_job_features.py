@@ -15,6 +15,7 @@ from flwr.app import RecordDict
 
 from consilience.common.cards import TapCard
 from consilience.common.data import from_arrays
+from consilience.common.encoding.features import basis_bytes
 from consilience.common.epochs import EpochRecord
 from consilience.common.errors import AskingError, ConsilienceError, SettingsError, StudentError
 from consilience.common.files import read_json
@@ -28,7 +29,7 @@ from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
 from consilience.server.asked_pool import span
 from consilience.server.job import Job
-from helpers.feature_answers import features_card, images, tap_cards, teacher, telling
+from helpers.feature_answers import features_card, images, in_components, tap_cards, teacher, telling
 from helpers.sites import Handler, Sites, grid_of, refusing
 
 SAMPLES, TEST = 48, 12
@@ -279,6 +280,64 @@ def test_the_target_is_unified_or_the_sites_scores_side_by_side(home: Path, repo
         assert weights(home, f"{field}-unified") != weights(home, f"{field}-concatenated")
 
 
+@pytest.mark.parametrize("layers", [True, False])
+def test_the_whole_student_learns_the_squared_error_of_scores_at_a_tenth_of_its_rate(
+    home: Path, reporter: Reporter, layers: bool
+) -> None:
+    cards, rates = cards_of(LAYERS, ("east", "north")), {}
+    for target in ("unified", "concatenated"):
+        sites = sites_of(APART, LAYERS, cards)
+        report = do(home, sites, reporter, "layer-wise", target, layer_wise={"layers": layers, "target": target})
+        rates[target] = [epoch["learning_rate"] for epoch in report["learning"]["student"]]
+    assert rates["concatenated"] == pytest.approx([rate / 10 for rate in rates["unified"]])
+
+
+@pytest.mark.parametrize("target", ["unified", "concatenated"])
+def test_without_mmd_no_features_are_asked_for_and_none_are_claimed(home: Path, target: str) -> None:
+    """Reconstruction trains the common networks alone: the student would be that of labels."""
+    sites = sites_of(APART, LAYERS, cards_of(LAYERS, ("east", "north")))
+    said: list[tuple[str, int]] = []
+
+    class Heard(Reporter):
+        def say(self, line: str) -> None:
+            said.append((line, len(sites.attempts)))
+
+    with Heard(quiet=True) as reporter:
+        report = do(home, sites, reporter, "common-feature", common_feature={"mmd": 0, "target": target})
+        assert report["amalgamation"] is None
+        assert not sites.asked_features
+        assert sum("common_feature.mmd is 0" in line and "labels alone" in line for line in report["warnings"]) == 1
+        assert [asked for line, asked in said if "common_feature.mmd is 0" in line] == [0]
+        page, card = (home / "run" / "report.html").read_text(), (home / "run" / "card.md").read_text()
+        for text in (page, card):
+            assert "common-feature, from labels alone" in text
+            assert "by common-feature learning" not in text
+        if target == "unified":
+            do(home, sites_of(APART, LAYERS, {}), reporter, "soft-labels", run="labels")
+            assert weights(home) == weights(home, "labels")
+
+
+@pytest.mark.parametrize("weight", [10, 0])
+def test_a_site_whose_features_are_not_explained_is_warned_of(home: Path, reporter: Reporter, weight: float) -> None:
+    """Decoders that have hardly learned miss more than all; those that are not to learn say nothing."""
+    sites = sites_of(APART, LAYERS, cards_of(LAYERS, ("east", "north")))
+    terms = {"reconstruction": weight, "spaces": [{"width": 4}]}
+    fit = {"epochs": 1, "batch_size": 16, "precision": "f32", "learning_rate": 1e-6}
+    report = do(home, sites, reporter, "common-feature", common_feature=terms, fit=fit)
+    (space,) = report["amalgamation"]["spaces"]
+    assert min(space["missed"].values()) > 1
+    words = "in common at the student's layer3 reconstruction misses"
+    said = sum(words in line and f"Site {site}:" in line for line in report["warnings"] for site in APART)
+    assert said == (2 if weight else 0)
+
+
+def test_scores_that_nothing_teaches_are_warned_of(home: Path, reporter: Reporter) -> None:
+    sites = sites_of(APART, LAYERS, cards_of(LAYERS, ("east", "north")))
+    report = do(home, sites, reporter, "common-feature", common_feature={"soft": 0, "spaces": [{"width": 4}]})
+    assert sum("common_feature.soft is 0: nothing teaches" in line for line in report["warnings"]) == 1
+    assert "common-feature learning (Luo et al., IJCAI 2019)" in (home / "run" / "card.md").read_text()
+
+
 def test_what_a_job_will_bring_is_said_before_it_is_asked_for(home: Path) -> None:
     sites, said = sites_of(CHAIN, LAYERS, LAYERED), list[tuple[str, int]]()
 
@@ -325,7 +384,8 @@ def test_features_that_are_none_leave_the_site_by_its_labels_or_stop_the_job_wit
     report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]
-    assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+    samples = told["samples"] if learning == "layer-wise" else told["spaces"][0]["measured"]
+    assert samples == (16 if learning == "layer-wise" else {"east": SAMPLES, "west": 16})
 
 
 def test_three_sites_are_amalgamated_one_after_another_and_by_descent(home: Path, reporter: Reporter) -> None:
@@ -398,10 +458,32 @@ def test_a_site_that_told_half_of_its_features(home: Path, reporter: Reporter, l
     report = do(home, sites, reporter, learning, ask={"min_sites": 2}, **spaces)
     assert any("Site west: features of" in line for line in report["warnings"])
     told = report["amalgamation"]
-    assert (told["samples"] if learning == "layer-wise" else told["spaces"][0]["samples"]) == 16
+    samples = told["samples"] if learning == "layer-wise" else told["spaces"][0]["measured"]
+    assert samples == (16 if learning == "layer-wise" else {"east": SAMPLES, "west": 16})
     said = any("Layers learned from 16\u00a0samples of 48" in line for line in report["warnings"])
     assert said == (learning == "layer-wise")
     assert told["without"] == ["north"]
+
+
+def test_sites_that_told_disjoint_parts_are_measured_each_on_its_own(home: Path, reporter: Reporter) -> None:
+    cards = cards_of(LAYERS, ("east", "west"), ["layer3"])
+    sites = sites_of(CHAIN, LAYERS, cards)
+    for site, first in (("east", 0), ("west", 32)):
+
+        def part(question: Question, attempt: int, whole: Handler = sites.handlers[site], first: int = first) -> Any:
+            told = question.kind != "features" or (question.start >= 32) == (first == 32)
+            return whole(question, attempt) if told else refusing(question, attempt)
+
+        sites.handlers[site] = part
+    spaces = {"spaces": [{"width": 4}]}
+    report = do(home, sites, reporter, "common-feature", ask={"min_sites": 1}, common_feature=spaces)
+    (space,) = report["amalgamation"]["spaces"]
+    assert space["measured"] == {"east": 32, "west": 16}
+    assert all(missed > 0 for missed in (space["missed"]["east"], space["missed"]["west"]))
+    points = {who: len(held) for who, held in space["picture"]["points"].items()}
+    assert points == {"student": SAMPLES, "site east": 32, "site west": 16}
+    page = (home / "run" / "report.html").read_text()
+    assert re.search(r"of 32\s+samples", page)
 
 
 def test_a_site_that_lacks_a_layer_is_left_out_of_the_layers_where_others_suffice(
@@ -425,8 +507,51 @@ def test_a_site_that_lacks_a_layer_is_left_out_of_the_layers_where_others_suffic
         do(home, sites, reporter, "layer-wise", run="wide", architecture="cnn3@0.5", ask={"min_sites": 2})
 
 
+WIDE: dict[str, str] = dict.fromkeys(("east", "north", "south", "west"), "cnn3@0.2")
+FOUR = {**CHAIN, "south": ("a", "b", "c")}
+
+
+@pytest.mark.parametrize(
+    ("upto", "out", "samples"),
+    [
+        ({"south": 4}, ["south"], SAMPLES),
+        ({"south": 4, "west": 4}, ["south", "west"], SAMPLES),  # neither leaves alone to any gain
+        ({"north": 20, "south": 4}, ["south", "north"], SAMPLES),
+        ({"south": 24}, [], 24),  # half is enough
+        ({"north": 4, "south": 4, "west": 4}, [], 4),  # east alone is too narrow
+    ],
+)
+def test_sites_that_told_few_samples_leave_the_layers_to_those_that_told_more(
+    home: Path, reporter: Reporter, upto: dict[str, int], out: list[str], samples: int
+) -> None:
+    sites = sites_of(FOUR, WIDE, cards_of(WIDE, tuple(WIDE)))
+
+    def fewer(whole: Handler, told: int) -> Handler:
+        return lambda question, attempt: (
+            refusing(question, attempt)
+            if question.kind == "features" and question.start >= told
+            else whole(question, attempt)
+        )
+
+    for site, told in upto.items():
+        sites.handlers[site] = fewer(sites.handlers[site], told)
+    report = do(home, sites, reporter, "layer-wise", ask={"min_sites": 1, "question_size": 4})
+    told = report["amalgamation"]
+    assert (told["samples"], told["without"]) == (samples, sorted(out))
+    assert told["layers"][0]["channels"].keys() == WIDE.keys() - set(out)
+    for site in WIDE:
+        words = f"Site {site}: its features were left out: it told features of too few samples, {upto.get(site)} of 48."
+        assert any(words in line for line in report["warnings"]) == (site in out)
+    assert any("Layers learned from" in line for line in report["warnings"]) == (samples < SAMPLES / 2)
+    assert {site["name"] for site in report["sites"] if site["took_part"]} == WIDE.keys()
+
+
 def changed(cards: Cards, site: str, **fields: Any) -> Cards:
     return cards | {site: (cards[site][0].model_copy(update=fields), *cards[site][1:])}
+
+
+def changed_last(cards: Cards, site: str, **fields: Any) -> Cards:
+    return cards | {site: (*cards[site][:-1], cards[site][-1].model_copy(update=fields))}
 
 
 LAYERED = cards_of(LAYERS, ("east", "west"))
@@ -492,6 +617,12 @@ REFUSED: dict[str, tuple[Cards, str, dict[str, Any], str]] = {
         {},
         r"the sites have 4096 \+ 1 channels at layer1; allowed are 4,096 together",
     ),
+    "too many channels in common": (
+        changed_last(LAYERED, "east", channels=4_097, shape=(4_097, 4, 4)),
+        "common-feature",
+        {"ask": {"feature_bytes": 2**40}},
+        r"site east's tap layer3 has 4,097 channels.* 4,096 .*policy.features.taps.layer3.channels.*another",
+    ),
     "a size of vectors": (
         cards_of(LAYERS, ("east", "west"), ["layer2", "penultimate"]),
         "common-feature",
@@ -543,6 +674,22 @@ def test_where_others_are_enough_a_site_of_another_layout_is_left_out(home: Path
     assert "extra" not in report["amalgamation"]["without"]
 
 
+def test_principal_components_of_a_tap_with_many_channels_meet_in_common(home: Path, reporter: Reporter) -> None:
+    """What counts is what leaves: a layer of more channels than a space takes may be reduced at its site."""
+    network = teacher(LAYERS["east"], 1)
+    cards = cards_of(LAYERS, ("east", "west"), ["layer3"])
+    reduced, bases = in_components(network, PIXELS, cards["east"], 4)
+    many = 4_097
+    about = reduced[0].components
+    assert about is not None
+    about = about.model_copy(update={"bytes": basis_bytes(4, many)})
+    cards["east"] = (reduced[0].model_copy(update={"channels": many, "components": about}),)
+    sites = sites_of(CHAIN, LAYERS, cards)
+    sites.handlers["east"] = telling(network, PIXELS, cards["east"], bases)
+    report = do(home, sites, reporter, "common-feature", common_feature={"spaces": [{"width": 4}]})
+    assert report["amalgamation"]["spaces"][0]["missed"].keys() == {"east", "west"}
+
+
 def test_a_site_that_declares_too_many_bytes_is_left_out_alone(home: Path, reporter: Reporter) -> None:
     cards = {**LAYERED, "extra": tap_cards(teacher("cnn3@0.3", 1), "extra")}
     sites = sites_of({**CHAIN, "extra": ("a", "b", "c")}, {**LAYERS, "extra": "cnn3@0.3"}, cards)
@@ -581,3 +728,30 @@ def test_what_corrects_soft_labels_goes_with_unified_targets_alone(home: Path) -
     raw["student"]["layer_wise"]["target"] = "concatenated"
     with pytest.raises(SettingsError, match=r"prior_correction corrects soft labels"):
         parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+
+
+@pytest.mark.parametrize("learning", ["layer-wise", "common-feature"])
+@pytest.mark.parametrize(
+    ("unify", "words"),
+    [
+        ({"temperature": 2.0}, r"unify.temperature is 2, and student.layer_wise.target is 'concatenated'.*to unified"),
+        (
+            {"weights": {"east": 0.5}},
+            r"unify.weights.east is 0.5, and student.\w*.target is 'concatenated'.*to unified",
+        ),
+        ({"weights": {"east": 1.0}}, ""),
+    ],
+    ids=["temperature", "weights", "weights of one"],
+)
+def test_what_scores_side_by_side_do_not_follow_is_refused(
+    home: Path, learning: str, unify: dict[str, Any], words: str
+) -> None:
+    raw = settings(home, learning).model_dump(mode="json")
+    raw["unify"].update(unify)
+    assert parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    raw["student"][learning.replace("-", "_")]["target"] = "concatenated"
+    if not words or ("temperature" in unify and learning == "common-feature"):  # its softmax is of that temperature
+        assert parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    else:
+        with pytest.raises(SettingsError, match=words):
+            parse_settings(raw, JobSettings, source="job.yaml", folder=home)

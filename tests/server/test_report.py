@@ -821,7 +821,7 @@ class TestAmalgamation:
             "size": [4, 4],
             "averaged": True,
             "missed": {"s00": 0.125, "s02": 0.25},
-            "samples": 9,
+            "measured": {"s00": 9, "s02": 4},
             "picture": {"points": {"student": [[0, 1]], f"site {EVIL}": [[1, 1]]}, "shown": [1, 0]},
         }
         told = {"learning": "common-feature", "target": "concatenated", "without": [EVIL], "spaces": [space]}
@@ -829,11 +829,18 @@ class TestAmalgamation:
         curve = [{"epoch": e, "loss": 1.0, "learning_rate": 0.1, "seconds": 0.1, "terms": terms} for e in (0, 1)]
         findings = replace(amalgamated(), amalgamation=told, learning={"student": curve})
         text = words(findings)
-        for part in ("In common at the student’s layer3: maps of 4×4 with 16 channels", "12.5 %", "side by side"):
+        for part in (
+            "In common at the student’s layer3: maps of 4×4 with 16 channels",
+            "12.5 %",
+            "of 9 samples",
+            "side by side",
+        ):
             assert part in text, part
         assert "distance in common: 0.500 at the end" in text
         warned = "averaged down to 4×4, the smallest; student.common_feature.spaces.0.size asks for another."
         assert warned in text
+        earlier = {name: held for name, held in space.items() if name != "measured"}
+        assert "12.5 %" in words(replace(findings, amalgamation={**told, "spaces": [earlier]}))
         asked = {**told, "spaces": [{**space, "averaged": False}]}
         assert warned not in words(replace(findings, amalgamation=asked))
         page(findings)

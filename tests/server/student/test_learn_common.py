@@ -110,12 +110,34 @@ def test_the_loss_is_that_of_a_direct_computation(tmp_path: Path, form: str, upt
     assert float(told.total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_features_count_in_units_of_their_root_mean_square(tmp_path: Path) -> None:
+def test_features_count_in_units_of_the_median_samples_root_mean_square(tmp_path: Path) -> None:
     made = tap(tmp_path, "east", "cnn3@0.2", 2, "layer2")
     values = made.take(np.arange(COUNT))
-    assert made.scale == pytest.approx(float(np.sqrt(np.square(values, dtype=np.float64).mean())), rel=1e-6)
+    squares = np.square(values, dtype=np.float64).mean(axis=(1, 2, 3))
+    assert made.scale == pytest.approx(float(np.sqrt(np.median(squares))), rel=1e-6)
     zeros = stored(tmp_path, "zero", made.card, np.zeros_like(values))
     assert zeros.scale == 1
+    few = np.zeros_like(values)
+    few[3] = 8
+    assert stored(tmp_path, "few", made.card, few).scale == pytest.approx(8 / np.sqrt(COUNT), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["maps", "vectors"])
+def test_one_sample_of_huge_features_does_not_silence_the_others(tmp_path: Path, form: str) -> None:
+    """As f16 lets through: in units of a mean over all, the others would come to nothing."""
+    name = "layer2" if form == "maps" else "penultimate"
+    honest = tap(tmp_path, "honest", "cnn3@0.2", 2, name)
+    values = honest.take(np.arange(COUNT)).copy()
+    values[7] = 65_504
+    odd = stored(tmp_path, "odd", honest.card, values)
+    shape = SHAPES["layer3"] if form == "maps" else SHAPES["penultimate"]
+    space = Space("layer3" if form == "maps" else "penultimate", shape, (odd,))
+    others = np.delete(np.arange(COUNT), 7)
+    given = space.given(odd, others, CPU)
+    np.testing.assert_allclose(given, space.given(honest, others, CPU), rtol=0.1)
+    large = space.given(odd, np.array([6, 7]), CPU)
+    assert float(large[1].square().mean().sqrt()) == pytest.approx(10, rel=1e-3)
+    assert torch.equal(large[0], space.given(odd, np.array([6]), CPU)[0])
 
 
 @pytest.mark.parametrize("upto", [0, 1])
@@ -187,10 +209,9 @@ def test_what_is_told_of_a_space(tmp_path: Path) -> None:
     model = CommonStudent(student(), [space], Weights(), seed=0)
     (told,) = told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 8)
     assert told["sites"] == {"east": "layer4", "west": "layer2"}
-    assert told["samples"] == 30
-    assert {who: len(points) for who, points in told["picture"]["points"].items()} == dict.fromkeys(
-        ("student", "site east", "site west"), 30
-    )
+    assert told["measured"] == {"east": COUNT, "west": 30}
+    points = {who: len(points) for who, points in told["picture"]["points"].items()}
+    assert points == {"student": COUNT, "site east": COUNT, "site west": 30}
 
 
 @pytest.mark.parametrize("form", ["maps", "vectors"])
@@ -206,7 +227,7 @@ def test_what_reconstruction_misses_is_measured_as_it_was_trained(tmp_path: Path
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], held) for name, held in before.items())
     assert not any(module.training for module in model.modules())
-    assert told["samples"] == 27
+    assert told["measured"] == {"east": COUNT, "west": 27}
     assert max(told["missed"].values()) < 1
     common, missed = space_of(model).train(), 0.0
     with torch.no_grad():
@@ -218,11 +239,15 @@ def test_what_reconstruction_misses_is_measured_as_it_was_trained(tmp_path: Path
     assert len(records) == 20
 
 
-def test_one_sample_that_all_told_is_too_few_to_tell_of(tmp_path: Path) -> None:
+def test_a_site_that_told_one_sample_is_not_told_of(tmp_path: Path) -> None:
     space = vectors(tmp_path, 1)
     model = CommonStudent(student(), [space], Weights(), seed=0)
     (told,) = told_of(model, [space], PIXELS, np.arange(COUNT), PLAIN, CPU, 1)
-    assert (told["samples"], told["missed"], told["picture"]) == (0, {}, None)
+    assert told["measured"] == {"east": COUNT, "west": 0}
+    assert told["missed"].keys() == {"east"}
+    assert told["picture"]["points"].keys() == {"student", "site east"}
+    (told,) = told_of(model, [space], PIXELS[:1], np.arange(1), PLAIN, CPU, 1)
+    assert (told["measured"], told["missed"], told["picture"]) == ({"east": 0, "west": 0}, {}, None)
 
 
 def test_a_picture_holds_few_numbers_of_large_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

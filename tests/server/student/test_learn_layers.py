@@ -58,17 +58,23 @@ def three() -> dict[str, nn.Module]:
 
 
 def lesson(
-    taps: list[LayerTaps], networks: dict[str, nn.Module], samples: NDArray[np.int64] = IDS, **settings: Any
+    taps: list[LayerTaps],
+    networks: dict[str, nn.Module],
+    samples: NDArray[np.int64] = IDS,
+    name: str = NAME,
+    batch: int = 16,
+    **settings: Any,
 ) -> LayerLesson:
     fields = {"epochs": 3, "target": "concatenated", **settings}
     answers = [log_probs(network, PIXELS) for network in networks.values()]
     sets = [range(3 * i, 3 * i + 3) for i in range(len(networks))]
     loss = ConcatenatedScores(answers, sets, CPU, "answers", samples)
-    return LayerLesson(taps, loss, "answers", samples, LayerWise(**fields), PLAIN, batch=16, seed=0)
+    about = (taps, loss, "answers", samples, LayerWise(**fields), PLAIN)
+    return LayerLesson(*about, architecture=name, batch=batch, seed=0)
 
 
-def student() -> nn.Module:
-    return build(NAME, classes=6, channels=1, seed=5)
+def student(name: str = NAME) -> nn.Module:
+    return build(name, classes=6, channels=1, seed=5)
 
 
 def scores(network: nn.Module) -> NDArray[np.float32]:
@@ -197,6 +203,18 @@ def test_principal_components_stand_for_the_channels_that_they_came_from(tmp_pat
     assert LayerTaps("layer2", (tap,)).channels == [6]
 
 
+def test_one_sample_of_huge_features_does_not_silence_the_others(tmp_path: Path) -> None:
+    """All variance would be its, and the layers' targets of the other samples as good as 0."""
+    networks = two()
+    honest = told(tmp_path, networks)[1]
+    values = honest.taps[0].take(IDS).copy()
+    values[7] = 65_504
+    odd = LayerTaps("layer2", (stored(tmp_path / "odd", "east", honest.taps[0].card, values), honest.taps[1]))
+    others = np.delete(IDS, 7)
+    spread = how(odd, 5)(others).var(axis=(0, 2, 3)).sum() / how(honest, 5)(others).var(axis=(0, 2, 3)).sum()
+    assert spread > 0.1
+
+
 def test_a_training_killed_within_a_layer_goes_on_from_its_last_epoch_to_the_same_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +308,7 @@ def test_every_sample_is_learnt_from_where_batches_do_not_come_out_even(tmp_path
     taps = told(tmp_path, two())
     orders = []
     for folder in ("one", "two"):
-        made = LayerLesson(taps, Noted(), "noted", IDS, LayerWise(epochs=6), PLAIN, batch=20, seed=0)
+        made = LayerLesson(taps, Noted(), "noted", IDS, LayerWise(epochs=6), PLAIN, architecture=NAME, batch=20, seed=0)
         made.teach(student(), PIXELS, tmp_path / folder, CPU, workers=1 if folder == "one" else 4)
         orders.append(seen.copy())
         seen.clear()
@@ -317,6 +335,33 @@ def test_images_are_taken_a_batch_at_a_time(tmp_path: Path) -> None:
 def same(one: nn.Module, two: nn.Module) -> bool:
     first, second = one.state_dict(), two.state_dict()
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_student_of_another_width_does_not_take_what_was_kept_for_one(tmp_path: Path) -> None:
+    networks, other = two(), "cnn3@0.15"
+    taps = told(tmp_path, networks)
+    lesson(taps, networks).teach(student(), PIXELS, tmp_path / "layers", CPU)
+    again, fresh = student(other), student(other)
+    shown = lesson(taps, networks, name=other).teach(again, PIXELS, tmp_path / "layers", CPU)
+    assert shown == lesson(taps, networks, name=other).teach(fresh, PIXELS, tmp_path / "fresh", CPU)
+    assert same(again, fresh)
+
+
+def test_batch_normalisation_ends_with_the_statistics_of_all_samples(tmp_path: Path) -> None:
+    """Also where they are no whole number of batches."""
+    networks, made = two(), student()
+    lesson(told(tmp_path, networks), networks, batch=20).teach(made, PIXELS, tmp_path / "layers", CPU)
+    norms = [module for module in made.modules() if isinstance(module, nn.BatchNorm2d)]
+    given: list[torch.Tensor] = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].transpose(0, 1).flatten(1)))
+    scores(made)
+    assert len(norms) == len(given) == 3
+    for norm, rows in zip(norms, given, strict=True):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        torch.testing.assert_close(norm.running_mean, rows.mean(dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, rows.var(dim=1, correction=0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
