@@ -40,6 +40,10 @@ def train(site: SiteFile, as_json: AsJson = False) -> None:
         calibrates = settings.calibration != "off" and settings.data is not None
         reduces = any(reduction.channels is not None for reduction in settings.policy.features.taps.values())
         if settings.teacher.kind == "train":
+            if settings.policy.features.taps:
+                from consilience.client.features.untrained import check_untrained  # torch is imported in there
+
+                check_untrained(settings)
             with Reporter() as reporter:
                 train_private(settings, epoch_task(reporter, f"training {settings.name}", training_epochs(settings)))
         elif not (calibrates or (covers and settings.data is not None) or reduces):

@@ -18,10 +18,10 @@ from consilience.common.settings import DpSgd, SiteSettings
 
 
 def check_untrained(settings: SiteSettings) -> None:
-    """Raise what `find` raises, where the site is to train one of our architectures and has pools; else do nothing.
+    """Refuse a tap that the teacher will not have, where the site trains one of our architectures and has pools.
 
-    By DP-SGD a network's layers are others than the architecture's. Raises `SettingsError`, `TeacherError`,
-    `PoolError`, `MissingExtraError`.
+    Does nothing elsewhere: by DP-SGD a network's layers are others than the architecture's. Raises `SettingsError`,
+    `TeacherError`, `PoolError`, `MissingExtraError`.
     """
     teacher = settings.teacher
     if not settings.policy.features.taps or not settings.pools or isinstance(settings.privacy, DpSgd):

@@ -61,7 +61,8 @@ class SiteTap:
     def fingerprint(self) -> str:
         """What tells these features from others, and which samples are told."""
         about = self.store.about.model_dump(mode="json")
-        return sha256(canonical_json([about, list(self.store.missing()), self.card.model_dump(mode="json")]))
+        held = [about, list(self.store.missing()), self.card.model_dump(mode="json")]
+        return sha256(canonical_json([*held, f"by the median, bounded at {BOUND:g}"]))
 
     def take(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the features of the samples `ids` (b,) as they left the site, (b, *card.shape) float32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from consilience.common.pool import Pool
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings
-from consilience.common.settings_file import dump_settings, parse_settings
+from consilience.common.settings_file import parse_settings
 from consilience.server.asked_pool import span
-from consilience.server.job import Job
 from helpers.feature_answers import features_card, images, in_components, tap_cards, teacher, telling
-from helpers.sites import Handler, Sites, grid_of, refusing
+from helpers.jobs import build_home, job_settings, run_job
+from helpers.sites import Handler, Sites, refusing
 
 SAMPLES, TEST = 48, 12
 PIXELS = images(SAMPLES)
@@ -46,16 +46,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "unsynced")
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    Pool.build(from_arrays(PIXELS[..., 0], None, (), where="test"), tmp_path / "pool")
-    test = images(TEST, 5)[..., 0]
-    np.savez(tmp_path / "test.npz", x=test, y=np.arange(TEST) % 6, names=np.array(["a", "b", "c", "d", "e", "f"]))
-    return tmp_path
-
-
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(quiet=True) as quiet:
-        yield quiet
+    about = (PIXELS[..., 0], images(TEST, 5)[..., 0], np.arange(TEST) % 6, "abcdef")
+    return build_home(tmp_path, *about, test_pool=False)
 
 
 def cards_of(architectures: dict[str, str], sites: Sequence[str], names: Sequence[str] | None = None) -> Cards:
@@ -69,30 +61,14 @@ def sites_of(classes: dict[str, tuple[str, ...]], architectures: dict[str, str],
 
 
 def settings(home: Path, learning: str, **student: Any) -> JobSettings:
-    raw: dict[str, Any] = {
-        "name": "job",
-        "pool": "pool",
-        "ask": {"encoding": "f32", "question_size": 16, "retries": 0, **student.pop("ask", {})},
-        "student": {
-            "architecture": "cnn3@0.25",
-            "learning": learning,
-            "fit": {"epochs": 3, "batch_size": 16, "precision": "f32", "learning_rate": 0.05},
-            **student,
-        },
-        "judge": {"test": {"kind": "npz", "path": "test.npz"}},
-    }
-    raw["student"].setdefault("layer_wise", {}).setdefault("epochs", 2)
-    return parse_settings(raw, JobSettings, source="job.yaml", folder=home)
+    ask, layer_wise = student.pop("ask", {}), {"epochs": 2, **student.pop("layer_wise", {})}
+    fit = {"epochs": 3, "batch_size": 16, "precision": "f32", "learning_rate": 0.05}
+    own = {"architecture": "cnn3@0.25", "learning": learning, "fit": fit, "layer_wise": layer_wise}
+    return job_settings(home, {"student": {**own, **student}, "ask": ask})
 
 
 def do(home: Path, sites: Sites, reporter: Reporter, learning: str, run: str = "run", **student: Any) -> dict[str, Any]:
-    folder = home / run
-    folder.mkdir(exist_ok=True)
-    dump_settings(settings(home, learning, **student), folder / "job.yaml")
-    with grid_of(sites) as grid:
-        Job.open(folder, reporter).do(grid)
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
+    return run_job(home, sites, settings(home, learning, **student), reporter, run)
 
 
 def weights(home: Path, run: str = "run") -> bytes:

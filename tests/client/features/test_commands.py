@@ -93,6 +93,16 @@ def test_a_tap_that_does_not_exist_is_an_error_of_the_settings_and_listed_with_t
     assert "is no tap of the teacher; the policy names it" in said("taps", file)
 
 
+def test_a_tap_that_the_teacher_will_not_have_costs_no_training(file: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 1), np.uint8)
+    np.savez(file.with_name("private.npz"), x=images, y=np.arange(60) % 3, names=np.array(["a", "b", "c"]))
+    data, teacher = {"kind": "npz", "path": "private.npz"}, {"kind": "train", "architecture": "cnn3"}
+    make_settings(file.parent, {"layer9": {}}, data=data, teacher=teacher)
+    error = call("train", file, code=3)
+    assert "policy.features.taps.layer9 is no tap of the teacher; it has: layer1, layer2, layer3" in error["message"]
+    assert not [path for path in (file.parent / "state").rglob("*") if path.is_file()]
+
+
 def test_train_learns_components_of_which_the_card_tells_a_digest(file: Path) -> None:
     error = call("show", file, code=7)
     assert "principal components of layer1, layer2, layer3" in error["message"]
