@@ -55,6 +55,7 @@ from consilience.server.learning import (
 )
 from consilience.server.lessons import Learnt, lesson_of, student_needs
 from consilience.server.multi_label import check_test_kind
+from consilience.server.outcome import Outcome
 from consilience.server.progress import Progress
 from consilience.server.robust import labelled
 from consilience.server.rounds import choose_more
@@ -157,7 +158,7 @@ class Job:
             if oracle is not None:
                 curves["oracle"] = oracle
         # matplotlib comes with it: a process that waits for a run, or whose run ends early, does without
-        from consilience.server.publishing import Outcome, gather, publish
+        from consilience.server.publishing import gather, publish
 
         with self._stage("judge"):
             tested = stores_about(self.run, self.settings, cards, self.test_pool) if self.test_pool else None

@@ -1,26 +1,19 @@
 """Judging a multi-label run: from what it left on disk to the arrays that are judged.
 
-Does not live here: any metric (server/judge_labels), what single-label runs need (server/publishing).
+Does not live here: any metric (server/judge_labels), what single-label runs need (server/publishing_classes).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
-from consilience.common.data import ImageData
 from consilience.server.judge_labels import LabelJudgement, judge_labels
 from consilience.server.labelling_multi import unify_block
 from consilience.server.learning import StudentModel
+from consilience.server.outcome import Outcome
+from consilience.server.publishing_classes import predictions
 from consilience.server.truth import pool_truth_labels, test_truth_labels
-
-if TYPE_CHECKING:
-    from consilience.server.publishing import Outcome
-
-_BLOCK = 1024
-"""Test images read and scored at a time."""
 
 
 def judgement_of_labels(outcome: Outcome, student: StudentModel) -> tuple[LabelJudgement | None, list[str]]:
@@ -50,8 +43,8 @@ def judgement_of_labels(outcome: Outcome, student: StudentModel) -> tuple[LabelJ
         chosen.taught,
         [None if (held := answers[i]) is None else chosen.answers(i, held) for i in chosen.sites],
         None if unified is None else chosen.labels(unified, None),
-        _predictions(student, test),
-        None if oracle is None else _predictions(oracle, test),
+        predictions(student, test),
+        None if oracle is None else predictions(oracle, test),
     )
     return judgement, warnings
 
@@ -70,11 +63,3 @@ def any_applies(truth: NDArray[np.int8], classes: tuple[int, ...]) -> NDArray[np
     That is what coverage is about, as the class of an image that has one.
     """
     return np.where((truth[:, list(classes)] > 0).any(axis=1), classes[0], -1)
-
-
-def _predictions(model: StudentModel, test: ImageData) -> NDArray[np.float32]:
-    """Return (m, L) log-probabilities of the test images."""
-    parts = [
-        model.log_probs(test.read(np.arange(at, min(at + _BLOCK, len(test))))) for at in range(0, len(test), _BLOCK)
-    ]
-    return np.concatenate(parts)

@@ -25,7 +25,7 @@ from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import JobSettings
 from consilience.common.settings_file import dump_settings, parse_settings
-from consilience.server import lessons, publishing
+from consilience.server import lessons, publishing_classes
 from consilience.server.answers import AnswerStore
 from consilience.server.app import app as server_app
 from consilience.server.contract import RunContract
@@ -628,7 +628,7 @@ def test_the_unified_ensemble_takes_the_coverage_of_the_test_pool(
     home: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
-    real = publishing.unifier
+    real = publishing_classes.unifier
 
     def recorded(*about: Any, **more: Any) -> Any:
         solve = real(*about, **more)
@@ -639,7 +639,7 @@ def test_the_unified_ensemble_takes_the_coverage_of_the_test_pool(
 
         return call
 
-    monkeypatch.setattr(publishing, "unifier", recorded)
+    monkeypatch.setattr(publishing_classes, "unifier", recorded)
     report = do_with(home, covering(), reporter)
     question = Question(job="j", pool="a" * 64, start=0, stop=TEST, encoding="f32", teacher="a" * 64, policy="c" * 16)
     ((coarse, fine, none),) = given
