@@ -14,9 +14,20 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from consilience.common import settings
-from consilience.common.settings import concentration, data, job, policy, privacy, teacher
+from consilience.common.settings import (
+    ask,
+    concentration,
+    data,
+    filtered,
+    job,
+    policy,
+    privacy,
+    simulation,
+    student,
+    teacher,
+)
 
-PARTS = (data, teacher, policy, privacy, concentration, job)
+PARTS = (data, teacher, policy, privacy, job, ask, student, concentration, filtered, simulation)
 """Modules of settings in the order of the page; each of their models has a section."""
 TARGET = Path(__file__).with_name("settings.md")
 HEAD = """# Settings

@@ -6,6 +6,12 @@ live here: reading the files and how a mistake in them reads (settings_file), wh
 
 from __future__ import annotations
 
+from consilience.common.settings.ask import (
+    MOST_ROUNDS,
+    PATIENCE_FIELDS,
+    Ask,
+    Choose,
+)
 from consilience.common.settings.base import (
     ENCODINGS,
     NAME_PATTERN,
@@ -34,25 +40,12 @@ from consilience.common.settings.data import (
 )
 from consilience.common.settings.filtered import Filtered
 from consilience.common.settings.job import (
-    MOST_ROUNDS,
-    PATIENCE_FIELDS,
     Across,
-    Ask,
-    Choose,
-    ClassLists,
-    CommonFeature,
-    CommonSpace,
-    DirichletPartition,
     JobPrivacy,
     JobSettings,
     Judge,
     Labels,
-    LayerWise,
     Method,
-    PartitionSettings,
-    RandomClasses,
-    Simulation,
-    Student,
     Unify,
 )
 from consilience.common.settings.policy import EPSILON_LIMITS, EVERY_LAYER, Features, Limits, Policy, Reduction, Tail
@@ -69,7 +62,20 @@ from consilience.common.settings.privacy import (
     Privacy,
     SumNoise,
 )
+from consilience.common.settings.simulation import (
+    ClassLists,
+    DirichletPartition,
+    PartitionSettings,
+    RandomClasses,
+    Simulation,
+)
 from consilience.common.settings.site import SiteSettings
+from consilience.common.settings.student import (
+    CommonFeature,
+    CommonSpace,
+    LayerWise,
+    Student,
+)
 from consilience.common.settings.teacher import (
     CallableTeacher,
     Coverage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from consilience.common.settings import JobSettings, SiteSettings
+from consilience.common.settings import JobSettings, Settings, SiteSettings
 from consilience.common.settings_file import parse_settings
 from helpers.pages import blocks
 
@@ -22,6 +23,21 @@ def test_the_settings_page_is_up_to_date() -> None:
     code = f"import sys; sys.path.insert(0, {str(DOCS)!r}); import make_settings; print(make_settings.page(), end='')"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert (DOCS / "settings.md").read_text() == made, "run: python docs/make_settings.py"
+
+
+def test_every_model_of_settings_has_a_section() -> None:
+    page = (DOCS / "settings.md").read_text()
+    known, left = set[type[Settings]](), [Settings]
+    while left:
+        known.update(found := left.pop().__subclasses__())
+        left += found
+    names = {
+        model.__name__
+        for model in known
+        if model.__module__.startswith("consilience.common.settings.") and not model.__name__.startswith("_")
+    }
+    assert {"JobSettings", "SiteSettings", "Filtered"} < names
+    assert sorted(names - set(re.findall(r"^## (\w+)$", page, re.MULTILINE))) == []
 
 
 def examples() -> Iterator[tuple[Path, str]]:
