@@ -6,7 +6,8 @@ A site k adds w_k log q(L_k), w_k being the weight of its plain term, which is c
 x_k q(L_k) - w_k log x_k plus a constant, with equality at x_k = w_k / q(L_k): for fixed x the core can solve what is
 left. Setting x to w / q(L) again and again is minorise-maximise, monotone but slow. V(x), the least value for
 given x, has a gradient and a Hessian in log x that cost no more than one more system of linear equations, so steps
-are Newton's wherever V is convex, and fall back to minorise-maximise where it is not or where the value rose.
+are Newton's; where V is not convex, those of its curvatures' sizes. A step after which the value rose is not taken:
+minorise-maximise goes instead, and the next reaches less far.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MAX_ROUNDS = 50
 _LONGEST = 3.0  # of log x in one round
 _CORE_STEPS = 50  # in one round, from near
 _NOISE = 1e-13
+_FLATTEST = 1e-3  # of a curvature where V is not convex, over the largest
 
 
 def solve(
@@ -40,20 +42,21 @@ def solve(
     value = objective(frame, sets, sites, weights, point)
     rows = torch.arange(sets.shape[1], device=sets.device)
     inner, cautious, stuck = found.converged, torch.zeros_like(converged), torch.zeros_like(converged)
+    reach = torch.full_like(residual, _LONGEST)
     for number in range(max_rounds + 1):
         masses = plain @ point.q[:, rows]
         now, here = x[:, rows], point.select(rows)
-        step, sound = _newton(frame, here, now, weights)
+        step, convex, sound = _newton(frame, here, now, weights)
         short = step.abs().amax(0) <= STEP_TOLERANCE
-        done = sound & short & inner[rows]
+        done = convex & short & inner[rows]
         converged[rows] = done
         keep = torch.nonzero(~done & ~stuck[rows])[:, 0]
         if keep.numel() == 0 or number == max_rounds:
             break
         rows, now, here, masses = rows[keep], now[:, keep], here.select(keep), masses[:, keep]
         step, sound = step[:, keep], sound[keep]
-        longest = step.abs().amax(0)
-        step = step * (_LONGEST / longest.clamp(min=_LONGEST))
+        length = step.abs().amax(0)
+        step = step * (reach[rows] / torch.maximum(length, reach[rows]))
         safe = weights / masses
         trial = torch.where(sound & ~cautious[rows], now * step.exp(), safe)
         a, d = sets[:, rows], sites[:, rows]
@@ -63,6 +66,10 @@ def solve(
         steps[rows] += again.steps
         # If even the step that cannot fail does, rounding is all that is left to gain.
         stuck[rows] = ~better & cautious[rows]
+        # A step that failed reached too far: the next, after one that cannot fail, is shorter.
+        tried = sound & ~cautious[rows]
+        further = torch.where(better, 2 * reach[rows], torch.minimum(length, reach[rows]) / 4).clamp(max=_LONGEST)
+        reach[rows] = torch.where(tried, further, reach[rows])
         cautious[rows] = ~better
         won = torch.nonzero(better)[:, 0]
         where = rows[won]
@@ -80,8 +87,13 @@ def objective(
     return (weights * (plain @ point.q).log()).sum(0) - (sets * point.q.log()).sum(0) - (sites * point.r.log()).sum(0)
 
 
-def _newton(frame: Frame, point: Point, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Newton step of V in log x (m, b), and where V is convex (b,)."""
+def _newton(
+    frame: Frame, point: Point, x: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The Newton step of V in log x (m, b), where V is convex (b,), and where the step is sound (b,).
+
+    Where V is not convex the step is that of its curvatures' sizes: down along every axis, and far where it is flat.
+    """
     gram, matrix = curvature(frame, point)
     size = 1 + frame.covered
     cross = gram[:, :size, size:]
@@ -92,7 +104,15 @@ def _newton(frame: Frame, point: Point, x: torch.Tensor, weights: torch.Tensor) 
     hessian = -answer * each[:, :, None] * each[:, None]
     hessian.diagonal(dim1=1, dim2=2).add_(each * masses)
     slope = weights.t() - each * masses
-    sound = torch.linalg.cholesky_ex(hessian)[1] == 0
-    safe = torch.where(sound[:, None, None], hessian, torch.eye(x.shape[0], dtype=x.dtype, device=x.device))
-    step, good = solve_positive(safe, slope[:, :, None])
-    return step[:, :, 0].t(), sound & good
+    convex = torch.linalg.cholesky_ex(hessian)[1] == 0
+    bent = torch.nonzero(~convex & hessian.isfinite().all(2).all(1))[:, 0]
+    hessian[bent] = _upright(hessian[bent])
+    step, good = solve_positive(hessian, slope[:, :, None])
+    return step[:, :, 0].t(), convex & good, good
+
+
+def _upright(matrices: torch.Tensor) -> torch.Tensor:
+    """Symmetric matrices (b, m, m) with their eigenvalues' sizes in place of these, none far below the largest."""
+    values, vectors = torch.linalg.eigh(matrices)
+    sizes = values.abs()
+    return (vectors * torch.maximum(sizes, _FLATTEST * sizes.amax(1, keepdim=True))[:, None]) @ vectors.transpose(1, 2)

@@ -216,6 +216,22 @@ def test_scipy_agrees_at_every_strength(draw: Draw, other: float) -> None:
         assert value(ours, problem, 0, coverage, other, strength) <= least + 1e-6
 
 
+def test_a_sample_whose_objective_bends_is_solved_and_not_left_on_the_way() -> None:
+    """A shoe in the eyes of coverage, each site sure of another class: steps that always fall creep here."""
+    sets = [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [0, 6, 7, 8, 9]]
+    answers = [
+        np.array([[-0.002, -15.859, -6.301, -12.703, -11.125]]),
+        np.array([[-10.18, -11.602, -5.574, -0.004, -16.359]]),
+        np.array([[-7.273, -6.23, -15.344, -0.003, -9.234]]),
+    ]
+    coverage = column(0.0647583, 0.010231018, 0.9140625)
+    found = unify_by_strength(answers, sets, coverage=coverage, strength=0.1)
+    assert found.converged.all()
+    assert found.iterations[0] < 100
+    # Where steps that always fall come to in 400 rounds; after 50 of them class 6 has 0.0084.
+    np.testing.assert_allclose(found.probs[0, [0, 6, 8]], [0.013416, 0.003558, 0.982773], atol=1e-5)
+
+
 @pytest.mark.parametrize("strength", [0.02, 0.3, 1.0])
 def test_strength_changes_nothing_where_answers_leave_the_masses_open(strength: float) -> None:
     random = np.random.default_rng(1)
