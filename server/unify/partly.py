@@ -115,4 +115,6 @@ def _upright(matrices: torch.Tensor) -> torch.Tensor:
     """Symmetric matrices (b, m, m) with their eigenvalues' sizes in place of these, none far below the largest."""
     values, vectors = torch.linalg.eigh(matrices)
     sizes = values.abs()
-    return (vectors * torch.maximum(sizes, _FLATTEST * sizes.amax(1, keepdim=True))[:, None]) @ vectors.transpose(1, 2)
+    sizes = torch.maximum(sizes, _FLATTEST * sizes.amax(1, keepdim=True))
+    upright: torch.Tensor = (vectors * sizes[:, None]) @ vectors.transpose(1, 2)
+    return upright
