@@ -107,8 +107,10 @@ def _newton(
     convex = torch.linalg.cholesky_ex(hessian)[1] == 0
     bent = torch.nonzero(~convex & hessian.isfinite().all(2).all(1))[:, 0]
     hessian[bent] = _upright(hessian[bent])
-    step, good = solve_positive(hessian, slope[:, :, None])
-    return step[:, :, 0].t(), convex & good, good
+    found, good = solve_positive(hessian, slope[:, :, None])
+    step = found[:, :, 0]
+    sound = good & step.isfinite().all(1)
+    return step.t(), convex & sound, sound
 
 
 def _upright(matrices: torch.Tensor) -> torch.Tensor:
