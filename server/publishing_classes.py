@@ -30,15 +30,9 @@ def judgement_of_classes(outcome: Outcome, student: StudentModel) -> tuple[Judge
     if test is None:
         return None, []
     space, settings, chosen = outcome.space, outcome.settings, outcome.chosen
-    answers: list[NDArray[np.float32] | None] = [None] * len(space.sites)
-    unified, warnings = None, []
+    whole, answers, warnings = whole_answers(outcome)
+    unified = None
     if outcome.test_stores is not None:
-        whole = [i for i, store in enumerate(outcome.test_stores) if store.complete]
-        given = {i: outcome.test_stores[i].read(0, len(test)) for i in whole}
-        answers = [given.get(i) for i in range(len(space.sites))]
-        if len(whole) < len(answers):
-            absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
-            warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
         keep = kept(space, outcome.diagnostics.trust, whole)
         everyone = kept(space, outcome.diagnostics.trust, range(len(space.sites)))
         told_there = frozenset[int]().union(*(space.tells(i) for i in whole))
@@ -78,6 +72,18 @@ def judgement_of_classes(outcome: Outcome, student: StudentModel) -> tuple[Judge
         chosen.mine(whole_truth[ids]),
     )
     return replace(judgement, unwanted=len(test) - len(ids)), warnings
+
+
+def whole_answers(outcome: Outcome) -> tuple[list[int], list[NDArray[np.float32] | None], list[str]]:
+    """Return the sites that answered the whole test pool, all sites' answers (n, k_i), and what to say of the others.
+
+    None stands for the answers of a site that lacks some; there are none at all without a test pool.
+    """
+    stores, sites = outcome.test_stores or (), outcome.space.sites
+    given = {i: store.read(0, store.about.size) for i, store in enumerate(stores) if store.complete}
+    absent = ", ".join(site for i, site in enumerate(sites) if stores and i not in given)
+    warnings = [f"The baselines are judged without {absent}: the test pool was not answered whole."] if absent else []
+    return list(given), [given.get(i) for i in range(len(sites))], warnings
 
 
 def pool_classes(outcome: Outcome) -> NDArray[np.int64] | None:

@@ -12,7 +12,7 @@ from consilience.server.judge_labels import LabelJudgement, judge_labels
 from consilience.server.labelling_multi import unify_block
 from consilience.server.learning import StudentModel
 from consilience.server.outcome import Outcome
-from consilience.server.publishing_classes import predictions
+from consilience.server.publishing_classes import predictions, whole_answers
 from consilience.server.truth import pool_truth_labels, test_truth_labels
 
 
@@ -21,20 +21,13 @@ def judgement_of_labels(outcome: Outcome, student: StudentModel) -> tuple[LabelJ
     test, space = outcome.test, outcome.space
     if test is None:
         return None, []
-    warnings: list[str] = []
-    answers: list[NDArray[np.float32] | None] = [None] * len(space.sites)
+    whole, answers, warnings = whole_answers(outcome)
     unified = None
-    if outcome.test_stores is not None:
-        whole = [i for i, store in enumerate(outcome.test_stores) if store.complete]
-        given = {i: outcome.test_stores[i].read(0, len(test)) for i in whole}
-        answers = [given.get(i) for i in range(len(space.sites))]
-        if len(whole) < len(answers):
-            absent = ", ".join(site for site, rows in zip(space.sites, answers, strict=True) if rows is None)
-            warnings.append(f"The baselines are judged without {absent}: the test pool was not answered whole.")
-        if whole:
-            covers = [outcome.test_coverage[i] for i in whole]
-            told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
-            unified = unify_block(space, outcome.settings.unify, whole, list(given.values()), told).probs
+    if whole:
+        covers = [outcome.test_coverage[i] for i in whole]
+        told = [None if c is None or not c.complete else c.read(0, len(test))[:, 0] for c in covers]
+        given = [rows for rows in answers if rows is not None]
+        unified = unify_block(space, outcome.settings.unify, whole, given, told).probs
     oracle = StudentModel(outcome.run / "oracle") if "oracle" in outcome.curves else None
     chosen = outcome.chosen
     truth = chosen.truth_labels(test_truth_labels(test, space, outcome.settings.labels.synonyms))

@@ -9,11 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from consilience.common.settings.base import (
-    Encoding,
-    FeatureEncoding,
-    Settings,
-)
+from consilience.common.settings.base import Encoding, FeatureEncoding, Settings
 
 Choose = Literal["random", "uncertainty", "disagreement", "k-centre"]
 """How samples of the pool are chosen."""

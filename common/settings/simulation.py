@@ -9,9 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from consilience.common.settings.base import (
-    Settings,
-)
+from consilience.common.settings.base import Settings
 from consilience.common.settings.data import DataSource
 from consilience.common.settings.multi_label import refuse_for_labels
 from consilience.common.settings.policy import Policy
