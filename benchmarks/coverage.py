@@ -3,10 +3,11 @@
 Scenarios, each under several seeds: Fashion-MNIST (F: 4,000 private images a site, a pool of 8,000) and CIFAR-10 (C:
 6,000 and 15,000) among three sites, whose classes overlap ({0-4}, {3-7}, {6-9, 0}) or not ({0-3}, {4-6}, {7-9});
 digits in three styles (`shift`); a pool with 30 % images of no known class (`unknown`); all sites know all classes
-(`complete`); F-overlap with students, and the oracle, trained three times as long (`patient`). In each a student is
-learned without coverage (`plain`), with it (`coverage`), and directly from answers and coverage (`direct`). A seed
-decides which images are private and which are the pool, initial weights and the order of training; none is picked. What
-is done is kept in the folder `--work`, and a second call goes on from there.
+(`complete`); F-overlap with students, and the oracle, trained three times as long (`patient`), and with teachers
+trained a third as long (`hasty`). In each a student is learned without coverage (`plain`), with it (`coverage`), and
+directly from answers and coverage (`direct`). A seed decides which images are private and which are the pool, initial
+weights and the order of training; none is picked. What is done is kept in the folder `--work`; a second call goes on
+from there.
 """
 
 from __future__ import annotations
@@ -68,15 +69,16 @@ class Sizes:
     private: int
     pool: int
     test: int = 10_000
-    epochs: int = 20
+    teachers: int = 60
+    """Epochs of a teacher: with its fewer images it then sees about as many in all as a student does."""
+    students: int = 20
+    """Epochs of a student, and of the oracle."""
     coverage: Coverage = LEARNED
     mirror: bool = True
-    patience: int = 1
-    """How many times as long as teachers the students are trained, and the oracle."""
 
-    def fit(self, patience: int = 1) -> Fit:
-        """Return how teachers are trained, or students."""
-        return Fit(epochs=patience * self.epochs, mirror=self.mirror)
+    def fit(self, epochs: int) -> Fit:
+        """Return how a network is trained for so many epochs."""
+        return Fit(epochs=epochs, mirror=self.mirror)
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,15 @@ SCENARIOS = {
     "shift": Scenario("digits", OVERLAP, Sizes(2_000, 6_000, 6_000, mirror=False)),
     "unknown": Scenario("fashion_mnist+usps", OVERLAP, F, variants=VARIANTS[:2]),
     "complete": Scenario("fashion_mnist", ALL, F),
-    "patient": Scenario("fashion_mnist", OVERLAP, replace(F, patience=3), variants=VARIANTS[:2]),
+    "patient": Scenario("fashion_mnist", OVERLAP, replace(F, students=60), variants=VARIANTS[:2]),
+    "hasty": Scenario("fashion_mnist", OVERLAP, replace(F, teachers=20), variants=VARIANTS[:2]),
 }
 QUICK = Scenario(
     "embedded",
     DISJOINT,
-    Sizes(440, 400, 200, 1, Coverage(architecture="cnn3", fit=CoverageFit(epochs=1, batch_size=64, precision="f32"))),
+    Sizes(
+        440, 400, 200, 1, 1, Coverage(architecture="cnn3", fit=CoverageFit(epochs=1, batch_size=64, precision="f32"))
+    ),
     ("cnn3@0.5", "resnet8@0.25", "cnn3@0.5"),
     "cnn3@0.5",
     VARIANTS[:2],
@@ -159,7 +164,7 @@ def prepare(scenario: Scenario, seed: int, home: Path, folders: Sequence[Path]) 
     random = np.random.default_rng(seed)
     sites, pool, test, names = share_out(scenario, folders, random)
     write_pools(home, pool, test, names)
-    fit = scenario.sizes.fit()
+    fit = scenario.sizes.fit(scenario.sizes.teachers)
     paths = []
     for k, part in enumerate(sites):
         path = home / f"site-{k + 1}" / "site.yaml"
@@ -189,7 +194,7 @@ def job(scenario: Scenario, seed: int, home: Path, variant: str, other: float) -
         student=Student(
             architecture=scenario.student,
             learning="direct-ce" if variant == "direct" else "soft-labels",
-            fit=scenario.sizes.fit(scenario.sizes.patience),
+            fit=scenario.sizes.fit(scenario.sizes.students),
         ),
         judge=Judge(
             test=NpzData(kind="npz", path=home / "test.npz"),

@@ -1,13 +1,12 @@
 """The unify stage: answers from the stores to unified soft labels on disk, block by block.
 
-Lives here: streaming, what of the settings goes into the unifier, and diagnostics. Does not live here: the
-mathematics (server/unify). Nothing of size samples x classes is held in memory.
+Lives here: streaming, and diagnostics. Does not live here: what of the settings goes into a unifier (server/solvers),
+the mathematics (server/unify). Nothing of size samples x classes is held in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,12 @@ from consilience.common.settings import Unify
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, need_usable, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.coverage_check import Claims, Verdict, believed, check_coverage
-from consilience.server.grouped import AnyUnifier, group_unifier
-from consilience.server.robust import Kept, Trust, cut, find_trust, kept, labelled
-from consilience.server.unify import Prior, UnifiedLabels, Unifier
+from consilience.server.robust import Trust, find_trust, labelled
+from consilience.server.sharpness import find_exponent
+from consilience.server.solvers import Solvers
+from consilience.server.unify import UnifiedLabels
 from consilience.server.unify.blocks import in_threads
+from consilience.server.unify.sharpen import sharpened
 from consilience.server.unify.top import TopLabels
 
 
@@ -60,65 +61,10 @@ class Diagnostics(BaseModel):
     claimed: float | None = None
     """The sum over sites of their mean coverage, where they share all classes out among them: 1 if every sample is of
     a known class and every level is right. None elsewhere."""
+    exponent: float = 1.0
+    """Labels made with coverage are the solver's to this power, normalised (server/unify/sharpen)."""
     trust: Trust | None = None
     """What the sites' answers say of one another's; None without `unify.robust`."""
-
-
-def unifier(
-    space: LabelSpace,
-    settings: Unify,
-    cards: Sequence[SiteCard],
-    sites: Sequence[int] | None = None,
-    *,
-    covered: bool = True,
-    keep: Kept | None = None,
-) -> AnyUnifier:
-    """Build the unifier that the job's settings describe, for the answers of all sites or of those at `sites`.
-
-    `covered`: coverage comes with the answers; without it nothing says that a sample is outside the label space.
-    `keep`: what counts of these sites' answers; by default all. Labels are of the classes of `keep`.
-    """
-    keep = keep or kept(space, None, range(len(space.sites)) if sites is None else sites)
-    chosen, class_sets = keep.sites, keep.class_sets(space)
-    if space.grouped and any(space.grouped[i] is not None for i in chosen):
-        return group_unifier(space, settings, chosen, covered=covered)
-    prior = None
-    if settings.prior_correction:
-        target = np.full(len(keep.classes), 1 / len(keep.classes))
-        known = []
-        for i, classes, columns in zip(chosen, class_sets, keep.columns, strict=True):
-            told = cards[i].class_priors
-            known.append(
-                target[list(classes)] if told is None else np.asarray(told)[slice(None) if columns is None else columns]
-            )
-        prior = Prior(target, known)
-    return Unifier(
-        class_sets,
-        len(keep.classes),
-        method=settings.method,
-        weights=[w * settings.weights.get(space.sites[i], 1.0) for i, w in zip(chosen, keep.weights, strict=True)],
-        temperature=settings.temperature,
-        prior=prior,
-        across=settings.across,
-        strength=[settings.strength_of(space.sites[i]) for i in chosen],
-        other=settings.other if covered else 0.0,
-    )
-
-
-def usable_coverage(settings: Unify, told: list[NDArray[np.float32] | None]) -> list[NDArray[np.float32] | None] | None:
-    """Return what a unifier is given of sites' coverage: None where no site gave it, or, for `sd`, not every site."""
-    enough = all if settings.method == "sd" else any
-    return told if enough(values is not None for values in told) else None
-
-
-def anchored(solve: AnyUnifier, class_sets: Sequence[Sequence[int]], told: Sequence[object | None] | None) -> bool:
-    """Whether some site of every component gives coverage: else nothing says that a sample is outside of all classes.
-
-    `class_sets` are those of the sites that `solve` is for, `told` their coverage, None for a site that gives none.
-    """
-    components = solve.components
-    given = {int(components[c[0]]) for c, values in zip(class_sets, told or [], strict=False) if values is not None}
-    return len(given) == int(components.max()) + 1
 
 
 def labels_key(
@@ -210,10 +156,11 @@ def unify_pool(
 
     Each sample's label comes from the sites that answered it, with the coverage of those that gave it (`coverage`:
     one store a site, None for a site that was not asked). For method `ce`, coverage that is noise or inverted in the
-    eyes of the other sites is left out, and a level that is far off is mended where classes overlap; samples drawn by
-    `seed` show it. With `settings.other` above 0 there is `folder`/other.npy, (n,) float32, too. Rows of samples that
-    are not usable are zero: they have no label; with `settings.robust` so are those of which only outvoted sites tell
-    some class (`labelled`). Returns the labels and the diagnostics. Raises `UnifyError`, `AskingError`, `StorageError`.
+    eyes of the other sites is left out, a level that is far off is mended where classes overlap, and labels are made
+    as sure as the sites are; samples drawn by `seed` show it. With `settings.other` above 0 there is
+    `folder`/other.npy, (n,) float32, too. Rows of samples that are not usable are zero: they have no label; with
+    `settings.robust` so are those of which only outvoted sites tell some class (`labelled`). Returns the labels and the
+    diagnostics. Raises `UnifyError`, `AskingError`, `StorageError`.
     """
     key = labels_key(space, stores, settings, coverage, seed)
     path, notes, outside = folder / "q.npy", folder / "diagnostics.json", folder / "other.npy"
@@ -224,36 +171,35 @@ def unify_pool(
     samples = samples or usable(stores, space)
     trust = find_trust(space, stores, samples) if settings.robust else None
     samples = need_usable(labelled(space, stores, samples, trust))
-    solvers = _Solvers(space, settings, cards, trust)
     labels = create_array(path, np.float32, (samples.size, len(space)))
     other = create_array(outside, np.float32, (samples.size,)) if settings.other else None
     covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)
     began = time.perf_counter()
     checks: dict[str, Verdict] = {}
+    exponent = 1.0
     if coverage is not None and settings.method == "ce":
         # Coverage is about the truth, not about the truth softened, and the other sites know no outside.
-        plain = settings.model_copy(update={"temperature": 1.0, "other": 0.0})
+        unsoftened = settings.model_copy(update={"temperature": 1.0})
+        inside = Solvers(space, unsoftened.model_copy(update={"other": 0.0}), cards)
         closed = not settings.other
-        checks = check_coverage(space, stores, coverage, _Solvers(space, plain, cards), samples, seed, mend=closed)
+        checks = check_coverage(space, stores, coverage, inside, samples, seed, mend=closed)
         coverage = believed(space, coverage, checks)
-    tally, claims = Tally(), Claims(space)
+        if not settings.prior_correction:  # else sites speak of other proportions of classes than the labels
+            solve = Solvers(space, unsoftened, cards, trust).solve
+            exponent = find_exponent(space, stores, coverage, solve, samples, seed, closed=closed)
+    tally, claims, solvers = Tally(), Claims(space), Solvers(space, settings, cards, trust)
     apart_from = max(space.components)
     task = reporter.start("unifying", samples.count)
     size = min(block_size(space), solvers(tuple(range(len(space.sites))), False).block)
     with rows_of(path, labels) as put, rows_of(outside, other) as put_other:
 
         def work(block: Block) -> tuple[Block, UnifiedLabels, list[int], bool]:
-            keep = solvers.kept(block.sites)
-            rows, told = cut(block, keep)
-            given = usable_coverage(settings, told)
-            solve = solvers(block.sites, False)
-            if other is not None and anchored(solve, keep.class_sets(space), given):
-                solve = solvers(block.sites, True)
-            unified = solve(rows, coverage=given, alone=True)
-            put(block.ids, keep.spread(unified.probs, space))
-            put_other(block.ids, unified.other)
-            covering = [i for i, values in zip(keep.sites, given or [], strict=False) if values is not None]
-            return block, unified, covering, int(solve.components.max()) > apart_from
+            found = solvers.solve(block)
+            probs = found.labels.probs if found.coverage is None else sharpened(found.labels.probs, exponent)
+            put(block.ids, found.kept.spread(probs, space))
+            put_other(block.ids, found.labels.other)
+            covering = [i for i, c in zip(found.kept.sites, found.coverage or [], strict=False) if c is not None]
+            return block, found.labels, covering, found.components > apart_from
 
         # one pattern a block: its samples are usable all or none
         wanted = (
@@ -275,6 +221,7 @@ def unify_pool(
         coverage=covered,
         checks=checks,
         claimed=claims.sum,
+        exponent=exponent,
         trust=trust,
     )
     write_json(notes, diagnostics.model_dump(mode="json"))
@@ -294,37 +241,3 @@ def rows_of(
         yield writer.put
     finally:
         writer.close()
-
-
-class _Solvers:
-    """One unifier for each set of sites that answered the same samples, with coverage or without, made when needed."""
-
-    MOST = 64
-    """Unifiers kept: a site that fails now and then makes few sets, many such sites may make a great many."""
-
-    def __init__(
-        self, space: LabelSpace, settings: Unify, cards: Sequence[SiteCard], trust: Trust | None = None
-    ) -> None:
-        self._space, self._settings, self._cards, self._trust = space, settings, cards, trust
-        self._made: dict[tuple[tuple[int, ...], bool], AnyUnifier] = {}
-        self._kept: dict[tuple[int, ...], Kept] = {}
-        self._lock = threading.RLock()
-
-    def kept(self, sites: tuple[int, ...]) -> Kept:
-        """Return what counts of the answers of these sites."""
-        with self._lock:
-            if sites not in self._kept:
-                if len(self._kept) >= self.MOST:
-                    self._kept.clear()
-                self._kept[sites] = kept(self._space, self._trust, sites)
-            return self._kept[sites]
-
-    def __call__(self, sites: tuple[int, ...], covered: bool) -> AnyUnifier:
-        key = sites, covered
-        with self._lock:
-            if key not in self._made:
-                if len(self._made) >= self.MOST:
-                    self._made.clear()
-                about = (self._space, self._settings, self._cards)
-                self._made[key] = unifier(*about, covered=covered, keep=self.kept(sites))
-            return self._made[key]

@@ -25,7 +25,8 @@ from consilience.common.progress import Reporter
 from consilience.common.settings import JobSettings, Unify, largest_sent
 from consilience.server.answered import CoverageStores, Usable, block_size, patterns, read_rows, runs, usable
 from consilience.server.answers import AnswerStore
-from consilience.server.labelling import Diagnostics, Tally, done_before, labels_key, unifier
+from consilience.server.labelling import Diagnostics, Tally, done_before, labels_key
+from consilience.server.solvers import unifier
 from consilience.server.student.routing import highest
 from consilience.server.student.verticals import kept, verticals_of
 from consilience.server.unify import Unifier

@@ -110,6 +110,7 @@ def gather(outcome: Outcome, answers: Mapping[str, Sequence[AnswerStore]]) -> Fi
             settings.unify.strengths,
             *_outside(outcome),
             diagnostics.claimed,
+            diagnostics.exponent,
         ),
         student=StudentFindings(
             settings.student.architecture,

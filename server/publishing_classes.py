@@ -14,10 +14,10 @@ from consilience.common.data import ImageData
 from consilience.server.answered import Block
 from consilience.server.coverage_check import believed
 from consilience.server.judge import Judgement, judge
-from consilience.server.labelling import anchored, unifier, usable_coverage
 from consilience.server.learning import StudentModel
 from consilience.server.outcome import Outcome
 from consilience.server.robust import cut, kept
+from consilience.server.solvers import anchored, unifier, usable_coverage
 from consilience.server.truth import pool_truth, test_truth
 
 _BLOCK = 1024

@@ -82,6 +82,7 @@ def report_dict(findings: Findings) -> dict[str, Any]:
             "other": findings.unify.other,
             "mostly_other": findings.unify.mostly_other,
             "claimed": findings.unify.claimed,
+            "exponent": findings.unify.exponent,
             "coverage": coverage_summary(findings) or None,
             "trust": trust_dict(findings),
         },

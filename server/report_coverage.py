@@ -61,6 +61,11 @@ def coverage_summary(findings: Findings) -> str:
         decided = "It decided the odds between components."
         ruled = f"It did not decide the odds between components: the rule {unify.across} did."
         text += f" {decided if unify.joined else ruled}"
+    if unify.exponent != 1:
+        text += (
+            f" Labels were made {'surer' if unify.exponent > 1 else 'less sure'} (to the power of "
+            f"{decimal(unify.exponent, 2)}), so that they are as sure as the sites' own answers and coverage."
+        )
     if unify.other is not None:
         text += (
             f" On average a sample is outside the label space with probability {percent(unify.other)}; "

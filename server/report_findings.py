@@ -151,7 +151,8 @@ class UnifyFindings:
     coverage counts beside answers, None for a method that knows no such thing; `strengths`: sites of which that is
     something else. `other`: how likely a sample is outside the label space on average, and `mostly_other`: how many
     samples count less than half for that; None in a closed world. `claimed`: the sum over sites of their
-    mean coverage, where they share all classes out among them; None elsewhere.
+    mean coverage, where they share all classes out among them; None elsewhere. `exponent`: labels made with coverage
+    are the solver's to this power.
     """
 
     method: str
@@ -166,6 +167,7 @@ class UnifyFindings:
     other: float | None = None
     mostly_other: int | None = None
     claimed: float | None = None
+    exponent: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ GOOD: Told = lambda c: c  # noqa: E731
 CONSTANT: Told = lambda c: np.full_like(c, 0.4)  # noqa: E731
 INVERTED: Told = lambda c: 1 - c  # noqa: E731
 NOISE: Told = lambda c: np.random.default_rng(1).permutation(SAMPLES)[: len(c)] / SAMPLES  # noqa: E731
+COARSE: Told = lambda c: np.where(c > (m := np.median(c)), c[c > m].mean(), c[c <= m].mean())  # noqa: E731
+"""Calibrated, and knowing less than the truth."""
 
 
 def moved(by: float) -> Told:
@@ -197,6 +199,17 @@ def test_honest_levels_are_left_alone(home: Path, reporter: Reporter, monkeypatc
     monkeypatch.setattr(coverage_check, "LEVEL", float("inf"))
     do(home, reporter, {"east": GOOD, "north": moved(1.5), "west": moved(-1.5)}, run="unchecked")
     assert np.array_equal(*(np.load(home / run / "labels" / "q.npy") for run in ("run", "unchecked")))
+
+
+def test_labels_are_as_sure_as_the_sites(home: Path, reporter: Reporter) -> None:
+    honest = do(home, reporter, {"east": GOOD, "north": GOOD, "west": GOOD}, APART)
+    assert honest["unify"]["exponent"] == pytest.approx(1, abs=0.02)  # all know the truth, and so do their labels
+    timid = do(home, reporter, {"east": GOOD, "north": COARSE, "west": COARSE}, APART, run="coarse")
+    assert 1.05 < timid["unify"]["exponent"] < 2
+    assert f"surer (to the power of {timid['unify']['exponent']:.2f})" in timid["unify"]["coverage"]
+    assert "Labels were made surer" in (home / "coarse" / "card.md").read_text()
+    before = do(home, reporter, {}, run="without")
+    assert before["unify"]["exponent"] == 1
 
 
 def test_levels_are_not_mended_where_samples_may_be_of_no_class(home: Path, reporter: Reporter) -> None:

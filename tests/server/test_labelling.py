@@ -16,7 +16,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.progress import Reporter
 from consilience.common.protocol import Answer, Question
 from consilience.common.settings import Unify
-from consilience.server import answered, labelling
+from consilience.server import answered, sharpness, solvers
 from consilience.server.answered import usable
 from consilience.server.answers import AnswerStore
 from consilience.server.answers_about import About
@@ -111,7 +111,7 @@ def test_labels_are_kept_until_the_settings_change(
 ) -> None:
     first = run(tmp_path / "labels", space, stores, cards, Unify())
     with monkeypatch.context() as patched:
-        patched.setattr(labelling, "unifier", lambda *arguments, **more: pytest.fail("unified again"))
+        patched.setattr(solvers, "unifier", lambda *arguments, **more: pytest.fail("unified again"))
         assert np.array_equal(run(tmp_path / "labels", space, stores, cards, Unify()), first)
     other = run(tmp_path / "labels", space, stores, cards, Unify(method="sd"))
     assert not np.allclose(other, first, atol=1e-3)
@@ -253,7 +253,7 @@ class Recorder:
                 unified = super().__call__(log_probs, **options)
                 return replace(unified, other=np.full(len(log_probs[0]), recorder.other, np.float32))
 
-        monkeypatch.setattr(labelling, "Unifier", Recorded)
+        monkeypatch.setattr(solvers, "Unifier", Recorded)
 
 
 TOLD = [np.arange(SIZE, dtype=np.float32) / 64, 1 - np.arange(SIZE, dtype=np.float32) / 64]
@@ -291,6 +291,45 @@ def test_coverage_arrives_with_its_samples_and_sites(
         assert none.coverage == {}
     assert {options["other"] for options in recorder.options} == {0.0}
     assert not (tmp_path / "q" / "other.npy").exists()
+
+
+@pytest.mark.parametrize("settings", [Unify(), Unify(temperature=2.0), Unify(other=0.1)], ids=["", "soft", "other"])
+def test_labels_with_coverage_are_a_power_that_the_sites_claims_ask_for(
+    tmp_path: Path, space: LabelSpace, cards: list[SiteCard], monkeypatch: pytest.MonkeyPatch, settings: Unify
+) -> None:
+    whole = log_softmax(np.random.default_rng(2).normal(0, 2, (SIZE, 4)), axis=1).astype(np.float32)
+    sets = ([0, 1, 2], [2, 3])
+    rows = [log_softmax(whole[:, own], axis=1).astype(np.float32) for own in sets]
+    stores = [store_of(tmp_path, name, held, [(0, SIZE)]) for name, held in zip(CLASSES, rows, strict=True)]
+    told = [np.exp(whole[:, own]).sum(axis=1) for own in sets]
+    told[1][:] = told[1].mean()  # who knows less makes labels timid
+    covers = [coverage_of(tmp_path, name, values, [(0, SIZE)]) for name, values in zip(CLASSES, told, strict=True)]
+    given = (space, stores, cards, settings)
+    with Reporter(quiet=True) as reporter:
+        plain, before = unify_pool(tmp_path / "few", *given, reporter, coverage=covers)
+        monkeypatch.setattr(sharpness, "FEWEST", SIZE)
+        powers, after = unify_pool(tmp_path / "enough", *given, reporter, coverage=covers)
+        _, sd = unify_pool(tmp_path / "sd", space, stores, cards, Unify(method="sd"), reporter, coverage=covers)
+        corrected = Unify(prior_correction=True)
+        _, moved = unify_pool(tmp_path / "moved", space, stores, cards, corrected, reporter, coverage=covers)
+        _, idle = unify_pool(tmp_path / "without", *given, reporter)
+    assert before.exponent == sd.exponent == moved.exponent == idle.exponent == 1
+    assert 0.25 < after.exponent < 4
+    assert abs(after.exponent - 1) > 0.02
+    expected = plain.astype(np.float64) ** after.exponent
+    np.testing.assert_allclose(powers, expected / expected.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+def test_who_knows_every_class_claims_nothing_by_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharpness, "FEWEST", SIZE)
+    classes = {"one": ["a", "b", "c"], "two": ["a", "b", "c"]}
+    whole = log_softmax(np.random.default_rng(1).normal(0, 2, (SIZE, 3)), axis=1).astype(np.float32)
+    held = [store_of(tmp_path, name, whole, [(0, SIZE)]) for name in classes]
+    covers = [coverage_of(tmp_path, name, np.full(SIZE, 0.75, np.float32), [(0, SIZE)]) for name in classes]
+    with Reporter(quiet=True) as reporter:
+        given = (LabelSpace.build(classes), held, cards_for(classes), Unify(), reporter)
+        _, diagnostics = unify_pool(tmp_path / "q", *given, coverage=covers)
+    assert diagnostics.exponent == 1
 
 
 @pytest.mark.parametrize("values", [12, 10**6])
