@@ -4,10 +4,10 @@ Scenarios, each under several seeds: Fashion-MNIST (F: 4,000 private images a si
 6,000 and 15,000) among three sites, whose classes overlap ({0-4}, {3-7}, {6-9, 0}) or not ({0-3}, {4-6}, {7-9});
 digits in three styles (`shift`); a pool with 30 % images of no known class (`unknown`); all sites know all classes
 (`complete`); F-overlap with students, and the oracle, trained three times as long (`patient`), and with teachers
-trained a third as long (`hasty`). In each a student is learned without coverage (`plain`), with it (`coverage`), and
-directly from answers and coverage (`direct`). A seed decides which images are private and which are the pool, initial
-weights and the order of training; none is picked. What is done is kept in the folder `--work`; a second call goes on
-from there.
+trained a third as long (`hasty`). In each a student is learned without coverage (`plain`), with it (`coverage`), and,
+in the first four, directly from answers and coverage (`direct`). A seed decides which images are private and which are
+the pool, initial weights and the order of training; none is picked. What is done is kept in the folder `--work`; a
+second call goes on from there.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ SCENARIOS = {
     "F-disjoint": Scenario("fashion_mnist", DISJOINT, F),
     "C-overlap": Scenario("cifar10", OVERLAP, C),
     "C-disjoint": Scenario("cifar10", DISJOINT, C),
-    "shift": Scenario("digits", OVERLAP, Sizes(2_000, 6_000, 6_000, mirror=False)),
+    "shift": Scenario("digits", OVERLAP, Sizes(2_000, 6_000, 6_000, mirror=False), variants=VARIANTS[:2]),
     "unknown": Scenario("fashion_mnist+usps", OVERLAP, F, variants=VARIANTS[:2]),
-    "complete": Scenario("fashion_mnist", ALL, F),
+    "complete": Scenario("fashion_mnist", ALL, F, variants=VARIANTS[:2]),
     "patient": Scenario("fashion_mnist", OVERLAP, replace(F, students=60), variants=VARIANTS[:2]),
     "hasty": Scenario("fashion_mnist", OVERLAP, replace(F, teachers=20), variants=VARIANTS[:2]),
 }
@@ -217,6 +217,7 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
         "estimates": {v: (report["quality"] or {}).get("accuracy") for v, report in reports.items()},
         "calibration_errors": {v: report["student"]["calibration_error"] for v, report in reports.items()},
         "unified": {v: (r["baselines"]["unified_ensemble"] or {}).get("accuracy") for v, r in reports.items()},
+        "exponent": full["unify"]["exponent"],
         "naive": full["baselines"]["naive"]["accuracy"],
         "best_site": full["baselines"]["best_site"]["accuracy"],
         "oracle": (full["baselines"]["oracle"] or {}).get("accuracy"),

@@ -42,33 +42,36 @@ class Likeliest:
     ) -> None:
         """Add n samples with labels (n, L), each site's log-probabilities (n, k_i), None to leave it out, and coverage.
 
-        Coverage (n,) makes "none of mine" one more of a site's outcomes; a site without it counts by what the labels
-        have of its classes. `other` (n,): how likely a sample is of no class at all, beside which labels add up to 1.
+        A site claims which of its classes a sample is of if it is of one, which counts by what the labels have of them;
+        with coverage (n,) it claims beside which of its classes it is, or none. `other` (n,): how likely a sample is of
+        no class at all, beside which labels add up to 1.
         """
-        logs = np.log(np.maximum(np.asarray(labels, np.float64), _TINY))
+        probs = np.asarray(labels, np.float64)
+        logs = np.log(np.maximum(probs, _TINY))
         logs -= logs.max(axis=1, keepdims=True)
-        seen = [
-            _outcome(np.asarray(rows, np.float64), told, list(own))
-            for own, rows, told in zip(class_sets, answers, coverage, strict=True)
-            if rows is not None
-        ]
-        known = 1 - np.asarray(other, np.float64)
-        n = np.arange(len(logs))
-        weights = [
-            None if covered else np.asarray(labels, np.float64)[:, own].sum(axis=1) for own, _, _, covered in seen
-        ]
-        for (_, _, claims, _), weight in zip(seen, weights, strict=True):
-            self._claimed += float(claims.sum() if weight is None else weight @ claims)
+        known, n = 1 - np.asarray(other, np.float64), np.arange(len(logs))
+        seen = []
+        for own, rows, told in zip(class_sets, answers, coverage, strict=True):
+            if rows is None:
+                continue
+            places, mass = np.asarray(own), probs[:, list(own)].sum(axis=1)
+            top = np.asarray(rows).argmax(axis=1)
+            claims = _claims(np.asarray(rows, np.float64))
+            self._claimed += float(mass @ claims)
+            none = None
+            if told is not None:
+                c = np.asarray(told, np.float64)
+                none = 1 - c > c * claims
+                self._claimed += float(np.where(none, 1 - c, c * claims).sum())
+            seen.append((places, places[top], mass, none))
         for k, b in enumerate(EXPONENTS):
-            probs = np.exp(b * logs)
-            probs /= probs.sum(axis=1, keepdims=True)
-            for (own, top, _, _), weight in zip(seen, weights, strict=True):
-                inside = probs[:, own].sum(axis=1)
-                there = probs[n, np.array(own)[top]]
-                if weight is None:
-                    self._put[k] += float(np.where(top < 0, 1 - known * inside, known * there).sum())
-                else:
-                    self._put[k] += float(weight @ (there / np.maximum(inside, _TINY)))
+            powers = np.exp(b * logs)
+            powers /= powers.sum(axis=1, keepdims=True)
+            for places, top, mass, none in seen:
+                inside, there = powers[:, places].sum(axis=1), powers[n, top]
+                self._put[k] += float(mass @ (there / np.maximum(inside, _TINY)))
+                if none is not None:
+                    self._put[k] += float(np.where(none, 1 - known * inside, known * there).sum())
 
     @property
     def exponent(self) -> float:
@@ -91,14 +94,7 @@ def sharpened(labels: NDArray[np.float32], exponent: float) -> NDArray[np.float3
     return narrow
 
 
-def _outcome(
-    rows: Floats, coverage: NDArray[np.float32] | None, own: list[int]
-) -> tuple[list[int], NDArray[np.int64], Floats, bool]:
-    """Return a site's classes, its likeliest outcome (n,), -1 for none of them, its claim (n,), if it is covered."""
-    top = rows.argmax(axis=1)
-    claims = np.exp(rows.max(axis=1) - np.logaddexp.reduce(rows, axis=1))
-    if coverage is None:
-        return own, top, claims, False
-    c = np.asarray(coverage, np.float64)
-    none = 1 - c > c * claims
-    return own, np.where(none, -1, top), np.where(none, 1 - c, c * claims), True
+def _claims(rows: Floats) -> Floats:
+    """Return (n,) the probability of the likeliest class in each row of log-probabilities (n, k)."""
+    claims: Floats = np.exp(rows.max(axis=1) - np.logaddexp.reduce(rows, axis=1))
+    return claims
