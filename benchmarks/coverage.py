@@ -48,7 +48,9 @@ from consilience.common.settings import (
 )
 from consilience.common.settings_file import dump_settings, load_settings
 from consilience.server.contract import RunContract
+from consilience.server.judge import calibration
 from consilience.server.stores import stores_about
+from consilience.server.unify.sharpen import EXPONENTS, sharpened
 from harness import options, show
 from jobs import by_seed, do_job, train_quietly
 
@@ -217,7 +219,7 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
         "estimates": {v: (report["quality"] or {}).get("accuracy") for v, report in reports.items()},
         "calibration_errors": {v: report["student"]["calibration_error"] for v, report in reports.items()},
         "unified": {v: (r["baselines"]["unified_ensemble"] or {}).get("accuracy") for v, r in reports.items()},
-        "exponent": full["unify"]["exponent"],
+        "sureness": sureness(home, np.load(home / "pool-labels.npy"), full["unify"]["exponent"]),
         "naive": full["baselines"]["naive"]["accuracy"],
         "best_site": full["baselines"]["best_site"]["accuracy"],
         "oracle": (full["baselines"]["oracle"] or {}).get("accuracy"),
@@ -249,6 +251,25 @@ def ceiling(home: Path, truth: Labels) -> float:
     held = np.concatenate([*(np.maximum(part, -14) for part in parts), *(np.log(c / (1 - c)) for c in given)], axis=1)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     return float(cross_val_score(model, held, truth, cv=3).mean())
+
+
+def sureness(home: Path, truth: Labels, exponent: float) -> dict[str, float]:
+    """Return the exponent that labels were made surer by, the best one by the pool's *true labels*, and what it gives.
+
+    Calibration errors are of the labels on the pool's samples of known classes: as the solver made them, and used.
+    """
+    labels = np.load(home / "runs" / "coverage" / "labels" / "q.npy")
+    labels, truth = labels[truth < labels.shape[1]], truth[truth < labels.shape[1]]
+    made, n = sharpened(labels, 1 / exponent), np.arange(len(truth))
+
+    def error(probs: NDArray[np.float32]) -> float:
+        return calibration(probs.astype(np.float64), truth)[0]
+
+    def surprise(tried: float) -> float:
+        return float(-np.log(np.maximum(sharpened(made, tried)[n, truth], 1e-9)).mean())
+
+    best = float(min(EXPONENTS, key=surprise))
+    return {"exponent": exponent, "best": best, "error_made": error(made), "error_used": error(labels)}
 
 
 def baselines(scenario: Scenario, paths: list[Path], truth: Labels, seed: int) -> dict[str, list[float | None]]:
@@ -326,6 +347,18 @@ def main() -> None:
     ]
     columns = ("", "network", *FAMILIES, *NAMES)
     show('AUROC of "mine" over the pool, mean over sites, %', columns, ranked, {}, None)
+    sure = [
+        (
+            name,
+            *(
+                spread([f["sureness"][kind] for f in figures])
+                for kind in ("exponent", "best", "error_made", "error_used")
+            ),
+        )
+        for name, figures in found.items()
+    ]
+    about_labels = ("", "exponent", "best by true labels", "calibration error before", "after")
+    show("How sure labels with coverage are made, %", about_labels, sure, {}, None)
 
 
 if __name__ == "__main__":
