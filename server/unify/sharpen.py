@@ -7,6 +7,10 @@ likely, and p what it claims for it. If the site is calibrated, the truth is t w
 calibrated labels, which know more than the site, must put p on t on average, too (the law of total expectation). Labels
 that put less there are too timid, and q^b with some b > 1 is not.
 
+A site with coverage makes two claims: which of its classes a sample is of *if* it is of one, and which it is, or none.
+The second rests on coverage, which a site learns on the pool itself and as a rule overrates; the first on held-out
+images, yet it asks for b = 1 where no other site knows its classes. One exponent has to serve both.
+
 Lives here: the exponent and its use, on arrays. Does not live here: which samples (server/sharpness).
 """
 
