@@ -68,6 +68,11 @@ class Usable:
         """How many samples can be used."""
         return self.size if self.mask is None else int(self.mask.sum())
 
+    def draw(self, most: int, seed: int) -> NDArray[np.int64]:
+        """Return the usable samples, ascending; of more than `most`, so many that `seed` draws."""
+        ids = np.arange(self.size) if self.ids is None else self.ids
+        return ids if len(ids) <= most else np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
+
 
 def block_size(space: LabelSpace) -> int:
     """Return how many samples make a block."""

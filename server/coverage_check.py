@@ -89,7 +89,7 @@ def check_coverage(
     left = [i for i, store in enumerate(coverage) if store is not None]
     if not left or samples.count < FEWEST:
         return {}
-    ids = _draw(samples, seed)
+    ids = samples.draw(MOST, seed)
     found: dict[int, Verdict] = {}
     offsets: dict[int, float] = {}
     while left:
@@ -165,14 +165,6 @@ def believed(space: LabelSpace, coverage: CoverageStores, verdicts: Mapping[str,
 def _mended(store: AnswerStore | None, offset: float) -> AnswerStore | None:
     """Return a store with its logits moved; the store itself where there is nothing to move."""
     return MovedCoverage(store, offset) if store is not None and offset else store
-
-
-def _draw(samples: Usable, seed: int) -> NDArray[np.int64]:
-    """Return the numbers of at most `MOST` usable samples, ascending."""
-    chosen = np.arange(samples.count)
-    if samples.count > MOST:
-        chosen = np.sort(np.random.default_rng(seed).choice(samples.count, MOST, replace=False))
-    return chosen if samples.ids is None else samples.ids[chosen]
 
 
 def _verdicts(

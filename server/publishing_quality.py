@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from consilience.common.cards import SiteCard
 from consilience.common.labels import LabelSpace
 from consilience.common.pool import Pool
@@ -48,10 +46,7 @@ def pool_quality(
     keep = kept(space, trust, range(len(space.sites)))
     if (max(keep.components(space)) > 0 or 2 * apart > samples.count) and not joined:
         return Quality(reason="the sites' classes fall apart into components, whose odds no answer tells")
-    ids = np.arange(samples.size) if samples.ids is None else samples.ids
-    most = min(MOST, max(LEAST, _VALUES // len(space)))
-    if len(ids) > most:
-        ids = np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
+    ids = samples.draw(min(MOST, max(LEAST, _VALUES // len(space))), seed)
     held = [_held_out(card) for card in cards]
     out = frozenset[str]() if trust is None else trust.doubted
 

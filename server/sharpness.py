@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from consilience.common.labels import LabelSpace
 from consilience.server.answered import Block, CoverageStores, Usable, blocks
 from consilience.server.answers import AnswerStore
@@ -39,10 +37,7 @@ def find_exponent(
     """
     if samples.count < FEWEST or all(store is None for store in coverage):
         return 1.0
-    ids = np.arange(samples.size) if samples.ids is None else samples.ids
-    most = min(MOST, max(LEAST, _VALUES // len(space)))
-    if len(ids) > most:
-        ids = np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
+    ids = samples.draw(min(MOST, max(LEAST, _VALUES // len(space))), seed)
     seen = Likeliest()
     for block in blocks(stores, max(1, _BLOCK_VALUES // len(space)), coverage, ids):
         found = solve(block)
