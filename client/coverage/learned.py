@@ -163,5 +163,6 @@ def is_model(settings: SiteSettings, record: CoverageRecord) -> bool:
 def settings_digest(settings: SiteSettings) -> str:
     """Return the digest of what the settings decide of coverage: how it is learned, and of which classes."""
     teacher = None if settings.teacher.kind == "train" else settings.teacher.classes
-    how = settings.coverage.model_dump(mode="json") | {"fit": settings.coverage_fit.model_dump(mode="json")}
+    fit = settings.coverage_fit.model_dump(mode="json") | {"pretrain": settings.coverage.fit.pretrain}
+    how = settings.coverage.model_dump(mode="json") | {"fit": fit}
     return sha256(canonical_json([how, teacher, settings.seed]))

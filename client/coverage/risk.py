@@ -6,7 +6,7 @@ Lives here: the loss. Does not live here: the training loop (common/nets) and wh
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consilience.common.files import canonical_json, sha256
 
@@ -42,6 +42,19 @@ class PositiveUnlabelled:
         of_others = _mean(-pool[:, self._classes]) - self._prior * _mean(-mine[:, self._classes], weights)
         own = -mine.gather(1, labels[:, None])[:, 0]
         return self._prior * _mean(own, weights) + of_others.clamp(min=0)
+
+
+class OwnClasses:
+    """Cross-entropy among the site's K classes; the output "none of mine" (class K) takes no part."""
+
+    def __init__(self, labels: Tensor, classes: int, about: str) -> None:
+        """`labels` (n,) in [0, K); `about` as of `PositiveUnlabelled`."""
+        self._labels, self._classes = labels, classes
+        self.fingerprint = sha256(canonical_json(["own classes", about, classes]))
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Return the mean over the samples `ids` (b,) with (b, K + 1) logits."""
+        return nn.functional.cross_entropy(logits[:, : self._classes], self._labels[ids])
 
 
 def _mean(values: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Which images coverage is learned from.
 
-Lives here: which private images are the site's, which are held out, which of the pool are read, and in what shares they
-make an epoch. Does not live here: what is learned from them (learning).
+Lives here: which private images are the site's, which are held out, which of the pool are read, its halves, and in what
+shares they make an epoch. Does not live here: what is learned from them (learning).
 """
 
 from __future__ import annotations
@@ -40,23 +40,35 @@ class AbstainError(Exception):
 class Samples:
     """What a training reads."""
 
-    images: Images
-    """Private images first, then the pool's, (n, H, W, C) uint8 in the pool's shape; either may be repeated."""
+    private: Images
+    """Private images that are learned from, (n, H, W, C) uint8 in the pool's shape."""
     labels: NDArray[np.int64]
-    """Of the private images among them, in [0, classes)."""
+    """Theirs, (n,) in [0, classes)."""
     classes: int
+    public: Images
+    """The pool's images, (m, H, W, C) uint8."""
+    half: NDArray[np.int64]
+    """Which half of the pool each is in, (m,) 0 or 1; copies of an image are in the same."""
     held_out: Images
     """Private images that are not learned from, in the pool's shape."""
     weights: NDArray[np.float64] | None
     """As `class_weights` gives them."""
     held_out_labels: NDArray[np.int64]
-    pool: NDArray[np.int64]
-    """Ids of the pool's images, sorted."""
+    held_out_half: NDArray[np.int64]
+    """As `half`, of those held out."""
 
     @property
     def held_out_weights(self) -> NDArray[np.float64] | None:
         """How much each held-out image counts; None: all the same."""
         return None if self.weights is None else self.weights[self.held_out_labels]
+
+    def epoch(self, public: Images) -> tuple[Images, NDArray[np.int64]]:
+        """Return private images, then these of the pool's, either repeated where it is the smaller; and labels.
+
+        The labels (k,) are those of the first k images, the private ones.
+        """
+        privates, publics = repeats(len(self.private), len(public))
+        return np.concatenate([self.private] * privates + [public] * publics), np.tile(self.labels, privates)
 
 
 def mine(settings: SiteSettings, data: ImageData) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
@@ -123,19 +135,22 @@ def gather(
             "are needed"
         )
     held_out = np.isin(image, single[hold_out(labels[single], seed)[1]])
-    private = every[~held_out]
     of_pool = some(len(pool), MOST_POOL, derive(settings.seed, "coverage pool"))
     public = pool.take(of_pool)
-    refuse_copies(settings, told, digests(public), len(of_pool) / len(pool))
-    privates, publics = repeats(len(private), len(public))
+    of_public = digests(public)
+    refuse_copies(settings, told, of_public, len(of_pool) / len(pool))
+    # Of different images in the order of their digests, which says nothing about them, every other one.
+    halves = np.unique(told + of_public, return_inverse=True)[1] % 2
     return Samples(
-        images=np.concatenate([private] * privates + [public] * publics),
-        labels=np.tile(labels[~held_out], privates),
+        private=every[~held_out],
+        labels=labels[~held_out],
         classes=classes,
+        public=public,
+        half=halves[len(told) :],
         held_out=every[held_out],
         weights=class_weights(settings, labels, classes),
         held_out_labels=labels[held_out],
-        pool=of_pool,
+        held_out_half=halves[: len(told)][held_out],
     )
 
 

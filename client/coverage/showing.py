@@ -13,7 +13,8 @@ from consilience.common.settings import SiteSettings
 
 def learn_and_show(settings: SiteSettings, reporter: Reporter) -> CoverageRecord:
     """Learn the site's coverage; arguments, result and errors as `learn_coverage`'s."""
-    from consilience.client.coverage.learning import epochs_of, learn_coverage  # which bring torch
+    from consilience.client.coverage.by_network import epochs_of  # which bring torch
+    from consilience.client.coverage.learning import learn_coverage
 
     chosen = settings.coverage
     how = chosen.architecture if chosen.family == "network" else f"heads on the teacher's {chosen.family}"
@@ -26,7 +27,9 @@ def learn_and_show(settings: SiteSettings, reporter: Reporter) -> CoverageRecord
         tasks[0].advance(count)
 
     on_epoch = epoch_task(reporter, name, epochs_of(settings.coverage_fit, chosen.prior))
-    record = learn_coverage(settings, on_epoch, on_images)
+    before = f"learning the classes of {settings.name} ({how})"
+    on_pretraining = epoch_task(reporter, before, chosen.fit.pretrain)
+    record = learn_coverage(settings, on_epoch, on_images, on_pretraining)
     if record.abstains is not None:
         reporter.say(f"{settings.name} gives no coverage: {record.abstains}")
     for warning in record.warnings:

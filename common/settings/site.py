@@ -28,6 +28,8 @@ def _key_words(value: str) -> str:
     return " ".join(given)
 
 
+PRETRAINING_BATCH = 64
+"""Private images are few: in larger batches a network would learn from them in too few steps."""
 KeyWords = Annotated[str, AfterValidator(_key_words)]
 """The words of a key's fingerprint (common/identity)."""
 
@@ -73,7 +75,16 @@ class SiteSettings(Settings):
         """How a coverage network is trained, with `mirror` decided."""
         fit = self.coverage.fit
         teachers = self.teacher.fit.mirror if self.teacher.kind == "train" else True
-        return Fit(**fit.model_dump(exclude={"mirror"}), mirror=teachers if fit.mirror is None else fit.mirror)
+        held = fit.model_dump(exclude={"mirror", "pretrain"})
+        return Fit(**held, mirror=teachers if fit.mirror is None else fit.mirror)
+
+    @property
+    def coverage_pretraining(self) -> Fit | None:
+        """How a coverage network learns the site's classes before; None where it does not."""
+        fit, epochs = self.coverage_fit, self.coverage.fit.pretrain
+        if not epochs:
+            return None
+        return fit.model_copy(update={"epochs": epochs, "batch_size": min(fit.batch_size, PRETRAINING_BATCH)})
 
     @model_validator(mode="after")
     def _training_needs_data(self) -> SiteSettings:

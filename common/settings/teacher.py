@@ -40,6 +40,9 @@ class CoverageFit(_Training):
     """How a coverage network is trained: as `Fit`, with defaults of its own."""
 
     epochs: int = Field(default=15, ge=1, le=10_000)
+    pretrain: int = Field(default=60, ge=0, le=10_000)
+    """Passes over the private images alone before, in batches of 64 at most, to tell the site's classes apart; 0: none.
+    Data without labels, or of one class, has nothing to tell apart."""
     batch_size: int = Field(default=256, ge=1, le=65_536)
     learning_rate: float = Field(default=0.05, gt=0, le=10)
     mirror: bool | None = None

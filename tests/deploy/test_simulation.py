@@ -441,7 +441,14 @@ def test_sites_without_a_common_class_are_joined_by_the_coverage_that_they_learn
         "partition": {"kind": "class-lists", "classes": [["Bag", "Ankle boot"], ["Dress", "Sandal"]]},
         "coverage": {
             "architecture": "cnn3",
-            "fit": {"epochs": 2, "batch_size": 64, "learning_rate": 0.05, "precision": "f32", "augment": False},
+            "fit": {
+                "epochs": 2,
+                "pretrain": 2,
+                "batch_size": 64,
+                "learning_rate": 0.05,
+                "precision": "f32",
+                "augment": False,
+            },
         },
     }
     raw = job(simulation={**simulated, "policy": {"coverage": "u8"}})

@@ -36,8 +36,8 @@ from consilience.common.settings_file import load_settings
 
 NAMES = ["rows", "columns", "rising", "falling"]
 MINE = ["rows", "columns"]
-FIT = {"epochs": 3, "batch_size": 32, "learning_rate": 0.05, "augment": False, "precision": "f32"}
-COVERAGE = {"architecture": "cnn3", "fit": FIT}
+FIT = {"epochs": 6, "batch_size": 32, "learning_rate": 0.05, "augment": False, "precision": "f32"}
+COVERAGE = {"architecture": "cnn3", "fit": {**FIT, "pretrain": 10}}
 TRAIN = {"kind": "train", "architecture": "cnn3", "fit": {**FIT, "epochs": 1}}
 HOSTED = {"kind": "callable", "callable": "covering_model:scores", "classes": MINE, "preprocessing": {}}
 MODEL = """import numpy as np
@@ -127,6 +127,13 @@ def epochs(settings: SiteSettings) -> int:
     return len(done)
 
 
+def pretraining(settings: SiteSettings) -> int:
+    """Learn, and return for how many epochs the network learned the site's classes before."""
+    done: list[EpochRecord] = []
+    learn_coverage(settings, on_pretraining=done.append)
+    return len(done)
+
+
 # What is learned
 
 
@@ -147,7 +154,8 @@ def test_it_tells_the_site_s_classes_from_others_and_how_many_they_are(learned: 
 
 
 def test_a_pool_without_the_site_s_classes(tmp_path: Path) -> None:
-    settings = make(tmp_path, public=drawn([2, 3], 600, 3)[0])
+    longer = {**COVERAGE, "fit": {**FIT, "pretrain": 10, "epochs": 15}}
+    settings = make(tmp_path, public=drawn([2, 3], 600, 3)[0], coverage=longer)
     record = learn_coverage(settings)
     assert record.prior < 0.05
     assert ["hardly any image" in warning for warning in record.warnings] == [True]
@@ -178,8 +186,31 @@ def test_a_site_is_warned_when_the_rest_of_the_pool_looks_like_its_own_images(tm
 
 
 def test_a_prior_that_is_known_saves_the_first_training(site: SiteSettings) -> None:
-    assert epochs(with_coverage(site, prior=0.5)) == 3
+    assert epochs(with_coverage(site, prior=0.5)) == 6
     assert record_of(site).prior == 0.5
+
+
+def test_it_learns_the_site_s_classes_before(site: SiteSettings) -> None:
+    fit = site.coverage.fit
+    assert pretraining(with_coverage(site, fit=fit.model_copy(update={"pretrain": 4}))) == 4
+    model = record_of(site).model
+    assert pretraining(with_coverage(site, fit=fit.model_copy(update={"pretrain": 0}))) == 0
+    assert record_of(site).model != model
+
+
+def test_where_there_is_one_class_it_learns_none_before(tmp_path: Path) -> None:
+    assert pretraining(make(tmp_path, labels=None, teacher=HOSTED)) == 0
+
+
+def test_classes_are_learned_in_small_batches(learned: SiteSettings) -> None:
+    fit = learned.coverage.fit
+
+    def batch(size: int) -> int:
+        changed = with_coverage(learned, fit=fit.model_copy(update={"batch_size": size})).coverage_pretraining
+        assert changed is not None
+        return changed.batch_size
+
+    assert (batch(256), batch(16)) == (64, 16)
 
 
 def test_data_without_labels_is_one_class(tmp_path: Path) -> None:
@@ -224,7 +255,7 @@ def test_copies_of_an_image_are_held_out_together(tmp_path: Path) -> None:
     assert settings.data is not None
     data, pool = open_data(settings.data), Pool.open(settings.pools[0])
     samples = gather(settings, data, *mine(settings, data), pool)
-    learned = {image.tobytes() for image in samples.images[: len(samples.labels)]}
+    learned = {image.tobytes() for image in samples.private}
     assert len(samples.held_out) == 150
     assert not any(image.tobytes() in learned for image in samples.held_out)
     again = make(
@@ -253,11 +284,27 @@ def test_a_few_of_many_pool_images_are_drawn(site: SiteSettings, monkeypatch: py
         gather(site.model_copy(update={"seed": seed}), data, np.arange(300), PRIVATE_LABELS, 2, pool)
         for seed in (5, 5, 6)
     ]
-    first, again, other = (held.pool for held in drawn_of)
-    assert len(np.unique(first)) == 300
+    first, again, other = (held.public for held in drawn_of)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
-    assert np.array_equal(drawn_of[0].images[len(drawn_of[0].labels) :], PUBLIC[first])
+    there = {image.tobytes() for image in PUBLIC}
+    assert len({image.tobytes() for image in first} & there) == 300
+
+
+def test_halves_of_the_pool_are_as_large_and_keep_copies_together(tmp_path: Path) -> None:
+    settings = make(tmp_path, public=np.concatenate([PUBLIC[:300], PUBLIC[:300], PRIVATE[:50]]))
+    assert settings.data is not None
+    data, pool = open_data(settings.data), Pool.open(settings.pools[0])
+    samples = gather(settings, data, *mine(settings, data), pool)
+    halves: dict[bytes, set[int]] = {}
+    for images, which in ((samples.public, samples.half), (samples.held_out, samples.held_out_half)):
+        for image, half in zip(images, which, strict=True):
+            halves.setdefault(image.tobytes(), set()).add(int(half))
+    assert {len(found) for found in halves.values()} == {1}
+    in_pool = {image.tobytes() for image in samples.public}
+    assert any(image.tobytes() in in_pool for image in samples.held_out), "or nothing is shown of these"
+    assert 0.4 < samples.half.mean() < 0.6
+    assert 0.3 < samples.held_out_half.mean() < 0.7
 
 
 # When there is nothing to learn
@@ -363,7 +410,7 @@ def test_images_are_mirrored_as_the_teacher_s_are_unless_the_settings_say(tmp_pa
         settings = make(
             tmp_path / name,
             teacher={**TRAIN, "fit": {**moved, "epochs": 1, "mirror": teacher}},
-            coverage={"architecture": "cnn3", "fit": {**moved, "mirror": coverage}},
+            coverage={"architecture": "cnn3", "fit": {**moved, "pretrain": 1, "mirror": coverage}},
         )
         return learn_coverage(settings).model
 
@@ -397,7 +444,23 @@ def test_an_interrupted_learning_goes_on_to_the_same_model(site: SiteSettings, m
     with pytest.raises(KeyboardInterrupt):
         learn_coverage(site, stop)
     assert load_coverage(site) is None
-    assert epochs(site) == 4 - 3  # one of the first training, three of the second
+    assert epochs(site) == 12 - 3  # two each of the three first trainings, six of the last
+    assert record_of(site) == before
+
+
+def test_an_interrupted_pretraining_goes_on_to_the_same_model(
+    site: SiteSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilience.common.nets.loop.SECONDS_BETWEEN_CHECKPOINTS", 0)
+    before = record_of(site)
+    shutil.rmtree(site.state / "coverage")
+
+    def stop(record: EpochRecord) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn_coverage(site, on_pretraining=stop)
+    assert pretraining(site) == 10 - 1
     assert record_of(site) == before
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from consilience.client.coverage.risk import PositiveUnlabelled
+from consilience.client.coverage.risk import OwnClasses, PositiveUnlabelled
 
 LABELS = [0, 1, 1, 0, 2]
 
@@ -116,3 +116,21 @@ def test_a_weight_is_a_sample_given_so_often() -> None:
     at = torch.tensor([0, 1, 2, 3, 4, 5, 9, 10, 11])
     assert weighed(logits, ids).item() == pytest.approx(repeated(logits[every], at).item(), rel=1e-12)
     assert weighed.fingerprint != PositiveUnlabelled(torch.tensor(LABELS), 3, 0.4, "about").fingerprint
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(0, 999), st.floats(0.1, 30))
+def test_own_classes_are_told_apart_whatever_none_of_mine_gets(ids: list[int], seed: int, spread: float) -> None:
+    logits = np.random.default_rng(seed).normal(0, spread, (len(ids), 4))
+    rows = log_softmax(logits[:, :3], axis=1)
+    expected = -np.mean([row[LABELS[i]] for row, i in zip(rows, ids, strict=True)])
+    given_logits = torch.from_numpy(logits).requires_grad_()
+    found = OwnClasses(torch.tensor(LABELS), 3, "about")(given_logits, torch.tensor(ids))
+    assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    torch.autograd.backward(found)
+    assert given_logits.grad is not None
+    assert given_logits.grad[:, 3].abs().max() == 0
+
+
+def test_own_classes_of_other_samples_are_another_loss() -> None:
+    losses = [OwnClasses(torch.tensor(LABELS), classes, about) for classes, about in ((3, "a"), (3, "b"), (4, "a"))]
+    assert len({loss.fingerprint for loss in losses}) == 3

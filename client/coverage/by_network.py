@@ -1,0 +1,205 @@
+"""Coverage by a network of its own: family `network`.
+
+Lives here: what the network learns, in which order, from which images, and its scores. Does not live here: which images
+these are (samples), the losses (risk), a score (scoring), what is written (learning).
+
+First the network learns to tell the site's own classes apart: what it sees in them tells others' classes apart, too,
+and private images against a pool alone would teach it little of that. Then it learns private images against the pool's.
+
+The scores that coverage is calibrated on are those of private images held out, and of the very pool images that the
+network learned from: these are what is asked about. Their level is the share of the pool that is of the site's classes,
+which is estimated by networks to which the images are new.
+
+Time: `pretrain` passes of the private images, `epochs` passes of these and the pool's, and as many of these and half of
+the pool's, forwards and back; two passes of the pool's forwards. Memory: these images as uint8, up to three
+times, and the network with its gradients a batch. What is interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from consilience.client.coverage.learned import FOLDER
+from consilience.client.coverage.prior import FIRST_PRIOR, estimate_prior
+from consilience.client.coverage.risk import OwnClasses, PositiveUnlabelled
+from consilience.client.coverage.samples import Samples, gather
+from consilience.client.coverage.scoring import score_of
+from consilience.common.data import ImageData
+from consilience.common.epochs import EpochRecord
+from consilience.common.errors import CoverageError, StudentError
+from consilience.common.files import sha256
+from consilience.common.nets import Loss, build, default_device, train
+from consilience.common.pool import Pool
+from consilience.common.preprocessing import Images
+from consilience.common.seeds import derive
+from consilience.common.settings import Fit, Preprocessing, SiteSettings
+
+Floats = NDArray[np.float64]
+OnEpoch = Callable[[EpochRecord], None] | None
+
+TURNS = (0, 1, 0)
+"""Halves of the pool, as they are scored for its share that is of the site's classes; the first one twice."""
+
+
+def learn_network(
+    settings: SiteSettings,
+    data: ImageData,
+    private: tuple[NDArray[np.int64], NDArray[np.int64], int],
+    pool: Pool,
+    on_epoch: OnEpoch = None,
+    on_pretraining: OnEpoch = None,
+) -> tuple[tuple[nn.Module, Floats, Floats, float, Floats | None], Preprocessing]:
+    """Return the network, scores (n,) of held-out private images and (m,) of the pool's, and the prior; what it is fed.
+
+    After the prior comes how much each of these n counts; None: all the same. `private` are ids, labels and the number
+    of classes, as samples.mine gives them. Raises `AbstainError` when too few private images differ, `CoverageError`
+    when too many are in the pool, when training fails and when preprocessing does not fit the pool; `DataError`,
+    `PoolError`, `SettingsError`, `StorageError`.
+    """
+    preprocessing = _as_used(settings, pool)
+    samples = gather(settings, data, *private, pool)
+    fit, begun = settings.coverage_fit, _pretrain(settings, samples, preprocessing, on_pretraining)
+    prior = settings.coverage.prior or _estimate(settings, samples, preprocessing, begun, on_epoch)
+    everything = samples.epoch(samples.public)
+    model = _train(settings, samples, everything, preprocessing, fit, prior, "coverage", begun, on_epoch)
+    held, of_pool = (_scores(settings, model, images, preprocessing) for images in (samples.held_out, samples.public))
+    return (model, held, of_pool, prior, samples.held_out_weights), preprocessing
+
+
+def _estimate(
+    settings: SiteSettings,
+    samples: Samples,
+    preprocessing: Preprocessing,
+    begun: nn.Module,
+    on_epoch: OnEpoch,
+) -> float:
+    """Return the share of the pool that is of the site's classes, from scores of networks to which images are new.
+
+    They learn from one half of the pool and score the other: a network takes pool images that it learned from for
+    others' the more the longer it learns, so by its scores of these the share would come out too low. The share that a
+    network learns with draws its scores along: each half's network takes the one found on the other half.
+    """
+    held, of_pool, prior = np.empty(len(samples.held_out)), np.empty(len(samples.public)), FIRST_PRIOR
+    fit, weights = _short(settings.coverage_fit), samples.held_out_weights
+    for turn, half in enumerate(TURNS):
+        new_held, new = samples.held_out_half == half, samples.half == half
+        images = samples.epoch(samples.public[~new])
+        model = _train(settings, samples, images, preprocessing, fit, prior, f"prior {turn}", begun, on_epoch)
+        held[new_held] = _scores(settings, model, samples.held_out[new_held], preprocessing)
+        of_pool[new] = _scores(settings, model, samples.public[new], preprocessing)
+        if new.any() and new_held.any():
+            prior = estimate_prior(held[new_held], of_pool[new], None if weights is None else weights[new_held])
+    return estimate_prior(held, of_pool, weights)
+
+
+def _as_used(settings: SiteSettings, pool: Pool) -> Preprocessing:
+    """Return the preprocessing with the pool's size and channels. Raises `CoverageError` when they do not fit."""
+    held, channels = settings.coverage.preprocessing, pool.shape[2]
+    if len(held.mean) not in (1, channels):
+        raise CoverageError(
+            f"{settings.name}: coverage.preprocessing.mean has {len(held.mean)} values; the pool's images have "
+            f"{channels} channels",
+            hint="Give one value for all channels or one each",
+        )
+    return held.model_copy(update={"size": pool.shape[:2], "channels": channels})
+
+
+def _scores(
+    settings: SiteSettings, model: nn.Module, images: Images, preprocessing: Preprocessing
+) -> NDArray[np.float64]:
+    """Return scores (n,) of images (n, H, W, C). Raises `CoverageError` where they are not finite."""
+    found = score_of(model, images, preprocessing)
+    if not np.isfinite(found).all():
+        raise CoverageError(
+            f"{settings.name}: the network that was trained gives scores that are not finite",
+            hint=f"Lower coverage.fit.learning_rate, for example to {settings.coverage.fit.learning_rate / 4:.2g}",
+        )
+    return found
+
+
+def _pretrain(
+    settings: SiteSettings,
+    samples: Samples,
+    preprocessing: Preprocessing,
+    on_epoch: OnEpoch,
+) -> nn.Module:
+    """Return a network of K + 1 outputs that tells the site's classes apart: what it sees tells others' apart, too.
+
+    Of one class there is nothing to tell apart, and `coverage.fit.pretrain` may be 0: then it has learned nothing.
+    """
+    model = build(
+        settings.coverage.architecture,
+        classes=samples.classes + 1,
+        channels=preprocessing.channels or 1,
+        seed=derive(settings.seed, "coverage weights"),
+    )
+    fit = settings.coverage_pretraining
+    if fit is not None and samples.classes > 1:
+        labels = torch.from_numpy(samples.labels).to(default_device())
+        loss = OwnClasses(labels, samples.classes, sha256(samples.labels.tobytes()))
+        _fit(settings, model, samples.private, loss, fit, preprocessing, "own classes", on_epoch)
+    return model
+
+
+def _train(
+    settings: SiteSettings,
+    samples: Samples,
+    epoch: tuple[Images, NDArray[np.int64]],
+    preprocessing: Preprocessing,
+    fit: Fit,
+    prior: float,
+    purpose: str,
+    begun: nn.Module,
+    on_epoch: OnEpoch,
+) -> nn.Module:
+    """Return a network that began as `begun` and learned from `epoch`, as `Samples.epoch` gives it.
+
+    Goes on where an earlier call of the same purpose stopped.
+    """
+    model, (images, of_images) = copy.deepcopy(begun), epoch
+    labels = torch.from_numpy(of_images).to(default_device())
+    weights = None if samples.weights is None else torch.tensor(samples.weights, dtype=torch.float32).to(labels.device)
+    loss = PositiveUnlabelled(labels, samples.classes, prior, sha256(of_images.tobytes()), weights)
+    _fit(settings, model, images, loss, fit, preprocessing, purpose, on_epoch)
+    return model
+
+
+def _fit(
+    settings: SiteSettings,
+    model: nn.Module,
+    images: Images,
+    loss: Loss,
+    fit: Fit,
+    preprocessing: Preprocessing,
+    purpose: str,
+    on_epoch: OnEpoch,
+) -> None:
+    try:
+        train(
+            model,
+            images,
+            loss,
+            fit,
+            preprocessing,
+            seed=derive(settings.seed, purpose),
+            folder=settings.state / FOLDER / "training" / purpose.replace(" ", "-"),
+            on_epoch=on_epoch,
+        )
+    except StudentError as error:  # the loop's word for any network
+        raise CoverageError(f"{settings.name}: {error.message}", hint=error.hint) from error
+
+
+def _short(fit: Fit) -> Fit:
+    """A third of the epochs: enough for the prior."""
+    return fit.model_copy(update={"epochs": -(-fit.epochs // 3)})
+
+
+def epochs_of(fit: Fit, prior: float | None) -> int:
+    """Return how many epochs `learn_coverage` trains in all, after pretraining."""
+    return fit.epochs + (0 if prior else len(TURNS) * _short(fit).epochs)
