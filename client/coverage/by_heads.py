@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from consilience.client.coverage.found import Floats, Found
 from consilience.client.coverage.head import EPOCHS, Heads, parts_of, train_heads
-from consilience.client.coverage.prior import FIRST_PRIOR, estimate_prior
+from consilience.client.coverage.prior import FIRST_PRIOR, auroc, estimate_prior
 from consilience.client.coverage.samples import (
     MOST_POOL,
     AbstainError,
@@ -47,8 +48,6 @@ MOST_CELLS = 50_000_000
 _SAME = 1e-6
 """Vectors that differ by less than this are the same."""
 
-Floats = NDArray[np.float64]
-
 
 def learn_heads(
     settings: SiteSettings,
@@ -58,10 +57,9 @@ def learn_heads(
     pool: Pool,
     vectors: Vectors,
     on_images: Callable[[int, int], None] | None = None,
-) -> tuple[Heads, Floats, Floats, float, Floats | None]:
+) -> Found:
     """Return heads, scores (n,) of private images that are new to the teacher and (m,) of the pool's, and the prior.
 
-    Last comes how much each of these n counts; None: all the same.
     `digest` is that of `data`; `private` are ids, labels and the number of classes, as samples.mine gives them.
     `on_images` is told how many images of how many the teacher has seen just now. Raises `AbstainError` when too few
     private images are new to the teacher or its vectors are all the same, `CoverageError` when too many private images
@@ -118,7 +116,8 @@ def learn_heads(
 
     prior = settings.coverage.prior or estimate_prior(*scores(FIRST_PRIOR, EPOCHS // 3)[1:], weights)
     heads, held, pooled = scores(prior, EPOCHS)
-    return heads, held, pooled, settings.coverage.prior or estimate_prior(held, pooled, weights), weights
+    prior = settings.coverage.prior or estimate_prior(held, pooled, weights)
+    return Found(heads, held, pooled, weights, prior, auroc(held, pooled, weights))
 
 
 def score_by_heads(heads: Heads, vectors: Vectors, images: Images) -> Floats:

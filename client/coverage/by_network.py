@@ -11,7 +11,7 @@ network learned from: these are what is asked about. Their level is the share of
 which is estimated by networks to which the images are new.
 
 Time: `pretrain` passes of the private images, `epochs` passes of these and the pool's, and as many of these and half of
-the pool's, forwards and back; two passes of the pool's forwards. Memory: these images as uint8, up to three
+the pool's, forwards and back; two and a half passes of the pool's forwards. Memory: these images as uint8, up to three
 times, and the network with its gradients a batch. What is interrupted goes on.
 """
 
@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from consilience.client.coverage.found import Found
 from consilience.client.coverage.learned import FOLDER
-from consilience.client.coverage.prior import FIRST_PRIOR, estimate_prior
+from consilience.client.coverage.prior import FIRST_PRIOR, auroc, estimate_prior
 from consilience.client.coverage.risk import OwnClasses, PositiveUnlabelled
 from consilience.client.coverage.samples import Samples, gather
 from consilience.client.coverage.scoring import score_of
@@ -40,7 +42,6 @@ from consilience.common.preprocessing import Images
 from consilience.common.seeds import derive
 from consilience.common.settings import Fit, Preprocessing, SiteSettings
 
-Floats = NDArray[np.float64]
 OnEpoch = Callable[[EpochRecord], None] | None
 
 TURNS = (0, 1, 0)
@@ -54,22 +55,27 @@ def learn_network(
     pool: Pool,
     on_epoch: OnEpoch = None,
     on_pretraining: OnEpoch = None,
-) -> tuple[tuple[nn.Module, Floats, Floats, float, Floats | None], Preprocessing]:
+) -> tuple[Found, Preprocessing]:
     """Return the network, scores (n,) of held-out private images and (m,) of the pool's, and the prior; what it is fed.
 
-    After the prior comes how much each of these n counts; None: all the same. `private` are ids, labels and the number
-    of classes, as samples.mine gives them. Raises `AbstainError` when too few private images differ, `CoverageError`
-    when too many are in the pool, when training fails and when preprocessing does not fit the pool; `DataError`,
-    `PoolError`, `SettingsError`, `StorageError`.
+    `private` are ids, labels and the number of classes, as samples.mine gives them. Raises `AbstainError` when too few
+    private images differ, `CoverageError` when too many are in the pool, when training fails and when preprocessing
+    does not fit the pool; `DataError`, `PoolError`, `SettingsError`, `StorageError`.
     """
     preprocessing = _as_used(settings, pool)
     samples = gather(settings, data, *private, pool)
     fit, begun = settings.coverage_fit, _pretrain(settings, samples, preprocessing, on_pretraining)
-    prior = settings.coverage.prior or _estimate(settings, samples, preprocessing, begun, on_epoch)
-    everything = samples.epoch(samples.public)
-    model = _train(settings, samples, everything, preprocessing, fit, prior, "coverage", begun, on_epoch)
+    prior, ranking = settings.coverage.prior, None
+    if prior is None:
+        prior, ranking = _estimate(settings, samples, preprocessing, begun, on_epoch)
+    everything, before = samples.epoch(samples.public), epochs_of(fit, settings.coverage.prior) - fit.epochs
+    rest = _from(before, on_epoch)
+    model = _train(settings, samples, everything, preprocessing, fit, prior, "coverage", begun, rest)
     held, of_pool = (_scores(settings, model, images, preprocessing) for images in (samples.held_out, samples.public))
-    return (model, held, of_pool, prior, samples.held_out_weights), preprocessing
+    weights = samples.held_out_weights
+    if ranking is None:
+        ranking = auroc(held, of_pool, weights)
+    return Found(model, held, of_pool, weights, prior, ranking), preprocessing
 
 
 def _estimate(
@@ -78,24 +84,30 @@ def _estimate(
     preprocessing: Preprocessing,
     begun: nn.Module,
     on_epoch: OnEpoch,
-) -> float:
-    """Return the share of the pool that is of the site's classes, from scores of networks to which images are new.
+) -> tuple[float, float]:
+    """Return the share of the pool that is of the site's classes, and how often a private image outranks one of it.
 
-    They learn from one half of the pool and score the other: a network takes pool images that it learned from for
-    others' the more the longer it learns, so by its scores of these the share would come out too low. The share that a
-    network learns with draws its scores along: each half's network takes the one found on the other half.
+    Both are of networks that learn from one half of the pool and score the other: a network takes pool images that it
+    learned from for others' the more the longer it learns, so by its scores of these the share would come out too low.
+    The share that a network learns with draws its scores along: each takes the one found before it.
     """
-    held, of_pool, prior = np.empty(len(samples.held_out)), np.empty(len(samples.public)), FIRST_PRIOR
-    fit, weights = _short(settings.coverage_fit), samples.held_out_weights
+    prior, found, weights = FIRST_PRIOR, dict[int, tuple[float, float]](), samples.held_out_weights
+    fit = _short(settings.coverage_fit)
     for turn, half in enumerate(TURNS):
         new_held, new = samples.held_out_half == half, samples.half == half
-        images = samples.epoch(samples.public[~new])
-        model = _train(settings, samples, images, preprocessing, fit, prior, f"prior {turn}", begun, on_epoch)
-        held[new_held] = _scores(settings, model, samples.held_out[new_held], preprocessing)
-        of_pool[new] = _scores(settings, model, samples.public[new], preprocessing)
-        if new.any() and new_held.any():
-            prior = estimate_prior(held[new_held], of_pool[new], None if weights is None else weights[new_held])
-    return estimate_prior(held, of_pool, weights)
+        if not (new_held.any() and new.any()):
+            continue  # of copies of one image, one half has none
+        images, after = samples.epoch(samples.public[~new]), _from(turn * fit.epochs, on_epoch)
+        model = _train(settings, samples, images, preprocessing, fit, prior, f"prior {turn}", begun, after)
+        held = _scores(settings, model, samples.held_out[new_held], preprocessing)
+        of_pool = _scores(settings, model, samples.public[new], preprocessing)
+        counts = None if weights is None else weights[new_held]
+        prior = estimate_prior(held, of_pool, counts)
+        found[half] = prior, auroc(held, of_pool, counts)
+    # Each by itself: two networks' scores are not on one scale.
+    shares = [np.count_nonzero(samples.half == half) for half in found]
+    share, ranking = np.average(list(found.values()), axis=0, weights=shares)
+    return float(share), float(ranking)
 
 
 def _as_used(settings: SiteSettings, pool: Pool) -> Preprocessing:
@@ -192,7 +204,13 @@ def _fit(
             on_epoch=on_epoch,
         )
     except StudentError as error:  # the loop's word for any network
-        raise CoverageError(f"{settings.name}: {error.message}", hint=error.hint) from error
+        hint = (error.hint or "").replace("fit.", "coverage.fit.")
+        raise CoverageError(f"{settings.name}, coverage ({purpose}): {error.message}", hint=hint) from error
+
+
+def _from(before: int, on_epoch: OnEpoch) -> OnEpoch:
+    """Return what is told of a training's epochs after `before` others of all that is trained."""
+    return None if on_epoch is None else lambda record: on_epoch(replace(record, epoch=before + record.epoch))
 
 
 def _short(fit: Fit) -> Fit:

@@ -1,6 +1,6 @@
 """Scores -> coverage, P(class of x is one of mine | score), from held-out private data and the pool.
 
-Lives here: fitting and applying the map. Does not live here: scores (learned) and the prior (prior).
+Lives here: fitting, levelling and applying the map. Does not live here: scores (learned) and the prior (prior).
 
 Neither sample is labelled "not mine". But private data follows p(x | mine) and the pool p(x), so by Bayes
     c(s) = P(mine | s) = prior * p(s | mine) / p(s),
@@ -36,6 +36,20 @@ class Platt(Settings):
     def __call__(self, scores: NDArray[np.floating]) -> NDArray[np.float64]:
         """Return (n,) float64 coverage of (n,) finite scores."""
         return np.clip(expit(self.slope * scores.astype(np.float64) + self.offset), LOWEST, 1 - LOWEST)
+
+
+def at_level(calibration: Platt, scores: NDArray[np.floating], prior: float) -> Platt:
+    """Return the map with its offset moved so that coverage of the pool's scores (m,) is `prior` on average.
+
+    Coverage is a probability, so its mean is the share of the pool that is of the site's classes; but a score's maker
+    that learned from the pool's images, and not from the private ones, ranks the former lower, and the fit follows.
+    """
+    from scipy.optimize import brentq
+
+    logits = calibration.slope * scores.astype(np.float64) + calibration.offset
+    level, reach = min(max(prior, LOWEST), 1 - LOWEST), float(np.abs(logits).max()) + math.log(1 / LOWEST)
+    moved = float(brentq(lambda by: float(expit(logits + by).mean()) - level, -reach, reach))
+    return Platt(slope=calibration.slope, offset=calibration.offset + moved)
 
 
 def fit_platt(

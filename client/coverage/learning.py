@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from consilience.client.coverage.by_heads import learn_heads
 from consilience.client.coverage.by_network import learn_network
-from consilience.client.coverage.calibrate import fit_platt
+from consilience.client.coverage.calibrate import at_level, fit_platt
+from consilience.client.coverage.found import Found
 from consilience.client.coverage.learned import (
     FOLDER,
     MODEL,
@@ -28,7 +28,6 @@ from consilience.client.coverage.learned import (
     read_record,
     settings_digest,
 )
-from consilience.client.coverage.prior import auroc
 from consilience.client.coverage.samples import LEAST_POOL, LEAST_PRIVATE, AbstainError, mine
 from consilience.client.coverage.vectors import vectors_of
 from consilience.client.teacher import load_any
@@ -91,7 +90,7 @@ def learn_coverage(
                 about |= {"preprocessing": used}
             else:
                 found = learn_heads(settings, data, digest, private, pool, vectors, on_images)
-            record = _record(settings, about, *found)
+            record = _record(settings, about, found)
         except AbstainError as reason:
             record = CoverageRecord(**about, abstains=str(reason))
         write_json(folder / "coverage.json", record.model_dump(mode="json"))  # last: it speaks of the model
@@ -109,28 +108,18 @@ def _enough(settings: SiteSettings, data: ImageData, pool: Pool) -> tuple[NDArra
     return ids, labels, classes
 
 
-def _record(
-    settings: SiteSettings,
-    about: dict[str, Any],
-    model: nn.Module,
-    held: NDArray[np.float64],
-    of_pool: NDArray[np.float64],
-    prior: float,
-    weights: NDArray[np.float64] | None,
-) -> CoverageRecord:
-    """Write the model, calibrate on the scores (n,) of held-out private images and (m,) of the pool's, and say all.
-
-    `weights` (n,): how much each of the former counts; None: all the same.
-    """
+def _record(settings: SiteSettings, about: dict[str, Any], found: Found) -> CoverageRecord:
+    """Write the model, calibrate, and say all."""
     path = settings.state / MODEL
-    save_model(path, model)
+    save_model(path, found.model)
+    fitted = fit_platt(found.held, found.of_pool, found.prior, found.weights)
     record = CoverageRecord(
         **about,
         model=sha256_file(path),
-        calibration=fit_platt(held, of_pool, prior, weights),
-        prior=prior,
-        held_out=len(held),
-        private_over_pool=auroc(held, of_pool, weights),
+        calibration=at_level(fitted, found.of_pool, found.prior),
+        prior=found.prior,
+        held_out=len(found.held),
+        private_over_pool=found.private_over_pool,
     )
     return record.model_copy(update={"warnings": _warnings(record)})
 

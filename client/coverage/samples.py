@@ -140,7 +140,8 @@ def gather(
     of_public = digests(public)
     refuse_copies(settings, told, of_public, len(of_pool) / len(pool))
     # Of different images in the order of their digests, which says nothing about them, every other one.
-    halves = np.unique(told + of_public, return_inverse=True)[1] % 2
+    numbers = np.array([int(digest[:15], 16) for digest in told + of_public])  # a tenth of the text's memory
+    halves = np.unique(numbers, return_inverse=True)[1] % 2
     return Samples(
         private=every[~held_out],
         labels=labels[~held_out],

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from consilience.client.coverage.calibrate import LOWEST, Platt, fit_platt
+from consilience.client.coverage.calibrate import LOWEST, Platt, at_level, fit_platt
 
 
 def drawn(slope: float, offset: float, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
@@ -115,3 +115,18 @@ def test_a_weight_is_a_score_given_so_often() -> None:
     # the two centre scores elsewhere, which moves nothing but where the search ends
     assert (found.slope, found.offset) == pytest.approx((repeated.slope, repeated.offset), rel=1e-3)
     assert found != fit_platt(mine, pool, prior)
+
+
+@given(
+    st.floats(0, 20),
+    st.floats(-30, 30),
+    st.lists(st.floats(-50, 50), min_size=1, max_size=20),
+    st.floats(0.001, 1),
+)
+def test_at_its_level_coverage_is_the_prior_on_average(
+    slope: float, offset: float, scores: list[float], prior: float
+) -> None:
+    pool = np.array(scores)
+    moved = at_level(Platt(slope=slope, offset=offset), pool, prior)
+    assert moved.slope == slope
+    assert expit(slope * pool + moved.offset).mean() == pytest.approx(min(prior, 1 - LOWEST), abs=1e-6)

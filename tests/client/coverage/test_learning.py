@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from consilience.__main__ import app
 from consilience.client.coverage import CoverageRecord, load_coverage, read_record, tell_coverage
 from consilience.client.coverage import samples as samples_module
+from consilience.client.coverage.by_network import epochs_of
 from consilience.client.coverage.learned import LearnedCoverage
 from consilience.client.coverage.learning import learn_coverage
 from consilience.client.coverage.prior import auroc
@@ -38,6 +39,7 @@ NAMES = ["rows", "columns", "rising", "falling"]
 MINE = ["rows", "columns"]
 FIT = {"epochs": 6, "batch_size": 32, "learning_rate": 0.05, "augment": False, "precision": "f32"}
 COVERAGE = {"architecture": "cnn3", "fit": {**FIT, "pretrain": 10}}
+LONGER = {**COVERAGE, "fit": {**FIT, "pretrain": 10, "epochs": 15}}
 TRAIN = {"kind": "train", "architecture": "cnn3", "fit": {**FIT, "epochs": 1}}
 HOSTED = {"kind": "callable", "callable": "covering_model:scores", "classes": MINE, "preprocessing": {}}
 MODEL = """import numpy as np
@@ -49,14 +51,14 @@ def scores(images):
 SIZE = 12
 
 
-def drawn(classes: list[int], n: int, seed: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+def drawn(classes: list[int], n: int, seed: int, size: int = SIZE, noise: float = 25) -> tuple[np.ndarray, np.ndarray]:
     """Noisy stripes (n, size, size, 1) uint8, of a direction for each class, and labels (n,)."""
     random = np.random.default_rng(seed)
     labels = np.array(classes)[random.integers(0, len(classes), n)]
     down, right = np.indices((size, size))
     ways = np.stack([down, right, down + right, down - right])[labels]
     waves = np.sin(ways * 1.6 + random.uniform(0, 2 * np.pi, n)[:, None, None])
-    grey = 127 + 60 * waves + random.normal(0, 25, (n, size, size))
+    grey = 127 + 60 * waves + random.normal(0, noise, (n, size, size))
     return np.clip(grey, 0, 255).astype(np.uint8)[..., None], labels
 
 
@@ -121,9 +123,11 @@ def record_of(settings: SiteSettings) -> CoverageRecord:
 
 
 def epochs(settings: SiteSettings) -> int:
-    """Learn, and return how many epochs were trained for it."""
+    """Learn, and return how many epochs were trained for it, which are told of as the last of all there are."""
     done: list[EpochRecord] = []
     learn_coverage(settings, done.append)
+    in_all = epochs_of(settings.coverage_fit, settings.coverage.prior)
+    assert [record.epoch for record in done] == list(range(in_all - len(done), in_all))
     return len(done)
 
 
@@ -154,12 +158,21 @@ def test_it_tells_the_site_s_classes_from_others_and_how_many_they_are(learned: 
 
 
 def test_a_pool_without_the_site_s_classes(tmp_path: Path) -> None:
-    longer = {**COVERAGE, "fit": {**FIT, "pretrain": 10, "epochs": 15}}
-    settings = make(tmp_path, public=drawn([2, 3], 600, 3)[0], coverage=longer)
+    settings = make(tmp_path, public=drawn([2, 3], 600, 3)[0], coverage=LONGER)
     record = learn_coverage(settings)
     assert record.prior < 0.05
     assert ["hardly any image" in warning for warning in record.warnings] == [True]
     assert loaded(settings).scores(PUBLIC[~IS_MINE]).mean() < 0.1
+
+
+def test_a_pool_that_is_learned_by_heart_is_not_taken_for_others(tmp_path: Path) -> None:
+    """Of images that are hard to tell, and by a training long enough to know each: the share, and the mean, stay."""
+    (private, labels), (public, classes) = (drawn(c, n, n, noise=100) for c, n in (([0, 1], 300), ([0, 1, 2, 3], 600)))
+    longest = {**COVERAGE, "fit": {**FIT, "pretrain": 20, "epochs": 60}}
+    settings = make(tmp_path, private, public, labels=labels, coverage=longest)
+    prior = learn_coverage(settings).prior
+    assert prior == pytest.approx((classes < 2).mean(), abs=0.12)
+    assert loaded(settings).scores(public).mean() == pytest.approx(prior, abs=0.01)
 
 
 def test_a_pool_of_another_style(tmp_path: Path) -> None:
@@ -357,6 +370,15 @@ def test_what_cannot_be_learned_from_is_said(tmp_path: Path, fields: dict[str, A
         learn_coverage(settings)
     assert caught.value.hint
     assert read_record(settings) is None
+
+
+@pytest.mark.parametrize(("pretrain", "purpose"), [(60, "own classes"), (0, "prior 0")])
+def test_a_training_that_fails_names_itself_and_the_setting(tmp_path: Path, pretrain: int, purpose: str) -> None:
+    fit = {**FIT, "pretrain": pretrain, "learning_rate": 10, "weight_decay": 1, "epochs": 30}
+    settings = make(tmp_path, coverage={**COVERAGE, "fit": fit})
+    with pytest.raises(CoverageError, match=rf"site-1, coverage \({purpose}\): .*not finite") as caught:
+        learn_coverage(settings)
+    assert "Lower coverage.fit.learning_rate" in caught.value.hint
 
 
 @pytest.mark.parametrize("shape", [{"size": [8, 8]}, {"channels": 3}])
@@ -583,7 +605,7 @@ def test_site_train_learns_and_show_and_check_tell(tmp_path: Path) -> None:
 
 
 def test_warnings_and_reasons_are_shown_to_the_site_alone(tmp_path: Path) -> None:
-    file = make(tmp_path, public=drawn([2, 3], 600, 3)[0]).state.parent / "site.yaml"
+    file = make(tmp_path, public=drawn([2, 3], 600, 3)[0], coverage=LONGER).state.parent / "site.yaml"
     trained = typed("site", "train", file, "--json")
     assert "Warning: site-1: private and pool images can be told apart" in trained.stderr.replace("\n", " ")
     assert "told apart" not in trained.stdout
