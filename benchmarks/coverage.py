@@ -220,7 +220,7 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
         "estimates": {v: (report["quality"] or {}).get("accuracy") for v, report in reports.items()},
         "calibration_errors": {v: report["student"]["calibration_error"] for v, report in reports.items()},
         "unified": {v: (r["baselines"]["unified_ensemble"] or {}).get("accuracy") for v, r in reports.items()},
-        "sureness": sureness(home, np.load(home / "pool-labels.npy"), full["unify"]["exponent"]),
+        "sureness": sureness(home, np.load(home / "pool-labels.npy"), full["unify"]["exponent"] or 1.0),
         "naive": full["baselines"]["naive"]["accuracy"],
         "best_site": full["baselines"]["best_site"]["accuracy"],
         "oracle": (full["baselines"]["oracle"] or {}).get("accuracy"),

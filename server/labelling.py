@@ -61,8 +61,9 @@ class Diagnostics(BaseModel):
     claimed: float | None = None
     """The sum over sites of their mean coverage, where they share all classes out among them: 1 if every sample is of
     a known class and every level is right. None elsewhere."""
-    exponent: float = 1.0
-    """Labels made with coverage are the solver's to this power, normalised (server/unify/sharpen)."""
+    exponent: float | None = 1.0
+    """Labels made with coverage are the solver's to this power, normalised (server/unify/sharpen); None where no power
+    will do, and they are the solver's."""
     trust: Trust | None = None
     """What the sites' answers say of one another's; None without `unify.robust`."""
 
@@ -176,7 +177,7 @@ def unify_pool(
     covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)
     began = time.perf_counter()
     checks: dict[str, Verdict] = {}
-    exponent = 1.0
+    exponent: float | None = 1.0
     if coverage is not None and settings.method == "ce":
         # Coverage is about the truth, not about the truth softened, and the other sites know no outside.
         unsoftened = settings.model_copy(update={"temperature": 1.0})

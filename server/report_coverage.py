@@ -61,7 +61,12 @@ def coverage_summary(findings: Findings) -> str:
         decided = "It decided the odds between components."
         ruled = f"It did not decide the odds between components: the rule {unify.across} did."
         text += f" {decided if unify.joined else ruled}"
-    if unify.exponent != 1:
+    if unify.exponent is None:
+        text += (
+            " No power of the labels is as sure as the sites claim to be: some are surer of their answers or of their "
+            "coverage than the others bear out, and labels were left as they came."
+        )
+    elif unify.exponent != 1:
         text += (
             f" Labels were made {'surer' if unify.exponent > 1 else 'less sure'} (to the power of "
             f"{decimal(unify.exponent, 2)}), so that they are as sure as the sites' own answers and coverage."

@@ -167,7 +167,7 @@ class UnifyFindings:
     other: float | None = None
     mostly_other: int | None = None
     claimed: float | None = None
-    exponent: float = 1.0
+    exponent: float | None = 1.0
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,17 @@ def find_exponent(
     seed: int,
     *,
     closed: bool,
-) -> float:
+) -> float | None:
     """Return the exponent of labels that are made with coverage: at temperature 1, on samples drawn by `seed`.
 
-    1 where only sites give it that know every class of a `closed` world, and so have every sample. Sites that answer on
-    groups of classes say nothing here. Raises `UnifyError`, `StorageError`.
+    1 where only sites give it that know every class of a `closed` world, and so have every sample; None where no
+    exponent meets what the sites claim. Sites that answer on groups of classes say nothing here. Raises `UnifyError`,
+    `StorageError`.
     """
     if samples.count < FEWEST or all(store is None for store in coverage):
         return 1.0
     ids = samples.draw(min(MOST, max(LEAST, _VALUES // len(space))), seed)
-    seen = Likeliest()
+    seen, any_told = Likeliest(closed=closed), False
     for block in blocks(stores, max(1, _BLOCK_VALUES // len(space)), coverage, ids):
         found = solve(block)
         sets = found.kept.class_sets(space)
@@ -49,6 +50,7 @@ def find_exponent(
         if all(c is None for c in told):
             continue
         single = [not space.grouped or space.grouped[i] is None for i in found.kept.sites]
+        any_told = True
         answers = [rows if alone else None for rows, alone in zip(found.answers, single, strict=True)]
         seen.add(found.labels.probs, sets, answers, told, found.labels.other)
-    return seen.exponent
+    return seen.exponent if any_told else 1.0

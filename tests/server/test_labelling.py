@@ -314,10 +314,28 @@ def test_labels_with_coverage_are_a_power_that_the_sites_claims_ask_for(
         _, moved = unify_pool(tmp_path / "moved", space, stores, cards, corrected, reporter, coverage=covers)
         _, idle = unify_pool(tmp_path / "without", *given, reporter)
     assert before.exponent == sd.exponent == moved.exponent == idle.exponent == 1
+    assert after.exponent is not None
     assert 0.25 < after.exponent < 4
     assert abs(after.exponent - 1) > 0.02
     expected = plain.astype(np.float64) ** after.exponent
     np.testing.assert_allclose(powers, expected / expected.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize("other", [0.1, 0.3])
+def test_one_site_s_answers_are_its_labels_whatever_is_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: float
+) -> None:
+    """However likely the job takes it that a sample is of no class: that is not for the power to make up for."""
+    monkeypatch.setattr(sharpness, "FEWEST", SIZE)
+    classes = {"one": ["a", "b", "c"]}
+    whole = log_softmax(np.random.default_rng(1).normal(0, 2, (SIZE, 3)), axis=1).astype(np.float32)
+    held = [store_of(tmp_path, "one", whole, [(0, SIZE)])]
+    covers = [coverage_of(tmp_path, "one", np.full(SIZE, 0.95, np.float32), [(0, SIZE)])]
+    with Reporter(quiet=True) as reporter:
+        given = (LabelSpace.build(classes), held, cards_for(classes), Unify(other=other), reporter)
+        labels, diagnostics = unify_pool(tmp_path / "q", *given, coverage=covers)
+    assert diagnostics.exponent == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(labels, np.exp(whole), atol=1e-3)
 
 
 def test_who_knows_every_class_claims_nothing_by_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

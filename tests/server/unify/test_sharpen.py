@@ -43,14 +43,18 @@ def test_coverage_makes_none_of_mine_an_outcome(exponent: float) -> None:
     assert seen.exponent == pytest.approx(exponent, rel=1e-3)
 
 
-def test_what_is_of_no_class_at_all_is_none_of_a_site_s() -> None:
-    rows = drawn(3, seed=2)  # both classes, and outside of all
-    whole = np.exp(rows)
-    inside = whole[:, :2].sum(axis=1)
-    seen = Likeliest()
-    labels = softened(whole[:, :2], 1 / 1.5)
-    seen.add(labels, [range(2)], [rows[:, :2]], [inside.astype(np.float32)], (1 - inside).astype(np.float32))
-    assert seen.exponent == pytest.approx(1.5, rel=1e-3)
+def test_what_is_of_no_class_at_all_counts_for_nothing() -> None:
+    """Labels are right on what is of a class; on the rest answers, though sure, and coverage do not count."""
+    rows, coverage = drawn(3, seed=2), np.full(N, 0.9, np.float32)
+    labels, other = softened(np.exp(rows), 1 / 1.5), np.full(N, 0.01, np.float32)
+    strange = np.random.default_rng(0).random(N) < 0.3
+    rows[strange], other[strange] = log_softmax([9.0, 0.0, 0.0]), 0.999
+    labels[strange] = 1 / 3
+    open_world, taken_as_closed = Likeliest(closed=False), Likeliest()
+    for seen in (open_world, taken_as_closed):
+        seen.add(labels, [range(3)], [rows], [coverage], other)
+    assert open_world.exponent == pytest.approx(1.5, rel=5e-3)
+    assert taken_as_closed.exponent != pytest.approx(1.5, rel=0.05)
 
 
 def test_a_site_without_coverage_counts_by_what_labels_have_of_its_classes() -> None:
@@ -84,11 +88,13 @@ def test_blocks_add_up() -> None:
 def test_labels_that_no_exponent_reconciles_with_the_sites_stay(labels: NDArray[np.float64]) -> None:
     seen = Likeliest()
     seen.add(labels, [range(3)], [drawn(3)], [None], NOWHERE)
-    assert seen.exponent == 1
+    assert seen.exponent is None
+    narrow = labels.astype(np.float32)
+    assert sharpened(narrow, seen.exponent) is narrow
 
 
-def test_without_samples_labels_stay() -> None:
-    assert Likeliest().exponent == 1
+def test_without_samples_there_is_none() -> None:
+    assert Likeliest().exponent is None
 
 
 @given(st.floats(0.25, 4), st.integers(2, 6), st.integers(0, 2**32 - 1))
@@ -128,5 +134,6 @@ def test_labels_of_sites_with_evidence_of_their_own_come_nearer_to_the_truth(see
     def surprise(probs: NDArray[np.floating]) -> float:
         return float(-np.log(np.maximum(probs[np.arange(N), truth], 1e-12)).mean())
 
+    assert seen.exponent is not None
     assert seen.exponent > 1.1
     assert surprise(sharpened(labels, seen.exponent)) < surprise(labels) - 0.01
