@@ -112,7 +112,12 @@ QUICK = Scenario(
     "embedded",
     DISJOINT,
     Sizes(
-        440, 400, 200, 1, 1, Coverage(architecture="cnn3", fit=CoverageFit(epochs=1, batch_size=64, precision="f32"))
+        440,
+        400,
+        200,
+        1,
+        1,
+        Coverage(architecture="cnn3", fit=CoverageFit(epochs=1, pretrain=1, batch_size=64, precision="f32")),
     ),
     ("cnn3@0.5", "resnet8@0.25", "cnn3@0.5"),
     "cnn3@0.5",

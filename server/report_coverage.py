@@ -63,8 +63,8 @@ def coverage_summary(findings: Findings) -> str:
         text += f" {decided if unify.joined else ruled}"
     if unify.exponent is None:
         text += (
-            " No power of the labels is as sure as the sites claim to be: some are surer of their answers or of their "
-            "coverage than the others bear out, and labels were left as they came."
+            " No power of the labels is as sure as the sites claim to be, for what these claim does not agree: labels "
+            "were left as they came."
         )
     elif unify.exponent != 1:
         text += (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from consilience.common.labels import LabelSpace
 from consilience.server.answered import Block, CoverageStores, Usable, blocks
 from consilience.server.answers import AnswerStore
+from consilience.server.coverage_check import Claims, wrong_claims
 from consilience.server.solvers import Solved
 from consilience.server.unify.sharpen import Likeliest
 
@@ -33,13 +34,13 @@ def find_exponent(
     """Return the exponent of labels that are made with coverage: at temperature 1, on samples drawn by `seed`.
 
     1 where only sites give it that know every class of a `closed` world, and so have every sample; None where no
-    exponent meets what the sites claim. Sites that answer on groups of classes say nothing here. Raises `UnifyError`,
-    `StorageError`.
+    exponent meets what the sites claim, or their coverage does not add up. Sites that answer on groups of classes say
+    nothing here. Raises `UnifyError`, `StorageError`.
     """
     if samples.count < FEWEST or all(store is None for store in coverage):
         return 1.0
     ids = samples.draw(min(MOST, max(LEAST, _VALUES // len(space))), seed)
-    seen, any_told = Likeliest(closed=closed), False
+    seen, claims, any_told = Likeliest(closed=closed), Claims(space), False
     for block in blocks(stores, max(1, _BLOCK_VALUES // len(space)), coverage, ids):
         found = solve(block)
         sets = found.kept.class_sets(space)
@@ -51,6 +52,10 @@ def find_exponent(
             continue
         single = [not space.grouped or space.grouped[i] is None for i in found.kept.sites]
         any_told = True
+        claims.add(found.coverage or [])
         answers = [rows if alone else None for rows, alone in zip(found.answers, single, strict=True)]
         seen.add(found.labels.probs, sets, answers, told, found.labels.other)
-    return seen.exponent if any_told else 1.0
+    if not any_told:
+        return 1.0
+    # A level that is off claims too much or too little, and the exponent would follow it.
+    return None if wrong_claims(claims.sum, closed=closed) else seen.exponent

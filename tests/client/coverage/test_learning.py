@@ -168,7 +168,7 @@ def test_a_pool_without_the_site_s_classes(tmp_path: Path) -> None:
 def test_a_pool_that_is_learned_by_heart_is_not_taken_for_others(tmp_path: Path) -> None:
     """Of images that are hard to tell, and by a training long enough to know each: the share, and the mean, stay."""
     (private, labels), (public, classes) = (drawn(c, n, n, noise=100) for c, n in (([0, 1], 300), ([0, 1, 2, 3], 600)))
-    longest = {**COVERAGE, "fit": {**FIT, "pretrain": 20, "epochs": 60}}
+    longest = {**COVERAGE, "fit": {**FIT, "pretrain": 20, "epochs": 30}}
     settings = make(tmp_path, private, public, labels=labels, coverage=longest)
     prior = learn_coverage(settings).prior
     assert prior == pytest.approx((classes < 2).mean(), abs=0.12)
