@@ -11,7 +11,7 @@ network learned from: these are what is asked about. Their level is the share of
 which is estimated by networks to which the images are new.
 
 Time: `pretrain` passes of the private images, `epochs` passes of these and the pool's, and as many of these and half of
-the pool's, forwards and back; two and a half passes of the pool's forwards. Memory: these images as uint8, up to three
+the pool's, forwards and back; two and a half passes of the pool's forwards. Memory: these images as uint8, up to four
 times, and the network with its gradients a batch. What is interrupted goes on.
 """
 
