@@ -25,7 +25,7 @@ from baselines import FAMILIES, NAMES, score_by_family, score_pool
 from images import Images, Labels, Source, add_data, folders_of, joined, read, save, shuffled, spread, write_pools
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -60,6 +60,8 @@ DISJOINT = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
 ALL = (tuple(range(10)),) * 3
 VARIANTS = ("plain", "coverage", "direct")
 LEARNED = Coverage()
+LEVELS = ("share told", "true share", "log-loss")
+"""Of a site's coverage over the pool; log-loss in nats."""
 STRANGERS = "of no known class"
 OTHER = 0.1
 """Prior weight of "no known class" in the scenario that has such images."""
@@ -219,20 +221,22 @@ def measure(name: str, scenario: Scenario, seed: int, home: Path, folders: Seque
     other = OTHER if name == "unknown" else 0.0
     train_quietly(paths)
     reports = {v: do_job(job(scenario, seed, home, v, other), home / "runs" / v, paths) for v in scenario.variants}
-    full = reports["coverage"]
+    full, truth = reports["coverage"], np.load(home / "pool-labels.npy")
     return {
         "students": {v: report["student"]["accuracy"] for v, report in reports.items()},
         "estimates": {v: (report["quality"] or {}).get("accuracy") for v, report in reports.items()},
         "calibration_errors": {v: report["student"]["calibration_error"] for v, report in reports.items()},
         "unified": {v: (r["baselines"]["unified_ensemble"] or {}).get("accuracy") for v, r in reports.items()},
-        "sureness": sureness(home, np.load(home / "pool-labels.npy"), full["unify"]["exponent"] or 1.0),
+        "pool_labels": {v: right_on_pool(home / "runs" / v, truth) for v in ("plain", "coverage")},
+        "sureness": sureness(home, truth, full["unify"]["exponent"] or 1.0),
         "naive": full["baselines"]["naive"]["accuracy"],
         "best_site": full["baselines"]["best_site"]["accuracy"],
         "oracle": (full["baselines"]["oracle"] or {}).get("accuracy"),
         "coverage_auroc": [site["coverage_auroc"] for site in full["sites"]],
         "offsets": [site["coverage"]["offset"] for site in full["sites"]],
-        "baseline_auroc": baselines(scenario, paths, np.load(home / "pool-labels.npy"), seed),
-        "ceiling": ceiling(home, np.load(home / "pool-labels.npy")),
+        "levels": levels(home, truth, scenario.classes),
+        "baseline_auroc": baselines(scenario, paths, truth, seed),
+        "ceiling": ceiling(home, truth),
         "own_classes": [
             {
                 "site": site["teacher_accuracy"],
@@ -264,14 +268,43 @@ def ceiling(home: Path, truth: Labels) -> float:
 
     Cross-validated over the pool. No product can do this; it says how much the answers hold for any way of unifying.
     """
+    answers, coverage = told(home)
+    given = [np.clip(each[:, None], 1e-3, 1 - 1e-3) for each in coverage if each is not None]
+    held = np.concatenate([*(np.maximum(part, -14) for part in answers), *(np.log(c / (1 - c)) for c in given)], axis=1)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return float(cross_val_score(model, held, truth, cv=3).mean())
+
+
+def told(home: Path) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32] | None]]:
+    """Return the sites' answers (n, k) on the pool, and their coverage (n,), None of a site that gave none."""
     run, pool = home / "runs" / "coverage", Pool.open(home / "pool")
     sites, settings = RunContract.load(run / "contract.json").sites, load_settings(run / "job.yaml", JobSettings)
     answers, coverage = stores_about(run, settings, sites, pool)
-    parts = [store.read(0, len(pool)) for store in answers]
-    given = [np.clip(store.read(0, len(pool)).reshape(-1, 1), 1e-3, 1 - 1e-3) for store in coverage if store]
-    held = np.concatenate([*(np.maximum(part, -14) for part in parts), *(np.log(c / (1 - c)) for c in given)], axis=1)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    return float(cross_val_score(model, held, truth, cv=3).mean())
+    return (
+        [store.read(0, len(pool)) for store in answers],
+        [store.read(0, len(pool))[:, 0] if store else None for store in coverage],
+    )
+
+
+def levels(home: Path, truth: Labels, classes: Sequence[Sequence[int]]) -> list[dict[str, float] | None]:
+    """Return which share of the pool coverage says is the site's, which share is, and its log-loss, site by site."""
+    found: list[dict[str, float] | None] = []
+    for given, own in zip(told(home)[1], classes, strict=True):
+        mine = np.isin(truth, own)
+        if given is None:
+            found.append(None)
+        else:
+            loss = float(log_loss(mine, given.astype(np.float64), labels=[False, True]))
+            values = (float(given.mean(dtype=np.float64)), float(mine.mean()), loss)
+            found.append(dict(zip(LEVELS, values, strict=True)))
+    return found
+
+
+def right_on_pool(run: Path, truth: Labels) -> float:
+    """Return how many of a run's unified labels are right, among the pool's samples of known classes."""
+    labels = np.load(run / "labels" / "q.npy", mmap_mode="r")
+    known = truth < labels.shape[1]
+    return float((labels.argmax(axis=1) == truth)[known].mean())
 
 
 def sureness(home: Path, truth: Labels, exponent: float) -> dict[str, float]:
@@ -380,6 +413,17 @@ def main() -> None:
     ]
     about_labels = ("", "exponent", "best by true labels", "calibration error before", "after")
     show("How sure labels with coverage are made, %", about_labels, sure, {}, None)
+    of_sites = [
+        (
+            name,
+            *(spread([site[kind] for f in figures for site in f.get("levels", []) if site]) for kind in LEVELS),
+            *(spread([f.get("pool_labels", {}).get(v) for f in figures]) for v in VARIANTS[:2]),
+        )
+        for name, figures in found.items()
+    ]
+    of_level = (f"{kind}, sites and seeds" for kind in LEVELS)
+    about_level = ("", *of_level, "labels right, plain", "with coverage")
+    show("What coverage says of the pool, and labels of the pool, %", about_level, of_sites, {}, None)
 
 
 if __name__ == "__main__":
