@@ -63,44 +63,36 @@ def learn_network(
     does not fit the pool; `DataError`, `PoolError`, `SettingsError`, `StorageError`.
     """
     preprocessing = _as_used(settings, pool)
-    samples = gather(settings, data, *private, pool)
-    fit, begun = settings.coverage_fit, _pretrain(settings, samples, preprocessing, on_pretraining)
-    prior, ranking = settings.coverage.prior, None
+    learner = _Learner(settings, gather(settings, data, *private, pool), preprocessing, on_epoch)
+    learner.pretrain(on_pretraining)
+    samples, prior, ranking = learner.samples, settings.coverage.prior, None
     if prior is None:
-        prior, ranking = _estimate(settings, samples, preprocessing, begun, on_epoch)
-    everything, before = samples.epoch(samples.public), epochs_of(fit, settings.coverage.prior) - fit.epochs
-    rest = _from(before, on_epoch)
-    model = _train(settings, samples, everything, preprocessing, fit, prior, "coverage", begun, rest)
-    held, of_pool = (_scores(settings, model, images, preprocessing) for images in (samples.held_out, samples.public))
+        prior, ranking = _estimate(learner)
+    model = learner.learn(samples.epoch(samples.public), settings.coverage_fit, prior, "coverage")
+    held, of_pool = learner.scores(model, samples.held_out), learner.scores(model, samples.public)
     weights = samples.held_out_weights
     if ranking is None:
         ranking = auroc(held, of_pool, weights)
     return Found(model, held, of_pool, weights, prior, ranking), preprocessing
 
 
-def _estimate(
-    settings: SiteSettings,
-    samples: Samples,
-    preprocessing: Preprocessing,
-    begun: nn.Module,
-    on_epoch: OnEpoch,
-) -> tuple[float, float]:
+def _estimate(learner: _Learner) -> tuple[float, float]:
     """Return the share of the pool that is of the site's classes, and how often a private image outranks one of it.
 
     Both are of networks that learn from one half of the pool and score the other: a network takes pool images that it
     learned from for others' the more the longer it learns, so by its scores of these the share would come out too low.
     The share that a network learns with draws its scores along: each takes the one found before it.
     """
+    samples, fit = learner.samples, _short(learner.settings.coverage_fit)
     prior, found, weights = FIRST_PRIOR, dict[int, tuple[float, float]](), samples.held_out_weights
-    fit = _short(settings.coverage_fit)
     for turn, half in enumerate(TURNS):
         new_held, new = samples.held_out_half == half, samples.half == half
         if not (new_held.any() and new.any()):
+            learner.told += fit.epochs
             continue  # of copies of one image, one half has none
-        images, after = samples.epoch(samples.public[~new]), _from(turn * fit.epochs, on_epoch)
-        model = _train(settings, samples, images, preprocessing, fit, prior, f"prior {turn}", begun, after)
-        held = _scores(settings, model, samples.held_out[new_held], preprocessing)
-        of_pool = _scores(settings, model, samples.public[new], preprocessing)
+        model = learner.learn(samples.epoch(samples.public[~new]), fit, prior, f"prior {turn}")
+        held = learner.scores(model, samples.held_out[new_held])
+        of_pool = learner.scores(model, samples.public[new])
         counts = None if weights is None else weights[new_held]
         prior = estimate_prior(held, of_pool, counts)
         found[half] = prior, auroc(held, of_pool, counts)
@@ -108,6 +100,77 @@ def _estimate(
     shares = [np.count_nonzero(samples.half == half) for half in found]
     share, ranking = np.average(list(found.values()), axis=0, weights=shares)
     return float(share), float(ranking)
+
+
+class _Learner:
+    """One site's trainings, one after another: what all of them share, and how many epochs were told of."""
+
+    def __init__(
+        self, settings: SiteSettings, samples: Samples, preprocessing: Preprocessing, on_epoch: OnEpoch
+    ) -> None:
+        self.settings, self.samples, self.preprocessing = settings, samples, preprocessing
+        self.told, self._on_epoch = 0, on_epoch
+        self._begun = build(
+            settings.coverage.architecture,
+            classes=samples.classes + 1,
+            channels=preprocessing.channels or 1,
+            seed=derive(settings.seed, "coverage weights"),
+        )
+
+    def pretrain(self, on_epoch: OnEpoch) -> None:
+        """Teach the network that all begin as to tell the site's classes apart: it tells others' apart, too, then.
+
+        Of one class there is nothing to tell apart, and `coverage.fit.pretrain` may be 0: then it learns nothing.
+        """
+        fit, samples = self.settings.coverage_pretraining, self.samples
+        if fit is not None and samples.classes > 1:
+            labels = torch.from_numpy(samples.labels).to(default_device())
+            loss = OwnClasses(labels, samples.classes, sha256(samples.labels.tobytes()))
+            self._fit(self._begun, samples.private, loss, fit, "own classes", on_epoch)
+
+    def learn(self, epoch: tuple[Images, NDArray[np.int64]], fit: Fit, prior: float, purpose: str) -> nn.Module:
+        """Return a network that learned from `epoch`, as `Samples.epoch` gives it; goes on where `purpose` stopped."""
+        model, (images, of_images), samples = copy.deepcopy(self._begun), epoch, self.samples
+        labels = torch.from_numpy(of_images).to(default_device())
+        weights = None
+        if samples.weights is not None:
+            weights = torch.tensor(samples.weights, dtype=torch.float32).to(labels.device)
+        loss = PositiveUnlabelled(labels, samples.classes, prior, sha256(of_images.tobytes()), weights)
+        self._fit(model, images, loss, fit, purpose, self._tell)
+        self.told += fit.epochs
+        return model
+
+    def scores(self, model: nn.Module, images: Images) -> NDArray[np.float64]:
+        """Return scores (n,) of images (n, H, W, C). Raises `CoverageError` where they are not finite."""
+        found, settings = score_of(model, images, self.preprocessing), self.settings
+        if not np.isfinite(found).all():
+            raise CoverageError(
+                f"{settings.name}: the network that was trained gives scores that are not finite",
+                hint=f"Lower coverage.fit.learning_rate, for example to {settings.coverage.fit.learning_rate / 4:.2g}",
+            )
+        return found
+
+    def _tell(self, record: EpochRecord) -> None:
+        """Tell of an epoch as one of all that are trained."""
+        if self._on_epoch is not None:
+            self._on_epoch(replace(record, epoch=self.told + record.epoch))
+
+    def _fit(self, model: nn.Module, images: Images, loss: Loss, fit: Fit, purpose: str, on_epoch: OnEpoch) -> None:
+        settings = self.settings
+        try:
+            train(
+                model,
+                images,
+                loss,
+                fit,
+                self.preprocessing,
+                seed=derive(settings.seed, purpose),
+                folder=settings.state / FOLDER / "training" / purpose.replace(" ", "-"),
+                on_epoch=on_epoch,
+            )
+        except StudentError as error:  # the loop's word for any network
+            hint = (error.hint or "").replace("fit.", "coverage.fit.")
+            raise CoverageError(f"{settings.name}, coverage ({purpose}): {error.message}", hint=hint) from error
 
 
 def _as_used(settings: SiteSettings, pool: Pool) -> Preprocessing:
@@ -120,97 +183,6 @@ def _as_used(settings: SiteSettings, pool: Pool) -> Preprocessing:
             hint="Give one value for all channels or one each",
         )
     return held.model_copy(update={"size": pool.shape[:2], "channels": channels})
-
-
-def _scores(
-    settings: SiteSettings, model: nn.Module, images: Images, preprocessing: Preprocessing
-) -> NDArray[np.float64]:
-    """Return scores (n,) of images (n, H, W, C). Raises `CoverageError` where they are not finite."""
-    found = score_of(model, images, preprocessing)
-    if not np.isfinite(found).all():
-        raise CoverageError(
-            f"{settings.name}: the network that was trained gives scores that are not finite",
-            hint=f"Lower coverage.fit.learning_rate, for example to {settings.coverage.fit.learning_rate / 4:.2g}",
-        )
-    return found
-
-
-def _pretrain(
-    settings: SiteSettings,
-    samples: Samples,
-    preprocessing: Preprocessing,
-    on_epoch: OnEpoch,
-) -> nn.Module:
-    """Return a network of K + 1 outputs that tells the site's classes apart: what it sees tells others' apart, too.
-
-    Of one class there is nothing to tell apart, and `coverage.fit.pretrain` may be 0: then it has learned nothing.
-    """
-    model = build(
-        settings.coverage.architecture,
-        classes=samples.classes + 1,
-        channels=preprocessing.channels or 1,
-        seed=derive(settings.seed, "coverage weights"),
-    )
-    fit = settings.coverage_pretraining
-    if fit is not None and samples.classes > 1:
-        labels = torch.from_numpy(samples.labels).to(default_device())
-        loss = OwnClasses(labels, samples.classes, sha256(samples.labels.tobytes()))
-        _fit(settings, model, samples.private, loss, fit, preprocessing, "own classes", on_epoch)
-    return model
-
-
-def _train(
-    settings: SiteSettings,
-    samples: Samples,
-    epoch: tuple[Images, NDArray[np.int64]],
-    preprocessing: Preprocessing,
-    fit: Fit,
-    prior: float,
-    purpose: str,
-    begun: nn.Module,
-    on_epoch: OnEpoch,
-) -> nn.Module:
-    """Return a network that began as `begun` and learned from `epoch`, as `Samples.epoch` gives it.
-
-    Goes on where an earlier call of the same purpose stopped.
-    """
-    model, (images, of_images) = copy.deepcopy(begun), epoch
-    labels = torch.from_numpy(of_images).to(default_device())
-    weights = None if samples.weights is None else torch.tensor(samples.weights, dtype=torch.float32).to(labels.device)
-    loss = PositiveUnlabelled(labels, samples.classes, prior, sha256(of_images.tobytes()), weights)
-    _fit(settings, model, images, loss, fit, preprocessing, purpose, on_epoch)
-    return model
-
-
-def _fit(
-    settings: SiteSettings,
-    model: nn.Module,
-    images: Images,
-    loss: Loss,
-    fit: Fit,
-    preprocessing: Preprocessing,
-    purpose: str,
-    on_epoch: OnEpoch,
-) -> None:
-    try:
-        train(
-            model,
-            images,
-            loss,
-            fit,
-            preprocessing,
-            seed=derive(settings.seed, purpose),
-            folder=settings.state / FOLDER / "training" / purpose.replace(" ", "-"),
-            on_epoch=on_epoch,
-        )
-    except StudentError as error:  # the loop's word for any network
-        hint = (error.hint or "").replace("fit.", "coverage.fit.")
-        raise CoverageError(f"{settings.name}, coverage ({purpose}): {error.message}", hint=hint) from error
-
-
-def _from(before: int, on_epoch: OnEpoch) -> OnEpoch:
-    """Return what is told of a training's epochs after `before` others of all that is trained."""
-    return None if on_epoch is None else lambda record: on_epoch(replace(record, epoch=before + record.epoch))
 
 
 def _short(fit: Fit) -> Fit:
