@@ -141,7 +141,7 @@ def case(seed: int, cache: Path, arguments: argparse.Namespace) -> Case:
     classes = tuple(tuple(sorted(map(int, part))) for part in parts)
     called = tuple(f"vertical-{v + 1}" for v in range(len(classes)))
     verticals = Verticals(called, classes, tuple((v,) for v in range(len(classes))))
-    pool, private = shared_out(labels, random, POOL)
+    pool, private = shared_out(labels, random, POOL / 100)
     mean, deviation = features[pool].mean(axis=0), features[pool].std(axis=0) + 1e-3
     features, test = (features - mean) / deviation, (test - mean) / deviation
     answers, specialists = [], []

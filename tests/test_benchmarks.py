@@ -193,6 +193,35 @@ def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_eac
     ]
 
 
+@pytest.mark.parametrize("grid", [False, True])
+def test_concentration_is_measured_on_any_features(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, grid: bool
+) -> None:
+    """Its images and its backbone come in packages: here, points around ten places."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # else it starts itself over
+    made = importlib.import_module("concentration")
+    images = {split: np.full((count, 1, 1, 3), count, np.uint8) for split, count in (("train", 250), ("test", 60))}
+
+    def kept(split: str, arguments: argparse.Namespace) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
+        return (images[split], np.arange(len(images[split])) % 10), [f"class {at}" for at in range(10)]
+
+    def features(backbone: str, held: np.ndarray, folder: Path) -> np.ndarray:
+        places = np.random.default_rng(0).normal(size=(10, 12))
+        around = np.random.default_rng(len(held)).normal(size=(len(held), 12))
+        return (places[np.arange(len(held)) % 10] + 0.3 * around).astype(np.float32)
+
+    monkeypatch.setattr(made, "kept", kept)
+    monkeypatch.setattr(made.lite, "remember", features)
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["concentration.py", "--quick", "--json", str(file), *["--grid"] * grid])
+    made.main()
+    (told,) = json.loads(file.read_text())["seeds"]
+    assert set(told["students"]) == set(made.GRID if grid else made.ROWS)
+    assert told["specialists"] > 0.9
+    assert all(0 < held["within"] <= 1 for held in told["students"].values())
+
+
 def squared(power: int, seed: int, home: Path) -> dict[str, int]:
     """A measurement, for processes to hand each other."""
     with (home.parent / "measured.txt").open("a") as log:
