@@ -28,6 +28,9 @@ BASELINES = ("naive", "best_site", "hard_vote", "max_confidence", "least_uncerta
 """Names of the baselines, in the order in which they are told."""
 BINS = 15
 """Equal-width bins of the expected calibration error."""
+MOST_CONFUSION = 200
+"""Classes up to which there is a confusion matrix: it grows with their square."""
+MOST_MISTAKES = 10
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,10 @@ class Judgement:
     """Everything the test set tells about a run.
 
     `outside` of the `count` test images are of a class that no site knows: they count as wrong. `confusion[t][p]` is
-    the number of images of class t that the student takes for p; `confusion_outside[p]` the same for those outside.
-    `unwanted` more are of classes that the student was not to learn: nobody is judged by them.
+    the number of images of class t that the student takes for p, None for more than `MOST_CONFUSION` classes;
+    `confusion_outside[p]` the same for those outside. `mistakes` are the classes that are taken for others most often,
+    as (t, p, number), most first. `unwanted` more are of classes that the student was not to learn: nobody is judged
+    by them.
     """
 
     count: int
@@ -101,8 +106,9 @@ class Judgement:
     classes: tuple[ClassScore, ...]
     calibration_error: float
     reliability: tuple[Bin, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    confusion_outside: tuple[int, ...]
+    confusion: tuple[tuple[int, ...], ...] | None
+    confusion_outside: tuple[int, ...] | None
+    mistakes: tuple[tuple[int, int, int], ...]
     sites: tuple[SiteScore, ...]
     unwanted: int = 0
 
@@ -158,7 +164,7 @@ def judge(
         "unified_ensemble": unified_top,
         "oracle": oracle_top,
     }
-    counts = _confusion(labels, predicted, width)
+    confusion = _confusion(labels, predicted, width) if width <= MOST_CONFUSION else None
     own = mine if mine is not None else [np.isin(labels, classes) for classes in space.class_sets]
     error, reliability = calibration(softmax(scores), labels)
     return Judgement(
@@ -167,11 +173,12 @@ def judge(
         student=score(predicted, labels),
         baselines={name: None if (top := contenders[name]) is None else score(top, labels) for name in BASELINES},
         best_site=None if best is None else space.sites[best],
-        classes=_class_scores(space, counts, None if unified_top is None else _confusion(labels, unified_top, width)),
+        classes=_class_scores(space, labels, predicted, unified_top),
         calibration_error=error,
         reliability=reliability,
-        confusion=tuple(tuple(map(int, row)) for row in counts[:width]),
-        confusion_outside=tuple(map(int, counts[width])),
+        confusion=None if confusion is None else tuple(tuple(map(int, row)) for row in confusion[:width]),
+        confusion_outside=None if confusion is None else tuple(map(int, confusion[width])),
+        mistakes=_mistakes(labels, predicted, width),
         sites=tuple(
             _site_score(site, held, labels, p, scores, known)
             for site, held, p, known in zip(space.sites, columns, probs, own, strict=True)
@@ -354,16 +361,30 @@ def _confusion(truth: Ints, predicted: Ints, width: int) -> Ints:
     return np.bincount(rows * width + predicted, minlength=(width + 1) * width).reshape(width + 1, width)
 
 
-def _class_scores(space: LabelSpace, student: Ints, unified: Ints | None) -> tuple[ClassScore, ...]:
+def _mistakes(truth: Ints, predicted: Ints, width: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the most common mistakes about images inside the label space; of equals the first classes'."""
+    wrong = (truth >= 0) & (truth != predicted)
+    pairs, counts = np.unique(truth[wrong] * width + predicted[wrong], return_counts=True)
+    first = np.argsort(-counts, kind="stable")[:MOST_MISTAKES]
+    return tuple((*map(int, divmod(pairs[at], width)), int(counts[at])) for at in first)
+
+
+def _class_scores(space: LabelSpace, truth: Ints, predicted: Ints, unified: Ints | None) -> tuple[ClassScore, ...]:
+    def counted(classes: Ints) -> list[int]:
+        return [int(count) for count in np.bincount(classes, minlength=len(space))]
+
+    support, taken = counted(truth[truth >= 0]), counted(predicted)
+    hits = counted(truth[truth == predicted])
+    told = [None] * len(space) if unified is None else counted(truth[truth == unified])
     return tuple(
         ClassScore(
             name=name,
-            support=(support := int(student[c].sum())),
-            recall=_share(student[c, c], support),
-            precision=_share(student[c, c], student[:, c].sum()),
-            unified_recall=None if unified is None else _share(unified[c, c], support),
+            support=held,
+            recall=_share(hit, held),
+            precision=_share(hit, times),
+            unified_recall=None if other is None else _share(other, held),
         )
-        for c, name in enumerate(space.names)
+        for name, held, hit, times, other in zip(space.names, support, hits, taken, told, strict=True)
     )
 
 

@@ -194,9 +194,7 @@ def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_eac
 
 
 @pytest.mark.parametrize("grid", [False, True])
-def test_concentration_is_measured_on_any_features(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, grid: bool
-) -> None:
+def test_concentration_is_measured_on_any_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, grid: bool) -> None:
     """Its images and its backbone come in packages: here, points around ten places."""
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # else it starts itself over

@@ -390,7 +390,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_asked(home: Path, rep
 def test_a_temperature_that_branches_would_not_follow_is_refused(home: Path, reporter: Reporter) -> None:
     more = {"judge": {"test": None}, "unify": {"temperature": 2.0}}
     sites = sites_of("blocks", multi=True)
-    with pytest.raises(SettingsError, match=r"'unify.temperature' is 2; with multi-label sites branches learn") as caught:
+    with pytest.raises(
+        SettingsError, match=r"'unify.temperature' is 2; with multi-label sites branches learn"
+    ) as caught:
         do(home, sites, reporter, **more)
     assert caught.value.hint == "Set it to 1, or student.filtered.target to unified"
     assert not sites.attempts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from itertools import permutations
 from typing import Any
 
@@ -210,6 +211,39 @@ class TestStudent:
         assert (by_name["d"].recall, by_name["d"].precision) == (1.0, 0.5)
         assert found.confusion == ((2, 1, 0, 0), (1, 1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1))
         assert found.confusion_outside == (1, 0, 0, 1)
+        assert found.mistakes == ((0, 1, 1), (1, 0, 1))
+
+    def test_the_most_common_mistakes_are_those_of_the_matrix(self) -> None:
+        found = judge(space=SPACE, **random_case(4))
+        assert found.confusion is not None
+        table = [(t, p, n) for t, row in enumerate(found.confusion) for p, n in enumerate(row) if t != p and n]
+        assert len(table) == 12
+        assert found.mistakes == tuple(sorted(table, key=lambda mistake: -mistake[2])[:10])
+
+    @pytest.mark.parametrize("width", [201, 3000])
+    def test_nothing_of_the_size_of_classes_times_classes_is_held(self, width: int) -> None:
+        names = tuple(map(str, range(width)))
+        space = LabelSpace(names, ("east",), (tuple(range(width)),))
+        truth, predicted = [0, 0, 7, width - 1, -1], [0, 5, 7, 5, 3]
+        student = one_hot(predicted, width)
+        tracemalloc.start()
+        found = judge(truth, space, [student], student, student, None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (found.confusion, found.confusion_outside) == (None, None)
+        assert found.mistakes == ((0, 5, 1), (width - 1, 5, 1))
+        told = {
+            c.name: (c.support, c.recall, c.precision) for c in found.classes if c.support or c.precision is not None
+        }
+        assert told == {
+            "0": (2, 0.5, 1.0),
+            "3": (0, None, 0.0),
+            "5": (0, None, 0.0),
+            "7": (1, 1.0, 1.0),
+            names[-1]: (1, 0.0, None),
+        }
+        if width == 3000:
+            assert peak < 8 * width**2 / 4
 
     def test_against_scikit_learn(self) -> None:
         case = random_case(3)
