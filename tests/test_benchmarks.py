@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from consilience.common.errors import StudentError
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -171,7 +173,8 @@ def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_eac
         blocks = 3 * first.filtered.epochs * filtered  # cnn3 has three
         assert first.fit.epochs + blocks == 24 + 12 * (method == made.LONGER)
         assert (first.fit.learning_rate, other.fit.learning_rate) == (slow, fast)
-        assert other.filtered == first.filtered
+        assert other.filtered.learning_rate / fast == pytest.approx(first.filtered.learning_rate / slow)
+        assert other.model_copy(update={"fit": first.fit, "filtered": first.filtered}) == first
         told[method] = first
     assert {method for method, each in told.items() if each.learning == "filtered"} == {
         made.FILTERED,
@@ -218,6 +221,36 @@ def test_concentration_is_measured_on_any_features(monkeypatch: pytest.MonkeyPat
     assert set(told["students"]) == set(made.GRID if grid else made.ROWS)
     assert told["specialists"] > 0.9
     assert all(0 < held["within"] <= 1 for held in told["students"].values())
+
+
+def test_a_rate_that_is_too_high_to_learn_by_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("customised")
+    told, scores = {"a": np.arange(5.0)}, {0.1: np.arange(5.0), 0.3: np.zeros(5)}
+
+    def student(scenario: object, method: str, wanted: object, rate: float, home: object) -> argparse.Namespace:
+        if rate not in scores:
+            raise StudentError("the loss is not finite")
+        return argparse.Namespace(labels=("a",), log_probs=lambda images: scores[rate][:, None])
+
+    class Home:
+        """Files, of which there are none."""
+
+        path = tmp_path
+
+        def on(self, part: str) -> Home:
+            return self
+
+        def __len__(self) -> int:
+            return 0
+
+        def read(self, start: int, stop: int) -> None:
+            """Images, at which nothing looks."""
+
+    monkeypatch.setattr(made, "made", student)
+    monkeypatch.setattr(made, "Pool", argparse.Namespace(open=lambda path: Home()))
+    found = [made.alike(None, "KD", (0,), rate, Home(), told) for rate in (0.1, 0.3, 3.0)]
+    assert found == [pytest.approx(1.0), -1.0, -1.0]
 
 
 def squared(power: int, seed: int, home: Path) -> dict[str, int]:
