@@ -13,7 +13,9 @@ from scipy.stats import binomtest, entropy
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from consilience.common.labels import LabelSpace
-from consilience.server.judge import BASELINES, BINS, agreement, calibration, judge, score, uncertainty, wilson
+from consilience.server import judge_tops
+from consilience.server.judge import BASELINES, BINS, agreement, calibration, judge, score, wilson
+from consilience.server.judge_tops import uncertainty
 
 SPACE = LabelSpace(("a", "b", "c", "d"), ("east", "north", "west"), ((0, 1), (2, 1), (3, 2, 0)))
 
@@ -244,6 +246,24 @@ class TestStudent:
         }
         if width == 3000:
             assert peak < 8 * width**2 / 4
+
+    @pytest.mark.parametrize("values", [1, 12, 399])
+    def test_blocks_of_images_change_nothing(self, monkeypatch: pytest.MonkeyPatch, values: int) -> None:
+        case = {**random_case(5, 100), "answers": [None, *random_case(5, 100)["answers"][1:]]}
+        expected = judge(space=SPACE, **case)
+        monkeypatch.setattr(judge_tops, "BLOCK_VALUES", values)
+        assert judge(space=SPACE, **case) == expected
+        with pytest.raises(ValueError, match="student: NaN"):
+            judge(space=SPACE, **{**case, "student": np.where(np.arange(100)[:, None] < 99, case["student"], np.nan)})
+
+    def test_scores_are_copied_a_block_at_a_time(self) -> None:
+        space = LabelSpace(tuple(map(str, range(4096))), ("east",), (tuple(range(4096)),))
+        scores = np.zeros((2048, 4096), np.float32)
+        tracemalloc.start()
+        judge(np.zeros(2048, np.int64), space, [scores], scores, scores, scores)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3 * scores.nbytes
 
     def test_against_scikit_learn(self) -> None:
         case = random_case(3)
