@@ -223,6 +223,18 @@ def test_concentration_is_measured_on_any_features(monkeypatch: pytest.MonkeyPat
     assert all(0 < held["within"] <= 1 for held in told["students"].values())
 
 
+def test_students_made_to_order_are_told_less_their_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("customised")
+    figures = {
+        "teachers": {"site-1": {"a": 0.5, "b": 0.9, "c": 0.1}, "site-2": {"b": 0.7}},
+        "customised": {"some": {"filtered": {"ap": {"a": 0.6, "b": 0.9}}}},
+        "full": {"all": {"ap": {"a": 0.4, "b": 0.8, "c": 0.2}}},
+    }
+    assert made.less_teachers([figures], "some", ["a", "b"], "filtered") == "+10.0"
+    assert made.less_teachers([figures], "some", ["a", "b"], "all") == "-5.0"
+
+
 def test_a_rate_that_is_too_high_to_learn_by_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     made = importlib.import_module("customised")
