@@ -26,6 +26,7 @@ from consilience.common.settings import JobSettings, Unify, largest_sent
 from consilience.server.answered import CoverageStores, Usable, block_size, patterns, read_rows, runs, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.labelling import Diagnostics, Tally, done_before, labels_key
+from consilience.server.labelling_solved import SolvedRows
 from consilience.server.solvers import unifier
 from consilience.server.student.routing import highest
 from consilience.server.student.verticals import kept, verticals_of
@@ -57,7 +58,7 @@ class TopRows:
         return out
 
 
-Labels: TypeAlias = NDArray[np.float32] | TopRows
+Labels: TypeAlias = NDArray[np.float32] | SolvedRows | TopRows
 
 
 def classes_kept(job: JobSettings, space: LabelSpace, coverage: CoverageStores) -> int | None:

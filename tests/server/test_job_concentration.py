@@ -127,7 +127,10 @@ def test_without_coverage_unified_labels_route(home: Path, reporter: Reporter) -
     assert told["routed_by"] == {"coverage": 0, "unified labels": SAMPLES}
     assert [v["specialists"] for v in told["verticals"]] == [["east"], ["east", "north"], ["north"]]
     labels, values = (np.load(home / "run" / "labels" / f"target-{name}.npy") for name in ("classes", "values"))
-    unified = np.load(home / "run" / "labels" / "q.npy")
+    assert not (home / "run" / "labels" / "q.npy").exists()
+    plain = settings(home, {}, student={"learning": "soft-labels", "fit": {"epochs": 1}}, unify={"method": "ce"})
+    run_job(home, sites_of(CHAIN, ()), plain, reporter, run="plain")
+    unified = np.load(home / "plain" / "labels" / "q.npy")
     names = read_json(home / "run" / "student" / "labels.json")["labels"]
     parts = [[names.index(c) for c in held] for held in TABLE.values()]
     for row in range(SAMPLES):
