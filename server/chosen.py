@@ -20,6 +20,7 @@ from consilience.common.errors import DataError, LabelError, SettingsError
 from consilience.common.labels import LabelSpace
 from consilience.common.settings import JobSettings
 from consilience.server.answered import block_size
+from consilience.server.labelling_solved import SolvedRows
 from consilience.server.student.wanted import SitePart, Wanted
 from consilience.server.truth import test_truth, test_truth_labels
 
@@ -110,7 +111,7 @@ class Chosen:
         return Wanted(self.classes, self.other, 1.0 if self.other else 1 / max(share, 1 / batch))
 
     def share(
-        self, labels: NDArray[np.float32], other: NDArray[np.float32] | None, ids: NDArray[np.int64] | None
+        self, labels: NDArray[np.float32] | SolvedRows, other: NDArray[np.float32] | None, ids: NDArray[np.int64] | None
     ) -> float:
         """Return the mean mass on wanted classes of unified labels (n, L), of the rows `ids` or of all, n >= 1.
 
@@ -119,7 +120,7 @@ class Chosen:
         rows, size, total = np.arange(len(labels)) if ids is None else ids, block_size(self.space), 0.0
         for start in range(0, len(rows), size):
             at = rows[start : start + size]
-            mass = labels[np.ix_(at, np.asarray(self.classes))].sum(axis=1, dtype=np.float64)
+            mass = labels[at][:, self.classes].sum(axis=1, dtype=np.float64)
             total += float(np.sum(mass if other is None else mass * (1.0 - np.asarray(other[at], np.float64))))
         return total / len(rows)
 

@@ -31,6 +31,7 @@ from consilience.common.settings import JobSettings, largest_sent
 from consilience.server.answered import Block, CoverageStores, block_size, blocks
 from consilience.server.answers import AnswerStore
 from consilience.server.chosen import Chosen
+from consilience.server.labelling_solved import SolvedRows
 from consilience.server.labelling_top import Labels, TopRows
 from consilience.server.learning import BuildStudent, ByLoss
 from consilience.server.student.concentrated_head import HeadPlan, head_of
@@ -190,7 +191,7 @@ def _cut(
 
 
 def _route(
-    block: Block, labels: NDArray[np.float32], space: LabelSpace, verticals: Verticals, routing: str | None
+    block: Block, labels: NDArray[np.float32] | SolvedRows, space: LabelSpace, verticals: Verticals, routing: str | None
 ) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
     """Return by what a block is routed, as a place in `_BY`, and its verticals and sites."""
     answered = [rows is not None for rows in block.answers]

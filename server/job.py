@@ -43,9 +43,9 @@ from consilience.server.events import Events
 from consilience.server.filtered import owners
 from consilience.server.grouped import align
 from consilience.server.guarantees import note_guarantees
-from consilience.server.labelling import Diagnostics, labels_key, load_other, unify_pool
+from consilience.server.labelling import Diagnostics, labels_key, load_other, solved_pool, unify_pool
 from consilience.server.labelling_multi import unify_pool_labels
-from consilience.server.labelling_top import Labels, TopRows, classes_kept, unify_pool_top
+from consilience.server.labelling_top import Labels, TopRows, classes_kept, top_key, unify_pool_top
 from consilience.server.learning import (
     ByLoss,
     check_student,
@@ -143,7 +143,10 @@ class Job:
             elif chosen.everything and (keep := classes_kept(self.settings, space, coverage)) is not None:
                 labels, diagnostics = unify_pool_top(self.run / "labels", space, stores, unify, keep, *rest[:2])
             else:
-                labels, diagnostics = unify_pool(self.run / "labels", space, stores, cards, unify, *rest)
+                # specialists teach what they answered themselves: labels of all classes, if any, are looked at once
+                teach = self.settings.student.learning == "concentration" and not self.settings.student.learns_labels
+                make = solved_pool if teach else unify_pool
+                labels, diagnostics = make(self.run / "labels", space, stores, cards, unify, *rest)
             self._tell_checks(diagnostics)
             samples = labelled(space, stores, samples, diagnostics.trust)
         with self._stage("learn"):
@@ -381,8 +384,10 @@ class Job:
     def _forget_timing(self, space: LabelSpace, stores: list[AnswerStore], coverage: CoverageStores) -> None:
         """Drop what earlier stages took if their work is done anew because answers have come in since."""
         notes = self.run / "labels" / "diagnostics.json"
-        key = labels_key(space, stores, self.settings.unify, coverage, self.settings.seed)
-        if notes.exists() and read_json(notes).get("key") != key:
+        keys = [labels_key(space, stores, self.settings.unify, coverage, self.settings.seed)]
+        if (keep := classes_kept(self.settings, space, coverage)) is not None:
+            keys.append(top_key(space, stores, self.settings.unify, keep))
+        if notes.exists() and read_json(notes).get("key") not in keys:
             for name in ("unify", "learn", "oracle", "judge"):
                 self.timing.pop(name, None)
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from consilience.common.labels import LabelSpace
 from consilience.server.judge_groups import Columns, meeting
+from consilience.server.judge_tops import SiteTops, softmax, tops_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -28,6 +29,9 @@ BASELINES = ("naive", "best_site", "hard_vote", "max_confidence", "least_uncerta
 """Names of the baselines, in the order in which they are told."""
 BINS = 15
 """Equal-width bins of the expected calibration error."""
+MOST_CONFUSION = 200
+"""Classes up to which there is a confusion matrix: it grows with their square."""
+MOST_MISTAKES = 10
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,10 @@ class Judgement:
     """Everything the test set tells about a run.
 
     `outside` of the `count` test images are of a class that no site knows: they count as wrong. `confusion[t][p]` is
-    the number of images of class t that the student takes for p; `confusion_outside[p]` the same for those outside.
-    `unwanted` more are of classes that the student was not to learn: nobody is judged by them.
+    the number of images of class t that the student takes for p, None for more than `MOST_CONFUSION` classes;
+    `confusion_outside[p]` the same for those outside. `mistakes` are the classes that are taken for others most often,
+    as (t, p, number), most first. `unwanted` more are of classes that the student was not to learn: nobody is judged
+    by them.
     """
 
     count: int
@@ -101,8 +107,9 @@ class Judgement:
     classes: tuple[ClassScore, ...]
     calibration_error: float
     reliability: tuple[Bin, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    confusion_outside: tuple[int, ...]
+    confusion: tuple[tuple[int, ...], ...] | None
+    confusion_outside: tuple[int, ...] | None
+    mistakes: tuple[tuple[int, int, int], ...]
     sites: tuple[SiteScore, ...]
     unwanted: int = 0
 
@@ -140,41 +147,35 @@ def judge(
     if len(answers) != len(space.sites):
         raise ValueError(f"{len(answers)} sites' answers for {len(space.sites)} sites")
     columns = [Columns.of(space, site) for site in range(len(space.sites))]
-    probs = [
-        None if a is None else softmax(_matrix(a, m, len(held.sole), f"answers of {site}"))
-        for a, held, site in zip(answers, columns, space.sites, strict=True)
+    told = tops_of(m, space, columns, answers, unified, student, oracle)
+    tops = [
+        None if site.column is None else held.sole[site.column] for held, site in zip(columns, told.sites, strict=True)
     ]
-    scores = _matrix(student, m, width, "student")
-    predicted = scores.argmax(1)
-    unified_top = None if unified is None else _matrix(unified, m, width, "unified").argmax(1)
-    oracle_top = None if oracle is None else _matrix(oracle, m, width, "oracle").argmax(1)
-
-    tops = [None if p is None else held.sole[p.argmax(1)] for p, held in zip(probs, columns, strict=True)]
     best = _best_site(labels, space, tops)
-    ensembles = _ensembles(space, columns, probs, m)
     contenders = {
-        **ensembles,
+        **told.ensembles,
         "best_site": None if best is None else tops[best],
-        "unified_ensemble": unified_top,
-        "oracle": oracle_top,
+        "unified_ensemble": told.unified,
+        "oracle": told.oracle,
     }
-    counts = _confusion(labels, predicted, width)
+    confusion = _confusion(labels, told.student, width) if width <= MOST_CONFUSION else None
     own = mine if mine is not None else [np.isin(labels, classes) for classes in space.class_sets]
-    error, reliability = calibration(softmax(scores), labels)
+    error, bins = reliability(told.sure, told.student == labels)
     return Judgement(
         count=m,
         outside=int((labels < 0).sum()),
-        student=score(predicted, labels),
+        student=score(told.student, labels),
         baselines={name: None if (top := contenders[name]) is None else score(top, labels) for name in BASELINES},
         best_site=None if best is None else space.sites[best],
-        classes=_class_scores(space, counts, None if unified_top is None else _confusion(labels, unified_top, width)),
+        classes=_class_scores(space, labels, told.student, told.unified),
         calibration_error=error,
-        reliability=reliability,
-        confusion=tuple(tuple(map(int, row)) for row in counts[:width]),
-        confusion_outside=tuple(map(int, counts[width])),
+        reliability=bins,
+        confusion=None if confusion is None else tuple(tuple(map(int, row)) for row in confusion[:width]),
+        confusion_outside=None if confusion is None else tuple(map(int, confusion[width])),
+        mistakes=_mistakes(labels, told.student, width),
         sites=tuple(
-            _site_score(site, held, labels, p, scores, known)
-            for site, held, p, known in zip(space.sites, columns, probs, own, strict=True)
+            _site_score(site, held, labels, of_site, told.student, known)
+            for site, held, of_site, known in zip(space.sites, columns, told.sites, own, strict=True)
         ),
     )
 
@@ -280,72 +281,10 @@ def auroc(scores: ArrayLike, truth: ArrayLike, classes: ArrayLike) -> float | No
     return _auroc(scores, np.isin(np.asarray(truth), np.asarray(classes)))
 
 
-def uncertainty(probs: Floats) -> Floats:
-    """Return (m,) the entropy of probabilities (m, k) relative to log k: 0 is certain, 1 is a guess.
-
-    Shen et al., AAAI 2019, let the teacher answer for which it is least. A site of a single class always says
-    that class: that tells nothing, and counts as 1.
-    """
-    k = probs.shape[1]
-    if k == 1:
-        return np.ones(len(probs))
-    logs = np.log(probs, where=probs > 0, out=np.zeros_like(probs))
-    return np.asarray(-(probs * logs).sum(1) / math.log(k))
-
-
-def softmax(scores: Floats) -> Floats:
-    """Return the probabilities (m, k) of log-probabilities or logits (m, k), row by row."""
-    exp = np.exp(scores - scores.max(1, keepdims=True))
-    return np.asarray(exp / exp.sum(1, keepdims=True))
-
-
-def _matrix(values: ArrayLike, rows: int, columns: int, what: str) -> Floats:
-    array = np.asarray(values, np.float64)
-    if array.shape != (rows, columns):
-        raise ValueError(f"{what}: shape {array.shape}; wanted {(rows, columns)}")
-    if np.isnan(array).any():
-        raise ValueError(f"{what}: NaN")
-    return array
-
-
 def _best_site(truth: Ints, space: LabelSpace, tops: Sequence[Ints | None]) -> int | None:
     """Return the site with the most correct arg-maxes on all test images; of equals, the first by name."""
     correct = {site: int((top == truth).sum()) for site, top in enumerate(tops) if top is not None}
     return min(correct, key=lambda site: (-correct[site], space.sites[site]), default=None)
-
-
-def _ensembles(
-    space: LabelSpace, columns: Sequence[Columns], probs: Sequence[Floats | None], m: int
-) -> dict[str, Ints | None]:
-    """Return the arg-max labels (m,) of the four ways to combine answers without unifying them."""
-    names = ("naive", "hard_vote", "max_confidence", "least_uncertain")
-    if all(p is None for p in probs):
-        return dict.fromkeys(names)
-    summed = np.zeros((m, len(space)))
-    votes = np.zeros_like(summed)
-    largest = np.zeros_like(summed)
-    certain, least = np.zeros_like(summed), np.full(m, np.inf)
-    for site in sorted(range(len(probs)), key=lambda i: space.sites[i]):
-        p, held = probs[site], columns[site]
-        if p is None:
-            continue
-        classes, told = held.classes, held.spread(p)
-        picked, doubt = held.column == p.argmax(1)[:, None], uncertainty(told)
-        summed[:, classes] += told
-        votes[:, classes] += picked * held.share
-        certain[doubt < least] = 0.0
-        no_worse = (doubt <= least)[:, None]
-        certain[:, classes] = np.maximum(certain[:, classes], picked & no_worse)
-        least = np.minimum(least, doubt)
-        largest[:, classes] = np.maximum(largest[:, classes], told)
-    # The zero-padded mean differs from the sum by a factor only.
-    chosen = (summed.argmax(1), *(_first(values, summed) for values in (votes, largest, certain)))
-    return dict(zip(names, chosen, strict=True))
-
-
-def _first(values: Floats, ties: Floats) -> Ints:
-    """Return the arg-max of `values` (m, L) by row; of equals the one with the largest entry of `ties`."""
-    return np.asarray(np.where(values == values.max(1, keepdims=True), ties, -1.0).argmax(1))
 
 
 def _confusion(truth: Ints, predicted: Ints, width: int) -> Ints:
@@ -354,16 +293,30 @@ def _confusion(truth: Ints, predicted: Ints, width: int) -> Ints:
     return np.bincount(rows * width + predicted, minlength=(width + 1) * width).reshape(width + 1, width)
 
 
-def _class_scores(space: LabelSpace, student: Ints, unified: Ints | None) -> tuple[ClassScore, ...]:
+def _mistakes(truth: Ints, predicted: Ints, width: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the most common mistakes about images inside the label space; of equals the first classes'."""
+    wrong = (truth >= 0) & (truth != predicted)
+    pairs, counts = np.unique(truth[wrong] * width + predicted[wrong], return_counts=True)
+    first = np.argsort(-counts, kind="stable")[:MOST_MISTAKES]
+    return tuple((int(pairs[at] // width), int(pairs[at] % width), int(counts[at])) for at in first)
+
+
+def _class_scores(space: LabelSpace, truth: Ints, predicted: Ints, unified: Ints | None) -> tuple[ClassScore, ...]:
+    def counted(classes: Ints) -> list[int]:
+        return [int(count) for count in np.bincount(classes, minlength=len(space))]
+
+    support, taken = counted(truth[truth >= 0]), counted(predicted)
+    hits = counted(truth[truth == predicted])
+    told = [None] * len(space) if unified is None else counted(truth[truth == unified])
     return tuple(
         ClassScore(
             name=name,
-            support=(support := int(student[c].sum())),
-            recall=_share(student[c, c], support),
-            precision=_share(student[c, c], student[:, c].sum()),
-            unified_recall=None if unified is None else _share(unified[c, c], support),
+            support=held,
+            recall=_share(hit, held),
+            precision=_share(hit, times),
+            unified_recall=None if other is None else _share(other, held),
         )
-        for c, name in enumerate(space.names)
+        for name, held, hit, times, other in zip(space.names, support, hits, taken, told, strict=True)
     )
 
 
@@ -378,14 +331,13 @@ def _auroc(scores: ArrayLike, mine: NDArray[np.bool_]) -> float | None:
 
 
 def _site_score(
-    name: str, held: Columns, truth: Ints, probs: Floats | None, student: Floats, mine: NDArray[np.bool_]
+    name: str, held: Columns, truth: Ints, told: SiteTops, student: Ints, mine: NDArray[np.bool_]
 ) -> SiteScore:
     count, own = int(mine.sum()), held.place[truth]
     known = own >= 0
-    said = None if probs is None else (probs.argmax(1) == own) & known
-    whole = (held.place[student.argmax(1)] == own) & known
-    among = student[:, held.classes]
-    restricted = ((among if held.plain else held.summed(softmax(among))).argmax(1) == own) & known
+    said = None if told.column is None else (told.column == own) & known
+    whole = (held.place[student] == own) & known
+    restricted = (told.restricted == own) & known
     return SiteScore(
         name=name,
         count=count,
@@ -393,5 +345,5 @@ def _site_score(
         student_accuracy=_share(whole[mine].sum(), count),
         student_accuracy_restricted=_share(restricted[mine].sum(), count),
         accuracy=None if said is None else _share(said.sum(), len(truth)),
-        confidence_auroc=None if probs is None else _auroc(probs.max(1), mine),
+        confidence_auroc=None if told.sure is None else _auroc(told.sure, mine),
     )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from consilience.common.settings import Unify
 from consilience.server.answered import Block, CoverageStores, Usable, block_size, blocks, need_usable, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.coverage_check import Claims, Verdict, believed, check_coverage
+from consilience.server.labelling_solved import SolvedRows
 from consilience.server.robust import Trust, find_trust, labelled
 from consilience.server.sharpness import find_exponent
 from consilience.server.solvers import Solvers
@@ -32,6 +33,9 @@ from consilience.server.unify import UnifiedLabels
 from consilience.server.unify.blocks import in_threads
 from consilience.server.unify.sharpen import sharpened
 from consilience.server.unify.top import TopLabels
+
+Put: TypeAlias = Callable[[NDArray[np.int64], NDArray[Any]], None]
+"""Brings rows of samples where they belong."""
 
 
 class Diagnostics(BaseModel):
@@ -169,11 +173,57 @@ def unify_pool(
         outside.unlink(missing_ok=True)
     if done := done_before(notes, key, path, *([outside] if settings.other else [])):
         return np.load(path, mmap_mode="r"), done
+    size = stores[0].about.size
+    labels = create_array(path, np.float32, (size, len(space)))
+    other = create_array(outside, np.float32, (size,)) if settings.other else None
+    with rows_of(path, labels) as put, rows_of(outside, other) as put_other:
+        diagnostics = _solve(key, space, stores, cards, settings, reporter, samples, coverage, seed, put, put_other)
+    write_json(notes, diagnostics.model_dump(mode="json"))
+    return np.load(path, mmap_mode="r"), diagnostics
+
+
+def solved_pool(
+    folder: Path,
+    space: LabelSpace,
+    stores: Sequence[AnswerStore],
+    cards: Sequence[SiteCard],
+    settings: Unify,
+    reporter: Reporter,
+    samples: Usable | None = None,
+    coverage: CoverageStores | None = None,
+    seed: int = 0,
+) -> tuple[SolvedRows, Diagnostics]:
+    """Return what `unify_pool` does, with labels that are solved when they are looked at in place of a file.
+
+    For settings without `other` and `robust`. Raises as `unify_pool`.
+    """
+    key, notes = labels_key(space, stores, settings, coverage, seed), folder / "diagnostics.json"
+    diagnostics = done_before(notes, key)
+    if diagnostics is None:
+        nowhere: Put = lambda ids, rows: None  # noqa: E731
+        diagnostics = _solve(key, space, stores, cards, settings, reporter, samples, coverage, seed, nowhere, nowhere)
+        write_json(notes, diagnostics.model_dump(mode="json"))
+    used = None if coverage is None else believed(space, coverage, diagnostics.checks)
+    return SolvedRows(space, stores, used, Solvers(space, settings, cards), diagnostics.exponent), diagnostics
+
+
+def _solve(
+    key: str,
+    space: LabelSpace,
+    stores: Sequence[AnswerStore],
+    cards: Sequence[SiteCard],
+    settings: Unify,
+    reporter: Reporter,
+    samples: Usable | None,
+    coverage: CoverageStores | None,
+    seed: int,
+    put: Put,
+    put_other: Put,
+) -> Diagnostics:
+    """Solve all samples that are usable, block by block; rows go where `put` and `put_other` bring them."""
     samples = samples or usable(stores, space)
     trust = find_trust(space, stores, samples) if settings.robust else None
     samples = need_usable(labelled(space, stores, samples, trust))
-    labels = create_array(path, np.float32, (samples.size, len(space)))
-    other = create_array(outside, np.float32, (samples.size,)) if settings.other else None
     covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)
     began = time.perf_counter()
     checks: dict[str, Verdict] = {}
@@ -192,29 +242,28 @@ def unify_pool(
     apart_from = max(space.components)
     task = reporter.start("unifying", samples.count)
     size = min(block_size(space), solvers(tuple(range(len(space.sites))), False).block)
-    with rows_of(path, labels) as put, rows_of(outside, other) as put_other:
 
-        def work(block: Block) -> tuple[Block, UnifiedLabels, list[int], bool]:
-            found = solvers.solve(block)
-            probs = found.labels.probs if found.coverage is None else sharpened(found.labels.probs, exponent)
-            put(block.ids, found.kept.spread(probs, space))
-            put_other(block.ids, found.labels.other)
-            covering = [i for i, c in zip(found.kept.sites, found.coverage or [], strict=False) if c is not None]
-            return block, found.labels, covering, found.components > apart_from
+    def work(block: Block) -> tuple[Block, UnifiedLabels, list[int], bool]:
+        found = solvers.solve(block)
+        probs = found.labels.probs if found.coverage is None else sharpened(found.labels.probs, exponent)
+        put(block.ids, found.kept.spread(probs, space))
+        put_other(block.ids, found.labels.other)
+        covering = [i for i, c in zip(found.kept.sites, found.coverage or [], strict=False) if c is not None]
+        return block, found.labels, covering, found.components > apart_from
 
-        # one pattern a block: its samples are usable all or none
-        wanted = (
-            block
-            for block in blocks(stores, size, coverage, stored=True)
-            if samples.mask is None or samples.mask[block.ids[0]]
-        )
-        for block, unified, covering, more in in_threads(work, wanted):
-            for i in covering:
-                covered[space.sites[i]] += len(block.ids)
-            tally.add(unified, len(block.ids), apart=more)
-            claims.add(block.coverage)
-            task.advance(len(block.ids))
-    diagnostics = Diagnostics(
+    # one pattern a block: its samples are usable all or none
+    wanted = (
+        block
+        for block in blocks(stores, size, coverage, stored=True)
+        if samples.mask is None or samples.mask[block.ids[0]]
+    )
+    for block, unified, covering, more in in_threads(work, wanted):
+        for i in covering:
+            covered[space.sites[i]] += len(block.ids)
+        tally.add(unified, len(block.ids), apart=more)
+        claims.add(block.coverage)
+        task.advance(len(block.ids))
+    return Diagnostics(
         key=key,
         samples=samples.count,
         seconds=time.perf_counter() - began,
@@ -225,14 +274,10 @@ def unify_pool(
         exponent=exponent,
         trust=trust,
     )
-    write_json(notes, diagnostics.model_dump(mode="json"))
-    return np.load(path, mmap_mode="r"), diagnostics
 
 
 @contextlib.contextmanager
-def rows_of(
-    path: Path, array: np.memmap[Any, Any] | None
-) -> Iterator[Callable[[NDArray[np.int64], NDArray[Any]], None]]:
+def rows_of(path: Path, array: np.memmap[Any, Any] | None) -> Iterator[Put]:
     """Give what writes rows of `array`, which is the file `path`, and makes them durable in the end; None: nowhere."""
     if array is None:
         yield lambda ids, rows: None

@@ -66,7 +66,6 @@ def unify_pool_labels(
     labels = create_array(path, np.float32, (samples.size, len(space)))
     covered = dict.fromkeys((site for site, c in zip(space.sites, coverage or [], strict=False) if c is not None), 0)
     began, spread, entries, lacking = time.perf_counter(), 0.0, 0, 0
-    shared = np.array([len(owners) > 1 for owners in space.owners])
     task = reporter.start("unifying", samples.count)
     for low in range(0, samples.size, block_size(space)):
         labels[low : low + block_size(space)] = np.nan
@@ -75,7 +74,8 @@ def unify_pool_labels(
         told = [block.coverage[i] for i in block.sites]
         unified = unify_block(space, settings, block.sites, answers, told)
         labels[block.ids] = unified.probs
-        both = unified.spread[:, shared & unified.answered]
+        owners = np.bincount([c for i in block.sites for c in space.class_sets[i]], minlength=len(space))
+        both = unified.spread[:, owners > 1]
         spread, entries = spread + float(both.sum(dtype=np.float64)), entries + both.size
         lacking += len(block.ids) * int((~unified.answered).sum())
         for i, values in zip(block.sites, told, strict=True):

@@ -26,6 +26,7 @@ from consilience.common.settings import JobSettings, Unify, largest_sent
 from consilience.server.answered import CoverageStores, Usable, block_size, patterns, read_rows, runs, usable
 from consilience.server.answers import AnswerStore
 from consilience.server.labelling import Diagnostics, Tally, done_before, labels_key
+from consilience.server.labelling_solved import SolvedRows
 from consilience.server.solvers import unifier
 from consilience.server.student.routing import highest
 from consilience.server.student.verticals import kept, verticals_of
@@ -57,7 +58,7 @@ class TopRows:
         return out
 
 
-Labels: TypeAlias = NDArray[np.float32] | TopRows
+Labels: TypeAlias = NDArray[np.float32] | SolvedRows | TopRows
 
 
 def classes_kept(job: JobSettings, space: LabelSpace, coverage: CoverageStores) -> int | None:
@@ -79,6 +80,11 @@ def classes_kept(job: JobSettings, space: LabelSpace, coverage: CoverageStores) 
     return wanted if wanted <= named else None
 
 
+def top_key(space: LabelSpace, stores: Sequence[AnswerStore], settings: Unify, keep: int) -> str:
+    """Return what tells one pool's labels from others, of which `keep` classes are kept."""
+    return sha256(canonical_json([labels_key(space, stores, settings), "top", keep]))
+
+
 def unify_pool_top(
     folder: Path,
     space: LabelSpace,
@@ -93,7 +99,7 @@ def unify_pool_top(
     Where the sites that answered a sample do not hang together, its label is made over all classes first, as by
     `unify_pool`, and `apart` counts it. Raises `UnifyError`, `StorageError`.
     """
-    key = sha256(canonical_json([labels_key(space, stores, settings), "top", keep]))
+    key = top_key(space, stores, settings, keep)
     paths, notes = [folder / name for name in (CLASSES, VALUES, REST)], folder / "diagnostics.json"
     if done := done_before(notes, key, *paths):
         return TopRows(folder, len(space)), done

@@ -24,7 +24,7 @@ from consilience.server.enrolment import StudentNeeds
 from consilience.server.feature_learning import concatenated_loss, feature_lesson, joint_fit
 from consilience.server.filtered import TailNeeds, filtered_lesson
 from consilience.server.labelling import load_other
-from consilience.server.labelling_top import Labels, TopRows
+from consilience.server.labelling_top import Labels
 from consilience.server.learning import (
     ByLoss,
     FingerprintedLoss,
@@ -96,7 +96,7 @@ def _loss(learnt: Learnt) -> FingerprintedLoss:
     settings, unify, stores, key, samples = job.student, job.unify, learnt.stores, learnt.key, learnt.samples
     wanted = _wanted(learnt)
     labels = learnt.labels
-    assert not isinstance(labels, TopRows)  # made for concentration alone
+    assert isinstance(labels, np.ndarray)  # others are made for concentration alone
     if space.multi:
         return soft_multi_loss(labels, unify.temperature, key, samples, wanted)
     if settings.learns_labels or settings.learning == "filtered":

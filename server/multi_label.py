@@ -50,6 +50,12 @@ def check_multi(job: JobSettings) -> None:
             "the unified labels, or through the sites' last blocks",
             hint="Set it to soft-labels or filtered",
         )
+    if job.student.learning == "filtered" and job.student.filtered.target is None and job.unify.temperature != 1:
+        raise SettingsError(
+            f"job.yaml: field 'unify.temperature' is {job.unify.temperature:g}; with multi-label sites branches learn "
+            "their teachers' answers as they are, unless student.filtered.target says otherwise",
+            hint="Set it to 1, or student.filtered.target to unified",
+        )
 
 
 def check_test_kind(test: ImageData | None, kind: LabelKind) -> None:

@@ -16,8 +16,8 @@ from consilience.common.pool import Pool
 from consilience.server.answered import CoverageStores, block_size
 from consilience.server.answers import AnswerStore
 from consilience.server.asked_pool import numbers_in
-from consilience.server.judge import softmax
 from consilience.server.judge_coverage import coverage_figures, ends
+from consilience.server.judge_tops import softmax
 from consilience.server.labelling import Diagnostics
 from consilience.server.report_findings import CoverageExamples, CoverageFindings
 

@@ -27,8 +27,6 @@ from consilience.server.report_page import render_page
 from consilience.server.report_privacy import privacy_summary
 from consilience.server.report_quality import quality_dict, quality_summary, quality_warnings, trust_dict
 
-MOST_CONFUSION = 200
-"""Classes up to which report.json holds the confusion matrix."""
 _ABSOLUTE = re.compile(r"(?:/|[A-Za-z]:[\\/]).*?([^\\/]+)[\\/]*", re.DOTALL)
 
 
@@ -223,7 +221,6 @@ def _student(findings: Findings) -> dict[str, Any]:
     if judged is None:
         empty = {"correct": None, "calibration_error": None, "confusion": None, "confusion_outside": None}
         return about | _score(None) | empty | {"per_class": [], "reliability": []}
-    small = len(findings.taught) <= MOST_CONFUSION
     return (
         about
         | _score(judged.student)
@@ -232,8 +229,8 @@ def _student(findings: Findings) -> dict[str, Any]:
             "calibration_error": judged.calibration_error,
             "per_class": [vars(c) for c in judged.classes],
             "reliability": [vars(b) for b in judged.reliability],
-            "confusion": judged.confusion if small else None,
-            "confusion_outside": judged.confusion_outside if small else None,
+            "confusion": judged.confusion,
+            "confusion_outside": judged.confusion_outside,
         }
     )
 

@@ -49,7 +49,6 @@ LOWEST_CLASSES = 20
 """Classes still listed when there are more than `MOST_CLASSES`: those with the lowest recall."""
 MOST_DRAWN = 150
 """Columns up to which a matrix of classes is drawn; sites are drawn up to `MOST_SITES`."""
-MOST_CONFUSIONS = 10
 _KNOWN = "Who knows which class"
 
 
@@ -199,9 +198,9 @@ def confusion(judged: Judgement | None, names: tuple[str, ...]) -> dict[str, Any
     """Return the confusion matrix and the most common confusions; None without a test set."""
     if judged is None:
         return None
-    counts = np.asarray(judged.confusion, np.int64)
     figure = None
-    if len(names) <= MOST_DRAWN:
+    if judged.confusion is not None and len(names) <= MOST_DRAWN:
+        counts = np.asarray(judged.confusion, np.int64)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         figure = plots.matrix(
             share,
@@ -213,13 +212,9 @@ def confusion(judged: Judgement | None, names: tuple[str, ...]) -> dict[str, Any
             diagonal=True,
             axes=("true class", "student’s class"),
         )
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    largest = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
     pairs = [
-        {"true": names[t], "taken": names[p], "count": int(wrong[t, p]), "share": wrong[t, p] / counts[t].sum()}
-        for t, p in zip(*np.unravel_index(largest, wrong.shape), strict=True)
-        if wrong[t, p]
+        {"true": names[t], "taken": names[p], "count": count, "share": count / judged.classes[t].support}
+        for t, p, count in judged.mistakes
     ]
     return {"figure": figure, "pairs": pairs}
 

@@ -17,7 +17,7 @@ from scipy.special import expit
 
 from consilience.common.pages.figures import BLUE, SITE_COLOURS, site_colour
 from consilience.common.pages.numbers import listing, percent
-from consilience.server.judge import softmax
+from consilience.server.judge_tops import softmax
 from consilience.server.report_findings import Findings, Samples
 
 MOST_SAMPLES = 24

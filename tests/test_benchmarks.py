@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from consilience.common.errors import StudentError
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -171,7 +173,8 @@ def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_eac
         blocks = 3 * first.filtered.epochs * filtered  # cnn3 has three
         assert first.fit.epochs + blocks == 24 + 12 * (method == made.LONGER)
         assert (first.fit.learning_rate, other.fit.learning_rate) == (slow, fast)
-        assert other.filtered == first.filtered
+        assert other.filtered.learning_rate / fast == pytest.approx(first.filtered.learning_rate / slow)
+        assert other.model_copy(update={"fit": first.fit, "filtered": first.filtered}) == first
         told[method] = first
     assert {method for method, each in told.items() if each.learning == "filtered"} == {
         made.FILTERED,
@@ -191,6 +194,75 @@ def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_eac
         ("site-1", (0, 1), 2, 0),
         ("site-3", (1, 2), 2, 0),
     ]
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_concentration_is_measured_on_any_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, grid: bool) -> None:
+    """Its images and its backbone come in packages: here, points around ten places."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # else it starts itself over
+    made = importlib.import_module("concentration")
+    images = {split: np.full((count, 1, 1, 3), count, np.uint8) for split, count in (("train", 250), ("test", 60))}
+
+    def kept(split: str, arguments: argparse.Namespace) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
+        return (images[split], np.arange(len(images[split])) % 10), [f"class {at}" for at in range(10)]
+
+    def features(backbone: str, held: np.ndarray, folder: Path) -> np.ndarray:
+        places = np.random.default_rng(0).normal(size=(10, 12))
+        around = np.random.default_rng(len(held)).normal(size=(len(held), 12))
+        return (places[np.arange(len(held)) % 10] + 0.3 * around).astype(np.float32)
+
+    monkeypatch.setattr(made, "kept", kept)
+    monkeypatch.setattr(made.lite, "remember", features)
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["concentration.py", "--quick", "--json", str(file), *["--grid"] * grid])
+    made.main()
+    (told,) = json.loads(file.read_text())["seeds"]
+    assert set(told["students"]) == set(made.GRID if grid else made.ROWS)
+    assert told["specialists"] > 0.9
+    assert all(0 < held["within"] <= 1 for held in told["students"].values())
+
+
+def test_students_made_to_order_are_told_less_their_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("customised")
+    figures = {
+        "teachers": {"site-1": {"a": 0.5, "b": 0.9, "c": 0.1}, "site-2": {"b": 0.7}},
+        "customised": {"some": {"filtered": {"ap": {"a": 0.6, "b": 0.9}}}},
+        "full": {"all": {"ap": {"a": 0.4, "b": 0.8, "c": 0.2}}},
+    }
+    assert made.less_teachers([figures], "some", ["a", "b"], "filtered") == "+10.0"
+    assert made.less_teachers([figures], "some", ["a", "b"], "all") == "-5.0"
+
+
+def test_a_rate_that_is_too_high_to_learn_by_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("customised")
+    told, scores = {"a": np.arange(5.0)}, {0.1: np.arange(5.0), 0.3: np.zeros(5)}
+
+    def student(scenario: object, method: str, wanted: object, rate: float, home: object) -> argparse.Namespace:
+        if rate not in scores:
+            raise StudentError("the loss is not finite")
+        return argparse.Namespace(labels=("a",), log_probs=lambda images: scores[rate][:, None])
+
+    class Home:
+        """Files, of which there are none."""
+
+        path = tmp_path
+
+        def on(self, part: str) -> Home:
+            return self
+
+        def __len__(self) -> int:
+            return 0
+
+        def read(self, start: int, stop: int) -> None:
+            """Images, at which nothing looks."""
+
+    monkeypatch.setattr(made, "made", student)
+    monkeypatch.setattr(made, "Pool", argparse.Namespace(open=lambda path: Home()))
+    found = [made.alike(None, "KD", (0,), rate, Home(), told) for rate in (0.1, 0.3, 3.0)]
+    assert found == [pytest.approx(1.0), -1.0, -1.0]
 
 
 def squared(power: int, seed: int, home: Path) -> dict[str, int]:

@@ -97,6 +97,18 @@ def check_tail(job: JobSettings, card: SiteCard, sides: Sequence[tuple[int, int]
             "another, and are one task",
             hint="Leave that site out" if alone else "Set it to site",
         )
+    if card.labels == "single" and job.student.filtered.hard:
+        raise SettingsError(
+            f"job.yaml: field 'student.filtered.hard' is True; the classes of site {card.name} exclude one another, "
+            "and are learnt as likely as it holds them",
+            hint="Set it to false",
+        )
+    if tail.allow == "questions" and not job.student.filtered.joint:
+        raise SettingsError(
+            f"job.yaml: field 'student.filtered.joint' is False; the blocks of site {card.name} stay there, so that "
+            "its branch begins at random, and nothing would teach it",
+            hint="Set it to true, or ask that site to lend its blocks (policy.tail.allow: blocks)",
+        )
     if tail.allow == "questions" and not most_samples(tail, sides):
         raise SettingsError(
             f"job.yaml: field 'student.learning' is 'filtered'; one sample's features for site {card.name} are more "

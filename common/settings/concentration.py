@@ -29,8 +29,8 @@ class Head(Settings):
     shared: int = Field(default=0, ge=0, le=65_536)
     """Of the `second` units of `fc-sc`, so many are the same for all verticals."""
     scaling: Scaling = "none"
-    """A vertical's scores are brought to length 1 and multiplied by one number for each `vertical` or `class`; for
-    verticals of very many classes alone."""
+    """A vertical's scores are brought to length 1 and multiplied by one number for each `vertical` or `class`; it
+    wants higher rates (docs/concentration.md)."""
     start: float | None = Field(default=None, gt=0, le=1e6)
     """Where those numbers start, with a variance of 0.001; by default at the root of the number of classes of the
     vertical."""

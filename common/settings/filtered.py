@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from consilience.common.settings.base import Settings
 
@@ -39,3 +39,12 @@ class Filtered(Settings):
     target: Literal["teachers", "unified"] | None = None
     """What all together learn: each branch its teacher's answers, or the scores together the unified labels. By default
     the unified labels where classes exclude one another, for answers say nothing of the odds between branches."""
+
+    @model_validator(mode="after")
+    def _branches_learn(self) -> Filtered:
+        if self.branches == "random" and not self.joint:
+            raise ValueError(
+                "branches is 'random' and joint is false, so that nothing would teach the branches; set joint to true, "
+                "or branches to teacher"
+            )
+        return self

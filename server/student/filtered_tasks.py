@@ -6,7 +6,8 @@ branch. Does not live here: where outputs come from (tails, filtered_student).
 l is, for a teacher whose classes exclude one another, KL(answer || softmax(outputs)), after all classes of the teacher
 that are not wanted were pooled into one outcome: of the classes that nobody wants it only counts that it is one of
 them. For labels that do not exclude one another it is binary cross-entropy with logits, against sigmoid(answer), or
-with `hard` against whether that is above 1/2 as in the authors' code, its mean over the wanted labels.
+with `hard` against whether that is above 1/2 as in the authors' code, summed over the wanted labels, as every loss of
+labels is: a label counts the same whatever else is wanted of its site, and however labels are parted among tasks.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Matter:
             return divergence(pooled(told, task.outputs), own)
         wanted = told[:, list(task.outputs)]
         target = (wanted > 0).to(own.dtype) if self.hard else torch.sigmoid(wanted)
-        return F.binary_cross_entropy_with_logits(own, target, reduction="none").mean(dim=1)
+        return F.binary_cross_entropy_with_logits(own, target, reduction="none").sum(dim=1)
 
     def _check(self, task: Task) -> None:
         if not 0 <= task.teacher < len(self.teachers):

@@ -22,6 +22,7 @@ from consilience.common.settings.filtered import Filtered
         {"target": "labels"},
         {"tasks": "class"},
         {"tail": 1},
+        {"branches": "random", "joint": False},
     ],
 )
 def test_values_that_are_not_allowed(field: dict[str, Any]) -> None:

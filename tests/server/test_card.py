@@ -12,7 +12,7 @@ from consilience.common.labels import LabelSpace
 from consilience.common.pages.numbers import MISSING, percent
 from consilience.server.audits import SiteAudit
 from consilience.server.card import card_markdown, code, escape
-from consilience.server.judge import BASELINES, ClassScore, Judgement, Score, SiteScore
+from consilience.server.judge import BASELINES, MOST_CONFUSION, ClassScore, Judgement, Score, SiteScore
 from consilience.server.report import render_html, report_dict
 from consilience.server.report_findings import (
     CardTexts,
@@ -41,8 +41,9 @@ def make(classes: tuple[str, ...] = CLASSES, sets: tuple[tuple[int, ...], ...] =
         classes=tuple(ClassScore(name, 50, 0.5, None, 0.25) for name in classes),
         calibration_error=0.0625,
         reliability=(),
-        confusion=((0,),),
-        confusion_outside=(0,),
+        confusion=None if len(classes) > MOST_CONFUSION else ((0,),),
+        confusion_outside=None if len(classes) > MOST_CONFUSION else (0,),
+        mistakes=(),
         sites=tuple(SiteScore(name, 9, 0.9, 0.8, 0.85, 0.4, None) for name in space.sites),
     )
     sites = [

@@ -357,6 +357,18 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any], str]] =
         {},
         "'student.filtered.tasks' is 'label'",
     ),
+    "hard answers of classes": (
+        {"east": "blocks", "west": "blocks"},
+        {"filtered": {"hard": True}},
+        {},
+        "'student.filtered.hard' is True; the classes of site east exclude one another",
+    ),
+    "a branch that nothing teaches": (
+        {"east": "blocks", "west": "questions"},
+        {"filtered": {"joint": False}},
+        {},
+        "'student.filtered.joint' is False; the blocks of site west stay there",
+    ),
     "nobody's": ({"east": "blocks", "west": "blocks"}, {"classes": ["a", "z"]}, {}, "'z', which no site knows"),
     "one class": ({"east": "blocks", "west": "blocks"}, {"classes": ["a"]}, {}, "nothing to tell apart"),
     "other": ({"east": "blocks", "west": "blocks"}, {"other": True}, {}, "other is true, and learning is 'filtered'"),
@@ -373,6 +385,18 @@ def test_what_cannot_be_done_is_refused_before_anything_is_asked(home: Path, rep
     assert caught.value.hint
     assert not sites.attempts
     assert [tail.asked for tail in sites.tails.values()] == [0] * len(sites.tails)  # type: ignore[attr-defined]
+
+
+def test_a_temperature_that_branches_would_not_follow_is_refused(home: Path, reporter: Reporter) -> None:
+    more = {"judge": {"test": None}, "unify": {"temperature": 2.0}}
+    sites = sites_of("blocks", multi=True)
+    with pytest.raises(
+        SettingsError, match=r"'unify.temperature' is 2; with multi-label sites branches learn"
+    ) as caught:
+        do(home, sites, reporter, **more)
+    assert caught.value.hint == "Set it to 1, or student.filtered.target to unified"
+    assert not sites.attempts
+    do(home, sites, reporter, {"target": "unified"}, **more)
 
 
 def test_with_min_sites_a_site_without_a_tail_is_left_out(home: Path, reporter: Reporter) -> None:

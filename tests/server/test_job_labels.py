@@ -126,6 +126,9 @@ def test_a_label_that_nobody_told_of_a_sample_is_left_out_and_the_sample_is_not(
     assert np.isnan(found).sum(axis=0).tolist() == [SAMPLES - 16, SAMPLES - 16, 0, 0, 0]
     assert report["pool"]["left_out"] == 0
     assert any(warning.startswith("48 labels of samples") for warning in report["warnings"])
+    both = odds(0, 16)  # what two sites tell of c
+    spread = read_json(home / "run" / "labels" / "diagnostics.json")["spread"]
+    assert spread == pytest.approx(np.abs(both[:, 2] - both[:, 0]).mean() / 2, rel=1e-4)
 
 
 def test_sites_of_both_kinds_are_refused_by_name(home: Path, reporter: Reporter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from itertools import permutations
 from typing import Any
 
@@ -12,7 +13,9 @@ from scipy.stats import binomtest, entropy
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from consilience.common.labels import LabelSpace
-from consilience.server.judge import BASELINES, BINS, agreement, calibration, judge, score, uncertainty, wilson
+from consilience.server import judge_tops
+from consilience.server.judge import BASELINES, BINS, agreement, calibration, judge, score, wilson
+from consilience.server.judge_tops import uncertainty
 
 SPACE = LabelSpace(("a", "b", "c", "d"), ("east", "north", "west"), ((0, 1), (2, 1), (3, 2, 0)))
 
@@ -210,6 +213,57 @@ class TestStudent:
         assert (by_name["d"].recall, by_name["d"].precision) == (1.0, 0.5)
         assert found.confusion == ((2, 1, 0, 0), (1, 1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1))
         assert found.confusion_outside == (1, 0, 0, 1)
+        assert found.mistakes == ((0, 1, 1), (1, 0, 1))
+
+    def test_the_most_common_mistakes_are_those_of_the_matrix(self) -> None:
+        found = judge(space=SPACE, **random_case(4))
+        assert found.confusion is not None
+        table = [(t, p, n) for t, row in enumerate(found.confusion) for p, n in enumerate(row) if t != p and n]
+        assert len(table) == 12
+        assert found.mistakes == tuple(sorted(table, key=lambda mistake: -mistake[2])[:10])
+
+    @pytest.mark.parametrize("width", [201, 3000])
+    def test_nothing_of_the_size_of_classes_times_classes_is_held(self, width: int) -> None:
+        names = tuple(map(str, range(width)))
+        space = LabelSpace(names, ("east",), (tuple(range(width)),))
+        truth, predicted = [0, 0, 7, width - 1, -1], [0, 5, 7, 5, 3]
+        student = one_hot(predicted, width)
+        tracemalloc.start()
+        found = judge(truth, space, [student], student, student, None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (found.confusion, found.confusion_outside) == (None, None)
+        assert found.mistakes == ((0, 5, 1), (width - 1, 5, 1))
+        told = {
+            c.name: (c.support, c.recall, c.precision) for c in found.classes if c.support or c.precision is not None
+        }
+        assert told == {
+            "0": (2, 0.5, 1.0),
+            "3": (0, None, 0.0),
+            "5": (0, None, 0.0),
+            "7": (1, 1.0, 1.0),
+            names[-1]: (1, 0.0, None),
+        }
+        if width == 3000:
+            assert peak < 8 * width**2 / 4
+
+    @pytest.mark.parametrize("values", [1, 12, 399])
+    def test_blocks_of_images_change_nothing(self, monkeypatch: pytest.MonkeyPatch, values: int) -> None:
+        case = {**random_case(5, 100), "answers": [None, *random_case(5, 100)["answers"][1:]]}
+        expected = judge(space=SPACE, **case)
+        monkeypatch.setattr(judge_tops, "BLOCK_VALUES", values)
+        assert judge(space=SPACE, **case) == expected
+        with pytest.raises(ValueError, match="student: NaN"):
+            judge(space=SPACE, **{**case, "student": np.where(np.arange(100)[:, None] < 99, case["student"], np.nan)})
+
+    def test_scores_are_copied_a_block_at_a_time(self) -> None:
+        space = LabelSpace(tuple(map(str, range(4096))), ("east",), (tuple(range(4096)),))
+        scores = np.zeros((2048, 4096), np.float32)
+        tracemalloc.start()
+        judge(np.zeros(2048, np.int64), space, [scores], scores, scores, scores)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3 * scores.nbytes
 
     def test_against_scikit_learn(self) -> None:
         case = random_case(3)

@@ -20,7 +20,7 @@ from consilience.server import answered, sharpness, solvers
 from consilience.server.answered import usable
 from consilience.server.answers import AnswerStore
 from consilience.server.answers_about import About
-from consilience.server.labelling import labels_key, load_other, unify_pool
+from consilience.server.labelling import labels_key, load_other, solved_pool, unify_pool
 from consilience.server.unify import Prior, Unifier, unify
 
 DIGEST, POLICY, SIZE = "a" * 64, "c" * 16, 50
@@ -319,6 +319,38 @@ def test_labels_with_coverage_are_a_power_that_the_sites_claims_ask_for(
     assert abs(after.exponent - 1) > 0.02
     expected = plain.astype(np.float64) ** after.exponent
     np.testing.assert_allclose(powers, expected / expected.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize("values", [12, 10**6])
+def test_labels_that_are_not_written_are_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int
+) -> None:
+    """With answers and coverage that are missing here and there, and a power; and they are not made anew."""
+    monkeypatch.setattr(answered, "BLOCK_VALUES", values)
+    monkeypatch.setattr(sharpness, "FEWEST", 10)
+    classes = {"one": ["a", "b", "c"], "two": ["c", "d"]}
+    whole = log_softmax(np.random.default_rng(2).normal(0, 2, (SIZE, 4)), axis=1).astype(np.float32)
+    sets = ([0, 1, 2], [2, 3])
+    rows = [log_softmax(whole[:, own], axis=1).astype(np.float32) for own in sets]
+    told = [np.exp(whole[:, own]).sum(axis=1) for own in sets]
+    told[1][:] = told[1].mean()
+    held = [store_of(tmp_path, "one", rows[0], [(0, 45)]), store_of(tmp_path, "two", rows[1], [(5, 50)])]
+    ranges = ([(0, 40)], [(0, SIZE)])
+    covers = [coverage_of(tmp_path, *about) for about in zip(CLASSES, told, ranges, strict=True)]
+    about = (LabelSpace.build(classes), held, cards_for(classes), Unify())
+    with Reporter(quiet=True) as reporter:
+        written, first = unify_pool(tmp_path / "q", *about, reporter, coverage=covers)
+        rest, second = solved_pool(tmp_path / "none", *about, reporter, coverage=covers)
+        again, third = solved_pool(tmp_path / "none", *about, reporter, coverage=covers)
+    assert first.exponent != 1
+    assert second.model_dump(exclude={"seconds"}) == first.model_dump(exclude={"seconds"})
+    assert third == second
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["diagnostics.json"]
+    usable_ids = np.arange(5, 45)
+    for ids in (usable_ids, usable_ids[[3]], usable_ids[::7], usable_ids[:0]):
+        for found in (rest, again):
+            np.testing.assert_allclose(found[ids], written[ids], atol=1e-7)
+    assert rest.shape == written.shape == (SIZE, 4)
 
 
 @pytest.mark.parametrize("other", [0.1, 0.3])

@@ -547,7 +547,9 @@ class TestViews:
     def test_confusions_are_the_most_common_first(self) -> None:
         judged = make(("a", "b", "c"), ((0, 1, 2),)).judgement
         assert judged is not None
-        found = confusion(replace(judged, confusion=((9, 1, 0), (4, 4, 0), (0, 2, 0))), ("a", "b", "c"))
+        scores = [replace(held, support=support) for held, support in zip(judged.classes, (10, 8, 2), strict=True)]
+        told = replace(judged, classes=tuple(scores), mistakes=((1, 0, 4), (2, 1, 2), (0, 1, 1)))
+        found = confusion(told, ("a", "b", "c"))
         assert found is not None
         pairs = [(pair["true"], pair["taken"], pair["count"], pair["share"]) for pair in found["pairs"]]
         assert pairs == [("b", "a", 4, 0.5), ("c", "b", 2, 1.0), ("a", "b", 1, 0.1)]

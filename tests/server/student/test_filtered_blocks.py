@@ -117,7 +117,8 @@ def test_the_loss_is_that_of_a_direct_computation(remote: bool, multi: bool) -> 
             outputs = Blocks(network).run(trunk.at(block).teachers[str(at)](shared), block, 4)
             answers = torch.from_numpy(matter.teachers[at].answers[ids.numpy()])
             if multi:
-                each = nn.functional.binary_cross_entropy_with_logits(outputs, answers.sigmoid())
+                summed = nn.functional.binary_cross_entropy_with_logits(outputs, answers.sigmoid(), reduction="sum")
+                each = summed / len(ids)
             else:
                 each = nn.functional.kl_div(outputs.log_softmax(1), answers, reduction="batchmean", log_target=True)
             terms[("east", "west")[at]] = float(each.detach())

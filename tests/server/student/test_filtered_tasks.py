@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.special import log_softmax, logsumexp, rel_entr
+from scipy.special import expit, log_softmax, logsumexp, rel_entr
 from torch import Tensor
 
 from consilience.common.errors import StudentError
 from consilience.server.student.filtered_filter import Filter
 from consilience.server.student.filtered_tasks import Matter, Task, Teacher, divergence, pooled
+from consilience.server.student.soft_multi import SoftMultiLabels
 from helpers.feature_answers import images
 from helpers.filtered import teaching
 
@@ -82,10 +83,21 @@ def test_labels_are_learnt_by_binary_cross_entropy(hard: bool) -> None:
     told, own = MANY.answers[IDS][:, [3, 1]].astype(np.float64), given.numpy()[:, [3, 1]]
     target = (told > 0).astype(float) if hard else 1 / (1 + np.exp(-told))
     own = 1 / (1 + np.exp(-own))
-    expected = -(target * np.log(own) + (1 - target) * np.log(1 - own)).mean(axis=1)
+    expected = -(target * np.log(own) + (1 - target) * np.log(1 - own)).sum(axis=1)
     assert np.allclose(found, expected, atol=1e-5)
     assert made.others(task) == 0
     assert np.allclose(made.of_branch(task, given[:, [3, 1]], IDS), found)
+
+
+def test_a_label_counts_the_same_alone_and_among_others() -> None:
+    """However labels are parted among tasks, and as much as in the loss of unified labels."""
+    given = outputs()
+    whole = matter(Task("t", 0, (3, 1, 4), (0, 1, 2)), MANY)
+    parts = Matter([MANY], [Task(f"{out}", 0, (out,), (at,)) for at, out in enumerate((3, 1, 4))], 3, np.arange(12))
+    alone = sum((parts.of_tail(task, given, IDS) for task in parts.tasks), torch.zeros(4, dtype=torch.float64))
+    assert torch.allclose(whole.of_tail(whole.tasks[0], given, IDS), alone)
+    unified = SoftMultiLabels(expit(MANY.answers[:, [3, 1, 4]].astype(np.float64)), torch.device("cpu"), samples=IDS)
+    assert float(unified(given[:, [3, 1, 4]], torch.arange(4))) == pytest.approx(float(alone.mean()), rel=1e-5)
 
 
 def test_a_branch_is_compared_as_a_tail() -> None:
