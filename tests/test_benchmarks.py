@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from consilience.common.errors import StudentError
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -155,6 +157,22 @@ def test_the_rate_of_a_method_is_one_that_its_student_learns_by(monkeypatch: pyt
             assert epochs + (slow.layer_wise.epochs if layers else 0) == scenario.epochs
             told[method] = settings
         assert len({json.dumps(each, sort_keys=True) for each in told.values()}) == len(scenario.methods)
+
+
+def test_a_rate_by_which_a_training_fails_agrees_with_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would else end a measurement of hours."""
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("amalgamation")
+
+    def failing(*_: object) -> None:
+        raise StudentError("the loss is nan", hint="Lower it")
+
+    monkeypatch.setattr(made, "do_job", failing)
+    scenario = made.SCENARIOS["same"]
+    assert made.agreement(scenario, "layer-wise", 0.1, 0, tmp_path, [], np.zeros(3, np.intp)) == 0.0
+    assert "layer-wise at 0.1: the loss is nan" in capsys.readouterr().err
 
 
 def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_each_site_knows(

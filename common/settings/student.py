@@ -40,7 +40,7 @@ class LayerWise(Settings):
     """Whether layers are trained by themselves; without, no features are asked for, and the joint phase is all."""
     joint: bool = True
     """Whether the whole student is trained after its layers, by `student.fit`; for scores side by side
-    (`target: concatenated`) at a tenth of its learning rate."""
+    (`target: concatenated`) at three tenths of its learning rate."""
     target: Target = "unified"
 
     @model_validator(mode="after")

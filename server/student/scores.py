@@ -17,8 +17,10 @@ from torch import Tensor
 from consilience.common.errors import StudentError
 from consilience.server.student.wanted import Wanted
 
-SQUARED_RATE = 0.1
+SQUARED_RATE = 0.3
 """Of the scores' squared error, the learning rate over that of other losses: its gradient grows with the scores."""
+SCORE_LAYER_RATE = 0.1
+"""The same of the score layer by itself, whose rate is constant, and whose bound falls with the features' number."""
 
 
 class ConcatenatedScores:

@@ -130,6 +130,23 @@ def test_a_student_of_equal_teachers_learns_their_scores(tmp_path: Path) -> None
     assert all(each["losses"][-1] < 0.5 * each["losses"][0] for each in shown)
 
 
+@pytest.mark.parametrize(("target", "share"), [("concatenated", 0.1), ("unified", 1.0)])
+def test_the_score_layer_learns_squared_error_at_a_tenth_of_the_layers_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, share: float
+) -> None:
+    networks, seen = two(), list[float]()
+    real = learn_layers.train_layers
+
+    def noted(made: nn.Module, blocks: Any, schedules: Any, **rest: Any) -> Any:
+        seen.extend(each.learning_rate for each in schedules)
+        return real(made, blocks, schedules, **rest)
+
+    monkeypatch.setattr(learn_layers, "train_layers", noted)
+    made = lesson(told(tmp_path, networks), networks, target=target, learning_rate=0.04, epochs=1)
+    made.teach(student(), PIXELS, tmp_path / "layers", CPU)
+    assert seen == pytest.approx([0.04] * 3 + [0.04 * share])
+
+
 LEAST = {
     ("principal", "direct"): 1 - 1e-9,
     ("principal", "incremental"): 0.97,
