@@ -220,6 +220,14 @@ def do(scenario: Scenario, method: str, rate: float, seed: int, home: Path, path
     return report
 
 
+def of_features(told: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a report tells of features, which may be why students differ; of losses the first and the last."""
+    held = told or {}
+    layers = [{**layer, "losses": [layer["losses"][0], layer["losses"][-1]]} for layer in held.get("layers", ())]
+    spaces = [{name: space[name] for name in ("width", "size", "missed")} for space in held.get("spaces", ())]
+    return {"layers": layers, "spaces": spaces}
+
+
 def unified(seed: int, home: Path, paths: list[Path]) -> NDArray[np.intp]:
     """Return the classes of the images that rates are chosen on, as the sites' answers say; by a job of their own."""
     plain = Student(architecture="cnn3", fit=Fit(epochs=1))
@@ -279,6 +287,7 @@ def measure(
         shutil.rmtree(path.parent / "state" / "released", ignore_errors=True)
     return {
         "students": {method: report["student"]["accuracy"] for method, report in reports.items()},
+        "features": {method: of_features(report["amalgamation"]) for method, report in reports.items()},
         "rates": rates,
         "naive": told["naive"]["accuracy"],
         "unified": told["unified_ensemble"]["accuracy"],
