@@ -681,6 +681,7 @@ def test_a_site_that_declares_too_many_bytes_is_left_out_alone(home: Path, repor
         ({"common_feature": {"soft": 0, "mmd": 0}}, "nothing reaches the student"),
         ({"common_feature": {"mmd": -1}}, "mmd"),
         ({"common_feature": {"spaces": []}}, "spaces"),
+        ({"common_feature": {"spaces": [{"width": 4_097}]}}, r"width.*4097"),  # its weights would be beyond memory
         ({"layer_wise": {"order": "sideways"}}, "order"),
         ({"layer_wise": {"layers": False, "joint": False}}, "nothing is trained"),
     ],
