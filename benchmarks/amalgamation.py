@@ -224,7 +224,7 @@ def of_features(told: dict[str, Any] | None) -> dict[str, Any]:
     """Return what a report tells of features, which may be why students differ; of losses the first and the last."""
     held = told or {}
     layers = [{**layer, "losses": [layer["losses"][0], layer["losses"][-1]]} for layer in held.get("layers", ())]
-    spaces = [{name: space[name] for name in ("width", "size", "missed")} for space in held.get("spaces", ())]
+    spaces = [{name: space[name] for name in ("width", "size", "missed", "still")} for space in held.get("spaces", ())]
     return {"layers": layers, "spaces": spaces}
 
 

@@ -180,10 +180,10 @@ def test_what_features_came_to_is_kept_with_the_figures(monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(FOLDER)
     of_features = importlib.import_module("amalgamation").of_features
     layer = {"tap": "layer1", "explained": 0.9, "losses": [3.0, 2.0, 1.0]}
-    space = {"student": "layer2", "width": 4, "size": [2, 2], "missed": {"site-1": 0.5}, "picture": {"points": {}}}
+    kept = {"width": 4, "size": [2, 2], "missed": {"site-1": 0.5}, "still": ["site-2"]}
     assert of_features(None) == {"layers": [], "spaces": []}
     assert of_features({"layers": [layer]})["layers"] == [{"tap": "layer1", "explained": 0.9, "losses": [3.0, 1.0]}]
-    assert of_features({"spaces": [space]})["spaces"] == [{"width": 4, "size": [2, 2], "missed": {"site-1": 0.5}}]
+    assert of_features({"spaces": [{"student": "layer2", **kept, "picture": {"points": {}}}]})["spaces"] == [kept]
 
 
 def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_each_site_knows(
