@@ -12,10 +12,11 @@ amalgamation and the joint phase share them, half each.
 The rate of each method is the one, of two, under which a student agrees best with the unified labels of a tenth of the
 pool that it did not learn from, under the first seed: no label of the pool or the test images is seen there. It is the
 peak of the joint phase or of the whole, and layers, whose rate is constant, learn by half of it; scores by squared
-error take a tenth of either, as in every job. The oracle has KD's rate: by that choice it cannot have one of its own. A
-seed decides which images are private and which are the pool, initial weights and the order of training; none is picked.
-The difference to KD is paired by seed, with its 95 % interval by Student's t. What is done is kept in the folder
-`--work`, and a second call goes on from there.
+error take three tenths of the first and a tenth of the other, as in every job. A rate by which a training fails agrees
+with nothing. The oracle has KD's rate: by that choice it cannot have one of its own. A seed decides which images are
+private and which are the pool, initial weights and the order of training; none is picked. The difference to KD is
+paired by seed, with its 95 % interval by Student's t. What is done is kept in the folder `--work`, and a second call
+goes on from there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +35,7 @@ import numpy as np
 from images import Images, Labels, Source, add_data, difference, folders_of, read, save, spread, write_pools
 from numpy.typing import NDArray
 
+from consilience.common.errors import StudentError
 from consilience.common.nets import build
 from consilience.common.nets.taps import taps
 from consilience.common.pool import Pool
@@ -59,7 +62,7 @@ from harness import options, show
 from jobs import by_seed, do_job, train_quietly
 
 RATES = (0.03, 0.1)
-"""Peak learning rates that each method has the choice of; of concatenated scores a tenth counts."""
+"""Peak learning rates that each method has the choice of; of concatenated scores three tenths count."""
 CHOSEN_ON = 0.1
 """Share of the pool by which the rate is chosen."""
 MANY = Limits(per_job=None, per_month=None, lifetime=None)
@@ -217,6 +220,14 @@ def do(scenario: Scenario, method: str, rate: float, seed: int, home: Path, path
     return report
 
 
+def of_features(told: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a report tells of features, which may be why students differ; of losses the first and the last."""
+    held = told or {}
+    layers = [{**layer, "losses": [layer["losses"][0], layer["losses"][-1]]} for layer in held.get("layers", ())]
+    spaces = [{name: space[name] for name in ("width", "size", "missed", "still")} for space in held.get("spaces", ())]
+    return {"layers": layers, "spaces": spaces}
+
+
 def unified(seed: int, home: Path, paths: list[Path]) -> NDArray[np.intp]:
     """Return the classes of the images that rates are chosen on, as the sites' answers say; by a job of their own."""
     plain = Student(architecture="cnn3", fit=Fit(epochs=1))
@@ -229,7 +240,8 @@ def unified(seed: int, home: Path, paths: list[Path]) -> NDArray[np.intp]:
 def agreement(
     scenario: Scenario, method: str, rate: float, seed: int, home: Path, paths: list[Path], labels: NDArray[np.intp]
 ) -> float:
-    """Return how often a student of nine tenths of the pool agrees with the unified labels of the rest."""
+    """Return how often a student of nine tenths of the pool agrees with the unified labels of the rest; 0 for a rate by
+    which it does not learn at all."""
     name = f"{method}-{rate:g}".replace(" ", "-").replace(",", "").replace("+", "and").replace(".", "-").lower()
     settings = JobSettings(
         name=name,
@@ -239,8 +251,13 @@ def agreement(
         student=student(scenario, method, rate),
     )
     run = home / "choosing" / name
-    do_job(settings, run, paths)
-    shutil.rmtree(run / "answers", ignore_errors=True)
+    try:
+        do_job(settings, run, paths)
+    except StudentError as error:
+        print(f"{method} at {rate:g}: {error}", file=sys.stderr)
+        return 0.0
+    finally:
+        shutil.rmtree(run / "answers", ignore_errors=True)
     pool = Pool.open(home / "chosen-on" / "pool")
     found = StudentModel(run / "student").log_probs(pool.read(0, len(pool))).argmax(axis=1)
     return float((found == labels).mean())
@@ -270,6 +287,7 @@ def measure(
         shutil.rmtree(path.parent / "state" / "released", ignore_errors=True)
     return {
         "students": {method: report["student"]["accuracy"] for method, report in reports.items()},
+        "features": {method: of_features(report["amalgamation"]) for method, report in reports.items()},
         "rates": rates,
         "naive": told["naive"]["accuracy"],
         "unified": told["unified_ensemble"]["accuracy"],

@@ -35,7 +35,12 @@ def learning_warnings(outcome: Outcome, *, joined: bool) -> list[str]:
     learning, chosen = settings.student.learning, outcome.chosen
     settled = joined and learning == "direct-ce" and (chosen.everything or chosen.other)
     silent = learning not in ("concentration", "filtered") and not settings.student.learns_labels
-    if max(chosen.taught.components) > 0 and silent and not settled:
+    if max(chosen.taught.components) > 0 and settings.student.target == "concatenated":
+        warnings.append(
+            "The sites' scores stood side by side with equal means: what sites answer says nothing about the odds "
+            f"between components; student.{learning.replace('-', '_')}.target: unified would follow unify.across."
+        )
+    elif max(chosen.taught.components) > 0 and silent and not settled:
         warnings.append(
             f"The student learnt by {learning}, which says nothing about the odds between components; "
             "student.learning: soft-labels would follow the rule unify.across."

@@ -91,6 +91,11 @@ def amalgamation_warnings(findings: Findings) -> list[str]:
             for site, missed in space["missed"].items()
             if missed > 1 and told_of["weights"]["reconstruction"]
         ]
+        found += [
+            f"Site {site}: in common at the student's {space['student']} its features are the same for every sample: "
+            "they had no part. It took part by its labels."
+            for site in space.get("still", ())  # which runs of earlier versions do not tell
+        ]
         if space["averaged"]:
             found.append(
                 f"In common at the student's {space['student']}: maps of unequal size were averaged down to "

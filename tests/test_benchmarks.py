@@ -159,6 +159,33 @@ def test_the_rate_of_a_method_is_one_that_its_student_learns_by(monkeypatch: pyt
         assert len({json.dumps(each, sort_keys=True) for each in told.values()}) == len(scenario.methods)
 
 
+def test_a_rate_by_which_a_training_fails_agrees_with_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would else end a measurement of hours."""
+    monkeypatch.syspath_prepend(FOLDER)
+    made = importlib.import_module("amalgamation")
+
+    def failing(*_: object) -> None:
+        raise StudentError("the loss is nan", hint="Lower it")
+
+    monkeypatch.setattr(made, "do_job", failing)
+    scenario = made.SCENARIOS["same"]
+    assert made.agreement(scenario, "layer-wise", 0.1, 0, tmp_path, [], np.zeros(3, np.intp)) == 0.0
+    assert "layer-wise at 0.1: the loss is nan" in capsys.readouterr().err
+
+
+def test_what_features_came_to_is_kept_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where features do not help, the figures are to say why."""
+    monkeypatch.syspath_prepend(FOLDER)
+    of_features = importlib.import_module("amalgamation").of_features
+    layer = {"tap": "layer1", "explained": 0.9, "losses": [3.0, 2.0, 1.0]}
+    kept = {"width": 4, "size": [2, 2], "missed": {"site-1": 0.5}, "still": ["site-2"]}
+    assert of_features(None) == {"layers": [], "spaces": []}
+    assert of_features({"layers": [layer]})["layers"] == [{"tap": "layer1", "explained": 0.9, "losses": [3.0, 1.0]}]
+    assert of_features({"spaces": [{"student": "layer2", **kept, "picture": {"points": {}}}]})["spaces"] == [kept]
+
+
 def test_students_made_to_order_see_the_pool_as_often_and_have_heads_of_what_each_site_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

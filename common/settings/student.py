@@ -40,7 +40,7 @@ class LayerWise(Settings):
     """Whether layers are trained by themselves; without, no features are asked for, and the joint phase is all."""
     joint: bool = True
     """Whether the whole student is trained after its layers, by `student.fit`; for scores side by side
-    (`target: concatenated`) at a tenth of its learning rate."""
+    (`target: concatenated`) at three tenths of its learning rate."""
     target: Target = "unified"
 
     @model_validator(mode="after")
@@ -57,7 +57,7 @@ class CommonSpace(Settings):
     """The student's tap; by default `penultimate` where a site's tap is a vector, else the last that is a map."""
     sites: dict[Name, TapName] = Field(default={})
     """Site -> its tap; by default the last that its policy allows."""
-    width: int | None = Field(default=None, ge=1, le=65_536)
+    width: int | None = Field(default=None, ge=1, le=4_096)
     """Channels of the space; by default as many as the student's tap has, and where maps meet a quarter of them, as in
     the authors' later code; at most 128, which is the paper's."""
     size: int | None = Field(default=None, ge=1, le=4096)

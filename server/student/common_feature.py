@@ -26,6 +26,8 @@ from consilience.server.student.mmd import BANDWIDTHS, mmd
 
 WIDTH = 128
 """h, the channels of the common space."""
+STILL = 1e-9
+"""Least share of their mean square by which features of a batch vary: normalised by less, gradients are unbounded."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class CommonFeature(nn.Module):
                 hint="Correct these",
             )
         self.size, self.vectors, self.bandwidths, self.width = size, vectors, bandwidths, width
+        self.normalise = normalise
         make = _Make(vectors, normalise)
         with seeded(derive(seed, "common feature")):
             self.adaptations = nn.ModuleList(_adaptation(channels, width, make) for channels in teachers)
@@ -114,8 +117,9 @@ class CommonFeature(nn.Module):
         `student` (b, C_S, H, W) and `teachers[i]` (b, C_i, H_i, W_i), of the same b >= 1 samples, or (b, C) each;
         floating. A teacher need not have told of every sample: `rows[i]` (b_i,) int64 are the samples of the batch that
         its features, (b_i, ...), are of, None where they are of all; one that told of none of them has no part. L_R
-        compares with the teachers' features at `size`. A term of weight 0 is 0. Raises `StudentError` for other shapes,
-        and for maps of unequal size without `size`.
+        compares with the teachers' features at `size`. A term of weight 0 is 0. With `normalise` a teacher whose
+        features do not vary over the batch has no part either: they tell nothing. Raises `StudentError` for other
+        shapes, and for maps of unequal size without `size`.
         """
         known = list(rows) if rows is not None else [None] * len(teachers)
         student, *brought = self._brought([student, *teachers], [len(student), *_counts(known, len(student))])
@@ -124,7 +128,7 @@ class CommonFeature(nn.Module):
             return apart, lost
         own = self.project(student) if weights.mmd else student
         for i, (each, at) in enumerate(zip(brought, known, strict=True)):
-            if not len(each):
+            if not len(each) or (self.normalise and not varies(each)):
                 continue
             common = self.project(each, i)
             if weights.mmd:
@@ -216,6 +220,14 @@ class CommonFeatureLearning(nn.Module):
             # A batch of which no site told two samples has a gradient too, of zeros.
             total = total + 0 * sum((student[name].sum() for name in self.names), start=torch.zeros_like(soft))
         return Terms(total, soft, apart, lost)
+
+
+@torch.no_grad()
+def varies(features: Tensor) -> bool:
+    """Whether features (n, C) or (n, C, H, W) vary over samples and positions, by more than `STILL`."""
+    first = features[:1, :, :1, :1] if features.ndim == 4 else features[:1]
+    few = (features[:4], features)  # of nearly all, a few tell
+    return any(bool((some - first).square().mean() > STILL * some.square().mean()) for some in few)
 
 
 def _counts(rows: Sequence[Tensor | None], samples: int) -> list[int]:

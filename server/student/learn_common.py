@@ -31,7 +31,13 @@ from consilience.common.nets.tapped import Tapped
 from consilience.common.preprocessing import ImageRows, fit_shape
 from consilience.common.seeds import derive
 from consilience.common.settings import Preprocessing
-from consilience.server.student.common_feature import WIDTH, CommonFeature, CommonFeatureLearning, Weights
+from consilience.server.student.common_feature import (
+    WIDTH,
+    CommonFeature,
+    CommonFeatureLearning,
+    Weights,
+    varies,
+)
 from consilience.server.student.picture import picture
 from consilience.server.student.site_taps import SiteTap
 
@@ -188,7 +194,8 @@ def told_of(
 
     `spaces` are those that `model` was made for, `images` those learnt from, `samples` (m,) their pool ids. Each site
     is measured on samples that it told itself, spread evenly, in `batch` of them at least. The networks of a space
-    normalise by batch, as they were trained: their running statistics are of student and sites together. Random
+    normalise by batch, as they were trained: their running statistics are of student and sites together. Sites whose
+    features do not vary, and so had no part, are `still`, and nothing else is told of them. Random
     numbers are not drawn, and the model is left as it was, in evaluation mode.
     """
     model.eval()
@@ -201,6 +208,7 @@ def told_of(
         vectors: dict[str, list[NDArray[np.float32]]] = {"student": []}
         measured: dict[str, int] = {}
         missed: dict[str, float] = {}
+        still: list[str] = []
         places = _spread(np.arange(len(samples)))
         for part, some in _parts(places, least, drawn):
             shaped = normalise(torch.from_numpy(fit_shape(np.array(images[part]), preprocessing)).to(device))
@@ -210,6 +218,10 @@ def told_of(
         for number, tap in enumerate(space.taps):
             places = _spread(np.flatnonzero(tap.known[samples]))
             measured[tap.site] = len(places)
+            parts = _parts(places, least, drawn)
+            if len(places) and not any(varies(common.brought(space.given(tap, samples[p], device))) for p, _ in parts):
+                still.append(tap.site)
+                continue
             for part, some in _parts(places, least, drawn):
                 given = common.brought(space.given(tap, samples[part], device))
                 with _by_batch(common):
@@ -226,6 +238,7 @@ def told_of(
                 "averaged": space.averaged,
                 "missed": missed,
                 "measured": measured,
+                "still": still,
                 "picture": picture(joined),
             }
         )

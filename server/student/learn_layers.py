@@ -37,7 +37,7 @@ from consilience.server.student.folding import settle
 from consilience.server.student.kept import keep, kept
 from consilience.server.student.layer_wise import Schedule, kept_adapter, train_layers
 from consilience.server.student.picture import picture
-from consilience.server.student.scores import SQUARED_RATE
+from consilience.server.student.scores import SCORE_LAYER_RATE
 from consilience.server.student.site_taps import SiteTap, in_blocks, told_by_all
 
 DESCENT_RATE = 0.05
@@ -262,7 +262,7 @@ class LayerLesson:
         pairs = [
             _Pairs(each, to, self.places, self._batch, self._seed) for each, to in zip(inputs, targets, strict=True)
         ]
-        times = SQUARED_RATE if self._settings.target == "concatenated" else 1.0
+        times = SCORE_LAYER_RATE if self._settings.target == "concatenated" else 1.0
         schedules = [Schedule(epochs, rate)] * len(wanted) + [Schedule(epochs, rate * times, self._scores)]
         losses = train_layers(
             student,

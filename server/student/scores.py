@@ -17,16 +17,20 @@ from torch import Tensor
 from consilience.common.errors import StudentError
 from consilience.server.student.wanted import Wanted
 
-SQUARED_RATE = 0.1
+SQUARED_RATE = 0.3
 """Of the scores' squared error, the learning rate over that of other losses: its gradient grows with the scores."""
+SCORE_LAYER_RATE = 0.1
+"""The same of the score layer by itself, whose rate is constant, and whose bound falls with the features' number."""
 
 
 class ConcatenatedScores:
     """1/2 |s(x) - [z_1(x); ...; z_N(x)]|^2, mean over the batch (Shen et al., AAAI 2019).
 
     `scores[i]` (n, k_i) floating, typically a memory map; `class_sets[i]` their classes in the label space, which are
-    the student's outputs. Scores count as they are: log-probabilities, which are what sites send, are logits whose
-    offset is such that a row's probabilities sum to 1. `samples` (m,): training's sample j has the scores
+    the student's outputs. They are log-probabilities, which are what sites send: logits up to an offset a row. z_i are
+    they less their row's mean. A network that learned by cross-entropy has logits of a mean close to 0, for the
+    gradients of a row's logits sum to 0; the offset of log-probabilities is another, the larger the surer a site is,
+    and fitting that would cost the student more than all else. `samples` (m,): training's sample j has the scores
     `scores[i][samples[j]]`; None: all are learnt from. `fingerprint` names what the scores are, so that a training is
     not resumed with others. `wanted`: the classes that the student's outputs stand for, and nothing else, for which the
     sum loses its other terms; None: all. Raises `StudentError` unless each class 0, ..., L - 1 is known to exactly one
@@ -50,19 +54,20 @@ class ConcatenatedScores:
                 "exactly one",
                 hint="Learn from unified soft labels, which take classes that several sites know",
             )
-        self.fingerprint = f"{type(self).__name__} {[list(classes) for classes in class_sets]} {fingerprint}"
+        self.fingerprint = f"{type(self).__name__} centred {[list(classes) for classes in class_sets]} {fingerprint}"
         if wanted is not None:
             self.fingerprint += f" {wanted.fingerprint}"
         self._scores, self._class_sets, self._device, self._classes = scores, class_sets, device, len(owners)
         self._samples, self._wanted = samples, wanted
 
     def target(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return (b, L) float32: the samples' scores, each class's in its place."""
+        """Return (b, L) float32: the samples' scores z, each class's in its place."""
         if self._samples is not None:
             ids = self._samples[ids]
         rows = np.empty((len(ids), self._classes), np.float32)
         for scores, classes in zip(self._scores, self._class_sets, strict=True):
-            rows[:, classes] = scores[ids]
+            held = scores[ids]
+            rows[:, classes] = held - held.mean(axis=1, keepdims=True)
         return rows
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
@@ -76,9 +81,8 @@ class ConcatenatedScores:
 class ConcatenatedSoftmax(ConcatenatedScores):
     """T^2 H(softmax([z_1(x); ...; z_N(x)] / T), softmax(s / T)), mean over the batch (Luo et al., IJCAI 2019).
 
-    Log-probabilities in place of logits give each site, at T = 1, the same share of the whole: their offsets, which
-    would say how sure one site is beside another, are not sent. What is `wanted` of the softmax is cut out as of a
-    unified label, `other` included.
+    Where sites share no class this is their unified label by the rule `centred`. What is `wanted` of the softmax is cut
+    out as of a unified label, `other` included.
     """
 
     def __init__(

@@ -843,6 +843,10 @@ class TestAmalgamation:
         assert warned in text
         earlier = {name: held for name, held in space.items() if name != "measured"}
         assert "12.5 %" in words(replace(findings, amalgamation={**told, "spaces": [earlier]}))
+        same = "in common at the student's layer3 its features are the same for every sample: they had no part."
+        assert same not in text
+        still = {**space, "missed": {"s00": 0.125}, "still": ["s02"]}
+        assert f"Site s02: {same}" in words(replace(findings, amalgamation={**told, "spaces": [still]}))
         asked = {**told, "spaces": [{**space, "averaged": False}]}
         assert warned not in words(replace(findings, amalgamation=asked))
         page(findings)

@@ -15,6 +15,7 @@ from consilience.common.moments import Moments
 from consilience.server.student.amalgamate import concatenated, direct, incremental, incremental_descent
 from consilience.server.student.autoencoder import principal
 from consilience.server.student.scores import ConcatenatedScores, ConcatenatedSoftmax
+from consilience.server.unify import unify
 
 Floats = NDArray[np.float64]
 CPU = torch.device("cpu")
@@ -109,12 +110,29 @@ def test_concatenated() -> None:
 
 
 def test_concatenated_scores() -> None:
-    scores = [np.array([[1.0, 2], [3, 4], [0, 0]]), np.array([[5.0], [6], [7]])]
-    loss = ConcatenatedScores(scores, [[2, 0], [1]], CPU)
-    assert loss.target(np.array([1, 0])).tolist() == [[4, 6, 3], [2, 5, 1]]
-    logits = torch.tensor([[4.0, 6, 3], [0, 5, 2]], requires_grad=True)
-    assert loss(logits, torch.tensor([1, 0])).item() == pytest.approx((0 + (4 + 0 + 1) / 2) / 2)
-    assert loss.fingerprint != ConcatenatedScores(scores, [[0, 2], [1]], CPU).fingerprint
+    scores = [np.array([[-1.0, 1], [-3, 3], [0, 0]]), np.array([[-5.0, 5], [6, -6], [7, -7]])]
+    loss = ConcatenatedScores(scores, [[2, 0], [1, 3]], CPU)
+    assert loss.target(np.array([1, 0])).tolist() == [[3, 6, -3, -6], [1, -5, -1, 5]]
+    logits = torch.tensor([[3.0, 6, -3, -6], [0, -5, 1, 5]], requires_grad=True)
+    assert loss(logits, torch.tensor([1, 0])).item() == pytest.approx((0 + (1 + 0 + 4 + 0) / 2) / 2)
+    assert loss.fingerprint != ConcatenatedScores(scores, [[0, 2], [1, 3]], CPU).fingerprint
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_log_probabilities_give_back_logits_whose_mean_is_0(seed: int) -> None:
+    """Sites send log-probabilities; what the papers join are logits."""
+    rng = np.random.default_rng(seed)
+    logits = [5 * rng.normal(size=(4, classes)) for classes in (3, 2)]
+    logits = [each - each.mean(axis=1, keepdims=True) for each in logits]
+    loss = ConcatenatedScores([log_softmax(each, axis=1) for each in logits], [[0, 3, 1], [4, 2]], CPU)
+    joined = np.concatenate(logits, axis=1)[:, [0, 2, 4, 1, 3]]
+    assert loss.target(np.arange(4)) == pytest.approx(joined, abs=1e-5)
+    softly = ConcatenatedSoftmax([log_softmax(each, axis=1) for each in logits], [[0, 3, 1], [4, 2]], CPU)
+    drawn = rng.normal(size=(4, 5))
+    told = unify([log_softmax(each, axis=1) for each in logits], [[0, 3, 1], [4, 2]]).probs
+    for target in (softmax(joined, axis=1), told):
+        expected = -(target * log_softmax(drawn, axis=1)).sum(axis=1).mean()
+        assert softly(torch.from_numpy(drawn), torch.arange(4)).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +149,8 @@ def test_the_softmax_over_concatenated_scores_against_a_direct_computation() -> 
     samples = np.array([5, 3, 0, 1])
     loss = ConcatenatedSoftmax(scores, [[2, 0], [1]], CPU, "x", samples, temperature=2.0)
     logits, ids = rng.normal(size=(2, 3)), np.array([1, 3])
-    target = np.column_stack([scores[0][:, 1], scores[1][:, 0], scores[0][:, 0]])[samples[ids]] / 2
+    apart = (scores[0][:, 1] - scores[0][:, 0]) / 2  # two logits of mean 0, and one
+    target = np.column_stack([apart, 0 * apart, -apart])[samples[ids]] / 2
     expected = -4 * (softmax(target, axis=1) * log_softmax(logits / 2, axis=1)).sum(axis=1).mean()
     assert loss(torch.from_numpy(logits), torch.from_numpy(ids)).item() == pytest.approx(expected, rel=1e-6)
     plain = ConcatenatedScores(scores, [[2, 0], [1]], CPU, "x", samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,31 @@ def test_one_sample_of_huge_features_does_not_silence_the_others(tmp_path: Path,
     large = space.given(odd, np.array([6, 7]), CPU)
     assert float(large[1].square().mean().sqrt()) == pytest.approx(10, rel=1e-3)
     assert torch.equal(large[0], space.given(odd, np.array([6]), CPU)[0])
+
+
+@pytest.mark.parametrize("form", ["maps", "vectors"])
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_a_site_whose_features_are_the_same_for_every_sample_has_no_part(
+    tmp_path: Path, form: str, value: float
+) -> None:
+    """Normalised by a variance of 0 they would send gradients beyond bounds, and the training of all would fail."""
+    space = maps(tmp_path) if form == "maps" else vectors(tmp_path)
+    dead = stored(
+        tmp_path / "dead", "north", (held := space.taps[0]).card, np.full_like(held.take(np.arange(40)), value)
+    )
+    spoilt = replace(space, taps=(*space.taps, dead))
+    trained = []
+    for some in (space, spoilt):
+        model = CommonStudent(student(), [some], Weights(), seed=0)
+        loss = CommonLoss(model, [some], Fixed(), "f", np.arange(COUNT))
+        records = train(model, PIXELS, loss, FIT, PLAIN, seed=0, folder=None, device=CPU)
+        assert all(np.isfinite(record.loss) for record in records)
+        trained.append((model, records[-1].terms["mmd"]))
+    assert trained[1][1] == pytest.approx(trained[0][1], rel=0.5), "of the others, by networks drawn beside another"
+    (told,) = told_of(trained[1][0], [spoilt], PIXELS, np.arange(COUNT), PLAIN, CPU, 16)
+    assert told["still"] == ["north"]
+    assert told["missed"].keys() == {"east", "west"}
+    assert told["picture"]["points"].keys() == {"student", "site east", "site west"}
 
 
 @pytest.mark.parametrize("upto", [0, 1])

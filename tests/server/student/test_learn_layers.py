@@ -120,13 +120,31 @@ def test_a_student_of_equal_teachers_learns_their_scores(tmp_path: Path) -> None
     samples = IDS[::-1].copy()  # training's numbers of the samples are not the pool's
     learnt = lesson(told(tmp_path, networks), networks, samples, epochs=60)
     shown = learnt.teach(made, PIXELS[samples], tmp_path / "layers", CPU)
-    wanted = np.concatenate([log_probs(network, PIXELS)] * 2, axis=1)
+    answers = log_probs(network, PIXELS)
+    wanted = np.concatenate([answers - answers.mean(axis=1, keepdims=True)] * 2, axis=1)
     missed = np.square(scores(made) - wanted).sum() / np.square(wanted - wanted.mean(axis=0)).sum()
     assert missed < 0.3
     fresh = np.square(scores(student().eval()) - wanted).sum()
     assert missed * np.square(wanted - wanted.mean(axis=0)).sum() < 0.1 * fresh
     assert [each["tap"] for each in shown] == ["layer1", "layer2", "layer3", "scores"]
     assert all(each["losses"][-1] < 0.5 * each["losses"][0] for each in shown)
+
+
+@pytest.mark.parametrize(("target", "share"), [("concatenated", 0.1), ("unified", 1.0)])
+def test_the_score_layer_learns_squared_error_at_a_tenth_of_the_layers_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, share: float
+) -> None:
+    networks, seen = two(), list[float]()
+    real = learn_layers.train_layers
+
+    def noted(made: nn.Module, blocks: Any, schedules: Any, **rest: Any) -> Any:
+        seen.extend(each.learning_rate for each in schedules)
+        return real(made, blocks, schedules, **rest)
+
+    monkeypatch.setattr(learn_layers, "train_layers", noted)
+    made = lesson(told(tmp_path, networks), networks, target=target, learning_rate=0.04, epochs=1)
+    made.teach(student(), PIXELS, tmp_path / "layers", CPU)
+    assert seen == pytest.approx([0.04] * 3 + [0.04 * share])
 
 
 LEAST = {

@@ -238,7 +238,7 @@ def test_scores_side_by_side_lose_the_unwanted_terms() -> None:
     answers, logits = told(sets), draw(16, 3)
     full = np.zeros((ROWS, CLASSES), np.float32)
     for rows, held in zip(answers, sets, strict=True):
-        full[:, held] = rows
+        full[:, held] = rows - rows.mean(axis=1, keepdims=True)
     expected = 0.5 * ((logits - full[:, WANTED]) ** 2).sum(axis=1).mean()
     assert value(ConcatenatedScores(answers, sets, CPU, wanted=Wanted(WANTED)), logits) == pytest.approx(expected)
     for other in (False, True):
