@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -39,26 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure no coverage while a slow test runs: the others reach every line, and it takes up to a third longer.
-
-    Slow tests come first: they mostly wait, while other workers compute, and none of them is the last one.
-    """
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker("no_cover")
+    """Start with slow tests: they mostly wait, while other workers compute, and none of them is the last one."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Let nothing that a slow test starts measure its coverage: each process would take most of a second longer."""
-    variable = "COVERAGE_PROCESS_CONFIG"
-    config = os.environ.pop(variable, None) if item.get_closest_marker("slow") else None
-    try:
-        return (yield)
-    finally:
-        if config is not None:
-            os.environ[variable] = config
 
 
 @pytest.fixture
